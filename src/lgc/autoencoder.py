@@ -1,0 +1,166 @@
+"""The autoencoder of the paper: 1-D convolutions over the selected values, so that any length works.
+
+Source: LGC, section IV. E is shared by all ranks; the ring variant has one decoder, the parameter server one a rank.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import pairwise
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+STRIDE = 16  # four convolutions of stride 2
+LATENT_CHANNELS = 4
+SLOPE = 0.01
+
+Optimizer = Literal["adam", "sgd"]
+
+
+def latent_shape(length: int) -> tuple[int, int]:
+    """Shape of the latent of `length` values."""
+    return LATENT_CHANNELS, -(-length // STRIDE)
+
+
+class Encoder(nn.Module):
+    """z = E(x), shape (batch, mu) -> (batch, 4, ceil(mu / 16)). 172,996 parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        channels = (1, 64, 128, 256, 64)
+        self.downs = nn.ModuleList(
+            _skip_init(nn.Conv1d, inputs, outputs, 3, stride=2, padding=1) for inputs, outputs in pairwise(channels)
+        )
+        self.out = _skip_init(nn.Conv1d, channels[-1], LATENT_CHANNELS, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = _pad(x).unsqueeze(1)
+        for down in self.downs:
+            h = F.leaky_relu(down(h), SLOPE)
+        z: Tensor = self.out(h)
+        return z
+
+
+class Decoder(nn.Module):
+    """y = D(z) or, with an innovation, y = D(z, e); the first `length` values, shape (batch, length).
+
+    The innovation e has shape (batch, length) and is one more channel of the last convolution.
+    43,681 parameters, with an innovation 43,682.
+    """
+
+    def __init__(self, *, innovation: bool = False) -> None:
+        super().__init__()
+        channels = (LATENT_CHANNELS, 32, 64, 128, 32)
+        self.ups = nn.ModuleList(
+            _skip_init(nn.ConvTranspose1d, inputs, outputs, 3, stride=2, padding=1, output_padding=1)
+            for inputs, outputs in pairwise(channels)
+        )
+        self.out = _skip_init(nn.Conv1d, channels[-1] + innovation, 1, 1)
+
+    def forward(self, z: Tensor, length: int, innovation: Tensor | None = None) -> Tensor:
+        h = z
+        for up in self.ups:
+            h = F.leaky_relu(up(h), SLOPE)
+        if innovation is not None:
+            h = torch.cat([h, _pad(innovation).unsqueeze(1)], dim=1)
+        y: Tensor = self.out(h)
+        return y[:, 0, :length]
+
+
+class RingAutoencoder(nn.Module):
+    """One encoder, one decoder of the averaged latent."""
+
+    def __init__(self, generator: torch.Generator) -> None:
+        super().__init__()
+        self.encoder = Encoder()
+        self.decoder = Decoder()
+        _initialise(self, generator)
+
+    def loss(self, x: Tensor) -> Tensor:
+        """MSE(D(mean_k E(x_k)), mean_k x_k) for the scaled vectors of all ranks, shape (K, mu)."""
+        z = self.encoder(x).mean(dim=0, keepdim=True)
+        y: Tensor = self.decoder(z, x.shape[1])
+        return F.mse_loss(y, x.mean(dim=0, keepdim=True))
+
+
+class ServerAutoencoder(nn.Module):
+    """One encoder of the common part, one decoder a rank."""
+
+    def __init__(self, world_size: int, generator: torch.Generator) -> None:
+        super().__init__()
+        self.encoder = Encoder()
+        self.decoders = nn.ModuleList(Decoder(innovation=True) for _ in range(world_size))
+        _initialise(self, generator)
+
+    def decode(self, z: Tensor, innovations: Tensor) -> Tensor:
+        """y_k = D_k(z, e_k) for all k; z of shape (1, 4, ceil(mu / 16)), innovations and result (K, mu)."""
+        length = innovations.shape[1]
+        decoded = [decoder(z, length, e[None]) for decoder, e in zip(self.decoders, innovations, strict=True)]
+        return torch.cat(decoded)
+
+    def loss(self, x: Tensor, innovations: Tensor, leader: int) -> Tensor:
+        """Reconstruction and similarity, for the scaled vectors of all ranks, shape (K, mu).
+
+        0.5 * sum_k MSE(y_k, x_k) + 0.5 * sum_{k != l} MSE(E(x_k), E(x_l))
+        """
+        z = self.encoder(x)
+        y = self.decode(z[leader : leader + 1], innovations)
+        reconstruction: Tensor = (y - x).square().mean(dim=1).sum()
+        similarity: Tensor = (z[:, None] - z[None, :]).square().mean(dim=(2, 3)).sum()
+        return 0.5 * reconstruction + 0.5 * similarity
+
+
+def make_optimizer(module: nn.Module, kind: Optimizer, learning_rate: float) -> torch.optim.Optimizer:
+    """The optimizer of the autoencoder's own training."""
+    if kind == "adam":
+        return torch.optim.Adam(module.parameters(), lr=learning_rate)
+    return torch.optim.SGD(module.parameters(), lr=learning_rate)
+
+
+def pack_weights(module: nn.Module) -> Tensor:
+    """All weights as one float32 vector, in registration order."""
+    return nn.utils.parameters_to_vector(module.parameters()).detach()
+
+
+def unpack_weights(module: nn.Module, vector: Tensor) -> None:
+    """Set all weights from `pack_weights` of a module of the same form."""
+    nn.utils.vector_to_parameters(vector, module.parameters())
+
+
+@contextmanager
+def replicated(device: torch.device) -> Iterator[None]:
+    """Inference whose result is the same on every rank: only deterministic float32 kernels."""
+    deterministic = torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False)
+    with torch.no_grad(), torch.autocast(device.type, enabled=False), deterministic:
+        yield
+
+
+@contextmanager
+def trainable(device: torch.device) -> Iterator[None]:
+    """Training inside a gradient hook, where torch has switched gradients off."""
+    with torch.enable_grad(), torch.autocast(device.type, enabled=False):
+        yield
+
+
+def _skip_init(kind: type[nn.Module], *args: int, **kwargs: Any) -> nn.Module:
+    # The constructor's own initialisation would draw from the user's global generator.
+    return kind(*args, **kwargs, device="meta").to_empty(device="cpu")
+
+
+def _initialise(module: nn.Module, generator: torch.Generator) -> None:
+    """torch's default initialisation of convolutions, from our own generator."""
+    for layer in module.modules():
+        if isinstance(layer, nn.Conv1d | nn.ConvTranspose1d):
+            bound = 1 / math.sqrt(layer.weight.shape[1] * layer.kernel_size[0])
+            nn.init.uniform_(layer.weight, -bound, bound, generator=generator)
+            assert layer.bias is not None
+            nn.init.uniform_(layer.bias, -bound, bound, generator=generator)
+
+
+def _pad(x: Tensor) -> Tensor:
+    return F.pad(x, (0, -x.shape[-1] % STRIDE))

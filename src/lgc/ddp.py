@@ -1,0 +1,375 @@
+"""Attach a scheme to a DistributedDataParallel model. The only module that knows DDP's buckets."""
+
+# No `from __future__ import annotations`: DDP compares the hook's annotations by identity.
+import hashlib
+import json
+import logging
+import warnings
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch._C._distributed_c10d import GradBucket
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+from torch.nn.parallel import DistributedDataParallel
+
+from lgc.aggregators import Aggregator
+from lgc.schedule import Phase
+from lgc.schemes import Dense, Scheme, SparseScheme, parse_scheme
+from lgc.transport import Transport
+from lgc.version import __version__
+from lgc.wire import Traffic, Wire, summarise
+
+logger = logging.getLogger("lgc")
+
+STATE_VERSION = 1
+
+_attached: "WeakKeyDictionary[nn.Module, Handle]" = WeakKeyDictionary()
+
+
+def attach(
+    model: nn.Module,
+    scheme: Scheme | str,
+    optimizer: torch.optim.Optimizer | None = None,
+    *,
+    grad_scaler: torch.amp.GradScaler | None = None,
+) -> "Handle":
+    """Exchange this model's gradients by `scheme` from now on. A collective: all ranks call it.
+
+    >>> handle = lgc.attach(ddp_model, lgc.LGCRing(rate=1e-3), optimizer)  # doctest: +SKIP
+
+    Args:
+        model: a DistributedDataParallel model (also under torch.compile) that has no communication hook yet.
+        scheme: a scheme, or its text form such as `"dgc:rate=0.01"`.
+        optimizer: the model's; checked for a momentum on top of the scheme's. It is not changed.
+        grad_scaler: the one that scales the loss, so that what is kept between steps is in unscaled units.
+
+    Returns:
+        A handle to the phase, the byte counts and the state. The model keeps it alive.
+
+    Raises:
+        TypeError: the model is not a DistributedDataParallel model.
+        ValueError: a wrong argument, momentum applied twice, or something that DDP is set to and lgc cannot do.
+        RuntimeError: already attached, or (on every rank) the ranks differ in scheme, model or version.
+    """
+    ddp = _require_ddp(model)
+    if isinstance(scheme, str):
+        scheme = parse_scheme(scheme)
+    if not isinstance(scheme, Scheme):
+        raise TypeError(f"attach(scheme=...) must be a scheme or its text form, got {type(scheme).__name__}.")
+    transport = Transport(ddp.process_group)
+    _require_single_momentum(scheme, optimizer)
+    _require_agreement(transport, _describe(ddp, scheme, transport.world_size))
+    if transport.rank == 0:
+        _advise(ddp, scheme, optimizer)
+    handle = Handle(ddp, scheme, transport, grad_scaler)
+    _attached[ddp] = handle
+    return handle
+
+
+class _Pending(NamedTuple):
+    """A bucket whose mean is still being made."""
+
+    buffer: Tensor
+    gradients: list[tuple[str, Tensor]]  # views of the buffer
+    future: torch.futures.Future[Tensor]
+
+
+class Handle:
+    """An attached scheme: what it is doing, what it has sent, and its state.
+
+    Attributes:
+        scheme: as attached.
+        step: number of rounds done; each synchronised backward pass is one.
+        phase: of the last round; before the first one, of the first.
+        wire: bytes of this rank by phase.
+        aggregator: the parts at work; None for `Dense`, which has no state.
+    """
+
+    def __init__(
+        self,
+        ddp: DistributedDataParallel,
+        scheme: Scheme,
+        transport: Transport,
+        grad_scaler: torch.amp.GradScaler | None,
+    ) -> None:
+        self.scheme = scheme
+        self.step = 0
+        self.transport = transport
+        self._grad_scaler = grad_scaler
+        self._parameters = dict(_trained(ddp))
+        self._names = {id(parameter): name for name, parameter in self._parameters.items()}
+        self._device = next(iter(self._parameters.values())).device
+        self._unused_possible = ddp.find_unused_parameters or ddp.static_graph
+        self._pending: list[_Pending] = []
+        self._delivered = False
+        self.aggregator: Aggregator | None = None
+        if isinstance(scheme, SparseScheme):
+            self.layout = scheme.layout(self._parameters.items())
+            self.aggregator = scheme.build(self.layout, transport, device=self._device)
+            self.phase = self.aggregator.schedule.at(0).phase
+            self._flat = torch.zeros(self.layout.size, device=self._device)
+            ddp.register_comm_hook(None, self._collect_bucket)
+            self._guard = torch.autograd.graph.register_multi_grad_hook(
+                list(self._parameters.values()), self._require_fresh_gradients, mode="any"
+            )
+        else:
+            self.phase = Phase.DENSE
+            ddp.register_comm_hook(None, self._reduce_bucket)
+
+    @property
+    def wire(self) -> Wire:
+        """Bytes of this rank by phase."""
+        return self.transport.wire
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """What this rank measured in the last round.
+
+        `autoencoder_loss` (rank 0 in phase train) and `reconstruction_error`, |x - y|^2 / |x|^2 (phase compressed).
+        """
+        return dict(self.aggregator.metrics) if self.aggregator else {}
+
+    @property
+    def parameters(self) -> int:
+        """Number of trained parameters N."""
+        return sum(parameter.numel() for parameter in self._parameters.values())
+
+    def wire_summary(self) -> dict[str, object]:
+        """Bytes of all ranks together, and the ratios against float32 all-reduce; a collective, not counted.
+
+        The keys are those of the `wire` part of a run's summary.json, see docs/usage.md.
+        """
+        names = list(self.wire.phases)
+        contents = sorted({content for traffic in self.wire.phases.values() for content in traffic.contents})
+        table = torch.tensor([_row(self.wire.phases[name], contents) for name in names], dtype=torch.int64)
+        tables = Transport(self.transport.group).all_gather(table.to(self._device), "counts")
+        ranks = [
+            Wire({name: _traffic(row, contents) for name, row in zip(names, rows, strict=True)})
+            for rows in tables.tolist()
+        ]
+        return summarise(ranks, self.parameters)
+
+    def state_dict(self) -> dict[str, Any]:
+        """This rank's state, to be saved by every rank: tensors by parameter name, numbers and strings only."""
+        return {
+            "version": STATE_VERSION,
+            "scheme": str(self.scheme),
+            "world_size": self.transport.world_size,
+            "rank": self.transport.rank,
+            "step": self.step,
+            "wire": asdict(self.wire),
+            "aggregator": self.aggregator.state_dict() if self.aggregator else {},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from the `state_dict` of the same rank.
+
+        Raises:
+            ValueError: naming the first field that does not fit; nothing has been changed then.
+        """
+        here = self.state_dict()
+        for key in ("version", "scheme", "world_size", "rank"):
+            if state.get(key) != here[key]:
+                raise ValueError(f"state_dict: {key} is {state.get(key)!r}, here it is {here[key]!r}.")
+        _require_same_form(here["aggregator"], state.get("aggregator"), "aggregator")
+        if self.aggregator is not None:
+            self.aggregator.load_state_dict(state["aggregator"])
+            self.phase = self.aggregator.schedule.at(max(state["step"] - 1, 0)).phase
+        self.step = state["step"]
+        self.transport.wire.phases = {name: Traffic(**traffic) for name, traffic in state["wire"]["phases"].items()}
+
+    def _reduce_bucket(self, _: object, bucket: GradBucket) -> torch.futures.Future[torch.Tensor]:
+        """What DDP itself does, counted."""
+        if bucket.index() == 0:
+            self.transport.begin(Phase.DENSE)
+        if bucket.is_last():
+            self.step += 1
+        buffer = bucket.buffer()
+        buffer.mul_(1 / self.transport.world_size)
+        return self.transport.all_reduce_async(buffer, "values")
+
+    def _collect_bucket(self, _: object, bucket: GradBucket) -> torch.futures.Future[torch.Tensor]:
+        """Keep the bucket until the last one is here; then one round makes the mean of all."""
+        gradients = [
+            (self._names[id(parameter)], gradient)
+            for parameter, gradient in zip(bucket.parameters(), bucket.gradients(), strict=True)
+        ]
+        flat = self.layout.by_name(self._flat)
+        for name, gradient in gradients:
+            flat[name].copy_(gradient)
+        devices: list[int | str | torch.device] = [self._device] if self._device.type == "cuda" else []
+        future: torch.futures.Future[Tensor] = torch.futures.Future(devices=devices)
+        self._pending.append(_Pending(bucket.buffer(), gradients, future))
+        if bucket.is_last():
+            pending, self._pending = self._pending, []
+            self._deliver(self._aggregate(), pending)
+        return future
+
+    def _aggregate(self) -> Tensor:
+        assert self.aggregator is not None
+        scale = self._grad_scaler.get_scale() if self._grad_scaler is not None else 1.0
+        if scale != 1.0:
+            self._flat /= scale
+        self.phase = self.aggregator.schedule.at(self.step).phase
+        mean = self.aggregator.aggregate(self._flat, self.step).mean
+        self.step += 1
+        return mean if scale == 1.0 else mean * scale
+
+    def _deliver(self, mean: Tensor, pending: list[_Pending]) -> None:
+        means = self.layout.by_name(mean)
+        for bucket in pending:
+            for name, gradient in bucket.gradients:
+                gradient.copy_(means[name])
+            bucket.future.set_result(bucket.buffer)
+        if self._unused_possible:
+            self._deliver_to_unused(means)
+        self._delivered = True
+
+    def _deliver_to_unused(self, means: dict[str, Tensor]) -> None:
+        # DDP leaves `.grad` of a parameter that no rank used as it was, and with it what feedback still owed.
+        for name, parameter in self._parameters.items():
+            if bool(means[name].any()):
+                if parameter.grad is None:
+                    parameter.grad = torch.empty_like(parameter)
+                parameter.grad.copy_(means[name])
+
+    def _require_fresh_gradients(self, _: Tensor) -> None:
+        # A second backward would add the last mean to the new gradients, and feedback would count it twice.
+        if not self._delivered:
+            return
+        for name, parameter in self._parameters.items():
+            if parameter.grad is not None and bool(parameter.grad.any()):
+                raise RuntimeError(
+                    f"lgc: backward() with the last step's mean still in the gradient of {name!r}; call "
+                    "optimizer.zero_grad() between steps, and accumulate under the model's no_sync()."
+                )
+        self._delivered = False
+
+
+def _require_ddp(model: nn.Module) -> DistributedDataParallel:
+    model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper
+    if isinstance(model, FullyShardedDataParallel | FSDPModule):
+        raise TypeError(
+            "attach(model=...) is sharded (FSDP), and a rank then never has the whole gradient; lgc needs "
+            "torch.nn.parallel.DistributedDataParallel."
+        )
+    if not isinstance(model, DistributedDataParallel):
+        raise TypeError(
+            f"attach(model=...) must be a DistributedDataParallel model, got {type(model).__name__}; wrap it first: "
+            "model = torch.nn.parallel.DistributedDataParallel(model)."
+        )
+    if model in _attached:
+        raise RuntimeError(f"attach: this model already has the scheme {_attached[model].scheme}.")
+    if model._comm_hooks or model.mixed_precision is not None:
+        raise RuntimeError(
+            "attach: this model already has a communication hook (register_comm_hook or mixed_precision=), and DDP "
+            "allows one; use autocast for mixed precision."
+        )
+    trained = list(_trained(model))
+    if len({parameter.device for _, parameter in trained}) != 1:
+        raise ValueError("attach(model=...) must have its trained parameters on one device.")
+    if any(isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.sparse for module in model.modules()):
+        raise ValueError("attach(model=...) has an embedding with sparse=True; lgc needs dense gradients.")
+    return model
+
+
+def _trained(ddp: DistributedDataParallel) -> list[tuple[str, nn.Parameter]]:
+    return [
+        (name, parameter)
+        for name, parameter in ddp.module.named_parameters()
+        if parameter.requires_grad and name not in ddp.parameters_to_ignore
+    ]
+
+
+def _require_single_momentum(scheme: Scheme, optimizer: torch.optim.Optimizer | None) -> None:
+    if not isinstance(scheme, SparseScheme) or scheme.momentum == 0 or optimizer is None:
+        return
+    for group in optimizer.param_groups:
+        own = group.get("momentum", 0) or (group["betas"][0] if "betas" in group else 0)
+        if own:
+            raise ValueError(
+                f"{type(scheme).__name__}(momentum={scheme.momentum}) corrects the momentum before sending, and the "
+                f"{type(optimizer).__name__} has one of its own ({own}): it would act twice. Give the optimizer none "
+                "(SGD: momentum=0, weight_decay divided by 1 - momentum), or the scheme momentum=0 (Adam)."
+            )
+
+
+def _advise(ddp: DistributedDataParallel, scheme: Scheme, optimizer: torch.optim.Optimizer | None) -> None:
+    if ddp.broadcast_buffers and any(True for _ in ddp.module.buffers()) and not isinstance(scheme, Dense):
+        warnings.warn(
+            "DDP broadcasts this model's buffers (batch-norm statistics) at every forward pass, outside lgc and not "
+            "counted, which may be more bytes than the gradients; pass broadcast_buffers=False and broadcast them "
+            "before evaluation and checkpoints.",
+            stacklevel=3,
+        )
+    if isinstance(scheme, SparseScheme) and scheme.momentum and optimizer is not None:
+        decay = max(group.get("weight_decay", 0) for group in optimizer.param_groups)
+        if decay:
+            logger.warning(
+                "weight_decay=%g acts without momentum under %s, 1/(1 - momentum) = %.3g times weaker than with it in "
+                "the optimizer; scale it by that for the same effect.",
+                decay,
+                scheme.name,
+                1 / (1 - scheme.momentum),
+            )
+
+
+def _describe(ddp: DistributedDataParallel, scheme: Scheme, world_size: int) -> dict[str, object]:
+    """Everything that must be the same on all ranks, as flat JSON."""
+    arguments = {f"{scheme.name}.{name}": value for name, value in asdict(scheme).items()}
+    shapes = {f"parameter {name}": [*tensor.shape, str(tensor.dtype)] for name, tensor in _trained(ddp)}
+    versions = {"lgc version": __version__, "torch version": torch.__version__}
+    return {**versions, "world size": world_size, "scheme": scheme.name, **arguments, **shapes}
+
+
+def _require_agreement(transport: Transport, description: dict[str, object]) -> None:
+    """Compare a description with the other ranks'; raise on every rank the first difference."""
+    text = json.dumps(description).encode()
+    digest = torch.frombuffer(bytearray(hashlib.sha256(text).digest()), dtype=torch.uint8)
+    device = torch.device("cpu") if dist.get_backend(transport.group) == "gloo" else torch.device("cuda")
+    digests = transport.all_gather(digest.to(device), "agreement")
+    if bool((digests == digests[0]).all()):
+        return
+    lengths = transport.all_gather(torch.tensor([len(text)], device=device), "agreement").flatten().tolist()
+    padded = torch.frombuffer(bytearray(text.ljust(max(lengths))), dtype=torch.uint8)
+    texts = transport.all_gather(padded.to(device), "agreement").cpu()
+    ranks = [json.loads(bytes(row.tolist())) for row in texts]
+    for key in dict.fromkeys(key for rank in ranks for key in rank):
+        values = [rank.get(key, "missing") for rank in ranks]
+        if any(value != values[0] for value in values):
+            by_rank = ", ".join(f"rank {rank}: {value}" for rank, value in enumerate(values))
+            raise RuntimeError(f"attach: the ranks differ in {key}: {by_rank}.")
+
+
+def _require_same_form(here: object, state: object, where: str) -> None:
+    """Raise unless `state` has the keys, types and tensor shapes of `here`."""
+    if isinstance(here, Mapping):
+        if where.endswith("autoencoder_optimizer"):
+            return  # empty before the first training step; torch checks it
+        keys = set(state) if isinstance(state, Mapping) else None
+        if keys != set(here):
+            raise ValueError(f"state_dict: {where} has {sorted(keys or [])}, here it is {sorted(here)}.")
+        for key, value in here.items():
+            assert isinstance(state, Mapping)
+            _require_same_form(value, state[key], f"{where}.{key}")
+    elif isinstance(here, Tensor):
+        if not isinstance(state, Tensor) or state.shape != here.shape:
+            shape = tuple(state.shape) if isinstance(state, Tensor) else type(state).__name__
+            raise ValueError(f"state_dict: {where} is {shape}, here it is {tuple(here.shape)}.")
+    elif type(state) is not type(here):
+        raise ValueError(f"state_dict: {where} is {state!r}, here it is {here!r}.")
+
+
+def _row(traffic: Traffic, contents: list[str]) -> list[int]:
+    counts = [traffic.steps, traffic.sent_bytes, traffic.received_bytes, traffic.upload_bytes]
+    return counts + [traffic.contents.get(content, 0) for content in contents]
+
+
+def _traffic(row: list[int], contents: list[str]) -> Traffic:
+    steps, sent, received, upload, *by_content = row
+    return Traffic(steps, sent, received, upload, dict(zip(contents, by_content, strict=True)))

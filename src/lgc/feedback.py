@@ -1,0 +1,78 @@
+"""What a rank still owes: momentum correction and error feedback."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Piece(NamedTuple):
+    """Values that a rank contributed at some places of the flat vector, as the other ranks decode them.
+
+    `where` is a slice (dense) or a vector of indices (selected); `values` has one number for each.
+    """
+
+    where: slice | Tensor
+    values: Tensor
+
+
+class Feedback:
+    """Momentum u and residual v of one rank, both of shape (N,).
+
+        u = m * u + g;  v = v + u
+
+    A round works on pending copies: `accumulate`, then `settle` for everything that is sent, then `commit`.
+    A round that is abandoned before `commit` has changed nothing. With `keep_loss=False` the residual of what was
+    sent is zero, and what the codec lost of it is lost (the paper's way). Source: DGC, sections 3.1 and 3.2.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        *,
+        momentum: float,
+        clip_norm: float | None,
+        keep_loss: bool,
+        world_size: int,
+        device: torch.device,
+    ) -> None:
+        self.momentum = momentum
+        self.clip_norm = None if clip_norm is None else clip_norm / math.sqrt(world_size)
+        self.keep_loss = keep_loss
+        self.residual = torch.zeros(size, device=device)
+        self.momentum_buffer = torch.zeros(size, device=device) if momentum else None
+        self._pending_residual = torch.empty_like(self.residual)
+        self._pending_momentum = None if self.momentum_buffer is None else torch.empty_like(self.residual)
+
+    def accumulate(self, gradient: Tensor) -> Tensor:
+        """The pending residual v after taking in the local gradient, shape (N,); it may be read until `settle`."""
+        scale = 1.0
+        if self.clip_norm is not None:
+            scale = min(1.0, self.clip_norm / max(float(torch.linalg.vector_norm(gradient)), 1e-30))
+        increment = gradient if scale == 1.0 else gradient * scale
+        if self.momentum_buffer is not None and self._pending_momentum is not None:
+            increment = torch.add(increment, self.momentum_buffer, alpha=self.momentum, out=self._pending_momentum)
+        return torch.add(self.residual, increment, out=self._pending_residual)
+
+    def settle(self, piece: Piece) -> None:
+        """Take what was sent off the pending residual.
+
+        Selected coordinates lose their momentum (factor masking), dense ones keep it.
+        """
+        if isinstance(piece.where, slice):
+            self._pending_residual[piece.where] = 0
+            return
+        if self.keep_loss:
+            self._pending_residual[piece.where] -= piece.values
+        else:
+            self._pending_residual[piece.where] = 0
+        if self._pending_momentum is not None:
+            self._pending_momentum[piece.where] = 0
+
+    def commit(self) -> None:
+        """Make the pending state the state."""
+        self.residual, self._pending_residual = self._pending_residual, self.residual
+        self.momentum_buffer, self._pending_momentum = self._pending_momentum, self.momentum_buffer

@@ -1,0 +1,58 @@
+"""Which phase a step belongs to, and at which rate it sends."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import NamedTuple
+
+WARMUP_START = 0.25
+WARMUP_FACTOR = 0.25
+
+
+class Phase(StrEnum):
+    """The phases of a run, in order. The paper counts warmup and train as one."""
+
+    DENSE = "dense"  # uncompressed
+    WARMUP = "warmup"  # top-k at a falling rate
+    TRAIN = "train"  # top-k at the final rate while the autoencoder is trained
+    COMPRESSED = "compressed"
+
+
+class Stage(NamedTuple):
+    """Phase of a step, and the least rate of its segments (0 after the warm-up: each has its own)."""
+
+    phase: Phase
+    least_rate: float = 0.0
+
+
+class Schedule:
+    """Phases by step: `dense_steps`, then `warmup_steps`, then `train_steps`, then compressed.
+
+    The warm-up takes the rates 25, 6.25, 1.5625, 0.4, ... % that are above the final one, for equally many steps
+    each. Source: DGC, section 3.3.
+    """
+
+    def __init__(self, rate: float, *, dense_steps: int = 0, warmup_steps: int = 0, train_steps: int = 0) -> None:
+        self.dense_end = dense_steps
+        self.warmup_end = dense_steps + warmup_steps
+        self.train_end = self.warmup_end + train_steps
+        self.warmup_rates = []
+        warmup_rate = WARMUP_START
+        while warmup_rate > rate:
+            self.warmup_rates.append(warmup_rate)
+            warmup_rate *= WARMUP_FACTOR
+
+    def at(self, step: int) -> Stage:
+        """The stage of `step`, counted from 0."""
+        if step < self.dense_end:
+            return Stage(Phase.DENSE)
+        if step < self.warmup_end and self.warmup_rates:
+            done = (step - self.dense_end) * len(self.warmup_rates) // (self.warmup_end - self.dense_end)
+            return Stage(Phase.WARMUP, self.warmup_rates[done])
+        if step < self.warmup_end:
+            return Stage(Phase.WARMUP)
+        return Stage(Phase.TRAIN if step < self.train_end else Phase.COMPRESSED)
+
+    def retrain(self, step: int, steps: int) -> None:
+        """Go back to phase train for `steps` steps from `step` on."""
+        self.train_end = step + steps

@@ -1,0 +1,374 @@
+"""The schemes as users write them: names, arguments, bounds, and how each is put together."""
+
+from __future__ import annotations
+
+import types
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
+
+import torch
+from torch import Tensor
+
+from lgc.aggregators import Aggregator, OwnAggregator, OwnTopK, ServerTopK, SharedAggregator
+from lgc.autoencoder import Optimizer, RingAutoencoder, ServerAutoencoder
+from lgc.feedback import Feedback
+from lgc.layout import Layout, Role, plan_layout
+from lgc.lgc import Refresh, RingAggregator, ServerAggregator
+from lgc.schedule import Schedule
+from lgc.transport import Transport
+
+FeedbackMode = Literal["reconstruction", "paper"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scheme(ABC):
+    """How gradients are exchanged. An immutable value: the same on every rank."""
+
+    name: ClassVar[str]
+
+    def __str__(self) -> str:
+        """The name and the arguments that are not at their default, in the form that `parse_scheme` reads."""
+        changed = [
+            f"{item.name}={getattr(self, item.name)}"
+            for item in fields(self)
+            if item.init and getattr(self, item.name) != _default(item)
+        ]
+        return ":".join([self.name, *changed])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dense(Scheme):
+    """Uncompressed: DDP's own all-reduce, bucket by bucket while the backward pass goes on."""
+
+    name: ClassVar[str] = "dense"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SparseScheme(Scheme, ABC):
+    """What every top-k scheme takes.
+
+    Args:
+        rate: fraction of each weight that is sent, in (0, 1].
+        pooled_rate: the same for the pool of all small tensors; by default four times `rate`, at most 1.
+        momentum: of the momentum correction, in [0, 1); 0 is plain error feedback. The optimizer must then
+            have none of its own.
+        clip_norm: clip the local gradient's norm to this times K^-1/2; None is off.
+        warmup_steps: steps of the rate warm-up.
+        small: role of the tensors with fewer than two dimensions.
+        roles: role by parameter name; shell patterns, the last match counts.
+    """
+
+    rate: float = 1e-3
+    pooled_rate: float | None = None
+    momentum: float = 0.9
+    clip_norm: float | None = None
+    warmup_steps: int = 100
+    small: Role = Role.OWN
+    roles: Mapping[str, Role] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        _to_role(self, "small")
+        if not isinstance(self.roles, Mapping):
+            raise ValueError(f"{_class(self)}(roles=...) must map names to roles, got {self.roles!r}.")
+        object.__setattr__(self, "roles", {name: _role(self, "roles", role) for name, role in self.roles.items()})
+        _within(self, "rate", "in (0, 1]", 0 < _number(self, "rate") <= 1)
+        if self.pooled_rate is not None:
+            _within(self, "pooled_rate", "in (0, 1]", 0 < _number(self, "pooled_rate") <= 1)
+        _within(self, "momentum", "in [0, 1)", 0 <= _number(self, "momentum") < 1)
+        if self.clip_norm is not None:
+            _within(self, "clip_norm", "positive", 0 < _number(self, "clip_norm") < float("inf"))
+        _steps(self, "warmup_steps")
+
+    @abstractmethod
+    def layout(self, parameters: Iterable[tuple[str, Tensor]]) -> Layout:
+        """Segments and roles for these parameters."""
+
+    @abstractmethod
+    def build(self, layout: Layout, transport: Transport, *, device: torch.device) -> Aggregator:
+        """One rank's aggregator, with its state at the start."""
+
+    def _layout(self, parameters: Iterable[tuple[str, Tensor]], *, first: Role, last: Role, other: Role) -> Layout:
+        pooled_rate = min(1.0, 4 * self.rate) if self.pooled_rate is None else self.pooled_rate
+        return plan_layout(
+            parameters,
+            rate=self.rate,
+            pooled_rate=pooled_rate,
+            first=first,
+            last=last,
+            small=self.small,
+            other=other,
+            overrides=self.roles,
+        )
+
+    def _feedback(
+        self, layout: Layout, transport: Transport, device: torch.device, *, keep_loss: bool = True
+    ) -> Feedback:
+        return Feedback(
+            layout.size,
+            momentum=self.momentum,
+            clip_norm=self.clip_norm,
+            keep_loss=keep_loss,
+            world_size=transport.world_size,
+            device=device,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TopK(SparseScheme):
+    """Sparse gradient descent: each rank's own top-k with plain error feedback.
+
+    Args:
+        server: gather at rank 0, which selects again from the sum and keeps a residual of its own, so that
+            traffic per rank does not grow with the number of ranks.
+    """
+
+    name: ClassVar[str] = "topk"
+    momentum: float = 0.0
+    warmup_steps: int = 0
+    server: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _boolean(self, "server")
+        used = {self.small, *self.roles.values()}
+        if Role.SHARED in used:
+            raise ValueError(f"{_class(self)} has no leader: roles must be dense or own, got shared.")
+
+    def layout(self, parameters: Iterable[tuple[str, Tensor]]) -> Layout:
+        return self._layout(parameters, first=Role.OWN, last=Role.OWN, other=Role.OWN)
+
+    def build(self, layout: Layout, transport: Transport, *, device: torch.device) -> Aggregator:
+        own = ServerTopK(transport, layout.own, layout.size, device) if self.server else OwnTopK(transport, layout.own)
+        schedule = Schedule(self.rate, warmup_steps=self.warmup_steps)
+        return OwnAggregator(layout, transport, schedule, self._feedback(layout, transport, device), own)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DGC(TopK):
+    """Deep Gradient Compression: own top-k with momentum correction, factor masking, clipping and rate warm-up.
+
+    Source: Lin et al., ICLR 2018, arXiv 1712.01887.
+    """
+
+    name: ClassVar[str] = "dgc"
+    momentum: float = 0.9
+    warmup_steps: int = 100
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScaleCom(SparseScheme):
+    """A rotating leader's indices for all ranks, values all-reduced.
+
+    Source: Chen et al., NeurIPS 2020, arXiv 2104.11125; here with momentum correction in place of its low-pass filter.
+    """
+
+    name: ClassVar[str] = "scalecom"
+    small: Role = Role.SHARED
+
+    def layout(self, parameters: Iterable[tuple[str, Tensor]]) -> Layout:
+        return self._layout(parameters, first=Role.SHARED, last=Role.SHARED, other=Role.SHARED)
+
+    def build(self, layout: Layout, transport: Transport, *, device: torch.device) -> Aggregator:
+        schedule = Schedule(self.rate, warmup_steps=self.warmup_steps)
+        return SharedAggregator(layout, transport, schedule, self._feedback(layout, transport, device))
+
+
+@dataclass(frozen=True, kw_only=True)
+class LGCScheme(SparseScheme, ABC):
+    """What both variants of Learned Gradient Compression take, in addition.
+
+    Args:
+        dense_steps, train_steps: lengths of these phases; the paper's are 200 and 300.
+        feedback: "reconstruction" keeps what the autoencoder loses for later, "paper" drops it.
+        first, last: roles of the first and the last weight.
+        autoencoder_optimizer, autoencoder_lr: of the autoencoder's own training.
+        refresh_every: train the autoencoder again after this many compressed steps; 0 is never.
+        refresh_below: ... when the fraction of the values' energy that it explains falls below this fraction of
+            what it was when frozen; 0 is never, None is 0.5 with feedback="reconstruction", else 0.
+        refresh_steps: length of such a repeated phase.
+        seed: of the autoencoder's initial weights.
+    """
+
+    dense_steps: int = 200
+    train_steps: int = 300
+    feedback: FeedbackMode = "reconstruction"
+    first: Role = Role.DENSE
+    last: Role = Role.OWN
+    autoencoder_optimizer: Optimizer = "adam"
+    autoencoder_lr: float = 1e-3
+    refresh_every: int = 0
+    refresh_below: float | None = None
+    refresh_steps: int = 50
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _to_role(self, "first")
+        _to_role(self, "last")
+        for name in ("dense_steps", "train_steps", "refresh_every", "seed"):
+            _steps(self, name)
+        _one_of(self, "feedback", get_args(FeedbackMode))
+        _one_of(self, "autoencoder_optimizer", get_args(Optimizer))
+        _within(self, "autoencoder_lr", "positive", 0 < _number(self, "autoencoder_lr") < float("inf"))
+        if self.refresh_below is not None:
+            _within(self, "refresh_below", "in [0, 1)", 0 <= _number(self, "refresh_below") < 1)
+        _within(self, "refresh_steps", "at least 1", _integer(self, "refresh_steps") >= 1)
+
+    def layout(self, parameters: Iterable[tuple[str, Tensor]]) -> Layout:
+        return self._layout(parameters, first=self.first, last=self.last, other=Role.SHARED)
+
+    def _parts(self, layout: Layout, transport: Transport, device: torch.device) -> dict[str, Any]:
+        below = self.refresh_below
+        if below is None:
+            below = 0.5 if self.feedback == "reconstruction" else 0.0
+        return {
+            "layout": layout,
+            "transport": transport,
+            "schedule": Schedule(
+                self.rate,
+                dense_steps=self.dense_steps,
+                warmup_steps=self.warmup_steps,
+                train_steps=self.train_steps,
+            ),
+            "feedback": self._feedback(layout, transport, device, keep_loss=self.feedback == "reconstruction"),
+            "optimizer": self.autoencoder_optimizer,
+            "learning_rate": self.autoencoder_lr,
+            "refresh": Refresh(self.refresh_every, below, self.refresh_steps),
+        }
+
+    def _generator(self) -> torch.Generator:
+        return torch.Generator().manual_seed(self.seed)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LGCRing(LGCScheme):
+    """Learned Gradient Compression over ring all-reduce."""
+
+    name: ClassVar[str] = "lgc-ring"
+
+    def build(self, layout: Layout, transport: Transport, *, device: torch.device) -> RingAggregator:
+        return RingAggregator(autoencoder=RingAutoencoder(self._generator()), **self._parts(layout, transport, device))
+
+
+@dataclass(frozen=True, kw_only=True)
+class LGCServer(LGCScheme):
+    """Learned Gradient Compression with a parameter server at rank 0.
+
+    Args:
+        innovation: fraction of the values at the leader's indices that every rank sends itself, in (0, 1].
+    """
+
+    name: ClassVar[str] = "lgc-ps"
+    innovation: float = 0.01
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _within(self, "innovation", "in (0, 1]", 0 < _number(self, "innovation") <= 1)
+
+    def build(self, layout: Layout, transport: Transport, *, device: torch.device) -> ServerAggregator:
+        return ServerAggregator(
+            autoencoder=ServerAutoencoder(transport.world_size, self._generator()),
+            innovation=self.innovation,
+            **self._parts(layout, transport, device),
+        )
+
+
+SCHEMES: dict[str, type[Scheme]] = {scheme.name: scheme for scheme in (Dense, TopK, DGC, ScaleCom, LGCRing, LGCServer)}
+
+
+def parse_scheme(text: str, defaults: Mapping[str, Any] | None = None) -> Scheme:
+    """A scheme from `name[:argument=value]...`, for example `lgc-ring:rate=0.002:feedback=paper`.
+
+    Args:
+        text: the scheme's name and the arguments to set.
+        defaults: values for arguments that the scheme takes and `text` does not set.
+
+    Raises:
+        ValueError: naming the unknown scheme or argument, or the bound and the value.
+    """
+    name, *settings = text.split(":")
+    if name not in SCHEMES:
+        raise ValueError(f"unknown scheme {name!r}; there are {', '.join(SCHEMES)}.")
+    scheme = SCHEMES[name]
+    hints = get_type_hints(scheme)
+    known = {item.name for item in fields(scheme)}
+    arguments = {key: value for key, value in (defaults or {}).items() if key in known}
+    for setting in settings:
+        key, equals, value = setting.partition("=")
+        if not equals:
+            raise ValueError(f"{name}: {setting!r} is not of the form argument=value.")
+        if key not in known:
+            raise ValueError(f"{name} has no argument {key!r}; it takes {', '.join(sorted(known)) or 'none'}.")
+        arguments[key] = _parse(f"{name}:{key}", value, hints[key])
+    return scheme(**arguments)
+
+
+def _parse(where: str, text: str, hint: Any) -> Any:
+    origin = get_origin(hint)
+    if origin in (Union, types.UnionType):
+        if text.lower() == "none":
+            return None
+        (hint,) = (option for option in get_args(hint) if option is not type(None))
+    if origin is Literal or hint is Role:
+        return text  # the scheme checks it
+    if hint is bool:
+        if text.lower() not in ("true", "false"):
+            raise ValueError(f"{where} must be true or false, got {text!r}.")
+        return text.lower() == "true"
+    if hint not in (int, float):
+        raise ValueError(f"{where} cannot be set in text, only from Python.")
+    try:
+        return hint(text)
+    except ValueError:
+        kind = "an integer" if hint is int else "a number"
+        raise ValueError(f"{where} must be {kind}, got {text!r}.") from None
+
+
+def _default(item: Any) -> Any:
+    return {} if item.name == "roles" else item.default
+
+
+def _class(scheme: Scheme) -> str:
+    return type(scheme).__name__
+
+
+def _within(scheme: Scheme, name: str, bound: str, holds: bool) -> None:
+    if not holds:
+        raise ValueError(f"{_class(scheme)}({name}=...) must be {bound}, got {getattr(scheme, name)!r}.")
+
+
+def _number(scheme: Scheme, name: str) -> float:
+    value = getattr(scheme, name)
+    _within(scheme, name, "a number", isinstance(value, int | float) and not isinstance(value, bool))
+    return float(value)
+
+
+def _integer(scheme: Scheme, name: str) -> int:
+    value = getattr(scheme, name)
+    _within(scheme, name, "an integer", isinstance(value, int) and not isinstance(value, bool))
+    return int(value)
+
+
+def _boolean(scheme: Scheme, name: str) -> None:
+    _within(scheme, name, "True or False", isinstance(getattr(scheme, name), bool))
+
+
+def _steps(scheme: Scheme, name: str) -> None:
+    _within(scheme, name, "at least 0", _integer(scheme, name) >= 0)
+
+
+def _one_of(scheme: Scheme, name: str, options: tuple[str, ...]) -> None:
+    _within(scheme, name, f"one of {', '.join(options)}", getattr(scheme, name) in options)
+
+
+def _role(scheme: Scheme, name: str, value: object) -> Role:
+    if value not in list(Role):
+        options = ", ".join(Role)
+        raise ValueError(f"{_class(scheme)}({name}=...) must be one of {options}, got {value!r}.")
+    return Role(str(value))
+
+
+def _to_role(scheme: Scheme, name: str) -> None:
+    object.__setattr__(scheme, name, _role(scheme, name, getattr(scheme, name)))

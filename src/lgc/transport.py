@@ -1,0 +1,158 @@
+"""Every collective that lgc performs, counted.
+
+Bytes are those of the buffers handed over, times what a rank sends and receives of them (K ranks, b bytes):
+
+| collective   | sends                           | receives              | algorithm                      |
+|--------------|---------------------------------|-----------------------|--------------------------------|
+| all-reduce   | 2 (K-1)/K b                     | 2 (K-1)/K b           | ring                           |
+| all-gather   | (K-1) b                         | (K-1) b               | ring                           |
+| broadcast    | b for each child in the tree    | b, the source nothing | binomial tree                  |
+| gather       | b, the destination nothing      | destination (K-1) b   | direct                         |
+| relay        | as send to rank 0 and broadcast |                       | point-to-point, binomial tree  |
+
+These are gloo's algorithms; other backends may spread the same totals differently over the ranks. Framing of the
+network below (TCP, Ethernet) is not included.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lgc.wire import SETUP, Traffic, Wire
+
+SERVER = 0
+
+
+class Opening(NamedTuple):
+    """What all ranks know of each other once a round is open; one element a rank."""
+
+    finite: list[bool]
+    votes: list[bool]
+
+
+class Transport:
+    """Counted collectives of one process group.
+
+    Tensors may be on any device: they are staged through the host where the backend (gloo) needs it. At world size
+    1 nothing is sent.
+    """
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self.group = group
+        self.rank = dist.get_rank(group)
+        self.world_size = dist.get_world_size(group)
+        self.wire = Wire()
+        self._on_host = dist.get_backend(group) == "gloo"
+        self.begin(SETUP, steps=0)
+
+    def begin(self, phase: str, *, steps: int = 1) -> None:
+        """Count what follows under `phase`, as `steps` more steps of it."""
+        self._traffic = self.wire.phases.setdefault(phase, Traffic())
+        self._traffic.steps += steps
+
+    def open_round(self, step: int, *, finite: bool, vote: bool, device: torch.device) -> Opening:
+        """Tell all ranks this rank's state before anything else of the round is sent.
+
+        Raises:
+            RuntimeError: on every rank, if the ranks are at different steps.
+        """
+        preamble = torch.tensor([step, finite, vote], dtype=torch.int64, device=device)
+        steps, finites, votes = self.all_gather(preamble, "preamble").T.tolist()
+        if set(steps) != {step}:
+            raise RuntimeError(f"lgc: the ranks are at different steps: {steps} (by rank).")
+        return Opening([bool(flag) for flag in finites], [bool(flag) for flag in votes])
+
+    def all_reduce(self, tensor: Tensor, content: str) -> Tensor:
+        """Sum over the ranks, the same bits on each; shape and dtype of `tensor`."""
+        share = 2 * (self.world_size - 1) * _bytes(tensor) // self.world_size
+        self._count(content, sent=share, received=share, upload=_bytes(tensor))
+        return self._run(tensor.clone(), lambda buffer: dist.all_reduce(buffer, group=self.group))
+
+    def all_reduce_async(self, tensor: Tensor, content: str) -> torch.futures.Future[Tensor]:
+        """Sum over the ranks into `tensor`, in the background."""
+        share = 2 * (self.world_size - 1) * _bytes(tensor) // self.world_size
+        self._count(content, sent=share, received=share, upload=_bytes(tensor))
+        work = dist.all_reduce(tensor, group=self.group, async_op=True)
+        assert work is not None
+        future: torch.futures.Future[Tensor] = work.get_future().then(lambda done: done.value()[0])
+        return future
+
+    def all_gather(self, tensor: Tensor, content: str) -> Tensor:
+        """The tensors of all ranks, which must have one shape and dtype: shape (K, *shape)."""
+        others = (self.world_size - 1) * _bytes(tensor)
+        self._count(content, sent=others, received=others, upload=_bytes(tensor))
+        staged = self._stage(tensor)
+        gathered = [torch.empty_like(staged) for _ in range(self.world_size)]
+        dist.all_gather(gathered, staged, group=self.group)
+        return torch.stack(gathered).to(tensor.device)
+
+    def broadcast(self, tensor: Tensor, content: str, *, source: int) -> Tensor:
+        """The tensor of rank `source`; the others pass one of the same shape and dtype to receive into."""
+        size = _bytes(tensor)
+        is_source = self.rank == source
+        self._count(
+            content,
+            sent=size * _tree_children((self.rank - source) % self.world_size, self.world_size),
+            received=0 if is_source else size,
+            upload=size if is_source else 0,
+        )
+        return self._run(tensor, lambda buffer: dist.broadcast(buffer, group_src=source, group=self.group))
+
+    def gather(self, tensor: Tensor, content: str) -> Tensor | None:
+        """At rank 0 the tensors of all ranks, shape (K, *shape); None elsewhere."""
+        size = _bytes(tensor)
+        staged = self._stage(tensor)
+        if self.rank != SERVER:
+            self._count(content, sent=size, received=0, upload=size)
+            dist.gather(staged, None, group_dst=SERVER, group=self.group)
+            return None
+        self._count(content, sent=0, received=(self.world_size - 1) * size, upload=size)
+        gathered = [torch.empty_like(staged) for _ in range(self.world_size)]
+        dist.gather(staged, gathered, group_dst=SERVER, group=self.group)
+        return torch.stack(gathered).to(tensor.device)
+
+    def relay(self, tensor: Tensor, content: str, *, source: int) -> Tensor:
+        """The tensor of rank `source`, which sends it to rank 0, which sends it to all."""
+        size = _bytes(tensor)
+        if source != SERVER and self.rank == source:
+            self._count(content, sent=size, received=0, upload=size)
+            dist.send(self._stage(tensor), group_dst=SERVER, group=self.group)
+        elif source != SERVER and self.rank == SERVER:
+            self._count(content, sent=0, received=size, upload=0)
+            tensor = self._run(tensor, lambda buffer: dist.recv(buffer, group_src=source, group=self.group))
+        return self.broadcast(tensor, content, source=SERVER)
+
+    def _run(self, tensor: Tensor, collective: Callable[[Tensor], object]) -> Tensor:
+        buffer = self._stage(tensor)
+        collective(buffer)
+        return buffer.to(tensor.device)
+
+    def _stage(self, tensor: Tensor) -> Tensor:
+        tensor = tensor.contiguous()
+        return tensor.cpu() if self._on_host else tensor
+
+    def _count(self, content: str, *, sent: int, received: int, upload: int) -> None:
+        alone = self.world_size == 1
+        self._traffic.sent_bytes += sent
+        self._traffic.received_bytes += received
+        self._traffic.upload_bytes += 0 if alone else upload
+        self._traffic.contents[content] = self._traffic.contents.get(content, 0) + sent
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def _tree_children(position: int, world_size: int) -> int:
+    """How many ranks the one at `position` (0 the source) sends to in a binomial tree."""
+    children = 0
+    stride = 1
+    while stride < world_size:
+        children += position < stride and position + stride < world_size
+        stride *= 2
+    return children
