@@ -6,6 +6,7 @@ aggregator's round is a sequence of exchanges over the regions of the flat vecto
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -279,9 +280,10 @@ def unpack_entries(packed: Tensor) -> Piece:
 
 
 def root_mean_square(x: Tensor) -> Tensor:
-    """Of all elements, shape (1,); 1 where there is nothing but zeros, so that it can divide."""
-    square = x.square().mean() if x.numel() else x.new_zeros(())
-    return torch.where(square > 0, square.sqrt(), 1.0).view(1)
+    """Of all elements, shape (1,)."""
+    norm = torch.linalg.vector_norm(x, dtype=torch.float64)  # squares of float32 may vanish
+    mean: Tensor = norm / math.sqrt(max(x.numel(), 1))
+    return mean.float().view(1)
 
 
 def _add_up(pieces: tuple[Piece, ...] | list[Piece], total: Tensor) -> Tensor:

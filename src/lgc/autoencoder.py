@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,7 @@ LATENT_CHANNELS = 4
 SLOPE = 0.01
 
 Optimizer = Literal["adam", "sgd"]
+Module = TypeVar("Module", bound=nn.Module)
 
 
 def latent_shape(length: int) -> tuple[int, int]:
@@ -53,6 +54,8 @@ class Decoder(nn.Module):
     43,681 parameters, with an innovation 43,682.
     """
 
+    out: nn.Conv1d
+
     def __init__(self, *, innovation: bool = False) -> None:
         super().__init__()
         channels = (LATENT_CHANNELS, 32, 64, 128, 32)
@@ -60,7 +63,8 @@ class Decoder(nn.Module):
             _skip_init(nn.ConvTranspose1d, inputs, outputs, 3, stride=2, padding=1, output_padding=1)
             for inputs, outputs in pairwise(channels)
         )
-        self.out = _skip_init(nn.Conv1d, channels[-1] + innovation, 1, 1)
+        self.hidden_channels = channels[-1]
+        self.out = _skip_init(nn.Conv1d, self.hidden_channels + innovation, 1, 1)
 
     def forward(self, z: Tensor, length: int, innovation: Tensor | None = None) -> Tensor:
         h = z
@@ -147,19 +151,28 @@ def trainable(device: torch.device) -> Iterator[None]:
         yield
 
 
-def _skip_init(kind: type[nn.Module], *args: int, **kwargs: Any) -> nn.Module:
+def _skip_init(kind: type[Module], *args: int, **kwargs: Any) -> Module:
     # The constructor's own initialisation would draw from the user's global generator.
     return kind(*args, **kwargs, device="meta").to_empty(device="cpu")
 
 
 def _initialise(module: nn.Module, generator: torch.Generator) -> None:
-    """torch's default initialisation of convolutions, from our own generator."""
+    """torch's default initialisation of convolutions, from our own generator; decoders start as y = e, or y = 0.
+
+    So an untrained autoencoder is never worse than sending nothing, or the innovation alone.
+    """
     for layer in module.modules():
         if isinstance(layer, nn.Conv1d | nn.ConvTranspose1d):
             bound = 1 / math.sqrt(layer.weight.shape[1] * layer.kernel_size[0])
             nn.init.uniform_(layer.weight, -bound, bound, generator=generator)
             assert layer.bias is not None
             nn.init.uniform_(layer.bias, -bound, bound, generator=generator)
+    for decoder in module.modules():
+        if isinstance(decoder, Decoder):
+            nn.init.zeros_(decoder.out.weight)
+            nn.init.ones_(decoder.out.weight[:, decoder.hidden_channels :])
+            assert decoder.out.bias is not None
+            nn.init.zeros_(decoder.out.bias)
 
 
 def _pad(x: Tensor) -> Tensor:

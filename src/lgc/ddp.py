@@ -303,8 +303,8 @@ def _advise(ddp: DistributedDataParallel, scheme: Scheme, optimizer: torch.optim
     if ddp.broadcast_buffers and any(True for _ in ddp.module.buffers()) and not isinstance(scheme, Dense):
         warnings.warn(
             "DDP broadcasts this model's buffers (batch-norm statistics) at every forward pass, outside lgc and not "
-            "counted, which may be more bytes than the gradients; pass broadcast_buffers=False and broadcast them "
-            "before evaluation and checkpoints.",
+            "counted, which may be more bytes than the gradients; set ddp_model.broadcast_buffers = False before "
+            "attach, and broadcast them before evaluation and checkpoints.",
             stacklevel=3,
         )
     if isinstance(scheme, SparseScheme) and scheme.momentum and optimizer is not None:

@@ -74,6 +74,7 @@ class LGCAggregator(Aggregator):
         *,
         optimizer: Optimizer,
         learning_rate: float,
+        updates: int,
         refresh: Refresh,
     ) -> None:
         super().__init__(layout, transport, schedule, feedback)
@@ -81,6 +82,7 @@ class LGCAggregator(Aggregator):
         self.shared = SharedTopK(transport, layout.shared)
         self.autoencoder = autoencoder.to(feedback.residual.device)
         self.optimizer = make_optimizer(autoencoder, optimizer, learning_rate)
+        self.updates = updates
         self.refresh = refresh
         self._explained = 0.0  # running mean over the compressed steps since the last freezing
         self._explained_fresh = 0.0
@@ -101,11 +103,12 @@ class LGCAggregator(Aggregator):
         mean = self.transport.broadcast(mean, "values", source=SERVER)
         if vectors is not None:
             with trainable(x.device):
-                loss = self._loss(vectors / scale, step)
-                self.optimizer.zero_grad()
-                torch.autograd.backward(loss)
-                self.optimizer.step()
-            self.metrics["autoencoder_loss"] = float(loss)
+                for _ in range(self.updates):
+                    loss = self._loss(_divide(vectors, scale), step)
+                    self.metrics.setdefault("autoencoder_loss", loss.item())
+                    self.optimizer.zero_grad()
+                    torch.autograd.backward(loss)
+                    self.optimizer.step()
         return Exchange([Piece(indices, mean)], Piece(indices, x))
 
     def _freeze(self) -> None:
@@ -200,7 +203,7 @@ class RingAggregator(LGCAggregator):
             return Exchange([], Piece(indices, x))
         encoder, decoder = self.autoencoder.encoder, self.autoencoder.decoder
         with replicated(x.device):
-            z_k = encoder((x / scale)[None])
+            z_k = encoder(_divide(x, scale)[None])
             z = self.transport.all_reduce(z_k, "latents") / self.transport.world_size
             y, y_k = decoder(torch.cat([z, z_k]), x.numel()) * scale
         self._observe(x, y_k)
@@ -258,7 +261,7 @@ class ServerAggregator(LGCAggregator):
             indices = top_k(v, self.shared.segments)
             scale = root_mean_square(v[indices])
             with replicated(v.device):
-                z = self.autoencoder.encoder((v[indices] / scale)[None])
+                z = self.autoencoder.encoder(_divide(v[indices], scale)[None])
             packet = pack_entries(Piece(indices, torch.cat([scale, z.flatten()])))
         else:
             packet = torch.zeros(mu + 1 + shape[1] * shape[2], dtype=torch.int32, device=v.device)
@@ -270,7 +273,7 @@ class ServerAggregator(LGCAggregator):
         """Every rank's y_k = D_k(z, innovation_k); their mean, and this rank's own."""
         if x.numel() == 0:
             return Exchange([], Piece(indices, x))
-        scaled = x / scale
+        scaled = _divide(x, scale)
         positions = largest(scaled, entries(scaled.numel(), self.innovation))
         packet = pack_entries(Piece(positions, scaled[positions]))
         gathered = self.transport.gather(packet, "innovations")
@@ -290,6 +293,11 @@ class ServerAggregator(LGCAggregator):
             _scatter(Piece(where, vector[where]), x.shape[1]) for where, vector in zip(positions, x, strict=True)
         ]
         return self.autoencoder.loss(x, torch.stack(innovations), self.shared.leader(step))
+
+
+def _divide(x: Tensor, scale: Tensor) -> Tensor:
+    """x / scale, or x where the scale is zero; what is decoded is multiplied by the scale, and then is zero."""
+    return x / torch.where(scale > 0, scale, 1.0)
 
 
 def _scatter(entries: Piece, size: int) -> Tensor:

@@ -184,6 +184,7 @@ class LGCScheme(SparseScheme, ABC):
         feedback: "reconstruction" keeps what the autoencoder loses for later, "paper" drops it.
         first, last: roles of the first and the last weight.
         autoencoder_optimizer, autoencoder_lr: of the autoencoder's own training.
+        autoencoder_updates: its optimizer's steps per step of phase train, at least 1, which is the paper's.
         refresh_every: train the autoencoder again after this many compressed steps; 0 is never.
         refresh_below: ... when the fraction of the values' energy that it explains falls below this fraction of
             what it was when frozen; 0 is never, None is 0.5 with feedback="reconstruction", else 0.
@@ -198,6 +199,7 @@ class LGCScheme(SparseScheme, ABC):
     last: Role = Role.OWN
     autoencoder_optimizer: Optimizer = "adam"
     autoencoder_lr: float = 1e-3
+    autoencoder_updates: int = 4
     refresh_every: int = 0
     refresh_below: float | None = None
     refresh_steps: int = 50
@@ -214,7 +216,8 @@ class LGCScheme(SparseScheme, ABC):
         _within(self, "autoencoder_lr", "positive", 0 < _number(self, "autoencoder_lr") < float("inf"))
         if self.refresh_below is not None:
             _within(self, "refresh_below", "in [0, 1)", 0 <= _number(self, "refresh_below") < 1)
-        _within(self, "refresh_steps", "at least 1", _integer(self, "refresh_steps") >= 1)
+        for name in ("autoencoder_updates", "refresh_steps"):
+            _within(self, name, "at least 1", _integer(self, name) >= 1)
 
     def layout(self, parameters: Iterable[tuple[str, Tensor]]) -> Layout:
         return self._layout(parameters, first=self.first, last=self.last, other=Role.SHARED)
@@ -235,6 +238,7 @@ class LGCScheme(SparseScheme, ABC):
             "feedback": self._feedback(layout, transport, device, keep_loss=self.feedback == "reconstruction"),
             "optimizer": self.autoencoder_optimizer,
             "learning_rate": self.autoencoder_lr,
+            "updates": self.autoencoder_updates,
             "refresh": Refresh(self.refresh_every, below, self.refresh_steps),
         }
 

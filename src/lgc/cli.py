@@ -1,0 +1,197 @@
+"""The command line: arguments in, runs and reports out."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from lgc.launch import RankFailedError, run_in_job, run_locally, under_torchrun
+from lgc.recipes import RECIPES
+from lgc.report import Run, find_runs, format_table, write_report
+from lgc.schemes import SCHEMES
+from lgc.train import SUMMARY, Settings
+from lgc.version import __version__
+
+SCHEME_HELP = (
+    "A name ({names}), with arguments after colons: lgc-ring:rate=0.002:feedback=paper. "
+    "What is not set has the recipe's default."
+).format(names=", ".join(SCHEMES))
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__)
+def main() -> None:
+    """Learned gradient compression for PyTorch DistributedDataParallel.
+
+    \b
+    lgc compare --recipe digits --workers 4 --schemes dense,dgc,lgc-ring --out runs/first
+    lgc report runs/first
+    torchrun --nproc-per-node 4 -m lgc train --recipe digits --scheme lgc-ring --out runs/one
+    """
+
+
+def run_options(command: Command) -> Command:
+    """What `train` and `compare` have in common."""
+    for option in reversed(
+        [
+            click.option("--epochs", type=click.IntRange(1), help="Passes over the training data.  [the recipe's]"),
+            click.option("--steps", type=click.IntRange(1), help="Stop after so many.  [at the end of the epochs]"),
+            click.option("--batch-size", type=click.IntRange(1), help="Samples per rank and step.  [the recipe's]"),
+            click.option(
+                "--timeout",
+                type=click.FloatRange(1),
+                default=60.0,
+                show_default=True,
+                help="Seconds after which a rank that waits for another gives up.",
+            ),
+            click.option(
+                "--out", type=click.Path(file_okay=False, path_type=Path), required=True, help="Folder of the results."
+            ),
+            click.option("--overwrite", is_flag=True, help="Replace a finished run of other settings."),
+        ]
+    ):
+        command = option(command)
+    return command
+
+
+@main.command()
+@click.option("--recipe", type=click.Choice(list(RECIPES)), required=True, help="What to train on what.")
+@click.option("--scheme", default="lgc-ring", show_default=True, help=SCHEME_HELP)
+@click.option(
+    "--workers",
+    type=click.IntRange(1),
+    help="Ranks to start on this machine; not under torchrun, which starts them itself.  [1]",
+)
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the model and the shuffling.")
+@run_options
+def train(
+    recipe: str, scheme: str, workers: int | None, seed: int, timeout: float, out: Path, overwrite: bool, **run: Any
+) -> None:
+    """Train one recipe with one scheme.
+
+    Starts --workers ranks on this machine or, under torchrun, is one of its ranks:
+
+    \b
+    lgc train --recipe digits --scheme lgc-ring --workers 4 --out runs/one
+    torchrun --nnodes 2 --nproc-per-node 1 --rdzv-backend c10d --rdzv-endpoint HOST:29500 \\
+        -m lgc train --recipe digits --scheme lgc-ring --out runs/one
+
+    OUT gets metrics.jsonl while it trains (one JSON object a step) and summary.json when it is done.
+    """
+    if under_torchrun():
+        world_size = int(os.environ["WORLD_SIZE"])
+        if workers not in (None, world_size):
+            raise click.UsageError(f"--workers {workers}: torchrun has started {world_size} ranks; leave it out.")
+        run_in_job(_settings(recipe, scheme, world_size, seed, run), out, timedelta(seconds=timeout))
+        return
+    settings = _settings(recipe, scheme, workers or 1, seed, run)
+    _run_unless_finished(settings, out, timedelta(seconds=timeout), overwrite)
+    click.echo(format_table(find_runs([out])))
+
+
+@main.command()
+@click.option("--recipe", "recipes", default="digits", show_default=True, help=f"One or more of {', '.join(RECIPES)}.")
+@click.option("--workers", type=click.IntRange(1), default=4, show_default=True, help="Ranks on this machine.")
+@click.option("--schemes", default="dense,topk,dgc,scalecom,lgc-ring,lgc-ps", show_default=True, help=SCHEME_HELP)
+@click.option("--seeds", type=click.IntRange(1), default=1, show_default=True, help="Train with so many: 0, 1, 2, ...")
+@run_options
+def compare(
+    recipes: str, workers: int, schemes: str, seeds: int, timeout: float, out: Path, overwrite: bool, **run: Any
+) -> None:
+    """Train with several schemes, one after the other, and report on them side by side.
+
+    \b
+    lgc compare --recipe digits --workers 4 --schemes dense,lgc-ring,lgc-ring:feedback=paper --seeds 3 --out runs/c
+
+    OUT/SCHEME gets the run of seed 0 (summary.json, metrics.jsonl), OUT/SCHEME/seed-1 and so on those of further
+    seeds, OUT/report.html the figures; with several recipes there is a folder for each in between. What is
+    finished is not run again, so an interrupted comparison goes on where it was and seeds can be added later.
+    """
+    planned = {
+        out / folder: settings
+        for folder, settings in _plan(recipes.split(","), schemes.split(","), workers, seeds, run).items()
+    }
+    try:
+        for number, (folder, settings) in enumerate(planned.items(), 1):
+            click.echo(
+                f"[{number}/{len(planned)}] {settings.recipe}, {settings.scheme}, seed {settings.seed}", err=True
+            )
+            _run_unless_finished(settings, folder, timedelta(seconds=timeout), overwrite)
+    finally:
+        runs = find_runs([folder for folder in planned if (folder / SUMMARY).exists()])
+        if runs:
+            write_report(runs, out / "report.html")
+            click.echo(format_table(runs))
+            click.echo(f"\n{out / 'report.html'}")
+
+
+@main.command()
+@click.argument("folders", nargs=-1, required=True, type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.option(
+    "--out",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="The page to write.  [report.html in the first folder]",
+)
+def report(folders: tuple[Path, ...], out: Path | None) -> None:
+    """Write one page about all finished runs in FOLDERS and below.
+
+    \b
+    lgc report runs/first runs/second --out both.html
+
+    The page holds its figures and needs no network.
+    """
+    runs = find_runs(folders)
+    if not runs:
+        raise click.UsageError(f"no {SUMMARY} in {', '.join(map(str, folders))} or below: no run has finished there.")
+    page = out or folders[0] / "report.html"
+    write_report(runs, page)
+    click.echo(format_table(runs))
+    click.echo(f"\n{page}")
+
+
+def _settings(recipe: str, scheme: str, world_size: int, seed: int, run: dict[str, Any]) -> Settings:
+    try:
+        return Settings(recipe=recipe, scheme=scheme, world_size=world_size, seed=seed, **run)
+    except ValueError as error:
+        raise click.UsageError(str(error)) from None
+
+
+def _plan(
+    recipes: list[str], schemes: list[str], workers: int, seeds: int, run: dict[str, Any]
+) -> dict[Path, Settings]:
+    """The folder of every run and its settings, checked before the first one starts."""
+    planned: dict[Path, Settings] = {}
+    for recipe in recipes:
+        for scheme in schemes:
+            for seed in range(seeds):
+                parts = [recipe] if len(recipes) > 1 else []
+                parts += [scheme.replace(":", ","), *([f"seed-{seed}"] if seed else [])]
+                planned[Path(*parts)] = _settings(recipe, scheme, workers, seed, run)
+    return planned
+
+
+def _run_unless_finished(settings: Settings, out: Path, timeout: timedelta, overwrite: bool) -> None:
+    if (out / SUMMARY).exists():
+        there, wanted = Run.load(out).configuration, settings.configuration()
+        changed = next((key for key in wanted if there.get(key) != wanted[key]), None)
+        if changed is None:
+            click.echo(f"{out}: finished before", err=True)
+            return
+        if not overwrite:
+            raise click.UsageError(
+                f"{out} has a finished run of other settings ({changed}: {there.get(changed)!r}, "
+                f"now {wanted[changed]!r}); choose another --out, or --overwrite."
+            )
+        (out / SUMMARY).unlink()
+    try:
+        run_locally(settings, out, timeout)
+    except RankFailedError as error:
+        click.echo(error.details, err=True)
+        raise click.ClickException(str(error)) from None

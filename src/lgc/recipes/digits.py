@@ -1,0 +1,81 @@
+"""Handwritten digits, 8 x 8 pixels, that come with scikit-learn: a run of half a minute that needs no download."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lgc.recipes.recipe import ACCURACY, Data, Recipe
+
+TEST_FRACTION = 1 / 3
+WARMUP = 0.1  # fraction of the run over which the learning rate rises
+
+
+class Block(nn.Module):
+    """Basic residual block. Source: He et al., CVPR 2016, arXiv 1512.03385."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride=stride, padding=1, bias=False)
+        self.norm1 = nn.BatchNorm2d(outputs)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
+        self.norm2 = nn.BatchNorm2d(outputs)
+        self.shortcut = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride=stride, bias=False), nn.BatchNorm2d(outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.relu(self.norm1(self.conv1(x)))
+        return F.relu(self.norm2(self.conv2(h)) + self.shortcut(x))
+
+
+def small_resnet() -> nn.Module:
+    """Three residual blocks at 8, 4 and 2 pixels: (batch, 1, 8, 8) -> (batch, 10), 1.0 million parameters."""
+    return nn.Sequential(
+        nn.Conv2d(1, 32, 3, padding=1, bias=False),
+        nn.BatchNorm2d(32),
+        nn.ReLU(),
+        Block(32, 32, 1),
+        Block(32, 96, 2),
+        Block(96, 256, 2),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(256, 10),
+    )
+
+
+def load_digits() -> Data:
+    """Two thirds of the 1,797 images to train on and one third to test, each class in proportion."""
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    pixels, labels = load_digits(return_X_y=True)
+    parts = train_test_split(pixels / 16, labels, test_size=TEST_FRACTION, random_state=0, stratify=labels)
+    train_inputs, test_inputs = (torch.tensor(part, dtype=torch.float32).view(-1, 1, 8, 8) for part in parts[:2])
+    train_targets, test_targets = (torch.tensor(part, dtype=torch.int64) for part in parts[2:])
+    return Data(train_inputs, train_targets, test_inputs, test_targets)
+
+
+def warmup_and_cosine(progress: float) -> float:
+    """A linear rise, then half a cosine to zero."""
+    if progress < WARMUP:
+        return (progress + 0.01) / (WARMUP + 0.01)
+    return 0.5 * (1 + math.cos(math.pi * (progress - WARMUP) / (1 - WARMUP)))
+
+
+DIGITS = Recipe(
+    name="digits",
+    summary="scikit-learn's digits, a ResNet of 1.0 million parameters, half a minute",
+    model=small_resnet,
+    data=load_digits,
+    loss=F.cross_entropy,
+    metric=ACCURACY,
+    batch_size=16,
+    epochs=24,
+    learning_rate=0.05,
+    momentum=0.9,
+    weight_decay=5e-4,
+    learning_rate_factor=warmup_and_cosine,
+    scheme_defaults={"rate": 0.003, "dense_steps": 15, "warmup_steps": 25, "train_steps": 80},
+)

@@ -1,0 +1,25 @@
+"""Fixtures of the whole suite."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from ranks import RankPool, Ranks
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def rank_pool() -> Iterator[RankPool]:
+    """The processes behind `ranks`, started with the first test that needs them."""
+    pool = RankPool()
+    yield pool
+    pool.kill()
+
+
+@pytest.fixture(scope="session")
+def ranks(rank_pool: RankPool) -> Callable[[int], Ranks]:
+    """`ranks(world_size).run(function, *args)`: `function(rank, world_size, *args)` on real gloo ranks."""
+    return lambda world_size: Ranks(rank_pool, world_size)

@@ -1,0 +1,368 @@
+"""Every scheme of docs/algorithm.md once more: all ranks in one process, plain loops, no flat vector.
+
+Written from that page alone. Vectors are keyed by parameter name; a position in a segment is a pair
+(name, offset). Nothing here knows `lgc`: the tests compare it with what real ranks do.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatch
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Vectors = dict[str, Tensor]  # parameter name -> its values, one-dimensional
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """The arguments of a scheme, by the names of docs/algorithm.md."""
+
+    scheme: str  # topk, dgc, scalecom, lgc-ring, lgc-ps
+    rate: float
+    pooled_rate: float | None = None
+    momentum: float = 0.0
+    clip_norm: float | None = None
+    server: bool = False
+    dense_steps: int = 0
+    warmup_steps: int = 0
+    train_steps: int = 0
+    feedback: str = "reconstruction"
+    innovation: float = 0.01
+    autoencoder_lr: float = 1e-3
+    autoencoder_optimizer: str = "adam"
+    autoencoder_updates: int = 1
+    first: str | None = None
+    last: str | None = None
+    small: str | None = None
+    roles: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def learned(self) -> bool:
+        return self.scheme in ("lgc-ring", "lgc-ps")
+
+
+class Segment(NamedTuple):
+    """What one top-k selects from: some parameters, in order."""
+
+    names: tuple[str, ...]
+    numel: int
+    pooled: bool
+
+
+class Layout(NamedTuple):
+    """Dense parameters, and the segments of the two other roles; `order` is that of the flat vector."""
+
+    dense: tuple[str, ...]
+    own: tuple[Segment, ...]
+    shared: tuple[Segment, ...]
+
+    @property
+    def order(self) -> list[str]:
+        return [*self.dense, *(name for segment in (*self.own, *self.shared) for name in segment.names)]
+
+
+def make_layout(config: Config, shapes: Mapping[str, tuple[int, ...]]) -> Layout:
+    """Section "Layout"."""
+    weights = [name for name, shape in shapes.items() if len(shape) >= 2]
+    smalls = [name for name, shape in shapes.items() if len(shape) < 2]
+    default = {"topk": "own", "dgc": "own", "scalecom": "shared", "lgc-ring": "shared", "lgc-ps": "shared"}[
+        config.scheme
+    ]
+    small_role = config.small or ("own" if config.learned else default)
+
+    role = dict.fromkeys(weights, default) | dict.fromkeys(smalls, small_role)
+    if len(weights) > 1:
+        first = weights[0]
+        others = sum(math.prod(shapes[name]) for name in weights[1:])
+        wanted = config.first or ("dense" if config.learned else default)
+        if wanted != "dense" or math.prod(shapes[first]) <= config.rate * others / 4:
+            role[first] = wanted
+    if weights:
+        role[weights[-1]] = config.last or ("own" if config.learned else default)
+    for pattern, override in config.roles.items():
+        role |= {name: override for name in shapes if fnmatch(name, pattern)}
+
+    def region(name_of_role: str) -> tuple[Segment, ...]:
+        pool = [name for name in smalls if role[name] == name_of_role == small_role]
+        segments = []
+        if pool:
+            segments.append(Segment(tuple(pool), sum(math.prod(shapes[name]) for name in pool), True))
+        for name in shapes:
+            if role[name] == name_of_role and name not in pool:
+                segments.append(Segment((name,), math.prod(shapes[name]), False))
+        return tuple(segments)
+
+    dense = tuple(name for name in shapes if role[name] == "dense")  # nothing is selected, so there are no segments
+    return Layout(dense, region("own"), region("shared"))
+
+
+def phase_at(config: Config, step: int) -> str:
+    """Section "Rate and phases"."""
+    for phase, length in (
+        ("dense", config.dense_steps),
+        ("warmup", config.warmup_steps),
+        ("train", config.train_steps),
+    ):
+        if step < length:
+            return phase
+        step -= length
+    return "compressed"
+
+
+def count_at(config: Config, segment: Segment, step: int) -> int:
+    """How many values of a segment are sent in a step."""
+    if segment.numel == 0:
+        return 0
+    rate = config.rate
+    if segment.pooled:
+        rate = min(1.0, 4 * config.rate) if config.pooled_rate is None else config.pooled_rate
+    if phase_at(config, step) == "warmup":
+        falling: list[float] = []
+        while 0.25 * 4 ** -len(falling) > config.rate:
+            falling.append(0.25 * 4 ** -len(falling))
+        if falling:
+            j = step - config.dense_steps
+            rate = max(rate, falling[j * len(falling) // config.warmup_steps])
+    return max(1, round(rate * segment.numel))
+
+
+Positions = list[tuple[str, int]]
+
+
+def largest(vectors: Vectors, segment: Segment, count: int) -> Positions:
+    """The positions of the `count` largest magnitudes of a segment, in the order of the segment."""
+    everywhere = [(name, offset) for name in segment.names for offset in range(vectors[name].numel())]
+    magnitudes = torch.cat([vectors[name] for name in segment.names]).abs().tolist()
+    ranked = sorted(range(len(everywhere)), key=lambda place: -magnitudes[place])
+    return [everywhere[place] for place in sorted(ranked[:count])]
+
+
+def take(vectors: Vectors, positions: Positions) -> Tensor:
+    return torch.stack([vectors[name][offset] for name, offset in positions])
+
+
+class Weights(NamedTuple):
+    """An encoder and one decoder per rank (the ring has one): (weight, bias) of each layer."""
+
+    encoder: list[tuple[Tensor, Tensor]]
+    decoders: list[list[tuple[Tensor, Tensor]]]
+
+    @classmethod
+    def of(cls, state: Mapping[str, Tensor], decoders: int) -> Weights:
+        """From a state dict in the order encoder, decoders, each of five layers with weight and bias."""
+        tensors = [tensor.detach().clone() for tensor in state.values()]
+        assert len(tensors) == 10 * (1 + decoders)
+        pairs = list(zip(tensors[0::2], tensors[1::2], strict=True))
+        return cls(pairs[:5], [pairs[5 * (d + 1) : 5 * (d + 2)] for d in range(decoders)])
+
+    def tensors(self) -> list[Tensor]:
+        return [tensor for layers in (self.encoder, *self.decoders) for pair in layers for tensor in pair]
+
+
+def encode(weights: Weights, x: Tensor) -> Tensor:
+    """z = E(x), (mu,) -> (4, ceil(mu / 16))."""
+    y = torch.cat([x, x.new_zeros(-len(x) % 16)])[None, :]
+    for i in range(4):
+        weight, bias = weights.encoder[i]
+        y = F.leaky_relu(F.conv1d(y, weight, bias, stride=2, padding=1), 0.01)
+    weight, bias = weights.encoder[4]
+    return F.conv1d(y, weight, bias)
+
+
+def decode(weights: Weights, rank: int, z: Tensor, mu: int, innovation: Tensor | None = None) -> Tensor:
+    """y = D_rank(z) or D_rank(z, innovation), (4, ceil(mu / 16)) -> (mu,)."""
+    y = z
+    for i in range(4):
+        weight, bias = weights.decoders[rank][i]
+        y = F.leaky_relu(F.conv_transpose1d(y, weight, bias, stride=2, padding=1, output_padding=1), 0.01)
+    if innovation is not None:
+        padded = torch.cat([innovation, innovation.new_zeros(-mu % 16)])
+        y = torch.cat([y, padded[None, :]])
+    weight, bias = weights.decoders[rank][4]
+    return F.conv1d(y, weight, bias)[0, :mu]
+
+
+class Outcome(NamedTuple):
+    """One round: what the optimizers get, and what each rank sent as the others decode it."""
+
+    mean: Vectors
+    sent: list[Vectors]
+    phase: str
+    loss: float | None  # of the autoencoder, in phase train
+
+
+class Reference:
+    """All ranks of one training run, in one process."""
+
+    def __init__(
+        self,
+        config: Config,
+        shapes: Mapping[str, tuple[int, ...]],
+        world_size: int,
+        *,
+        frozen: Weights | None = None,
+        initial: Weights | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        """With `initial` weights it trains the autoencoder itself, `frozen` ones it uses as they are."""
+        self.config = config
+        self.layout = make_layout(config, shapes)
+        self.shapes = dict(shapes)
+        self.K = world_size
+        self.dtype = dtype
+        self.weights = initial or frozen
+        self.optimizer: torch.optim.Optimizer | None = None
+        if initial is not None:
+            trained = [tensor.requires_grad_() for tensor in initial.tensors()]
+            kind = {"adam": torch.optim.Adam, "sgd": torch.optim.SGD}[config.autoencoder_optimizer]
+            self.optimizer = kind(trained, lr=config.autoencoder_lr)
+        self.u = [self.zeros() for _ in range(world_size)]
+        self.v = [self.zeros() for _ in range(world_size)]
+        self.server_residual = self.zeros()
+        self.t = 0
+
+    def zeros(self) -> Vectors:
+        return {name: torch.zeros(math.prod(shape), dtype=self.dtype) for name, shape in self.shapes.items()}
+
+    def accumulate(self, gradients: Sequence[Mapping[str, Tensor]]) -> None:
+        """Section "Feedback", the part before anything is sent."""
+        for k in range(self.K):
+            g = {name: gradients[k][name].reshape(-1).to(self.dtype) for name in self.shapes}
+            if self.config.clip_norm is not None:
+                norm = math.sqrt(sum((g[name].double() ** 2).sum().item() for name in g))
+                if norm > 0:
+                    factor = min(1.0, self.config.clip_norm / (math.sqrt(self.K) * norm))
+                    g = {name: g[name] * factor for name in g}
+            for name in g:
+                self.u[k][name] = self.config.momentum * self.u[k][name] + g[name]
+                self.v[k][name] = self.v[k][name] + self.u[k][name]
+
+    def step(self, gradients: Sequence[Mapping[str, Tensor]]) -> Outcome:
+        """One round of every rank."""
+        phase = phase_at(self.config, self.t)
+        self.accumulate(gradients)
+        mean = self.zeros()
+        sent = [self.zeros() for _ in range(self.K)]
+        loss = None
+        if phase == "dense":
+            self.exchange_dense(self.layout.order, mean, sent)
+        else:
+            self.exchange_dense(self.layout.dense, mean, sent)
+            self.exchange_own(mean, sent)
+            loss = self.exchange_shared(phase, mean, sent)
+        self.t += 1
+        return Outcome(mean, sent, phase, loss)
+
+    def exchange_dense(self, names: Sequence[str], mean: Vectors, sent: list[Vectors]) -> None:
+        for name in names:
+            for k in range(self.K):
+                mean[name] += self.v[k][name] / self.K
+                sent[k][name] = self.v[k][name].clone()
+                self.v[k][name] = torch.zeros_like(self.v[k][name])
+
+    def exchange_own(self, mean: Vectors, sent: list[Vectors]) -> None:
+        received = self.server_residual if self.config.server else mean
+        for segment in self.layout.own:
+            count = count_at(self.config, segment, self.t)
+            if count == 0:
+                continue
+            for k in range(self.K):
+                for name, offset in largest(self.v[k], segment, count):
+                    value = self.v[k][name][offset].clone()
+                    received[name][offset] += value / self.K
+                    sent[k][name][offset] = value
+                    self.v[k][name][offset] = 0
+                    self.u[k][name][offset] = 0
+            if self.config.server:
+                for name, offset in largest(self.server_residual, segment, count):
+                    mean[name][offset] = self.server_residual[name][offset]
+                    self.server_residual[name][offset] = 0
+
+    def exchange_shared(self, phase: str, mean: Vectors, sent: list[Vectors]) -> float | None:
+        leader = self.t % self.K
+        positions: Positions = []
+        for segment in self.layout.shared:
+            count = count_at(self.config, segment, self.t)
+            if count > 0:
+                positions += largest(self.v[leader], segment, count)
+        if not positions:
+            return None
+        mu = len(positions)
+        x = [take(self.v[k], positions) for k in range(self.K)]
+        scale = math.sqrt((x[leader].double() ** 2).mean().item())
+
+        loss = None
+        if phase == "compressed" and self.config.scheme == "lgc-ring":
+            average, decoded = self.ring(x, scale)
+        elif phase == "compressed" and self.config.scheme == "lgc-ps":
+            average, decoded = self.parameter_server(x, scale, leader)
+        else:
+            average, decoded = sum(x, torch.zeros(mu, dtype=self.dtype)) / self.K, x
+            if phase == "train" and self.optimizer is not None:
+                losses = [self.train(x, scale, leader) for _ in range(self.config.autoencoder_updates)]
+                loss = losses[0]
+
+        for place, (name, offset) in enumerate(positions):
+            mean[name][offset] = average[place]
+            for k in range(self.K):
+                sent[k][name][offset] = decoded[k][place]
+                if self.config.feedback == "paper":
+                    self.v[k][name][offset] = 0
+                else:
+                    self.v[k][name][offset] = x[k][place] - decoded[k][place]
+                self.u[k][name][offset] = 0
+        return loss
+
+    def ring(self, x: list[Tensor], scale: float) -> tuple[Tensor, list[Tensor]]:
+        assert self.weights is not None
+        mu = len(x[0])
+        with torch.no_grad():
+            z = [encode(self.weights, x_k / (scale or 1)) for x_k in x]
+            average = scale * decode(self.weights, 0, sum(z, torch.zeros_like(z[0])) / self.K, mu)
+            return average, [scale * decode(self.weights, 0, z_k, mu) for z_k in z]
+
+    def innovation(self, x: Tensor) -> Tensor:
+        """The largest values of x, zero elsewhere."""
+        count = max(1, round(self.config.innovation * len(x)))
+        magnitudes = x.abs().tolist()
+        e = torch.zeros_like(x)
+        for place in sorted(range(len(x)), key=lambda place: -magnitudes[place])[:count]:
+            e[place] = x[place]
+        return e
+
+    def parameter_server(self, x: list[Tensor], scale: float, leader: int) -> tuple[Tensor, list[Tensor]]:
+        assert self.weights is not None
+        mu = len(x[0])
+        with torch.no_grad():
+            z = encode(self.weights, x[leader] / (scale or 1))
+            y = [decode(self.weights, k, z, mu, self.innovation(x[k] / (scale or 1))) for k in range(self.K)]
+            return scale * sum(y, torch.zeros(mu, dtype=self.dtype)) / self.K, [scale * y_k for y_k in y]
+
+    def train(self, x: list[Tensor], scale: float, leader: int) -> float:
+        """One step of the optimizer on the loss of section "Autoencoder"; returns the loss before it."""
+        assert self.weights is not None
+        assert self.optimizer is not None
+        mu = len(x[0])
+        n = [x_k / (scale or 1) for x_k in x]
+        z = [encode(self.weights, n_k) for n_k in n]
+        if self.config.scheme == "lgc-ring":
+            target = sum(n, torch.zeros_like(n[0])) / self.K
+            loss = F.mse_loss(decode(self.weights, 0, sum(z, torch.zeros_like(z[0])) / self.K, mu), target)
+        else:
+            loss = torch.zeros((), dtype=self.dtype)
+            for k in range(self.K):
+                y = decode(self.weights, k, z[leader], mu, self.innovation(n[k]))
+                loss = loss + 0.5 * F.mse_loss(y, n[k])
+                for other in range(self.K):
+                    if other != k:
+                        loss = loss + 0.5 * F.mse_loss(z[k], z[other])
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        return loss.item()

@@ -1,0 +1,228 @@
+"""The command line as a user meets it: real processes, real ranks, the embedded digits."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from lgc.cli import main
+
+LGC = [sys.executable, "-m", "lgc"]
+SHORT = ["--recipe", "digits", "--workers", "2", "--steps", "30", "--batch-size", "8"]
+RING = "lgc-ring:dense_steps=3:warmup_steps=5:train_steps=10"
+
+
+def run(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """A command in a process of its own; its output must have no traceback."""
+    done = subprocess.run([*LGC, *arguments], capture_output=True, text=True, timeout=120, cwd=cwd)
+    assert "Traceback" not in done.stderr, done.stderr
+    return done
+
+
+def read(path: Path) -> Any:
+    return json.loads(path.read_text())
+
+
+def exists(process_group: int) -> bool:
+    try:
+        os.killpg(process_group, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def rows(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished comparison of two schemes."""
+    out = tmp_path_factory.mktemp("compared")
+    done = run("compare", *SHORT, "--schemes", f"dense,{RING}", "--out", str(out))
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"^dense +[\d.]+ +1 +[\d.,]+ +1\.0 +- +- +\d+ s$", done.stdout, re.MULTILINE), done.stdout
+    assert re.search(rf"^{RING} +[\d.]+ +1 +", done.stdout, re.MULTILINE), done.stdout
+    return out
+
+
+def test_compare_writes_a_summary_of_every_run(compared: Path) -> None:
+    dense, ring = (read(compared / name / "summary.json") for name in ("dense", RING.replace(":", ",")))
+    for summary in (dense, ring):
+        assert {"recipe": "digits", "world_size": 2, "seed": 0, "steps": 30}.items() <= summary.items()
+        assert summary["metric"]["name"] == "accuracy"
+        assert 0 <= summary["metric"]["value"] <= 100
+        assert summary["time"]["wall_s"] > 0
+        wire = summary["wire"]
+        for direction in ("sent_bytes", "received_bytes"):
+            assert wire[direction] == sum(phase[direction] for phase in wire["phases"])
+        assert wire["max_rank_bytes"] >= (wire["sent_bytes"] + wire["received_bytes"]) / 2
+    assert dense["scheme"] == "dense"
+    assert ring["scheme"] == "lgc-ring"
+    assert dense["wire"]["ratio"] == pytest.approx(1, rel=1e-3)
+    assert dense["wire"]["ratio_compressed_phase"] is None
+    fp32 = 30 * 2 * 2 * 4 * ring["parameters"]  # 30 steps; 2 (K - 1) buffers in all each way
+    assert ring["wire"]["ratio"] == pytest.approx(fp32 / (ring["wire"]["sent_bytes"] + ring["wire"]["received_bytes"]))
+    assert ring["wire"]["ratio_compressed_phase"] > 50
+    assert {p["name"]: p["steps"] for p in ring["wire"]["phases"]} == {
+        "setup": 0,
+        "dense": 3,
+        "warmup": 5,
+        "train": 10,
+        "compressed": 12,
+    }
+
+
+def test_metrics_have_a_row_for_every_step_and_evaluation(compared: Path) -> None:
+    of_ring = rows(compared / RING.replace(":", ","))
+    assert [row["step"] for row in of_ring if "loss" in row] == list(range(30))
+    assert [row["step"] for row in of_ring if "accuracy" in row] == [29]
+    assert [row["step"] for row in of_ring if "autoencoder_loss" in row] == list(range(8, 18))
+    assert [row["step"] for row in of_ring if "reconstruction_error" in row] == list(range(18, 30))
+    sent = [row["rank0_sent_bytes"] for row in of_ring if "loss" in row]
+    assert sent == sorted(sent)
+    assert sent[0] > 0
+
+
+def test_the_report_is_one_page_that_needs_nothing_else(compared: Path) -> None:
+    page = (compared / "report.html").read_text()
+    external: list[str] = []
+    figures: list[str] = []
+
+    class Page(HTMLParser):
+        def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+            external.extend(f"{tag} {v}" for k, v in attrs if k in ("src", "href") and v and not v.startswith("#"))
+            if tag == "svg":
+                figures.append(tag)
+
+    Page().feed(page)
+    assert external == []
+    assert len(figures) == 6
+    assert "lgc train --recipe=digits --scheme=dense" in page
+
+
+def test_a_comparison_goes_on_where_it_was(compared: Path) -> None:
+    before = (compared / "dense" / "summary.json").stat().st_mtime_ns
+    done = run("compare", *SHORT, "--schemes", "dense", "--seeds", "2", "--out", str(compared))
+    assert "finished before" in done.stderr
+    assert (compared / "dense" / "summary.json").stat().st_mtime_ns == before
+    assert read(compared / "dense" / "seed-1" / "summary.json")["seed"] == 1
+    assert re.search(r"^dense +[\d.]+ ± [\d.]+ +2 ", done.stdout, re.MULTILINE)
+
+
+def test_a_finished_run_of_other_settings_is_not_overwritten(compared: Path) -> None:
+    before = (compared / "dense" / "summary.json").read_bytes()
+    done = run("train", *SHORT, "--scheme", "dense", "--epochs", "3", "--out", str(compared / "dense"))
+    assert done.returncode == 2
+    assert "epochs: 24, now 3" in done.stderr
+    assert (compared / "dense" / "summary.json").read_bytes() == before
+
+
+def test_train_runs_under_torchrun_and_equals_a_local_run(compared: Path, tmp_path: Path) -> None:
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "lgc"]
+    arguments = ["train", *SHORT[:2], *SHORT[4:], "--scheme", RING, "--out", str(tmp_path)]
+    done = subprocess.run([*torchrun, *arguments], env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    local, job = read(compared / RING.replace(":", ",") / "summary.json"), read(tmp_path / "summary.json")
+    assert job["wire"] == local["wire"]
+    assert job["metric"] == local["metric"]
+
+
+@pytest.mark.parametrize("scheme", ["lgc-ring", "lgc-ps"])
+def test_on_the_vectors_of_a_real_run_the_autoencoder_learns_and_beats_sending_nothing(
+    scheme: str, tmp_path: Path
+) -> None:
+    schedule = "dense_steps=5:warmup_steps=10:train_steps=40:refresh_below=0"
+    done = run("train", *SHORT[:4], "--steps", "65", "--scheme", f"{scheme}:{schedule}", "--out", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    losses = [row["autoencoder_loss"] for row in rows(tmp_path) if "autoencoder_loss" in row]
+    errors = [row["reconstruction_error"] for row in rows(tmp_path) if "reconstruction_error" in row]
+    assert sum(losses[-10:]) < sum(losses[:10])
+    assert max(errors) < 1
+
+
+def test_ctrl_c_stops_every_rank_and_leaves_what_is_finished(tmp_path: Path) -> None:
+    command = [*LGC, "compare", *SHORT[:4], "--schemes", f"{RING},dense", "--out", str(tmp_path)]
+    arguments = [*command, "--batch-size", "2", "--epochs", "1"]
+    process = subprocess.Popen(
+        arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+    finished, started = tmp_path / RING.replace(":", ",") / "summary.json", tmp_path / "dense" / "metrics.jsonl"
+    deadline = time.monotonic() + 90
+    while not (finished.exists() and started.exists()):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)
+    output, _ = process.communicate(timeout=30)
+    assert process.returncode == 1
+    assert "Aborted" in output
+    assert "Traceback" not in output
+    assert read(finished)["scheme"] == "lgc-ring"
+    assert (tmp_path / "report.html").exists()
+    assert not (tmp_path / "dense" / "summary.json").exists()
+    while exists(process.pid):
+        assert time.monotonic() < deadline, "a process of the command is left"
+        time.sleep(0.1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--scheme", "dgc:rate=2"], "DGC(rate=...) must be in (0, 1], got 2.0"),
+        (["--scheme", "dgc:ration=0.1"], "dgc has no argument 'ration'"),
+        (["--scheme", "zip"], "unknown scheme 'zip'"),
+        (["--scheme", "lgc-ring:dense_steps=-1"], "LGCRing(dense_steps=...) must be at least 0, got -1"),
+        (["--scheme", "topk", "--batch-size", "0"], "'--batch-size': 0 is not in the range x>=1"),
+        (["--scheme", "topk", "--workers", "0"], "'--workers': 0 is not in the range x>=1"),
+    ],
+)
+def test_wrong_arguments_fail_before_anything_starts(arguments: list[str], words: str, tmp_path: Path) -> None:
+    result = CliRunner().invoke(main, ["train", "--recipe", "digits", "--out", str(tmp_path / "run"), *arguments])
+    assert result.exit_code == 2
+    assert words in result.output
+    assert not (tmp_path / "run").exists()
+
+
+def test_compare_checks_all_schemes_before_the_first_run(tmp_path: Path) -> None:
+    result = CliRunner().invoke(main, ["compare", "--schemes", "dense,dgc:rate=0", "--out", str(tmp_path / "runs")])
+    assert result.exit_code == 2
+    assert "DGC(rate=...) must be in (0, 1], got 0.0" in result.output
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_batch_larger_than_the_data_is_an_error_that_names_the_rank_and_the_bound(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [*LGC, "train", *SHORT[:4], "--scheme", "dense", "--batch-size", "5000", "--out", str(tmp_path)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 1
+    assert "batch_size must be at most 599 for 1198 samples on 2 ranks, got 5000" in done.stderr
+    assert not (tmp_path / "summary.json").exists()
+
+
+def test_report_refuses_folders_without_runs(tmp_path: Path) -> None:
+    result = CliRunner().invoke(main, ["report", str(tmp_path)])
+    assert result.exit_code == 2
+    assert "no summary.json" in result.output
+
+
+@pytest.mark.parametrize("command", [[], ["train"], ["compare"], ["report"]])
+def test_help_explains_with_an_example(command: list[str]) -> None:
+    result = CliRunner().invoke(main, [*command, "--help"])
+    assert result.exit_code == 0
+    assert "lgc " in result.output

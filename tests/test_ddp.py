@@ -1,0 +1,676 @@
+"""Real DistributedDataParallel models on real gloo ranks, through `lgc.attach`."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from ddp_models import (
+    MODELS,
+    Trained,
+    batch,
+    build,
+    optimizer_of,
+    parameters,
+    traffic,
+    train,
+)
+from ranks import Ranks
+from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.nn.parallel import DistributedDataParallel
+
+import lgc
+
+RankFactory = Callable[[int], Ranks]
+
+LEARNED: dict[str, Any] = {
+    "rate": 0.02,
+    "dense_steps": 3,
+    "warmup_steps": 5,
+    "train_steps": 6,
+    "refresh_below": 0.0,
+}
+SCHEMES: dict[str, Any] = {
+    "dense": lgc.Dense(),
+    "topk": lgc.TopK(rate=0.02, warmup_steps=4),
+    "topk-server": lgc.TopK(rate=0.02, warmup_steps=4, server=True),
+    "dgc": lgc.DGC(rate=0.02, warmup_steps=6, clip_norm=1.0),
+    "dgc-server": lgc.DGC(rate=0.02, warmup_steps=6, server=True),
+    "scalecom": lgc.ScaleCom(rate=0.02, momentum=0.9, warmup_steps=6),
+    "lgc-ring": lgc.LGCRing(**LEARNED),
+    "lgc-ring-paper": lgc.LGCRing(**LEARNED, feedback="paper"),
+    "lgc-ps": lgc.LGCServer(**LEARNED),
+    "lgc-ps-paper": lgc.LGCServer(**LEARNED, feedback="paper"),
+}
+LEARNING: dict[str, Any] = {  # an autoencoder needs some values and some steps before it is of use
+    "dgc": lgc.DGC(rate=0.1, warmup_steps=10),
+    "lgc-ring": lgc.LGCRing(rate=0.1, dense_steps=5, warmup_steps=10, train_steps=40, autoencoder_updates=1),
+    "lgc-ps": lgc.LGCServer(rate=0.1, dense_steps=5, warmup_steps=10, train_steps=40, autoencoder_updates=1),
+}
+COMPRESSING = [name for name in SCHEMES if name != "dense"]
+LGC = [name for name in SCHEMES if name.startswith("lgc")]
+STEPS = 20
+
+every_scheme = pytest.mark.parametrize("scheme", SCHEMES)
+
+
+def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    """Every tensor has the same bits."""
+    assert list(actual) == list(expected)
+    for name in expected:
+        assert torch.equal(actual[name], expected[name]), name
+
+
+def assert_close(actual: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = 1e-5) -> None:
+    """Every tensor is the same within float tolerance."""
+    assert list(actual) == list(expected)
+    for name in expected:
+        torch.testing.assert_close(actual[name], expected[name], rtol=1e-4, atol=tolerance, msg=f"{name}: {{}}".format)
+
+
+# --- dense against plain DDP ---
+
+
+def train_both(rank: int, world_size: int, model: str, arguments: dict[str, Any], micro: int) -> list[Trained]:
+    return [train(rank, world_size, model, scheme, 8, arguments, micro_batches=micro) for scheme in (None, lgc.Dense())]
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+@pytest.mark.parametrize(
+    ("model", "arguments", "micro_batches"),
+    [
+        ("wide", {"bucket_cap_mb": 1}, 1),
+        ("wide", {"bucket_cap_mb": 100, "gradient_as_bucket_view": True}, 1),
+        ("wide", {"bucket_cap_mb": 1, "static_graph": True}, 1),
+        ("convolutional", {"bucket_cap_mb": 0.001, "find_unused_parameters": True}, 2),
+        ("transformer", {}, 1),
+        ("bfloat16", {"bucket_cap_mb": 0.001}, 1),
+    ],
+)
+def test_dense_equals_plain_ddp_bit_for_bit(
+    ranks: RankFactory, model: str, arguments: dict[str, Any], micro_batches: int, world_size: int
+) -> None:
+    for plain, dense in ranks(world_size).run(train_both, model, arguments, micro_batches):
+        assert plain.losses == dense.losses
+        assert_same(dense.parameters, plain.parameters)
+
+
+# --- the same training run whatever DDP does with its buckets ---
+
+VARIANTS: dict[str, tuple[dict[str, Any], int]] = {
+    "several small buckets": ({"bucket_cap_mb": 1}, 1),
+    "a bucket for every tensor": ({"bucket_cap_mb": 0.0001}, 1),
+    "static graph": ({"bucket_cap_mb": 1, "static_graph": True}, 1),
+    "find unused parameters": ({"bucket_cap_mb": 1, "find_unused_parameters": True}, 1),
+    "gradients as bucket views": ({"bucket_cap_mb": 1, "gradient_as_bucket_view": True}, 1),
+    "no_sync accumulation": ({"bucket_cap_mb": 1}, 2),
+}
+
+
+def train_variants(rank: int, world_size: int, scheme: Any) -> dict[str, Trained]:
+    everything: dict[str, tuple[dict[str, Any], int]] = {
+        "one bucket": ({"bucket_cap_mb": 100}, 1),
+        **VARIANTS,
+    }
+    return {
+        name: train(rank, world_size, "wide", scheme, STEPS, arguments, micro_batches)
+        for name, (arguments, micro_batches) in everything.items()
+    }
+
+
+@pytest.mark.parametrize("scheme", ["topk", "dgc-server", "scalecom", "lgc-ring", "lgc-ps-paper"])
+def test_buckets_do_not_change_the_training_run(ranks: RankFactory, scheme: str) -> None:
+    for variants in ranks(2).run(train_variants, SCHEMES[scheme]):
+        one = variants.pop("one bucket")
+        for name, other in variants.items():
+            assert other.bytes_by_phase == one.bytes_by_phase, name
+            assert other.phases == one.phases, name
+            if name == "no_sync accumulation":  # sums the same numbers in another order
+                assert_close(other.parameters, one.parameters, tolerance=1e-4)
+            else:
+                assert_same(other.parameters, one.parameters)
+
+
+# --- exactness across ranks, phases, any module ---
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 4])
+@every_scheme
+def test_parameters_stay_bit_identical_across_ranks(ranks: RankFactory, scheme: str, world_size: int) -> None:
+    results = ranks(world_size).run(train, "convolutional", SCHEMES[scheme], STEPS)
+    for result in results[1:]:
+        assert_same(result.parameters, results[0].parameters)
+    assert all(torch.isfinite(tensor).all() for tensor in results[0].parameters.values())
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+@every_scheme
+def test_the_handle_crosses_the_phases_at_the_configured_steps(
+    ranks: RankFactory, scheme: str, world_size: int
+) -> None:
+    of = SCHEMES[scheme]
+    lengths = {
+        "dense": STEPS if scheme == "dense" else getattr(of, "dense_steps", 0),
+        "warmup": getattr(of, "warmup_steps", 0),
+        "train": getattr(of, "train_steps", 0),
+    }
+    expected = [phase for phase, length in lengths.items() for _ in range(length)]
+    expected += ["compressed"] * (STEPS - len(expected))
+    for result in ranks(world_size).run(train, "convolutional", of, STEPS):
+        assert result.phases == expected
+        counted = {name: steps for name, (steps, _, _) in result.bytes_by_phase.items() if steps}
+        assert counted == {phase: expected.count(phase) for phase in set(expected)}
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_at_rate_one_any_module_trains_as_with_plain_ddp(ranks: RankFactory, model: str) -> None:
+    everything = lgc.TopK(rate=1.0)
+    for plain, full in zip(
+        ranks(2).run(train, model, None, 10), ranks(2).run(train, model, everything, 10), strict=True
+    ):
+        for name in plain.parameters:
+            assert full.parameters[name].dtype == plain.parameters[name].dtype
+            tolerance = 0.05 if plain.parameters[name].dtype == torch.bfloat16 or model == "bfloat16" else 1e-5
+            torch.testing.assert_close(full.parameters[name], plain.parameters[name], rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("scheme", LEARNING)
+def test_any_module_learns(ranks: RankFactory, scheme: str, model: str) -> None:
+    results = ranks(2).run(train, model, LEARNING[scheme], 100)
+    for result in results:
+        assert_same(result.parameters, results[0].parameters)
+    losses = [sum(losses) for losses in zip(*(result.losses for result in results), strict=True)]
+    assert sum(losses[-10:]) < 0.9 * sum(losses[:10])
+
+
+def frozen_parameters(rank: int, world_size: int) -> dict[str, Tensor]:
+    return {k: v for k, v in parameters(build("partly-frozen")).items() if k.startswith("frozen")}
+
+
+def test_frozen_parameters_are_left_alone(ranks: RankFactory) -> None:
+    before = ranks(1).run(frozen_parameters)[0]
+    after = ranks(2).run(train, "partly-frozen", SCHEMES["lgc-ring"], STEPS)[0].parameters
+    assert_same({name: after[name] for name in before}, before)
+
+
+@every_scheme
+def test_a_single_rank_sends_nothing(ranks: RankFactory, scheme: str) -> None:
+    (result,) = ranks(1).run(train, "convolutional", SCHEMES[scheme], STEPS)
+    assert all(sent == received == 0 for _, sent, received in result.bytes_by_phase.values())
+
+
+def parameter_groups(rank: int, world_size: int) -> dict[str, Tensor]:
+    ddp = build("convolutional")
+    weights = [p for p in ddp.parameters() if p.dim() > 1]
+    small = [p for p in ddp.parameters() if p.dim() <= 1]
+    groups = [{"params": weights, "weight_decay": 1e-3}, {"params": small, "lr": 0.02}]
+    optimizer = torch.optim.SGD(groups, lr=0.05)
+    lgc.attach(ddp, SCHEMES["dgc"], optimizer)
+    for step in range(STEPS):
+        x, y = batch(rank, step)
+        optimizer.zero_grad()
+        F.cross_entropy(ddp(x), y).backward()
+        optimizer.step()
+    return parameters(ddp)
+
+
+def test_several_parameter_groups_train(ranks: RankFactory) -> None:
+    results = ranks(2).run(parameter_groups)
+    assert_same(results[1], results[0])
+
+
+def with_adam(rank: int, world_size: int, scheme: Any) -> dict[str, Tensor]:
+    ddp = build("convolutional")
+    optimizer = torch.optim.Adam(ddp.parameters(), lr=1e-2)
+    lgc.attach(ddp, scheme, optimizer)
+    for step in range(STEPS):
+        x, y = batch(rank, step)
+        optimizer.zero_grad()
+        F.cross_entropy(ddp(x), y).backward()
+        optimizer.step()
+    return parameters(ddp)
+
+
+def test_adam_trains_with_plain_error_feedback(ranks: RankFactory) -> None:
+    results = ranks(2).run(with_adam, lgc.LGCRing(**LEARNED, momentum=0.0))
+    assert_same(results[1], results[0])
+
+
+# --- backward without zero_grad ---
+
+
+def backward_twice(rank: int, world_size: int, scheme: Any, zero_grad: bool, step_first: bool) -> None:
+    ddp = build("convolutional")
+    optimizer = optimizer_of(ddp, scheme)
+    lgc.attach(ddp, scheme, optimizer)
+    for step in range(3):
+        x, y = batch(rank, step)
+        loss = F.cross_entropy(ddp(x), y)
+        if zero_grad:
+            optimizer.zero_grad()
+        loss.backward()
+        if step_first:
+            optimizer.step()
+
+
+@pytest.mark.parametrize("step_first", [True, False], ids=["after a step", "before a step"])
+@pytest.mark.parametrize("scheme", COMPRESSING)
+def test_a_second_backward_without_zero_grad_is_refused_on_every_rank(
+    ranks: RankFactory, scheme: str, step_first: bool
+) -> None:
+    for failure in ranks(2).exceptions(backward_twice, SCHEMES[scheme], False, step_first):
+        assert isinstance(failure, RuntimeError)
+        assert "zero_grad" in str(failure)
+
+
+@every_scheme
+def test_zero_grad_between_forward_and_backward_is_enough(ranks: RankFactory, scheme: str) -> None:
+    assert ranks(2).exceptions(backward_twice, SCHEMES[scheme], True, True) == [None, None]
+
+
+def zero_in_place(rank: int, world_size: int, scheme: Any, set_to_none: bool) -> Trained:
+    ddp = build("convolutional")
+    optimizer = optimizer_of(ddp, scheme)
+    lgc.attach(ddp, scheme, optimizer)
+    for step in range(STEPS):
+        x, y = batch(rank, step)
+        optimizer.zero_grad(set_to_none=set_to_none)
+        F.cross_entropy(ddp(x), y).backward()
+        optimizer.step()
+    return Trained(parameters(ddp), [], [], {})
+
+
+@every_scheme
+def test_gradients_zeroed_in_place_train_as_gradients_set_to_none(ranks: RankFactory, scheme: str) -> None:
+    in_place = ranks(2).run(zero_in_place, SCHEMES[scheme], False)
+    to_none = ranks(2).run(zero_in_place, SCHEMES[scheme], True)
+    for one, other in zip(in_place, to_none, strict=True):
+        assert_same(one.parameters, other.parameters)
+
+
+# --- uneven inputs, two models, torch.compile ---
+
+
+def uneven(rank: int, world_size: int, scheme: Any) -> dict[str, Tensor]:
+    ddp = build("convolutional")
+    optimizer = optimizer_of(ddp, scheme)
+    lgc.attach(ddp, scheme, optimizer)
+    with ddp.join():
+        for step in range(4 + 3 * rank):
+            x, y = batch(rank, step)
+            optimizer.zero_grad()
+            F.cross_entropy(ddp(x), y).backward()
+            optimizer.step()
+    return parameters(ddp)
+
+
+@every_scheme
+def test_uneven_inputs_under_join_work(ranks: RankFactory, scheme: str) -> None:
+    results = ranks(3).run(uneven, SCHEMES[scheme])
+    for result in results:
+        assert_same(result, results[0])
+        assert all(torch.isfinite(tensor).all() for tensor in result.values())
+
+
+def two_models(rank: int, world_size: int, first: Any, second: Any) -> list[Trained]:
+    models = [build("convolutional", seed=0), build("convolutional", seed=0)]
+    schemes = [first, second]
+    optimizers = [optimizer_of(model, scheme) for model, scheme in zip(models, schemes, strict=True)]
+    handles = [
+        lgc.attach(model, scheme, optimizer)
+        for model, scheme, optimizer in zip(models, schemes, optimizers, strict=True)
+    ]
+    for step in range(STEPS):
+        x, y = batch(rank, step)
+        for model, optimizer in zip(models, optimizers, strict=True):
+            optimizer.zero_grad()
+            F.cross_entropy(model(x), y).backward()
+            optimizer.step()
+    return [Trained(parameters(model), [], [], traffic(handle)) for model, handle in zip(models, handles, strict=True)]
+
+
+def test_two_models_in_one_process_train_as_each_alone(ranks: RankFactory) -> None:
+    schemes = [SCHEMES["lgc-ring"], SCHEMES["dgc"]]
+    alone = [ranks(2).run(train, "convolutional", scheme, STEPS) for scheme in schemes]
+    for rank, together in enumerate(ranks(2).run(two_models, *schemes)):
+        for i in range(2):
+            assert_same(together[i].parameters, alone[i][rank].parameters)
+            assert together[i].bytes_by_phase == alone[i][rank].bytes_by_phase
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("scheme", ["dense", "topk", "lgc-ring"])
+def test_a_compiled_model_trains_as_an_uncompiled_one(ranks: RankFactory, scheme: str, backend: str) -> None:
+    plain = ranks(2).run(train, "wide", SCHEMES[scheme], STEPS, {"bucket_cap_mb": 1})
+    compiled = ranks(2).run(train, "wide", SCHEMES[scheme], STEPS, {"bucket_cap_mb": 1}, 1, backend)
+    for one, other in zip(plain, compiled, strict=True):
+        assert_close(other.parameters, one.parameters)
+        assert other.bytes_by_phase == one.bytes_by_phase
+
+
+# --- parameters that get no gradient in some steps ---
+
+
+class Branches(nn.Module):
+    """Two weights of which a step uses one; the loss is linear in them, so gradients are known beforehand."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left = nn.Parameter(torch.zeros(6, 8))
+        self.right = nn.Parameter(torch.zeros(6, 8))
+        self.both = nn.Parameter(torch.zeros(5, 4))
+
+    def forward(self, coefficients: dict[str, Tensor]) -> Tensor:
+        return torch.stack([(getattr(self, name) * c).sum() for name, c in coefficients.items()]).sum()
+
+
+def coefficients(rank: int, step: int, everyone: bool) -> dict[str, Tensor]:
+    """Which branches a rank uses in a step: all ranks the same one (`everyone`), or each its own."""
+    generator = torch.Generator().manual_seed(100 * step + rank)
+    branch = "left" if (step if everyone else step + rank) % 3 else "right"
+    shapes = {branch: (6, 8), "both": (5, 4)}
+    return {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+
+
+def branches(
+    rank: int, world_size: int, scheme: Any, everyone: bool, set_to_none: bool
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """What the parameters moved by, and what the rank's feedback still holds, at a learning rate of 1."""
+    ddp = DistributedDataParallel(Branches(), find_unused_parameters=True)
+    optimizer = torch.optim.SGD(ddp.parameters(), lr=1.0)
+    handle = lgc.attach(ddp, scheme, optimizer)
+    for step in range(STEPS):
+        optimizer.zero_grad(set_to_none=set_to_none)
+        ddp(coefficients(rank, step, everyone)).backward()
+        optimizer.step()
+    assert handle.aggregator is not None
+    slices = scheme.layout(list(ddp.module.named_parameters())).slices
+    residual = {name: handle.aggregator.feedback.residual[place].clone() for name, place in slices.items()}
+    return {name: -value for name, value in parameters(ddp).items()}, residual
+
+
+@pytest.mark.parametrize("set_to_none", [True, False], ids=["set to None", "zeroed"])
+@pytest.mark.parametrize("everyone", [True, False], ids=["no rank uses it", "some ranks use it"])
+@pytest.mark.parametrize(
+    "scheme",
+    [lgc.TopK(rate=0.1, warmup_steps=0), lgc.ScaleCom(rate=0.1, momentum=0.0, warmup_steps=0)],
+    ids=["topk", "scalecom"],
+)
+def test_what_is_owed_to_a_parameter_without_gradient_is_delivered(
+    ranks: RankFactory, scheme: Any, everyone: bool, set_to_none: bool
+) -> None:
+    """Moved + average residual = sum over the steps of the average gradient."""
+    world_size = 2
+    results = ranks(world_size).run(branches, scheme, everyone, set_to_none)
+    for name, moved in results[0][0].items():
+        total = torch.zeros_like(moved)
+        for step in range(STEPS):
+            for rank in range(world_size):
+                total += coefficients(rank, step, everyone).get(name, torch.zeros_like(moved)) / world_size
+        owed = torch.stack([residual[name] for _, residual in results]).mean(0).view_as(moved)
+        torch.testing.assert_close(moved + owed, total, rtol=1e-4, atol=1e-4)
+        assert_same(results[1][0], results[0][0])
+
+
+# --- what attach refuses, and what it warns of ---
+
+
+def attach_to_module(rank: int, world_size: int) -> None:
+    lgc.attach(nn.Linear(3, 3), lgc.TopK(rate=0.1))
+
+
+def attach_to_fsdp1(rank: int, world_size: int) -> None:
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        sharded = FullyShardedDataParallel(nn.Linear(3, 3), device_id=torch.device("cpu"))
+    lgc.attach(sharded, lgc.TopK(rate=0.1))
+
+
+def attach_to_fsdp2(rank: int, world_size: int) -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        module = nn.Linear(4, 4)
+        fully_shard(module, mesh=init_device_mesh("cpu", (world_size,)))
+    lgc.attach(module, lgc.TopK(rate=0.1))
+
+
+def attach_twice(rank: int, world_size: int) -> None:
+    ddp = build("convolutional")
+    lgc.attach(ddp, lgc.TopK(rate=0.1))
+    lgc.attach(ddp, lgc.TopK(rate=0.1))
+
+
+def attach_over_foreign_hook(rank: int, world_size: int) -> None:
+    ddp = build("convolutional")
+    ddp.register_comm_hook(None, allreduce_hook)
+    lgc.attach(ddp, lgc.TopK(rate=0.1))
+
+
+def attach_with(rank: int, world_size: int, scheme: Any, optimizer: str, arguments: dict[str, Any]) -> None:
+    ddp = build("convolutional")
+    lgc.attach(ddp, scheme, getattr(torch.optim, optimizer)(ddp.parameters(), **arguments))
+
+
+def attach_with_two_momenta_in_groups(rank: int, world_size: int) -> None:
+    ddp = build("convolutional")
+    groups = [{"params": [p]} for p in ddp.parameters()]
+    optimizer = torch.optim.SGD(groups, lr=0.1)
+    optimizer.param_groups[-1]["momentum"] = 0.5
+    lgc.attach(ddp, lgc.DGC(rate=0.1), optimizer)
+
+
+@pytest.mark.parametrize(
+    ("function", "arguments", "kind", "words"),
+    [
+        (attach_to_module, (), TypeError, ("DistributedDataParallel", "Linear")),
+        (attach_to_fsdp1, (), TypeError, ("FSDP", "DistributedDataParallel")),
+        (attach_to_fsdp2, (), TypeError, ("FSDP", "DistributedDataParallel")),
+        (attach_twice, (), RuntimeError, ("attach",)),
+        (attach_over_foreign_hook, (), RuntimeError, ("hook",)),
+        (
+            attach_with,
+            (lgc.DGC(rate=0.1), "SGD", {"lr": 0.1, "momentum": 0.9}),
+            ValueError,
+            ("momentum", "0.9"),
+        ),
+        (
+            attach_with,
+            (lgc.LGCRing(rate=0.1), "SGD", {"lr": 0.1, "momentum": 0.5}),
+            ValueError,
+            ("momentum", "0.5"),
+        ),
+        (attach_with_two_momenta_in_groups, (), ValueError, ("momentum", "0.5")),
+        (attach_with, (lgc.DGC(rate=0.1), "Adam", {}), ValueError, ("Adam", "momentum")),
+        (attach_with, (lgc.LGCServer(rate=0.1), "AdamW", {}), ValueError, ("AdamW", "momentum")),
+    ],
+)
+def test_attach_refuses_on_every_rank_and_says_what_to_do(
+    ranks: RankFactory,
+    function: Callable[..., None],
+    arguments: tuple[Any, ...],
+    kind: type[Exception],
+    words: tuple[str, ...],
+) -> None:
+    for failure in ranks(2).exceptions(function, *arguments):
+        assert type(failure) is kind, repr(failure)
+        for word in words:
+            assert word in str(failure)
+
+
+def attach_recording_warnings(rank: int, world_size: int, model: str, broadcast_buffers: bool) -> list[str]:
+    ddp = build(model, broadcast_buffers=broadcast_buffers)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        lgc.attach(ddp, lgc.TopK(rate=0.1))
+    return [str(warning.message) for warning in caught]
+
+
+def test_attach_warns_of_buffers_that_ddp_broadcasts(ranks: RankFactory) -> None:
+    assert any(
+        "broadcast_buffers" in text for text in ranks(2).run(attach_recording_warnings, "convolutional", True)[0]
+    )
+    assert ranks(2).run(attach_recording_warnings, "convolutional", False) == [[], []]
+    assert ranks(2).run(attach_recording_warnings, "wide", True) == [[], []]
+
+
+def attach_different(rank: int, world_size: int, schemes: tuple[Any, Any], models: tuple[str, str]) -> None:
+    ddp = build(models[0])
+    which = int(rank == world_size - 1)
+    if models[0] != models[1]:  # the same shapes for DDP's own check, another name
+        ddp.module.renamed = ddp.module.head
+        if which:
+            del ddp.module.head
+    lgc.attach(ddp, schemes[which])
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize(
+    ("schemes", "words"),
+    [
+        ((lgc.TopK(rate=0.01), lgc.TopK(rate=0.02)), ("rate", "0.01", "0.02")),
+        (
+            (lgc.DGC(rate=0.01, warmup_steps=5), lgc.DGC(rate=0.01, warmup_steps=50)),
+            ("warmup_steps", "5", "50"),
+        ),
+        ((lgc.TopK(rate=0.01), lgc.ScaleCom(rate=0.01)), ("scheme", "topk", "scalecom")),
+        (
+            (lgc.LGCRing(rate=0.01), lgc.LGCRing(rate=0.01, feedback="paper")),
+            ("feedback", "paper", "reconstruction"),
+        ),
+        ((lgc.LGCServer(rate=0.01), lgc.LGCServer(rate=0.01, innovation=0.5)), ("innovation", "0.01", "0.5")),
+        ((lgc.LGCRing(rate=0.01, seed=1), lgc.LGCRing(rate=0.01, seed=2)), ("seed", "1", "2")),
+        ((lgc.TopK(rate=0.01), lgc.TopK(rate=0.01, roles={"head.*": lgc.Role.DENSE})), ("roles", "head.*")),
+        ((lgc.Dense(), lgc.TopK(rate=0.01)), ("scheme", "dense", "topk")),
+    ],
+)
+def test_a_configuration_that_differs_between_ranks_is_refused_on_every_rank(
+    ranks: RankFactory, schemes: tuple[Any, Any], words: tuple[str, ...], world_size: int
+) -> None:
+    for failure in ranks(world_size).exceptions(attach_different, schemes, ("convolutional", "convolutional")):
+        assert type(failure) is RuntimeError, repr(failure)
+        for word in words:
+            assert word in str(failure)
+
+
+# --- grad_scaler, NaN ---
+
+
+def scaled(rank: int, world_size: int, scheme: Any, scaling: bool) -> tuple[dict[str, Tensor], list[float]]:
+    ddp = build("convolutional")
+    optimizer = optimizer_of(ddp, scheme)
+    scaler = torch.amp.GradScaler("cpu", enabled=scaling, init_scale=2.0**10, growth_interval=3)
+    lgc.attach(ddp, scheme, optimizer, grad_scaler=scaler)
+    scales = []
+    for step in range(STEPS):
+        x, y = batch(rank, step)
+        optimizer.zero_grad()
+        scaler.scale(F.cross_entropy(ddp(x), y)).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        scales.append(scaler.get_scale())
+    return parameters(ddp), scales
+
+
+@every_scheme
+def test_a_grad_scaler_whose_scale_changes_does_not_change_the_training_run(ranks: RankFactory, scheme: str) -> None:
+    plain = ranks(2).run(scaled, SCHEMES[scheme], False)
+    with_scaler = ranks(2).run(scaled, SCHEMES[scheme], True)
+    assert len(set(with_scaler[0][1])) > 3
+    for one, other in zip(plain, with_scaler, strict=True):
+        assert_close(other[0], one[0])
+
+
+def nan_round(
+    rank: int, world_size: int, scheme: Any, bad_rank: int, value: float
+) -> list[tuple[int, bool, bool, list[bool]]]:
+    """For bad steps: step, state unchanged, parameters finite at the end, gradient non-finite by parameter."""
+    ddp = build("convolutional", bucket_cap_mb=0.001)
+    optimizer = optimizer_of(ddp, scheme)
+    handle = lgc.attach(ddp, scheme, optimizer)
+    seen = []
+    for step in range(STEPS):
+        x, y = batch(rank, step)
+        optimizer.zero_grad()
+        loss = F.cross_entropy(ddp(x), y)
+        bad = step in (1, 5, 10, 17)  # one in every phase
+        if bad and rank == bad_rank:
+            loss = loss * value
+        before = state_of(handle) if bad else None
+        loss.backward()
+        gradients = [bool(torch.isfinite(p.grad).all()) for p in ddp.parameters() if p.grad is not None]
+        if bad:
+            after = state_of(handle)
+            assert before is not None
+            same = list(before) == list(after) and all(torch.equal(before[key], after[key]) for key in before)
+            seen.append((step, same, True, [not finite for finite in gradients]))
+        else:
+            assert all(gradients)
+            optimizer.step()
+    finite = all(bool(torch.isfinite(p).all()) for p in ddp.parameters())
+    return [(step, same, finite, gradients) for step, same, _, gradients in seen]
+
+
+def state_of(handle: Any) -> dict[str, Tensor]:
+    feedback = getattr(handle.aggregator, "feedback", None)
+    if feedback is None:
+        return {}
+    state = {"residual": feedback.residual.clone()}
+    if feedback.momentum_buffer is not None:
+        state["momentum"] = feedback.momentum_buffer.clone()
+    return state
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("scheme", COMPRESSING)
+def test_a_nan_on_one_rank_reaches_every_rank_and_no_state(ranks: RankFactory, scheme: str, value: float) -> None:
+    for rounds in ranks(3).run(nan_round, SCHEMES[scheme], 1, value):
+        assert [step for step, *_ in rounds] == [1, 5, 10, 17]
+        for step, unchanged, finite_after, gradients in rounds:
+            assert unchanged, f"step {step}: the state changed"
+            assert all(gradients), f"step {step}: a gradient is finite"
+            assert finite_after
+
+
+# --- state ---
+
+
+def interrupted(rank: int, world_size: int, scheme: Any, stop: int | None) -> dict[str, Tensor]:
+    """Train; at step `stop`, save everything and go on with a new model, optimizer and handle."""
+    ddp = build("convolutional")
+    optimizer = optimizer_of(ddp, scheme)
+    handle = lgc.attach(ddp, scheme, optimizer)
+    for step in range(STEPS):
+        if step == stop:
+            saved = (ddp.module.state_dict(), optimizer.state_dict(), handle.state_dict())
+            ddp = build("convolutional", seed=1)
+            ddp.module.load_state_dict(saved[0])
+            optimizer = optimizer_of(ddp, scheme)
+            optimizer.load_state_dict(saved[1])
+            handle = lgc.attach(ddp, scheme, optimizer)
+            handle.load_state_dict(saved[2])
+            assert handle.step == stop
+        x, y = batch(rank, step)
+        optimizer.zero_grad()
+        F.cross_entropy(ddp(x), y).backward()
+        optimizer.step()
+    return parameters(ddp)
+
+
+@pytest.mark.parametrize("stop", [2, 6, 11, 16])  # in every phase
+@every_scheme
+def test_a_run_goes_on_from_its_state_dict_as_if_never_interrupted(ranks: RankFactory, scheme: str, stop: int) -> None:
+    straight = ranks(2).run(interrupted, SCHEMES[scheme], None)
+    resumed = ranks(2).run(interrupted, SCHEMES[scheme], stop)
+    for one, other in zip(straight, resumed, strict=True):
+        assert_same(other, one)

@@ -1,0 +1,290 @@
+"""Every scheme, on one to four real ranks: the reference, the contract, and exactness across ranks."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from ranks import Ranks
+from reference import (
+    Config,
+    Reference,
+    Weights,
+    count_at,
+    decode,
+    encode,
+    make_layout,
+    phase_at,
+)
+from rounds import SHAPES, Run, gradient, joined, run_rounds, scheme_of
+from torch import Tensor
+
+RankFactory = Callable[[int], Ranks]
+Runs = Callable[[str, int], list[Run]]
+
+STEPS = 32
+LEARNED: dict[str, Any] = {"momentum": 0.9, "dense_steps": 3, "warmup_steps": 7, "train_steps": 6}
+CASES: dict[str, Config] = {
+    "topk": Config(scheme="topk", rate=0.02),
+    "topk-momentum-warmup": Config(scheme="topk", rate=0.02, momentum=0.9, warmup_steps=9, pooled_rate=0.3),
+    "topk-server": Config(scheme="topk", rate=0.02, warmup_steps=4, server=True),
+    "dgc": Config(scheme="dgc", rate=0.005, momentum=0.9, warmup_steps=11),
+    "dgc-clipped": Config(scheme="dgc", rate=0.02, momentum=0.9, warmup_steps=6, clip_norm=2.0),
+    "dgc-server": Config(scheme="dgc", rate=0.02, momentum=0.9, warmup_steps=6, clip_norm=2.0, server=True),
+    "scalecom": Config(scheme="scalecom", rate=0.02, warmup_steps=6),
+    "scalecom-momentum": Config(scheme="scalecom", rate=0.02, momentum=0.9, warmup_steps=6),
+    "lgc-ring": Config(scheme="lgc-ring", rate=0.05, **LEARNED),
+    "lgc-ring-paper": Config(scheme="lgc-ring", rate=0.1, feedback="paper", **LEARNED),
+    "lgc-ring-roles": Config(
+        scheme="lgc-ring",
+        rate=0.05,
+        last="shared",
+        small="dense",
+        roles={"stem.weight": "dense", "body1.*": "own", "norm2.weight": "shared"},
+        **LEARNED,
+    ),
+    "lgc-ps": Config(scheme="lgc-ps", rate=0.1, clip_norm=3.0, **LEARNED),
+    "lgc-ps-paper": Config(scheme="lgc-ps", rate=0.05, innovation=0.05, feedback="paper", **LEARNED),
+}
+LINEAR = [name for name, config in CASES.items() if not config.learned and not config.server]
+SERVER = [name for name, config in CASES.items() if config.server]
+LGC = [name for name, config in CASES.items() if config.learned]
+LOSSLESS = [name for name, config in CASES.items() if config.feedback != "paper"]
+PAPER = [name for name, config in CASES.items() if config.feedback == "paper"]
+
+every_world_size = pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+
+
+@pytest.fixture(scope="module")
+def runs(ranks: RankFactory) -> Runs:
+    """What every rank saw of a case; each case and world size runs once."""
+    done: dict[tuple[str, int], list[Run]] = {}
+
+    def run(case: str, world_size: int) -> list[Run]:
+        if (case, world_size) not in done:
+            scheme = scheme_of(CASES[case])
+            done[case, world_size] = ranks(world_size).run(run_rounds, scheme, SHAPES, list(range(STEPS)))
+        return done[case, world_size]
+
+    return run
+
+
+def assert_close(actual: Tensor, expected: Tensor, what: str, tolerance: float = 2e-5) -> None:
+    """Equal within float tolerance, measured against the largest magnitude of the vector."""
+    scale = expected.abs().max().item() if expected.numel() else 0.0
+    error = (actual.double() - expected.double()).abs().max().item() if expected.numel() else 0.0
+    assert error <= tolerance * scale + 1e-12, f"{what}: differs by {error:.3g} at a scale of {scale:.3g}"
+
+
+def accumulated(config: Config, run: Run, rank: int, world_size: int, step: int) -> tuple[Tensor, Tensor]:
+    """The momentum and the residual of a rank after the gradient came in and before anything was sent."""
+    g = joined(gradient(SHAPES, rank, step))
+    if config.clip_norm is not None:
+        g = g * min(1.0, config.clip_norm / (math.sqrt(world_size) * g.double().norm().item()))
+    if step == 0:
+        return g, g
+    before = run.steps[step - 1]
+    u = g if before.momentum is None else config.momentum * before.momentum + g
+    return u, before.residual + u
+
+
+def decoders_of(config: Config, world_size: int) -> int:
+    return world_size if config.scheme == "lgc-ps" else 1
+
+
+@every_world_size
+@pytest.mark.parametrize("case", CASES)
+def test_it_equals_the_reference(runs: Runs, case: str, world_size: int) -> None:
+    config = CASES[case]
+    real = runs(case, world_size)
+    frozen = None
+    if config.learned:
+        assert real[0].frozen is not None
+        frozen = Weights.of(real[0].frozen, decoders_of(config, world_size))
+    reference = Reference(config, SHAPES, world_size, frozen=frozen)
+    assert real[0].order == reference.layout.order
+    for t in range(STEPS):
+        expected = reference.step([gradient(SHAPES, k, t) for k in range(world_size)])
+        for k in range(world_size):
+            actual = real[k].steps[t]
+            where = f"step {t} ({expected.phase}), rank {k}"
+            assert_close(actual.mean, joined(expected.mean), f"mean, {where}")
+            assert_close(actual.sent, joined(expected.sent[k]), f"sent, {where}")
+            assert_close(actual.residual, joined(reference.v[k]), f"residual, {where}")
+            if actual.momentum is not None:
+                assert_close(actual.momentum, joined(reference.u[k]), f"momentum, {where}")
+            assert (actual.momentum is None) == (config.momentum == 0)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+@pytest.mark.parametrize(("optimizer", "updates"), [("adam", 1), ("sgd", 1), ("sgd", 3)])
+@pytest.mark.parametrize("scheme", ["lgc-ring", "lgc-ps"])
+def test_the_autoencoder_is_trained_as_in_the_reference(
+    ranks: RankFactory, scheme: str, optimizer: str, updates: int, world_size: int
+) -> None:
+    config = Config(
+        scheme=scheme,
+        rate=0.05,
+        momentum=0.9,
+        dense_steps=1,
+        warmup_steps=2,
+        train_steps=12,
+        autoencoder_optimizer=optimizer,
+        autoencoder_updates=updates,
+    )
+    steps = 20
+    real = ranks(world_size).run(run_rounds, scheme_of(config), SHAPES, list(range(steps)))
+    assert real[0].initial is not None
+    assert real[0].frozen is not None
+    decoders = decoders_of(config, world_size)
+    reference = Reference(config, SHAPES, world_size, initial=Weights.of(real[0].initial, decoders))
+    assert reference.weights is not None
+    losses = []
+    for t in range(steps):
+        expected = reference.step([gradient(SHAPES, k, t) for k in range(world_size)])
+        losses.append(expected.loss)
+        assert_close(real[0].steps[t].mean, joined(expected.mean), f"mean, step {t}", tolerance=1e-3)
+    assert [loss is not None for loss in losses] == [False] * 3 + [True] * 12 + [False] * 5
+    initial, trained, expected_weights = (
+        torch.cat([tensor.detach().flatten() for tensor in weights.tensors()])
+        for weights in (Weights.of(real[0].initial, decoders), Weights.of(real[0].frozen, decoders), reference.weights)
+    )
+    # Adam moves a weight whose gradient is mere rounding as far as any other: they are compared as a whole.
+    assert (trained - expected_weights).norm() < 0.02 * (expected_weights - initial).norm()
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+@pytest.mark.parametrize("case", LGC)
+def test_every_rank_ends_up_with_the_same_trained_autoencoder(runs: Runs, case: str, world_size: int) -> None:
+    real = runs(case, world_size)
+    initial, frozen = real[0].initial, real[0].frozen
+    assert initial is not None
+    assert frozen is not None
+    assert any(not torch.equal(initial[name], frozen[name]) for name in frozen)
+    for run in real:
+        assert run.frozen is not None
+        assert list(run.frozen) == list(frozen)
+        assert all(torch.equal(run.frozen[name], frozen[name]) for name in frozen)
+
+
+@every_world_size
+@pytest.mark.parametrize("case", CASES)
+def test_the_mean_is_bit_identical_on_all_ranks(runs: Runs, case: str, world_size: int) -> None:
+    real = runs(case, world_size)
+    for t in range(STEPS):
+        for run in real[1:]:
+            assert torch.equal(run.steps[t].mean, real[0].steps[t].mean), f"step {t}"
+
+
+@every_world_size
+@pytest.mark.parametrize("case", LOSSLESS)
+def test_sent_plus_residual_equals_what_came_in(runs: Runs, case: str, world_size: int) -> None:
+    for rank, run in enumerate(runs(case, world_size)):
+        for t in range(STEPS):
+            _, v = accumulated(CASES[case], run, rank, world_size, t)
+            assert_close(run.steps[t].sent + run.steps[t].residual, v, f"step {t}, rank {rank}", tolerance=1e-6)
+
+
+@every_world_size
+@pytest.mark.parametrize("case", PAPER)
+def test_in_paper_mode_exactly_the_loss_of_the_codec_is_lost(runs: Runs, case: str, world_size: int) -> None:
+    config = CASES[case]
+    real = runs(case, world_size)
+    layout = make_layout(config, SHAPES)
+    shared_names = {name for segment in layout.shared for name in segment.names}
+    shared = joined({name: torch.full(shape, float(name in shared_names)) for name, shape in SHAPES.items()}) > 0
+    assert real[0].frozen is not None
+    weights = Weights.of(real[0].frozen, decoders_of(config, world_size))
+    codec = Reference(config, SHAPES, world_size, frozen=weights)
+    for t in range(STEPS):
+        leader = t % world_size
+        positions = torch.nonzero(shared & (real[leader].steps[t].sent != 0)).flatten()
+        before = [accumulated(config, run, rank, world_size, t)[1] for rank, run in enumerate(real)]
+        scale = before[leader][positions].square().mean().sqrt()
+        for rank, run in enumerate(real):
+            expected = torch.zeros_like(before[rank])
+            if phase_at(config, t) == "compressed":
+                x = before[rank][positions]
+                if config.scheme == "lgc-ring":
+                    y = decode(weights, 0, encode(weights, x / scale), len(x))
+                else:
+                    z = encode(weights, before[leader][positions] / scale)
+                    y = decode(weights, rank, z, len(x), codec.innovation(x / scale))
+                expected[positions] = x - scale * y
+                assert expected[positions].norm() > 0.05 * x.norm()  # the codec does lose something
+            lost = before[rank] - (run.steps[t].sent + run.steps[t].residual)
+            assert (lost - expected).abs().max() <= 1e-5 * before[rank].abs().max(), f"step {t}, rank {rank}"
+
+
+@every_world_size
+@pytest.mark.parametrize("case", LINEAR)
+def test_the_mean_of_a_linear_scheme_is_the_average_of_what_was_sent(runs: Runs, case: str, world_size: int) -> None:
+    real = runs(case, world_size)
+    for t in range(STEPS):
+        average = torch.stack([run.steps[t].sent for run in real]).double().mean(0)
+        assert_close(real[0].steps[t].mean, average, f"step {t}", tolerance=1e-6)
+
+
+@every_world_size
+@pytest.mark.parametrize("case", LGC)
+def test_before_the_compressed_phase_the_mean_is_the_average_of_what_was_sent(
+    runs: Runs, case: str, world_size: int
+) -> None:
+    real = runs(case, world_size)
+    for t in range(3 + 7 + 6):
+        average = torch.stack([run.steps[t].sent for run in real]).double().mean(0)
+        assert_close(real[0].steps[t].mean, average, f"step {t}", tolerance=1e-6)
+
+
+@every_world_size
+@pytest.mark.parametrize("case", SERVER)
+def test_the_server_keeps_what_it_was_sent_and_did_not_send_on(runs: Runs, case: str, world_size: int) -> None:
+    """mean + change of its residual = average of what was sent; the residual is zero where it was sent on."""
+    config = CASES[case]
+    real = runs(case, world_size)
+    (pool, *weights) = make_layout(config, SHAPES).own
+    residual = torch.zeros(real[0].steps[0].mean.numel(), dtype=torch.float64)
+    size = residual.abs()
+    for t in range(STEPS):
+        average = torch.stack([run.steps[t].sent for run in real]).double().mean(0)
+        mean = real[0].steps[t].mean.double()
+        selected = mean != 0
+        size = size + average.abs()
+        residual = residual + average - mean
+        assert (residual[selected].abs() <= 1e-5 * size[selected]).all(), f"step {t}"
+        residual[selected] = 0
+        counts = [count_at(config, segment, t) for segment in (pool, *weights)]
+        assert int(selected.sum()) == sum(counts), f"step {t}"
+    if world_size > 1:
+        assert residual.abs().sum() > 0  # K ranks send more than the server passes on
+
+
+@every_world_size
+@pytest.mark.parametrize("case", CASES)
+def test_phases_are_crossed_at_exactly_the_configured_steps(runs: Runs, case: str, world_size: int) -> None:
+    """Seen from what was sent: everything while dense, then what each segment sends at the step's rate."""
+    config = CASES[case]
+    layout = make_layout(config, SHAPES)
+    sizes = {name: math.prod(shape) for name, shape in SHAPES.items()}
+    ends = dict(zip(SHAPES, torch.tensor(list(sizes.values())).cumsum(0).tolist(), strict=True))
+    for run in runs(case, world_size):
+        for t in range(STEPS):
+            sent = {name: int((run.steps[t].sent[ends[name] - sizes[name] : ends[name]] != 0).sum()) for name in SHAPES}
+            if phase_at(config, t) == "dense":
+                assert sent == sizes, f"step {t}"
+                continue
+            for name in layout.dense:
+                assert sent[name] == sizes[name], f"step {t}, {name}"
+            for segment in (*layout.own, *layout.shared):
+                expected = count_at(config, segment, t)
+                assert sum(sent[name] for name in segment.names) == expected, f"step {t}, {segment.names}"
+
+
+@pytest.mark.parametrize("case", ["lgc-ring", "lgc-ps"])
+def test_the_result_does_not_depend_on_when_the_process_runs(ranks: RankFactory, runs: Runs, case: str) -> None:
+    again = ranks(2).run(run_rounds, scheme_of(dataclasses.replace(CASES[case])), SHAPES, list(range(STEPS)))
+    assert torch.equal(again[0].steps[-1].mean, runs(case, 2)[0].steps[-1].mean)
