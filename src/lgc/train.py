@@ -6,7 +6,9 @@ import json
 import os
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,7 @@ from lgc.version import __version__
 
 METRICS = "metrics.jsonl"
 SUMMARY = "summary.json"
-EVALUATION_BATCH = 512
+ADAM_SECOND_BETA = 0.95  # as for GPT-3: Brown et al., arXiv 2005.14165, appendix B
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +40,9 @@ class Settings:
         epochs: at least 1; None is the recipe's.
         steps: stop after this many, at least 1; None is at the end of the epochs.
         batch_size: per rank, at least 1; None is the recipe's.
+        data: folder or name of the data set; None is the recipe's own.
+        limit_train: train on this many samples only, at least 1; None is all.
+        backbone: one of the recipe's; None is its first.
     """
 
     recipe: str
@@ -47,18 +52,42 @@ class Settings:
     epochs: int | None = None
     steps: int | None = None
     batch_size: int | None = None
+    data: str | None = None
+    limit_train: int | None = None
+    backbone: str | None = None
 
     def __post_init__(self) -> None:
-        for name, least in (("world_size", 1), ("seed", 0), ("epochs", 1), ("steps", 1), ("batch_size", 1)):
-            value = getattr(self, name)
+        for name in ("world_size", "seed", "epochs", "steps", "batch_size", "limit_train"):
+            value, least = getattr(self, name), 0 if name == "seed" else 1
             if value is not None and value < least:
                 raise ValueError(f"{name} must be at least {least}, got {value}.")
+        backbones = find_recipe(self.recipe).backbones
+        if self.backbone is not None and self.backbone not in backbones:
+            options = ", ".join(backbones) or "unset for this recipe"
+            raise ValueError(f"{self.recipe}: backbone must be {options}, got {self.backbone!r}.")
         self.resolve_scheme()
 
     def resolve_recipe(self) -> Recipe:
         """The recipe with these settings in place of its own."""
         recipe = find_recipe(self.recipe)
-        return replace(recipe, epochs=self.epochs or recipe.epochs, batch_size=self.batch_size or recipe.batch_size)
+        model = partial(recipe.model, self.backbone or recipe.backbones[0]) if recipe.backbones else recipe.model
+        return replace(
+            recipe,
+            model=model,
+            epochs=self.epochs or recipe.epochs,
+            batch_size=self.batch_size or recipe.batch_size,
+        )
+
+    def load_data(self) -> Data:
+        """The data set. The first call decodes it into the cache; let one process do that before the ranks start.
+
+        Raises:
+            ValueError, OSError: if it is missing or malformed, or too small for the batches.
+        """
+        recipe = self.resolve_recipe()
+        data = recipe.data(self.data, self.limit_train)
+        steps_per_epoch(recipe, data, self)
+        return data
 
     def resolve_scheme(self) -> Scheme:
         """The scheme with the recipe's arguments where none are set."""
@@ -85,13 +114,13 @@ def train(settings: Settings, out: Path, device: torch.device) -> None:
     ddp.broadcast_buffers = False  # rank 0's are broadcast before every evaluation instead
     optimizer = make_optimizer(recipe, model, scheme)
     handle = attach(ddp, scheme, optimizer)
-    data = Data(*(tensor.to(device) for tensor in recipe.data()))
+    data = Data(*(split.to(device) for split in settings.load_data()))
     per_epoch = steps_per_epoch(recipe, data, settings)
     total = min(settings.steps or recipe.epochs * per_epoch, recipe.epochs * per_epoch)
 
     recorder = Recorder(out, handle, total, f"{scheme.name} seed {settings.seed}") if dist.get_rank() == 0 else None
     value = float("nan")
-    for step, (inputs, targets) in enumerate(batches(recipe, data, settings, total)):
+    for step, (inputs, targets) in enumerate(batches(recipe, data, settings, total, device)):
         learning_rate = recipe.learning_rate * recipe.learning_rate_factor(step / total)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate
@@ -104,7 +133,7 @@ def train(settings: Settings, out: Path, device: torch.device) -> None:
         if recorder:
             recorder.step(step, epoch, loss.item(), learning_rate)
         if (step + 1) % per_epoch == 0 or step + 1 == total:
-            value = evaluate(recipe, model, data)
+            value = evaluate(recipe, model, data, device)
             wire = handle.wire_summary()
             if recorder:
                 recorder.evaluation(step, epoch, {recipe.metric.name: value}, wire)
@@ -130,7 +159,12 @@ def train(settings: Settings, out: Path, device: torch.device) -> None:
 
 
 def make_optimizer(recipe: Recipe, model: nn.Module, scheme: Scheme) -> torch.optim.Optimizer:
-    """SGD; where the scheme has the momentum, the weight decay makes up for acting without one."""
+    """The recipe's; where the scheme has SGD's momentum, the weight decay makes up for acting without one."""
+    if recipe.optimizer == "adamw":
+        decayed = [parameter for parameter in model.parameters() if parameter.ndim >= 2]
+        others = [parameter for parameter in model.parameters() if parameter.ndim < 2]
+        groups = [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": others, "weight_decay": 0.0}]
+        return torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=(recipe.momentum, ADAM_SECOND_BETA))
     scheme_momentum = getattr(scheme, "momentum", 0.0)
     return torch.optim.SGD(
         model.parameters(),
@@ -146,42 +180,59 @@ def steps_per_epoch(recipe: Recipe, data: Data, settings: Settings) -> int:
     Raises:
         ValueError: if that is none.
     """
-    steps = len(data.train_targets) // (recipe.batch_size * settings.world_size)
+    steps = len(data.train) // (recipe.batch_size * settings.world_size)
     if steps == 0:
         raise ValueError(
-            f"batch_size must be at most {len(data.train_targets) // settings.world_size} for "
-            f"{len(data.train_targets)} samples on {settings.world_size} ranks, got {recipe.batch_size}."
+            f"batch_size must be at most {len(data.train) // settings.world_size} for "
+            f"{len(data.train)} samples on {settings.world_size} ranks, got {recipe.batch_size}."
         )
     return steps
 
 
-def batches(recipe: Recipe, data: Data, settings: Settings, total: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """This rank's batches of `total` steps: every epoch is one shuffle, dealt out to the ranks."""
+def batches(
+    recipe: Recipe, data: Data, settings: Settings, total: int, device: torch.device, *, start: int = 0
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """This rank's batches of the steps from `start` to `total`, one ahead of what has been asked for.
+
+    Every epoch is one shuffle, dealt out to the ranks. A batch is a function of seed, step and rank alone.
+    """
     rank = dist.get_rank()
     per_epoch = steps_per_epoch(recipe, data, settings)
-    for step in range(total):
+
+    @lru_cache(maxsize=1)
+    def order(epoch: int) -> Tensor:
+        shuffler = torch.Generator().manual_seed(hash((settings.seed, epoch)))
+        return torch.randperm(len(data.train), generator=shuffler)[rank :: settings.world_size]
+
+    def load(step: int) -> tuple[Tensor, Tensor]:
         epoch, position = divmod(step, per_epoch)
-        if position == 0:
-            shuffler = torch.Generator().manual_seed(hash((settings.seed, epoch)))
-            order = torch.randperm(len(data.train_targets), generator=shuffler)[rank :: settings.world_size]
-        batch = order[position * recipe.batch_size : (position + 1) * recipe.batch_size].to(data.train_targets.device)
-        inputs = data.train_inputs[batch]
-        if recipe.augment is not None:
-            inputs = recipe.augment(inputs, torch.Generator().manual_seed(hash((settings.seed, step, rank))))
-        yield inputs, data.train_targets[batch]
+        indices = order(epoch)[position * recipe.batch_size : (position + 1) * recipe.batch_size]
+        generator = torch.Generator().manual_seed(hash((settings.seed, step, rank)))
+        inputs, targets = data.train.batch(indices, generator)
+        return inputs.to(device), targets.to(device)
+
+    with ThreadPoolExecutor(1) as loader:
+        upcoming = loader.submit(load, start)
+        for step in range(start, total):
+            batch = upcoming.result()
+            if step + 1 < total:
+                upcoming = loader.submit(load, step + 1)
+            yield batch
 
 
 @torch.no_grad()
-def evaluate(recipe: Recipe, model: nn.Module, data: Data) -> float:
+def evaluate(recipe: Recipe, model: nn.Module, data: Data, device: torch.device) -> float:
     """The metric on the test data, each rank its share, with rank 0's batch-norm statistics on all."""
     for buffer in model.buffers():
         dist.broadcast(buffer, src=0)
     model.eval()
-    share = slice(dist.get_rank(), None, dist.get_world_size())
-    parts = zip(
-        data.test_inputs[share].split(EVALUATION_BATCH), data.test_targets[share].split(EVALUATION_BATCH), strict=True
-    )
-    sums = torch.stack([recipe.metric.sums(model(inputs), targets) for inputs, targets in parts]).sum(dim=0)
+    share = torch.arange(dist.get_rank(), len(data.test), dist.get_world_size())
+    parts = []
+    for first in range(0, len(share), recipe.evaluation_batch):
+        indices = share[first : first + recipe.evaluation_batch]
+        inputs, targets = (tensor.to(device) for tensor in data.test.batch(indices, None))
+        parts.append(recipe.metric.sums(model(inputs), targets))
+    sums = torch.stack(parts).sum(dim=0)
     dist.all_reduce(sums)
     return recipe.metric.value(sums.cpu())
 

@@ -1,11 +1,15 @@
 """Models, data and settings to train with. A recipe is one file; to add one, copy one and list it here."""
 
+from lgc.recipes.cifar10 import CIFAR10_RESNET20, CIFAR10_RESNET50, CIFAR10_RESNET101
+from lgc.recipes.data import Data, Split
 from lgc.recipes.digits import DIGITS
-from lgc.recipes.recipe import Data, Metric, Recipe
+from lgc.recipes.recipe import Metric, Recipe
 
-RECIPES: dict[str, Recipe] = {recipe.name: recipe for recipe in (DIGITS,)}
+RECIPES: dict[str, Recipe] = {
+    recipe.name: recipe for recipe in (DIGITS, CIFAR10_RESNET20, CIFAR10_RESNET50, CIFAR10_RESNET101)
+}
 
-__all__ = ["RECIPES", "Data", "Metric", "Recipe", "find_recipe"]
+__all__ = ["RECIPES", "Data", "Metric", "Recipe", "Split", "find_recipe"]
 
 
 def find_recipe(name: str) -> Recipe:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lgc.recipes.recipe import ACCURACY, Data, Recipe
+from lgc.recipes.data import Data, TensorSplit
+from lgc.recipes.recipe import ACCURACY, Recipe, warmup_and_cosine
 
 TEST_FRACTION = 1 / 3
-WARMUP = 0.1  # fraction of the run over which the learning rate rises
 
 
 class Block(nn.Module):
@@ -45,23 +43,26 @@ def small_resnet() -> nn.Module:
     )
 
 
-def load_digits() -> Data:
+def to_batch(pixels: Tensor, labels: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
+    """As they are: digits are not augmented."""
+    return pixels, labels
+
+
+def load_digits(path: str | None, limit_train: int | None) -> Data:
     """Two thirds of the 1,797 images to train on and one third to test, each class in proportion."""
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
+    if path is not None:
+        raise ValueError(f"digits come with scikit-learn: data must not be set, got {path!r}.")
     pixels, labels = load_digits(return_X_y=True)
     parts = train_test_split(pixels / 16, labels, test_size=TEST_FRACTION, random_state=0, stratify=labels)
     train_inputs, test_inputs = (torch.tensor(part, dtype=torch.float32).view(-1, 1, 8, 8) for part in parts[:2])
     train_targets, test_targets = (torch.tensor(part, dtype=torch.int64) for part in parts[2:])
-    return Data(train_inputs, train_targets, test_inputs, test_targets)
-
-
-def warmup_and_cosine(progress: float) -> float:
-    """A linear rise, then half a cosine to zero."""
-    if progress < WARMUP:
-        return (progress + 0.01) / (WARMUP + 0.01)
-    return 0.5 * (1 + math.cos(math.pi * (progress - WARMUP) / (1 - WARMUP)))
+    return Data(
+        TensorSplit(train_inputs[:limit_train], train_targets[:limit_train], to_batch),
+        TensorSplit(test_inputs, test_targets, to_batch),
+    )
 
 
 DIGITS = Recipe(

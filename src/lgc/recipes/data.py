@@ -1,0 +1,319 @@
+"""Data sets: from the hub's parquet files to batches of tensors, decoded once."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import re
+import tempfile
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+Array = NDArray[Any]
+
+IMAGE_FORMATS = ("JPEG", "PNG")
+READ_ROWS = 256
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+SHARD = re.compile(r".*-(\d{5})-of-(\d{5})\.parquet")
+
+
+class Split(ABC):
+    """Samples that are read in batches."""
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """Number of samples."""
+
+    @abstractmethod
+    def batch(self, indices: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
+        """Inputs and targets of these samples; augmented from the generator if there is one."""
+
+    def to(self, device: torch.device) -> Split:
+        """The same samples, on the device where that makes batches faster."""
+        return self
+
+
+class Data(NamedTuple):
+    """What to train on and what to test on."""
+
+    train: Split
+    test: Split
+
+
+class TensorSplit(Split):
+    """Samples in memory.
+
+    Args:
+        inputs, targets: one row per sample.
+        transform: makes a batch of both out of the rows, with a generator for augmentation or without.
+    """
+
+    def __init__(
+        self,
+        inputs: Tensor,
+        targets: Tensor,
+        transform: Callable[[Tensor, Tensor, torch.Generator | None], tuple[Tensor, Tensor]],
+    ) -> None:
+        self.inputs = inputs
+        self.targets = targets
+        self.transform = transform
+
+    def __len__(self) -> int:
+        return len(self.inputs)
+
+    def batch(self, indices: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
+        indices = indices.to(self.inputs.device)
+        return self.transform(self.inputs[indices], self.targets[indices], generator)
+
+    def to(self, device: torch.device) -> TensorSplit:
+        return TensorSplit(self.inputs.to(device), self.targets.to(device), self.transform)
+
+
+def find_parquet(path: str, split: str) -> list[Path]:
+    """The files of a split in a folder in the hub's layout, or in a data set of the hub by name.
+
+    The layouts are `train.parquet`, `train-00000-of-00002.parquet` and so on, in the folder or one below it.
+
+    Raises:
+        FileNotFoundError: if there is no such folder, split or shard.
+        ValueError: if there are several candidates.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        folder = _download(path, split)
+    for pattern in (f"{split}.parquet", f"{split}-*.parquet", f"*/{split}.parquet", f"*/{split}-*.parquet"):
+        files = sorted(folder.glob(pattern))
+        parents = sorted({str(file.parent) for file in files})
+        if len(parents) > 1:
+            raise ValueError(f"{folder} has split {split} in {', '.join(parents)}: name one of them.")
+        if files:
+            _require_all_shards(files)
+            return files
+    raise FileNotFoundError(f"{folder} has no {split}.parquet and no {split}-*.parquet, nor has a folder in it.")
+
+
+def _require_all_shards(files: list[Path]) -> None:
+    numbers = [match.groups() for file in files if (match := SHARD.fullmatch(file.name))]
+    for _, total in numbers:
+        missing = set(range(int(total))) - {int(number) for number, of in numbers if of == total}
+        if missing:
+            raise FileNotFoundError(f"{files[0].parent}: shard {min(missing):05} of {total} is missing.")
+
+
+def _download(name: str, split: str) -> Path:
+    if not HUB_NAME.fullmatch(name):
+        raise FileNotFoundError(f"{name} is neither a folder nor the name of a data set on the hub (owner/name).")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        patterns = [f"{split}*.parquet", f"*/{split}*.parquet"]
+        return Path(snapshot_download(name, repo_type="dataset", allow_patterns=patterns))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise FileNotFoundError(f"{name} is not a folder, and the hub does not give it: {reason}") from error
+
+
+class Row(NamedTuple):
+    """One row of a parquet file; `where` names file and row for messages."""
+
+    where: str
+    values: Mapping[str, Any]
+
+
+class Table:
+    """The rows of parquet files with the same columns, in order.
+
+    Args:
+        files: at least one.
+        images: columns of encoded images, by the names that they may have; the first there is counts.
+        labels: the same for columns of integers.
+
+    Raises:
+        ValueError: if a file is not parquet or a column is missing or of another type.
+    """
+
+    def __init__(
+        self, files: Sequence[Path], *, images: Sequence[Sequence[str]], labels: Sequence[Sequence[str]] = ()
+    ) -> None:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        self.files = list(files)
+        self.columns: list[str] = []
+        self.rows = 0
+        for file in files:
+            try:
+                metadata = pq.read_metadata(file)
+                schema = pq.read_schema(file)
+            except pa.ArrowException as error:
+                raise ValueError(f"{file} is not a parquet file: {error}") from None
+            self.rows += metadata.num_rows
+            self.columns = [
+                *(_column(file, schema, names, "struct with binary bytes", _is_image) for names in images),
+                *(_column(file, schema, names, "integer", pa.types.is_integer) for names in labels),
+            ]
+
+    def read(self, limit: int | None = None) -> Iterator[Row]:
+        """The first `limit` rows, with images as encoded bytes.
+
+        Raises:
+            ValueError: for a damaged file or an empty value.
+        """
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        left = self.rows if limit is None else min(limit, self.rows)
+        for file in self.files:
+            if left == 0:
+                return
+            number = 0
+            try:
+                for batch in pq.ParquetFile(file).iter_batches(min(READ_ROWS, left), columns=self.columns):
+                    for values in batch.slice(0, left).to_pylist():
+                        yield Row(f"{file}, row {number}", _checked(f"{file}, row {number}", values))
+                        number += 1
+                        left -= 1
+                    if left == 0:
+                        return
+            except (pa.ArrowException, OSError) as error:
+                raise ValueError(f"{file} cannot be read after row {number}: {error}") from None
+
+
+def _is_image(kind: Any) -> bool:
+    import pyarrow as pa
+
+    if not pa.types.is_struct(kind) or kind.get_field_index("bytes") < 0:
+        return False
+    content = kind.field("bytes").type
+    return bool(pa.types.is_binary(content) or pa.types.is_large_binary(content))
+
+
+def _column(file: Path, schema: Any, names: Sequence[str], kind: str, accepts: Callable[[Any], bool]) -> str:
+    for name in names:
+        if name in schema.names:
+            found = schema.field(name).type
+            if not accepts(found):
+                raise ValueError(f"{file}: column {name} must be {kind}, got {found}.")
+            return name
+    raise ValueError(f"{file} has no column {' or '.join(names)}; it has {', '.join(schema.names)}.")
+
+
+def _checked(where: str, values: dict[str, Any]) -> dict[str, Any]:
+    row = {name: value["bytes"] if isinstance(value, dict) else value for name, value in values.items()}
+    for name, value in row.items():
+        if value is None:
+            raise ValueError(f"{where}, column {name}: empty.")
+    return row
+
+
+def decode_image(encoded: bytes, where: str, *, mode: str = "RGB", size: tuple[int, int] | None = None) -> Array:
+    """Pixels of an encoded image, uint8.
+
+    Args:
+        encoded: JPEG or PNG.
+        where: file, row and column, for messages.
+        mode: "RGB" converts to (height, width, 3); "index" takes (height, width) as it is.
+        size: width and height that it must have.
+
+    Raises:
+        ValueError: if it cannot be decoded or has another size.
+    """
+    from PIL import Image
+
+    try:
+        with Image.open(io.BytesIO(encoded), formats=IMAGE_FORMATS) as image:
+            if size is not None and image.size != size:
+                raise ValueError(f"must be {size[0]} x {size[1]} pixels, got {image.size[0]} x {image.size[1]}.")
+            if mode == "index" and image.mode not in ("L", "P"):
+                raise ValueError(f"must have one channel of class indices, got mode {image.mode}.")
+            return np.array(image.convert("RGB") if mode == "RGB" else image, dtype=np.uint8)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{where}: {error}") from None
+
+
+def check_label(label: int, classes: int, where: str) -> int:
+    """The label, if it is one of `classes`.
+
+    Raises:
+        ValueError: if it is not.
+    """
+    if not 0 <= label < classes:
+        raise ValueError(f"{where}: label must be in 0 .. {classes - 1}, got {label}.")
+    return label
+
+
+def map_in_threads(function: Callable[[Any], Any], items: Iterator[Any], ahead: int = 256) -> Iterator[Any]:
+    """`map` in order, by as many threads as there are cores, without reading more than `ahead` items ahead."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        pending = []
+        try:
+            for item in items:
+                pending.append(pool.submit(function, item))
+                if len(pending) == ahead:
+                    yield pending.pop(0).result()
+            while pending:
+                yield pending.pop(0).result()
+        finally:
+            for future in pending:
+                future.cancel()
+
+
+def cache_folder() -> Path:
+    """Where decoded data is kept: $LGC_CACHE, or lgc in the user's cache folder."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("LGC_CACHE") or Path(base, "lgc"))
+
+
+def cached(
+    files: Sequence[Path], version: str, arrays: Mapping[str, tuple[Any, tuple[int, ...]]], fill: Callable[..., None]
+) -> list[Tensor]:
+    """Arrays that were made from files, mapped into memory; made only if the cache does not have them yet.
+
+    The key is path, size and time of change of every file, the shapes, and `version`. A file of the cache is
+    there whole or not at all, and nothing else is read from it than the numbers.
+
+    Args:
+        files: what the arrays are made from.
+        version: names everything else that decides the result.
+        arrays: type and shape of each array by name.
+        fill: writes into the arrays, given by name.
+    """
+    described = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    key = hashlib.sha256(repr((version, described, arrays)).encode()).hexdigest()[:16]
+    folder = cache_folder() / f"{version.partition(' ')[0]}-{key}"
+    if not folder.is_dir():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix="making-", ignore_cleanup_errors=True) as temporary:
+            made = Path(temporary, "made")
+            made.mkdir()
+            _make(made, arrays, fill)
+            _move(made, folder)
+    return [torch.from_numpy(np.load(folder / f"{name}.npy", mmap_mode="c", allow_pickle=False)) for name in arrays]
+
+
+def _make(folder: Path, arrays: Mapping[str, tuple[Any, tuple[int, ...]]], fill: Callable[..., None]) -> None:
+    opened = {
+        name: np.lib.format.open_memmap(folder / f"{name}.npy", mode="w+", dtype=kind, shape=shape)
+        for name, (kind, shape) in arrays.items()
+    }
+    fill(**opened)
+    for array in opened.values():
+        array.flush()
+
+
+def _move(made: Path, folder: Path) -> None:
+    try:
+        os.replace(made, folder)
+    except OSError:
+        if not folder.is_dir():  # else another process was faster, with the same content
+            raise
