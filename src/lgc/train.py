@@ -96,7 +96,8 @@ class Settings:
     def configuration(self) -> dict[str, Any]:
         """What must be equal for two runs to be the same run, as JSON values."""
         recipe = self.resolve_recipe()
-        resolved = {"epochs": recipe.epochs, "batch_size": recipe.batch_size}
+        backbone = self.backbone or next(iter(recipe.backbones), None)
+        resolved = {"epochs": recipe.epochs, "batch_size": recipe.batch_size, "backbone": backbone}
         return asdict(self) | resolved | {"scheme": str(self.resolve_scheme()), "version": __version__}
 
 

@@ -1,12 +1,24 @@
 """Models, data and settings to train with. A recipe is one file; to add one, copy one and list it here."""
 
+from lgc.recipes.camvid import CAMVID_PSPNET
 from lgc.recipes.cifar10 import CIFAR10_RESNET20, CIFAR10_RESNET50, CIFAR10_RESNET101
 from lgc.recipes.data import Data, Split
 from lgc.recipes.digits import DIGITS
+from lgc.recipes.imagenet import IMAGENET_RESNET50
 from lgc.recipes.recipe import Metric, Recipe
+from lgc.recipes.text import TEXT_GPT
 
 RECIPES: dict[str, Recipe] = {
-    recipe.name: recipe for recipe in (DIGITS, CIFAR10_RESNET20, CIFAR10_RESNET50, CIFAR10_RESNET101)
+    recipe.name: recipe
+    for recipe in (
+        DIGITS,
+        CIFAR10_RESNET20,
+        CIFAR10_RESNET50,
+        CIFAR10_RESNET101,
+        IMAGENET_RESNET50,
+        CAMVID_PSPNET,
+        TEXT_GPT,
+    )
 }
 
 __all__ = ["RECIPES", "Data", "Metric", "Recipe", "Split", "find_recipe"]

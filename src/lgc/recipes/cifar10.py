@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ from lgc.recipes.data import (
     decode_image,
     find_parquet,
     map_in_threads,
+    new_array,
 )
 from lgc.recipes.recipe import ACCURACY, Recipe, step_decay, warmup_and_cosine
 from lgc.recipes.resnet import resnet, resnet20
@@ -59,14 +61,15 @@ def load_split(path: str, split: str, limit: int | None) -> TensorSplit:
         pixels = decode_image(row.values[image_column], f"{row.where}, column {image_column}", size=(SIZE, SIZE))
         return pixels, check_label(row.values[label_column], CLASSES, f"{row.where}, column {label_column}")
 
-    def fill(images: Array, labels: Array) -> None:
+    def make(folder: Path) -> None:
+        images = new_array(folder, "images", np.uint8, count, 3, SIZE, SIZE)
+        labels = new_array(folder, "labels", np.uint8, count)
         for number, (pixels, label) in enumerate(map_in_threads(decode, table.read(limit))):
             images[number] = pixels.transpose(2, 0, 1)
             labels[number] = label
 
-    arrays = {"images": (np.uint8, (count, 3, SIZE, SIZE)), "labels": (np.uint8, (count,))}
-    images, labels = cached(table.files, f"cifar10 {split}", arrays, fill)
-    return TensorSplit(images, labels, to_batch)
+    arrays = cached(table.files, f"cifar10 {split} {count}", make)
+    return TensorSplit(arrays["images"], arrays["labels"], to_batch)
 
 
 def load_cifar10(path: str | None, limit_train: int | None) -> Data:

@@ -216,7 +216,15 @@ def _checked(where: str, values: dict[str, Any]) -> dict[str, Any]:
     return row
 
 
-def decode_image(encoded: bytes, where: str, *, mode: str = "RGB", size: tuple[int, int] | None = None) -> Array:
+def decode_image(
+    encoded: bytes,
+    where: str,
+    *,
+    mode: str = "RGB",
+    size: tuple[int, int] | None = None,
+    part: Callable[[int, int], tuple[float, float, float, float]] | None = None,
+    resize: tuple[int, int] | None = None,
+) -> Array:
     """Pixels of an encoded image, uint8.
 
     Args:
@@ -224,6 +232,8 @@ def decode_image(encoded: bytes, where: str, *, mode: str = "RGB", size: tuple[i
         where: file, row and column, for messages.
         mode: "RGB" converts to (height, width, 3); "index" takes (height, width) as it is.
         size: width and height that it must have.
+        part: box to cut out, of width and height.
+        resize: width and height to scale to, bilinear with antialiasing.
 
     Raises:
         ValueError: if it cannot be decoded or has another size.
@@ -236,7 +246,11 @@ def decode_image(encoded: bytes, where: str, *, mode: str = "RGB", size: tuple[i
                 raise ValueError(f"must be {size[0]} x {size[1]} pixels, got {image.size[0]} x {image.size[1]}.")
             if mode == "index" and image.mode not in ("L", "P"):
                 raise ValueError(f"must have one channel of class indices, got mode {image.mode}.")
-            return np.array(image.convert("RGB") if mode == "RGB" else image, dtype=np.uint8)
+            pixels = image.convert("RGB") if mode == "RGB" else image
+            if resize is not None:
+                box = part(*image.size) if part is not None else None
+                pixels = pixels.resize(resize, Image.Resampling.BILINEAR, box)
+            return np.array(pixels, dtype=np.uint8)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"{where}: {error}") from None
 
@@ -274,41 +288,38 @@ def cache_folder() -> Path:
     return Path(os.environ.get("LGC_CACHE") or Path(base, "lgc"))
 
 
-def cached(
-    files: Sequence[Path], version: str, arrays: Mapping[str, tuple[Any, tuple[int, ...]]], fill: Callable[..., None]
-) -> list[Tensor]:
-    """Arrays that were made from files, mapped into memory; made only if the cache does not have them yet.
+def cached(files: Sequence[Path], version: str, make: Callable[[Path], None]) -> dict[str, Tensor]:
+    """Arrays that were made from files, by name, mapped into memory; made only if the cache does not have them yet.
 
-    The key is path, size and time of change of every file, the shapes, and `version`. A file of the cache is
-    there whole or not at all, and nothing else is read from it than the numbers.
+    The key is path, size and time of change of every file, and `version`. A folder of the cache is there whole or
+    not at all, and nothing else is read from it than numbers.
 
     Args:
         files: what the arrays are made from.
-        version: names everything else that decides the result.
-        arrays: type and shape of each array by name.
-        fill: writes into the arrays, given by name.
+        version: names everything else that decides the result; its first word names the folder.
+        make: writes `name.npy` files into a folder.
     """
     described = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    key = hashlib.sha256(repr((version, described, arrays)).encode()).hexdigest()[:16]
+    key = hashlib.sha256(repr((version, described)).encode()).hexdigest()[:16]
     folder = cache_folder() / f"{version.partition(' ')[0]}-{key}"
     if not folder.is_dir():
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix="making-", ignore_cleanup_errors=True) as temporary:
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix="making-") as temporary:
             made = Path(temporary, "made")
             made.mkdir()
-            _make(made, arrays, fill)
+            make(made)
             _move(made, folder)
-    return [torch.from_numpy(np.load(folder / f"{name}.npy", mmap_mode="c", allow_pickle=False)) for name in arrays]
+    return {file.stem: _mapped(file) for file in sorted(folder.glob("*.npy"))}
 
 
-def _make(folder: Path, arrays: Mapping[str, tuple[Any, tuple[int, ...]]], fill: Callable[..., None]) -> None:
-    opened = {
-        name: np.lib.format.open_memmap(folder / f"{name}.npy", mode="w+", dtype=kind, shape=shape)
-        for name, (kind, shape) in arrays.items()
-    }
-    fill(**opened)
-    for array in opened.values():
-        array.flush()
+def new_array(folder: Path, name: str, kind: type[np.generic], *shape: int) -> Array:
+    """A file for `cached` to fill, mapped into memory."""
+    return np.lib.format.open_memmap(folder / f"{name}.npy", mode="w+", dtype=kind, shape=shape)
+
+
+def _mapped(file: Path) -> Tensor:
+    # copy-on-write, because torch warns of arrays that cannot be written to
+    return torch.from_numpy(np.load(file, mmap_mode="c", allow_pickle=False))
 
 
 def _move(made: Path, folder: Path) -> None:
