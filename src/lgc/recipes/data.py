@@ -139,7 +139,7 @@ class Table:
         labels: the same for columns of integers.
 
     Raises:
-        ValueError: if a file is not parquet or a column is missing or of another type.
+        ValueError: if a file is not parquet or empty, or a column is missing or of another type.
     """
 
     def __init__(
@@ -157,11 +157,16 @@ class Table:
                 schema = pq.read_schema(file)
             except pa.ArrowException as error:
                 raise ValueError(f"{file} is not a parquet file: {error}") from None
+            if metadata.num_rows == 0:
+                raise ValueError(f"{file} has no rows.")
             self.rows += metadata.num_rows
-            self.columns = [
+            columns = [
                 *(_column(file, schema, names, "struct with binary bytes", _is_image) for names in images),
                 *(_column(file, schema, names, "integer", pa.types.is_integer) for names in labels),
             ]
+            if self.columns not in ([], columns):
+                raise ValueError(f"{file} has {', '.join(columns)} where {files[0]} has {', '.join(self.columns)}.")
+            self.columns = columns
 
     def read(self, limit: int | None = None) -> Iterator[Row]:
         """The first `limit` rows, with images as encoded bytes.

@@ -19,13 +19,13 @@ def conv(inputs: int, outputs: int, kernel: int, stride: int = 1, dilation: int 
 
 
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions."""
+    """Two 3x3 convolutions; `entering` is the dilation of the first."""
 
     expansion = 1
 
-    def __init__(self, inputs: int, width: int, stride: int, dilation: int) -> None:
+    def __init__(self, inputs: int, width: int, *, stride: int, entering: int, dilation: int) -> None:
         super().__init__()
-        self.conv1 = conv(inputs, width, 3, stride, dilation)
+        self.conv1 = conv(inputs, width, 3, stride, entering)
         self.norm1 = nn.BatchNorm2d(width)
         self.conv2 = conv(width, width, 3, 1, dilation)
         self.norm2 = nn.BatchNorm2d(width)
@@ -41,11 +41,11 @@ class Bottleneck(nn.Module):
 
     expansion = 4
 
-    def __init__(self, inputs: int, width: int, stride: int, dilation: int) -> None:
+    def __init__(self, inputs: int, width: int, *, stride: int, entering: int, dilation: int) -> None:
         super().__init__()
         self.conv1 = conv(inputs, width, 1)
         self.norm1 = nn.BatchNorm2d(width)
-        self.conv2 = conv(width, width, 3, stride, dilation)
+        self.conv2 = conv(width, width, 3, stride, entering)
         self.norm2 = nn.BatchNorm2d(width)
         self.conv3 = conv(width, 4 * width, 1)
         self.norm3 = nn.BatchNorm2d(4 * width)
@@ -101,7 +101,8 @@ class ResNet(nn.Module):
         classes: outputs of the linear layer.
         stem: see `stem_layers`.
         width: channels of the first stage's blocks; each stage doubles them.
-        dilations: by stage; a stage after the first has stride 2 where its dilation is 1, else stride 1.
+        dilations: by stage; a stage after the first has stride 2 where its dilation is 1, else stride 1, and then
+            computes at more pixels what it would with the stride.
         zero_init: start every block as its shortcut. Source: Goyal et al., arXiv 1706.02677, section 5.1.
     """
 
@@ -119,15 +120,13 @@ class ResNet(nn.Module):
         super().__init__()
         self.stem = nn.Sequential(*stem_layers(stem, width))
         self.stages = nn.ModuleList()
-        channels = width
+        channels, entering = width, 1
         for stage, (depth, dilation) in enumerate(zip(depths, dilations, strict=False)):
             stride = 1 if stage == 0 or dilation > 1 else 2
             blocks: list[nn.Module] = []
-            for position in range(depth):
-                # the first block of a dilated stage still sees the grid of the stage before
-                spacing = dilation if position else max(1, dilation // 2)
-                blocks.append(block(channels, width << stage, stride if position == 0 else 1, spacing))
-                channels = (width << stage) * block.expansion
+            for _ in range(depth):
+                blocks.append(block(channels, width << stage, stride=stride, entering=entering, dilation=dilation))
+                channels, stride, entering = (width << stage) * block.expansion, 1, dilation
             self.stages.append(nn.Sequential(*blocks))
         self.channels = channels
         self.head = nn.Linear(channels, classes)
