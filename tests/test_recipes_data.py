@@ -441,9 +441,7 @@ def test_the_real_data_is_read(name: str, recipe: str, sizes: tuple[int, int]) -
 
 @pytest.mark.parametrize(("name", "recipe_name"), [("cifar10", "cifar10-resnet20"), ("camvid", "camvid-pspnet")])
 def test_data_is_at_least_five_times_faster_than_training(name: str, recipe_name: str) -> None:
-    settings = Settings(
-        recipe=recipe_name, scheme="dense", world_size=1, data=real_data(name), limit_train=200, batch_size=4
-    )
+    settings = Settings(recipe=recipe_name, scheme="dense", world_size=1, data=real_data(name), limit_train=200)
     recipe, data = settings.resolve_recipe(), settings.load_data()
     model = recipe.model()
     indices = torch.arange(recipe.batch_size)
