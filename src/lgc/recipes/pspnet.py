@@ -40,9 +40,9 @@ class PSPNet(nn.Module):
 
     (batch, 3, height, width) -> (batch, classes, height, width); in training a pair, with the auxiliary head's second.
 
-    Layers and widths are those of MMSegmentation's pspnet_r50-d8, 48.98 million parameters at 19 classes: a stem of three
-    3x3 convolutions, a head of a quarter of the features' width, an auxiliary one of an eighth. Without the dropout
-    of 0.1 before the two classifiers.
+    Layers and widths are those of MMSegmentation's pspnet_r50-d8, 48.98 million parameters at 19 classes: a stem of
+    three 3x3 convolutions, a head of a quarter of the features' width, an auxiliary one of an eighth. Without the
+    dropout of 0.1 before the two classifiers.
 
     Args:
         backbone: resnet18, resnet50 or resnet101.
