@@ -60,18 +60,26 @@ class Aggregator(ABC):
         """Exchange this rank's gradient, shape (N,); a collective. The gradient is not changed."""
 
     def state_dict(self) -> dict[str, Any]:
-        """This rank's state: tensors by parameter name, numbers and strings."""
-        state = {"residual": self._by_name(self.feedback.residual), "train_end": self.schedule.train_end}
+        """This rank's state: tensors by parameter name, numbers and strings.
+
+        In three parts, which say what becomes of it at another world size: `per_rank` (its mean over the ranks stays),
+        `replicated` (rank 0's counts, for all) and `server` (rank 0's, empty elsewhere).
+        """
+        per_rank = {"residual": self._by_name(self.feedback.residual)}
         if self.feedback.momentum_buffer is not None:
-            state["momentum"] = self._by_name(self.feedback.momentum_buffer)
-        return state
+            per_rank["momentum"] = self._by_name(self.feedback.momentum_buffer)
+        return {"per_rank": per_rank, "replicated": {"train_end": self.schedule.train_end}, "server": {}}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Set this rank's state; names and shapes have been checked against `state_dict()`."""
-        self._set_by_name(self.feedback.residual, state["residual"])
+        """Set this rank's state; names, types and shapes have been checked against `state_dict()`."""
+        self._set_by_name(self.feedback.residual, state["per_rank"]["residual"])
         if self.feedback.momentum_buffer is not None:
-            self._set_by_name(self.feedback.momentum_buffer, state["momentum"])
-        self.schedule.train_end = state["train_end"]
+            self._set_by_name(self.feedback.momentum_buffer, state["per_rank"]["momentum"])
+        self.schedule.train_end = state["replicated"]["train_end"]
+
+    def adapt_state(self, state: Mapping[str, Any], step: int) -> Mapping[str, Any]:
+        """`state` of another world size, resharded, with what cannot outlive that as this new aggregator has it."""
+        return state
 
     def _begin(self, step: int) -> Stage:
         """The stage of `step`; what follows is counted under its phase."""
@@ -232,13 +240,13 @@ class OwnAggregator(Aggregator):
     def state_dict(self) -> dict[str, Any]:
         state = super().state_dict()
         if isinstance(self.own, ServerTopK) and self.own.residual.numel():
-            state["server_residual"] = self._by_name(self.own.residual)
+            state["server"]["residual"] = self._by_name(self.own.residual)
         return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         super().load_state_dict(state)
         if isinstance(self.own, ServerTopK) and self.own.residual.numel():
-            self._set_by_name(self.own.residual, state["server_residual"])
+            self._set_by_name(self.own.residual, state["server"]["residual"])
 
 
 class SharedAggregator(Aggregator):

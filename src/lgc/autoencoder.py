@@ -121,9 +121,13 @@ class ServerAutoencoder(nn.Module):
 
 def make_optimizer(module: nn.Module, kind: Optimizer, learning_rate: float) -> torch.optim.Optimizer:
     """The optimizer of the autoencoder's own training."""
-    if kind == "adam":
-        return torch.optim.Adam(module.parameters(), lr=learning_rate)
-    return torch.optim.SGD(module.parameters(), lr=learning_rate)
+    if kind == "sgd":
+        return torch.optim.SGD(module.parameters(), lr=learning_rate)
+    adam = torch.optim.Adam(module.parameters(), lr=learning_rate)
+    for parameter in module.parameters():  # now, not in the first step, so that state_dict always has the same form
+        moments = {"exp_avg": torch.zeros_like(parameter), "exp_avg_sq": torch.zeros_like(parameter)}
+        adam.state[parameter] = {"step": torch.tensor(0.0), **moments}
+    return adam
 
 
 def pack_weights(module: nn.Module) -> Tensor:

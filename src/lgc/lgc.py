@@ -147,23 +147,32 @@ class LGCAggregator(Aggregator):
         return settled and self._explained < self.refresh.below * self._explained_fresh
 
     def state_dict(self) -> dict[str, Any]:
-        return super().state_dict() | {
+        state = super().state_dict()
+        state["per_rank"] |= {"explained": self._explained, "explained_fresh": self._explained_fresh}
+        state["replicated"] |= {
             "autoencoder": {name: tensor.clone() for name, tensor in self.autoencoder.state_dict().items()},
-            "autoencoder_optimizer": self.optimizer.state_dict(),
             "frozen": self._frozen,
             "compressed_steps": self._compressed_steps,
-            "explained": self._explained,
-            "explained_fresh": self._explained_fresh,
         }
+        if self.transport.rank == SERVER:
+            state["server"]["autoencoder_optimizer"] = {
+                name: {key: tensor.clone() for key, tensor in self.optimizer.state[parameter].items()}
+                for name, parameter in self.autoencoder.named_parameters()
+            }
+        return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         super().load_state_dict(state)
-        self.autoencoder.load_state_dict(state["autoencoder"])
-        self.optimizer.load_state_dict(state["autoencoder_optimizer"])
-        self._frozen = state["frozen"]
-        self._compressed_steps = state["compressed_steps"]
-        self._explained = state["explained"]
-        self._explained_fresh = state["explained_fresh"]
+        replicated_state = state["replicated"]
+        self.autoencoder.load_state_dict(replicated_state["autoencoder"])
+        self._frozen = replicated_state["frozen"]
+        self._compressed_steps = replicated_state["compressed_steps"]
+        self._explained = state["per_rank"]["explained"]
+        self._explained_fresh = state["per_rank"]["explained_fresh"]
+        if self.transport.rank == SERVER:
+            for name, parameter in self.autoencoder.named_parameters():
+                for key, tensor in state["server"]["autoencoder_optimizer"][name].items():
+                    self.optimizer.state[parameter][key].copy_(tensor)
 
 
 class RingAggregator(LGCAggregator):
@@ -224,6 +233,19 @@ class ServerAggregator(LGCAggregator):
     def __init__(self, *args: Any, innovation: float, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.innovation = innovation
+
+    def adapt_state(self, state: Mapping[str, Any], step: int) -> Mapping[str, Any]:
+        """Keep the encoder; the decoders belong to ranks, so they start anew, and phase train does from `step` on."""
+        fresh = self.state_dict()
+        encoder = {
+            name: tensor for name, tensor in state["replicated"]["autoencoder"].items() if name.startswith("encoder.")
+        }
+        train_steps = self.schedule.train_end - self.schedule.warmup_end
+        replicated_state = fresh["replicated"] | {
+            "autoencoder": fresh["replicated"]["autoencoder"] | encoder,
+            "train_end": max(self.schedule.train_end, step + train_steps),
+        }
+        return {**state, "replicated": replicated_state, "server": fresh["server"]}
 
     def aggregate(self, gradient: Tensor, step: int) -> Round:
         phase, least_rate = self._begin(step)
