@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 from ddp_models import MODELS, batch, optimizer_of, parameters, seeded
 from ranks import Ranks
@@ -102,28 +106,32 @@ def assert_same(actual: Any, expected: Any) -> None:
 # --- resuming at the same world size ---
 
 
-def interrupted(rank: int, world_size: int, scheme: Any, stop: int | None, directory: Path) -> dict[str, Any]:
+def interrupted(rank: int, world_size: int, scheme: Any, directory: Path) -> dict[str, Any]:
+    """What a run ends with that is saved in every phase, and what the runs end with that go on from there."""
     run = Run(scheme)
-    if stop is not None:
+    for stop in PHASES.values():
         run.train(rank, stop)
-        checkpoint.save(directory, run.state(), step=stop, group=world())
-        run = Run(scheme, seed=1)
-        path = checkpoint.latest(directory)
-        assert path is not None
-        run.load(checkpoint.load(path, group=world()))
-        assert run.handle.step == stop
+        checkpoint.save(directory, run.state(), step=stop, group=world(), keep=len(PHASES))
     run.train(rank, STEPS)
-    return run.state()
+    ends = {"straight": run.state()}
+    for phase, path in zip(PHASES, reversed(checkpoint.available(directory)), strict=True):
+        resumed = Run(scheme, seed=1)
+        resumed.load(checkpoint.load(path, group=world()))
+        assert resumed.handle.step == PHASES[phase]
+        resumed.train(rank, STEPS)
+        ends[phase] = resumed.state()
+    return ends
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_a_run_goes_on_from_its_checkpoint_as_if_never_interrupted(
     ranks: RankFactory, scheme: str, tmp_path: Path
 ) -> None:
-    straight = ranks(2).run(interrupted, SCHEMES[scheme], None, tmp_path)
-    for phase, stop in PHASES.items():
-        resumed = ranks(2).run(interrupted, SCHEMES[scheme], stop, tmp_path / phase)
-        assert_same(resumed, straight)
+    for ends in ranks(2).run(interrupted, SCHEMES[scheme], tmp_path):
+        straight = ends.pop("straight")
+        assert list(ends) == list(PHASES)
+        for resumed in ends.values():
+            assert_same(resumed, straight)
 
 
 # --- resuming at another world size ---
@@ -139,7 +147,7 @@ def save_at(rank: int, world_size: int, scheme: Any, stop: int, directory: Path)
 def load_and_go_on(rank: int, world_size: int, scheme: Any, path: Path, steps: int) -> tuple[Any, Any, list[str]]:
     run = Run(scheme, seed=1)
     run.load(checkpoint.load(path, group=world()))
-    loaded = run.state()
+    loaded = copy.deepcopy(run.state())
     phases = []
     for step in range(run.handle.step, run.handle.step + steps):
         run.train(rank, step + 1)
@@ -158,18 +166,226 @@ def owed(states: list[dict[str, Any]], kind: str) -> dict[str, Tensor]:
     return {name: torch.stack([rank[name].double() for rank in ranks]).mean(dim=0) for name in ranks[0]}
 
 
-@pytest.mark.parametrize(("before", "after"), [(4, 2), (2, 4), (3, 4), (4, 3), (1, 2), (2, 1)])
-@pytest.mark.parametrize("scheme", ["dgc-server", "lgc-ring", "lgc-ps"])
-def test_at_another_world_size_the_owed_update_stays(
+def sum_of_counts(states: list[dict[str, Any]]) -> dict[str, int]:
+    """Byte counts of all ranks together; steps of the first."""
+    counts: dict[str, int] = {}
+    for state in states:
+        for name, count in flatten(json.loads(state["handle"]["wire"])).items():
+            if not name.endswith("/steps") or state is states[0]:
+                counts[name] = counts.get(name, 0) + count
+    return counts
+
+
+def assert_owed_stays(saved: list[dict[str, Any]], loaded: list[dict[str, Any]]) -> None:
+    for kind in ("residual", "momentum"):
+        expected = owed(saved, kind)
+        assert any(bool(mean.any()) for mean in expected.values())
+        for name, mean in owed(loaded, kind).items():
+            largest = max(float(rank[name].abs().max()) for rank in per_rank(loaded, kind))
+            torch.testing.assert_close(mean, expected[name], rtol=0, atol=1e-7 * largest)  # float32 rounding
+
+
+@pytest.mark.parametrize(
+    ("scheme", "before", "after"),
+    [
+        *(("lgc-ring", before, after) for before, after in [(4, 2), (2, 4), (3, 4), (4, 3), (1, 2)]),
+        *(("dgc-server", before, after) for before, after in [(4, 2), (2, 3)]),
+    ],
+)
+def test_at_another_world_size_the_owed_update_and_what_is_replicated_stay(
     ranks: RankFactory, scheme: str, before: int, after: int, tmp_path: Path
 ) -> None:
     saved = ranks(before).run(save_at, SCHEMES[scheme], PHASES["compressed"], tmp_path)
     results = ranks(after).run(load_and_go_on, SCHEMES[scheme], checkpoint.latest(tmp_path), 2)
     loaded = [state for state, _, _ in results]
-    for kind in ("residual", "momentum"):
-        expected = owed(saved, kind)
-        for name, mean in owed(loaded, kind).items():
-            largest = max(float(rank[name].abs().max()) for rank in per_rank(loaded, kind))
-            torch.testing.assert_close(mean, expected[name], rtol=0, atol=1e-7 * largest)  # float32 rounding
-    for _, trained, _ in results:
+    assert_owed_stays(saved, loaded)
+    for state in loaded:
+        assert_same(parameters_of(state["model"]), parameters_of(saved[0]["model"]))
+        assert_same(state["optimizer"], saved[0]["optimizer"])
+        assert_same(state["handle"]["aggregator"]["replicated"], saved[0]["handle"]["aggregator"]["replicated"])
+    assert_same(loaded[0]["handle"]["aggregator"]["server"], saved[0]["handle"]["aggregator"]["server"])
+    assert sum_of_counts(loaded) == sum_of_counts(saved)
+    for _, trained, phases in results:
+        assert phases == ["compressed", "compressed"]
         assert_same(trained, results[0][1])
+
+
+@pytest.mark.parametrize(
+    ("phase", "before", "after"), [("warmup", 2, 3), ("train", 2, 3), ("compressed", 4, 2), ("compressed", 2, 1)]
+)
+def test_decoders_bound_to_ranks_are_trained_again_at_another_world_size(
+    ranks: RankFactory, phase: str, before: int, after: int, tmp_path: Path
+) -> None:
+    stop = PHASES[phase]
+    saved = ranks(before).run(save_at, SCHEMES["lgc-ps"], stop, tmp_path)
+    results = ranks(after).run(load_and_go_on, SCHEMES["lgc-ps"], checkpoint.latest(tmp_path), 10)
+    train_end = max(stop, LEARNED["dense_steps"] + LEARNED["warmup_steps"]) + LEARNED["train_steps"]
+    assert_owed_stays(saved, [state for state, _, _ in results])
+    encoder = autoencoder(saved[0], "encoder.")
+    decoders = autoencoder(ranks(after).run(state_at_start, SCHEMES["lgc-ps"])[0], "decoders.")
+    for state, trained, phases in results:
+        assert_same(autoencoder(state, "encoder."), encoder)
+        assert_same(autoencoder(state, "decoders."), decoders)
+        expected = ["warmup" if s < 8 else "train" if s < train_end else "compressed" for s in range(stop, stop + 10)]
+        assert phases == expected
+        assert_same(trained, results[0][1])
+
+
+def autoencoder(state: dict[str, Any], prefix: str) -> dict[str, Tensor]:
+    weights = state["handle"]["aggregator"]["replicated"]["autoencoder"]
+    return {name: tensor for name, tensor in weights.items() if name.startswith(prefix)}
+
+
+def parameters_of(module_state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Without the statistics of the normalisation, which are each rank's own here."""
+    return {name: tensor for name, tensor in module_state.items() if "running" not in name and "num_" not in name}
+
+
+def state_at_start(rank: int, world_size: int, scheme: Any) -> dict[str, Any]:
+    return Run(scheme, seed=1).state()
+
+
+def handle_state(rank: int, world_size: int, residual: Tensor, server: dict[str, Any]) -> dict[str, Any]:
+    """A handle's state with one parameter, as saved."""
+    traffic = {"steps": 5, "sent_bytes": 10 * rank + 1, "received_bytes": 3, "upload_bytes": 0}
+    return {
+        "version": 1,
+        "scheme": "topk",
+        "world_size": world_size,
+        "rank": rank,
+        "step": 5,
+        "wire": json.dumps({"compressed": traffic | {"contents": {"entries": 10 * rank + 1}}}),
+        "aggregator": {
+            "per_rank": {"residual": {"w": residual}},
+            "replicated": {"train_end": 3},
+            "server": server if rank == 0 else {},
+        },
+    }
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "expected"),
+    [
+        (4, 2, [[0.5, 0.5, 0, 0], [0, 0, 0.5, 0.5]]),  # the means of pairs
+        (2, 4, [[1, 0], [1, 0], [0, 1], [0, 1]]),  # copies: the mean stays, the sum need not
+        (3, 2, [[2 / 3, 1 / 3, 0], [0, 1 / 3, 2 / 3]]),
+        (2, 3, [[1, 0], [0.5, 0.5], [0, 1]]),
+        (3, 1, [[1 / 3, 1 / 3, 1 / 3]]),
+    ],
+)
+def test_a_new_rank_takes_over_the_average_of_the_old_ranks_in_its_share(
+    before: int, after: int, expected: list[list[float]]
+) -> None:
+    states = [handle_state(rank, before, torch.eye(before)[rank], {"s": torch.ones(2)}) for rank in range(before)]
+    new = [checkpoint.reshard(states, rank=rank, world_size=after) for rank in range(after)]
+    residuals = torch.stack([state["aggregator"]["per_rank"]["residual"]["w"] for state in new])
+    torch.testing.assert_close(residuals, torch.tensor(expected, dtype=torch.float32))
+    assert [list(state["aggregator"]["server"]) for state in new] == [["s"]] + [[]] * (after - 1)
+    sent = [json.loads(state["wire"])["compressed"]["sent_bytes"] for state in new]
+    assert sum(sent) == sum(10 * rank + 1 for rank in range(before))
+
+
+def test_resharding_needs_the_state_of_every_rank() -> None:
+    states = [handle_state(rank, 3, torch.zeros(1), {}) for rank in range(2)]
+    with pytest.raises(ValueError, match="must have the state of every rank, got 2"):
+        checkpoint.reshard(states, rank=0, world_size=2)
+
+
+# --- the user's own checkpoint ---
+
+
+def through_torch_save(rank: int, world_size: int, scheme: Any, directory: Path) -> list[dict[str, Any]]:
+    run = Run(scheme)
+    run.train(rank, PHASES["train"])
+    torch.save(run.state(), directory / f"{rank}.pt")
+    other = Run(scheme, seed=1)
+    other.load(torch.load(directory / f"{rank}.pt", weights_only=True))
+    for each in (run, other):
+        each.train(rank, STEPS)
+    return [run.state(), other.state()]
+
+
+def through_dcp(rank: int, world_size: int, scheme: Any, directory: Path) -> list[dict[str, Any]]:
+    def stateful(run: Run) -> dict[str, Any]:
+        return {"model": run.ddp.module, "optimizer": run.optimizer, f"handle-{rank}": run.handle}
+
+    run = Run(scheme)
+    run.train(rank, PHASES["train"])
+    dcp.save(stateful(run), checkpoint_id=directory)
+    other = Run(scheme, seed=1)
+    other.train(rank, 1)  # an optimizer that has stepped has the state that DCP fills in
+    dcp.load(stateful(other), checkpoint_id=directory)
+    assert other.handle.step == PHASES["train"]
+    for name, buffer in run.ddp.module.named_buffers():  # DCP keeps one rank's
+        other.ddp.module.get_buffer(name).copy_(buffer)
+    for each in (run, other):
+        each.train(rank, STEPS)
+    return [run.state(), other.state()]
+
+
+@pytest.mark.parametrize("scheme", ["dense", "dgc-server", "lgc-ring", "lgc-ps"])
+@pytest.mark.parametrize("through", [through_torch_save, through_dcp])
+def test_the_state_fits_in_torchs_own_checkpoints(
+    ranks: RankFactory, through: Callable[..., Any], scheme: str, tmp_path: Path
+) -> None:
+    for straight, resumed in ranks(2).run(through, SCHEMES[scheme], tmp_path):
+        assert_same(resumed, straight)
+
+
+# --- a state that does not fit ---
+
+Change = Callable[[dict[str, Any]], object]
+WRONG: dict[str, tuple[Change, str]] = {
+    "scheme": (lambda s: s.update(scheme="dgc"), "scheme is 'dgc', here it is 'lgc-ring"),
+    "world size": (lambda s: s.update(world_size=4), "world_size is 4, here it is 2; lgc.checkpoint.load or reshard"),
+    "rank": (lambda s: s.update(rank=7), "rank is 7, here it is"),
+    "version": (lambda s: s.update(version=99), "version is 99, here it is"),
+    "step": (lambda s: s.update(step=-1), "step must be an integer of at least 0, got -1"),
+    "no step": (lambda s: s.pop("step"), "step must be an integer of at least 0, got None"),
+    "wire": (lambda s: s.update(wire='{"dense": {"bytes": 3}}'), "wire is not the byte counts by phase"),
+    "no aggregator": (lambda s: s.pop("aggregator"), "aggregator has"),
+    "residual's name": (lambda s: s["aggregator"]["per_rank"]["residual"].pop("conv1.weight"), "per_rank.residual has"),
+    "residual's shape": (
+        lambda s: s["aggregator"]["per_rank"]["residual"].update({"conv1.bias": torch.zeros(9)}),
+        r"per_rank.residual.conv1.bias is \(9,\) torch.float32, here it is \(8,\) torch.float32",
+    ),
+    "momentum's dtype": (
+        lambda s: s["aggregator"]["per_rank"]["momentum"].update({"conv1.bias": torch.zeros(8).double()}),
+        r"per_rank.momentum.conv1.bias is \(8,\) torch.float64",
+    ),
+    "frozen": (lambda s: s["aggregator"]["replicated"].update(frozen=1), "replicated.frozen is 1, here it is"),
+    "autoencoder": (
+        lambda s: s["aggregator"]["replicated"]["autoencoder"].pop("encoder.out.bias"),
+        "replicated.autoencoder has",
+    ),
+    "resharded": (
+        lambda s: s.update(resharded_from=4),
+        "resharded, goes into a new handle only, this one is at step 11",
+    ),
+}
+
+
+def load_wrong(rank: int, world_size: int, scheme: Any) -> list[tuple[str, str]]:
+    """What each wrong state is refused with, and whether that left everything as it was."""
+    run = Run(scheme)
+    run.train(rank, 4)
+    good = run.handle.state_dict()
+    run.train(rank, PHASES["train"])
+    before = copy.deepcopy(run.handle.state_dict())
+    refusals = []
+    for name, (change, _) in WRONG.items():
+        state = copy.deepcopy(good)
+        change(state)
+        with pytest.raises(ValueError) as caught:  # noqa: PT011 - the caller matches it
+            run.handle.load_state_dict(state)
+        after = run.handle.state_dict()
+        assert_same(after, before)
+        refusals.append((name, str(caught.value)))
+    return refusals
+
+
+def test_a_state_that_does_not_fit_is_refused_by_its_field_and_changes_nothing(ranks: RankFactory) -> None:
+    for refusals in ranks(2).run(load_wrong, SCHEMES["lgc-ring"]):
+        assert [name for name, _ in refusals] == list(WRONG)
+        for name, message in refusals:
+            assert re.search(WRONG[name][1], message), message

@@ -184,7 +184,7 @@ def reshard(states: Iterable[State], *, rank: int, world_size: int) -> dict[str,
     first: State | None = None
     for old_rank, state in enumerate(states):
         first = first or state
-        wires.append(state["wire"]["phases"])
+        wires.append(json.loads(state["wire"]))
         weight = _overlap(old_rank, state["world_size"], rank, world_size)
         if weight:
             _accumulate(totals, state["aggregator"].get("per_rank", {}), float(weight))
@@ -199,7 +199,7 @@ def reshard(states: Iterable[State], *, rank: int, world_size: int) -> dict[str,
         "rank": rank,
         "world_size": world_size,
         "resharded_from": first["world_size"],
-        "wire": {"phases": _deal_counts(wires, rank, world_size)},
+        "wire": json.dumps(_deal_counts(wires, rank, world_size)),
         "aggregator": aggregator,
     }
 
@@ -347,31 +347,35 @@ def _remove(path: Path) -> None:
 def _read_manifest(path: Path) -> _Manifest:
     """The manifest of a checkpoint, as far as it can be checked without reading the files."""
     file = path / MANIFEST
-    try:
-        size = file.stat().st_size
-        _require(file, "size", f"at most {MANIFEST_LIMIT}", size, size <= MANIFEST_LIMIT)
-        content = json.loads(file.read_bytes())
-    except OSError as error:
-        raise CheckpointError(f"{file} cannot be read: {error.strerror}.") from error
-    except (ValueError, RecursionError) as error:
-        if isinstance(error, CheckpointError):
-            raise
-        raise CheckpointError(f"{file} is not JSON: {error}.") from error
-    _require(file, "content", "an object", type(content).__name__, isinstance(content, dict))
+    content, digest = _parse_manifest(file)
     schema = content.get("schema")
     _require(file, "schema", "an integer", schema, type(schema) is int)
     if schema > SCHEMA:
         raise _NewerSchemaError(
-            f"{file}: schema must be at most {SCHEMA}, got {schema}; it is of a newer lgc ({content.get('versions')})."
+            f"{file}: schema must be at most {SCHEMA}, got {schema}; a newer lgc wrote it ({content.get('versions')})."
         )
     _require(file, "schema", SCHEMA, schema, schema == SCHEMA)
-    digest = content.pop("sha256", None)
-    _require(file, "sha256", _content_digest(content), digest, digest == _content_digest(content))
+    _require(file, "sha256", digest, content.get("sha256"), digest == content.get("sha256"))
     step, files, world_size = content.get("step"), content.get("files"), content.get("world_size")
     _require(file, "step", path.name, step, type(step) is int and path.name.startswith(f"step-{step:010d}"))
-    _require(file, "files", "a list", type(files).__name__, isinstance(files, list) and len(files) > 0)
+    _require(file, "files", "a list", files, isinstance(files, list) and len(files) > 0)
     _require(file, "world_size", len(files), world_size, world_size == len(files))
     return _Manifest(step, [_read_entry(file, rank, entry) for rank, entry in enumerate(files)])
+
+
+def _parse_manifest(file: Path) -> tuple[dict[str, Any], str]:
+    """The content of a manifest, and the digest that it should have of itself."""
+    try:
+        size = file.stat().st_size
+        _require(file, "size", f"at most {MANIFEST_LIMIT}", size, size <= MANIFEST_LIMIT)
+        text = file.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"{file} cannot be read: {error.strerror}.") from error
+    try:
+        content = dict(json.loads(text))
+        return content, _content_digest({key: value for key, value in content.items() if key != "sha256"})
+    except (ValueError, TypeError, RecursionError) as error:
+        raise CheckpointError(f"{file} is not a JSON object: {error}.") from error
 
 
 def _read_entry(manifest: Path, rank: int, entry: Any) -> _File:
@@ -419,7 +423,9 @@ def _read_rank(path: Path, entry: _File) -> dict[str, Any]:
     except (safetensors.SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{file} cannot be understood: {error!r}.") from error
     forms = {name: [_dtype_name(tensor), list(tensor.shape)] for name, tensor in tensors.items()}
-    _require(file, "tensors", entry.tensors, forms, forms == entry.tensors)
+    for name in sorted({*forms, *entry.tensors}):
+        expected, actual = entry.tensors.get(name), forms.get(name)
+        _require(file, f"tensors[{name!r}]", expected, actual, actual == expected)
     try:
         state = _decode(tree, tensors)
     except (ValueError, KeyError, TypeError, RecursionError) as error:
@@ -458,7 +464,8 @@ def _encode(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
     if isinstance(value, Tensor):
         if _dtype_name(value) not in DTYPES or value.layout is not torch.strided:
             raise TypeError(f"state[{name!r}] is a {value.layout} tensor of {value.dtype}, which has no file format.")
-        tensors[name] = value.detach().cpu().clone(memory_format=torch.contiguous_format)
+        plain = value.detach().resolve_conj().resolve_neg().cpu()
+        tensors[name] = plain.clone(memory_format=torch.contiguous_format)
         return {"$tensor": name}
     if value is None or type(value) in (bool, int, str):
         return value
@@ -481,7 +488,7 @@ def _encode(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
 def _join(name: str, key: str | int) -> str:
     """The path of a part, as a JSON pointer (RFC 6901), integers in brackets."""
     part = f"[{key}]" if isinstance(key, int) else "".join(ESCAPES.get(character, character) for character in key)
-    return f"{name}/{part}" if name else part
+    return f"{name}/{part}"
 
 
 def _decode(value: Any, tensors: Mapping[str, Tensor]) -> Any:
