@@ -289,6 +289,8 @@ def test_resharding_needs_the_state_of_every_rank() -> None:
     states = [handle_state(rank, 3, torch.zeros(1), {}) for rank in range(2)]
     with pytest.raises(ValueError, match="must have the state of every rank, got 2"):
         checkpoint.reshard(states, rank=0, world_size=2)
+    with pytest.raises(ValueError, match="must be in order of rank, got 1 in place of 0"):
+        checkpoint.reshard(reversed(states), rank=0, world_size=2)
 
 
 # --- the user's own checkpoint ---

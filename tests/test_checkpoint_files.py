@@ -194,7 +194,7 @@ def test_wrong_arguments_are_refused(
     arguments: dict[str, int], message: str, tmp_path: Path, alone: dist.ProcessGroup
 ) -> None:
     with pytest.raises(ValueError, match=message):
-        checkpoint.save(tmp_path, {}, group=alone, **arguments)  # type: ignore[arg-type]
+        checkpoint.save(tmp_path, {}, group=alone, **arguments)
 
 
 # --- refused files ---
@@ -355,6 +355,20 @@ def test_a_write_that_fails_on_one_rank_raises_on_all_and_leaves_the_previous_ch
         assert f"rank {failing}: {tmp_path}/step-0000000002/{name} cannot be written: File too large" in str(failure)
     assert [path.name for path in tmp_path.iterdir()] == ["step-0000000001"]
     assert checkpoint.load_rank(tmp_path / "step-0000000001", rank=2, world_size=3) == {"step": 1}
+
+
+def save_at_different_steps(rank: int, world_size: int, directory: Path) -> None:
+    assert dist.group.WORLD is not None
+    checkpoint.save(directory, {"rank": rank}, step=1, group=dist.group.WORLD)
+    checkpoint.save(directory, {}, step=1 + (rank == 0), group=dist.group.WORLD)
+
+
+def test_ranks_at_different_steps_write_nothing(ranks: RankFactory, tmp_path: Path) -> None:
+    for failure in ranks(2).exceptions(save_at_different_steps, tmp_path):
+        assert isinstance(failure, CheckpointError)
+        assert r"step=...) must be the same on every rank, got [2, 1]" in str(failure)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-0000000001"]
+    assert checkpoint.load_rank(tmp_path / "step-0000000001", rank=1, world_size=2) == {"rank": 1}
 
 
 def load_damaged(rank: int, world_size: int, directory: Path) -> None:

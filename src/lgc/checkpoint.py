@@ -9,6 +9,7 @@ checkpoint. `DIR` must be one folder for all ranks (one machine or a shared file
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -80,13 +81,17 @@ def save(directory: Path | str, state: State, *, step: int, group: dist.ProcessG
         raise ValueError(f"checkpoint.save(keep=...) must be at least 1, got {keep}.")
     path = Path(directory) / f"step-{step:010d}"
     transport = Transport(group)
+    steps = _together(transport, "checkpoint.save", lambda: step)
+    if len(set(steps)) != 1:
+        raise CheckpointError(f"checkpoint.save(step=...) must be the same on every rank, got {steps} (by rank).")
     _together(transport, "checkpoint.save", lambda: _prepare(path), rank=SERVER)
     try:
         files = _together(transport, "checkpoint.save", lambda: _write_rank(path / _file_name(transport.rank), state))
         _together(transport, "checkpoint.save", lambda: _publish(path, step, files, _scheme(state)), rank=SERVER)
     except CheckpointError:
         if transport.rank == SERVER:
-            shutil.rmtree(path, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                _remove(path)
         raise
     _together(transport, "checkpoint.save", lambda: _remove_old(path.parent, keep), rank=SERVER)
     return path
@@ -134,7 +139,6 @@ def load(path: Path, *, group: dist.ProcessGroup) -> dict[str, Any]:
         CheckpointError: on every rank, naming each rank that refused, the file, and what is wrong with it.
     """
     transport = Transport(group)
-
     state: dict[str, Any] = {}
 
     def read() -> str:
@@ -180,9 +184,13 @@ def reshard(states: Iterable[State], *, rank: int, world_size: int) -> dict[str,
     so is the server's. The byte counts are dealt out in the same shares, so that their sums over all ranks stay.
     """
     totals: dict[str, Any] = {}
-    wires = []
+    wires: list[Any] = []
     first: State | None = None
     for old_rank, state in enumerate(states):
+        if state["rank"] != old_rank:
+            raise ValueError(
+                f"reshard(states=...) must be in order of rank, got {state['rank']} in place of {old_rank}."
+            )
         first = first or state
         wires.append(json.loads(state["wire"]))
         weight = _overlap(old_rank, state["world_size"], rank, world_size)
@@ -348,7 +356,7 @@ def _read_manifest(path: Path) -> _Manifest:
     """The manifest of a checkpoint, as far as it can be checked without reading the files."""
     file = path / MANIFEST
     content, digest = _parse_manifest(file)
-    schema = content.get("schema")
+    schema: Any = content.get("schema")
     _require(file, "schema", "an integer", schema, type(schema) is int)
     if schema > SCHEMA:
         raise _NewerSchemaError(
@@ -356,7 +364,9 @@ def _read_manifest(path: Path) -> _Manifest:
         )
     _require(file, "schema", SCHEMA, schema, schema == SCHEMA)
     _require(file, "sha256", digest, content.get("sha256"), digest == content.get("sha256"))
-    step, files, world_size = content.get("step"), content.get("files"), content.get("world_size")
+    step: Any = content.get("step")
+    files: Any = content.get("files")
+    world_size = content.get("world_size")
     _require(file, "step", path.name, step, type(step) is int and path.name.startswith(f"step-{step:010d}"))
     _require(file, "files", "a list", files, isinstance(files, list) and len(files) > 0)
     _require(file, "world_size", len(files), world_size, world_size == len(files))
