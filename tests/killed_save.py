@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import sys
 from datetime import timedelta
@@ -14,10 +15,14 @@ import torch.distributed as dist
 from lgc import checkpoint
 
 CALLS = {"open", "os.rename", "os.mkdir", "os.remove", "os.rmdir"}  # audit events; os.fsync has none
+IN_A_WRITE = -1
 
 
 def save_and_die(rank: int, port: int, directory: Path, victim: int, call: int) -> None:
-    """Save the checkpoint after the latest; the victim kills itself before its `call`-th file-system call."""
+    """Save the checkpoint after the latest; the victim kills itself before its `call`-th file-system call.
+
+    With `IN_A_WRITE` for `call`, the kernel kills it when half of its file is written.
+    """
     store = dist.TCPStore("127.0.0.1", port, is_master=False)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=20))
@@ -38,7 +43,11 @@ def save_and_die(rank: int, port: int, directory: Path, victim: int, call: int) 
         sync(descriptor)
 
     new = {"step": step + 1, "w": torch.full((1000,), float(step + 1 + rank))}
-    if rank == victim:
+    if rank == victim and call == IN_A_WRITE:
+        signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
+    elif rank == victim:
         os.fsync = fsync  # type: ignore[assignment]
         sys.addaudithook(lambda event, _: count() if event in CALLS else None)
     checkpoint.save(directory, new, step=step + 1, group=dist.group.WORLD, keep=1)

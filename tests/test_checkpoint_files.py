@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from killed_save import save_and_die
+from killed_save import IN_A_WRITE, save_and_die
 from ranks import Ranks
 
 from lgc import checkpoint
@@ -391,29 +391,51 @@ def test_a_file_that_one_rank_refuses_is_refused_by_all(ranks: RankFactory, tmp_
 # --- a kill at every file-system call ---
 
 
-@pytest.mark.parametrize("victim", [0, 1])
-def test_a_kill_at_any_file_system_call_leaves_a_complete_checkpoint(victim: int, tmp_path: Path) -> None:
+def save_in_two_processes(directory: Path, victim: int, call: int) -> int | None:
+    """The exit code of the victim."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch", "torch.distributed", "torch._dynamo", "torch.nn.parallel"])
-    newest, call, killed = 0, 0, True
-    while killed:
-        call += newest > 0  # the first one is not disturbed
-        store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-        processes = [
-            context.Process(target=save_and_die, args=(rank, store.port, tmp_path, victim, call)) for rank in range(2)
-        ]
-        for process in processes:
-            process.start()
-        for process in processes:
-            process.join()
-        killed = newest == 0 or processes[victim].exitcode == -signal.SIGKILL
-        path = checkpoint.latest(tmp_path)
-        assert path is not None, f"call {call}"
-        for rank in range(2):
-            state = checkpoint.load_rank(path, rank=rank, world_size=2)
-            assert state["step"] in (newest, newest + 1), f"call {call}"
-            assert torch.equal(state["w"], torch.full((1000,), float(state["step"] + rank)))
-        newest = state["step"]
-    assert processes[victim].exitcode == 0
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    processes = [
+        context.Process(target=save_and_die, args=(rank, store.port, directory, victim, call)) for rank in range(2)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    return processes[victim].exitcode
+
+
+def newest_step(directory: Path) -> int:
+    """Of the latest checkpoint, after both ranks' states in it have been verified."""
+    path = checkpoint.latest(directory)
+    assert path is not None
+    states = [checkpoint.load_rank(path, rank=rank, world_size=2) for rank in range(2)]
+    for rank, state in enumerate(states):
+        assert torch.equal(state["w"], torch.full((1000,), float(state["step"] + rank)))
+    assert states[0]["step"] == states[1]["step"]
+    return int(states[0]["step"])
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_kill_at_any_file_system_call_leaves_a_complete_checkpoint(victim: int, tmp_path: Path) -> None:
+    assert save_in_two_processes(tmp_path, victim, 0) == 0
+    step, call, exit_code = 1, 0, None
+    while exit_code != 0:
+        call += 1
+        exit_code = save_in_two_processes(tmp_path, victim, call)
+        assert exit_code in (0, -signal.SIGKILL)
+        newest = newest_step(tmp_path)
+        assert newest in (step, step + 1), f"call {call}"
+        step = newest
     assert call > (20 if victim == 0 else 5)
-    assert [folder.name for folder in tmp_path.iterdir()] == [f"step-{newest:010d}"]  # and no debris
+    assert [folder.name for folder in tmp_path.iterdir()] == [f"step-{step:010d}"]  # and no debris
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_kill_in_the_middle_of_a_write_leaves_the_previous_checkpoint(victim: int, tmp_path: Path) -> None:
+    assert save_in_two_processes(tmp_path, victim, 0) == 0
+    assert save_in_two_processes(tmp_path, victim, IN_A_WRITE) == -signal.SIGXFSZ
+    assert newest_step(tmp_path) == 1
+    torn = tmp_path / "step-0000000002" / f".rank-000{victim}.safetensors.tmp"
+    assert torn.stat().st_size == 2000

@@ -193,7 +193,10 @@ class Handle:
                 raise ValueError(
                     f"state_dict: resharded, goes into a new handle only, this one is at step {self.step}."
                 )
-            aggregator = self.aggregator.adapt_state(state["aggregator"], step)
+            try:
+                aggregator = self.aggregator.adapt_state(state["aggregator"], step)
+            except (KeyError, TypeError, AttributeError) as error:
+                raise ValueError(f"state_dict: aggregator, resharded, is not in its three parts: {error!r}.") from None
         _require_same_form(here["aggregator"], aggregator, "aggregator")
         if self.aggregator is not None:
             assert isinstance(aggregator, Mapping)
