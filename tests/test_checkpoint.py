@@ -33,7 +33,6 @@ LEARNED: dict[str, Any] = {
 }
 SCHEMES: dict[str, Any] = {
     "dense": lgc.Dense(),
-    "topk": lgc.TopK(rate=0.02, warmup_steps=4),
     "dgc": lgc.DGC(rate=0.02, warmup_steps=6, clip_norm=1.0),
     "dgc-server": lgc.DGC(rate=0.02, warmup_steps=6, server=True),
     "scalecom": lgc.ScaleCom(rate=0.02, momentum=0.9, warmup_steps=6),
@@ -188,8 +187,8 @@ def assert_owed_stays(saved: list[dict[str, Any]], loaded: list[dict[str, Any]])
 @pytest.mark.parametrize(
     ("scheme", "before", "after"),
     [
-        *(("lgc-ring", before, after) for before, after in [(4, 2), (2, 4), (3, 4), (4, 3), (1, 2)]),
-        *(("dgc-server", before, after) for before, after in [(4, 2), (2, 3)]),
+        *(("lgc-ring", before, after) for before, after in [(4, 2), (2, 4), (3, 4), (4, 3)]),
+        *(("dgc-server", before, after) for before, after in [(4, 2), (1, 2)]),
     ],
 )
 def test_at_another_world_size_the_owed_update_and_what_is_replicated_stay(
@@ -210,9 +209,7 @@ def test_at_another_world_size_the_owed_update_and_what_is_replicated_stay(
         assert_same(trained, results[0][1])
 
 
-@pytest.mark.parametrize(
-    ("phase", "before", "after"), [("warmup", 2, 3), ("train", 2, 3), ("compressed", 4, 2), ("compressed", 2, 1)]
-)
+@pytest.mark.parametrize(("phase", "before", "after"), [("warmup", 2, 3), ("train", 2, 3), ("compressed", 4, 2)])
 def test_decoders_bound_to_ranks_are_trained_again_at_another_world_size(
     ranks: RankFactory, phase: str, before: int, after: int, tmp_path: Path
 ) -> None:
@@ -325,7 +322,7 @@ def through_dcp(rank: int, world_size: int, scheme: Any, directory: Path) -> lis
     return [run.state(), other.state()]
 
 
-@pytest.mark.parametrize("scheme", ["dense", "dgc-server", "lgc-ring", "lgc-ps"])
+@pytest.mark.parametrize("scheme", ["dense", "dgc-server", "lgc-ps"])
 @pytest.mark.parametrize("through", [through_torch_save, through_dcp])
 def test_the_state_fits_in_torchs_own_checkpoints(
     ranks: RankFactory, through: Callable[..., Any], scheme: str, tmp_path: Path

@@ -100,7 +100,7 @@ trees = st.recursive(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(state=st.dictionaries(keys, trees, max_size=4))
 def test_any_nested_state_comes_back_with_its_keys_types_and_order(
     state: dict[Any, Any], tmp_path_factory: pytest.TempPathFactory, alone: dist.ProcessGroup
