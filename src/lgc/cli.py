@@ -45,6 +45,12 @@ def run_options(command: Command) -> Command:
             click.option("--steps", type=click.IntRange(1), help="Stop after so many.  [at the end of the epochs]"),
             click.option("--batch-size", type=click.IntRange(1), help="Samples per rank and step.  [the recipe's]"),
             click.option(
+                "--data",
+                help="Folder in the hub's layout, or name on the Hugging Face hub.  [the recipe's, if it has one]",
+            ),
+            click.option("--limit-train", type=click.IntRange(1), help="Train on the first so many samples.  [all]"),
+            click.option("--backbone", help="For recipes that offer several.  [the recipe's first]"),
+            click.option(
                 "--timeout",
                 type=click.FloatRange(1),
                 default=60.0,
@@ -194,4 +200,6 @@ def _run_unless_finished(settings: Settings, out: Path, timeout: timedelta, over
         run_locally(settings, out, timeout)
     except RankFailedError as error:
         click.echo(error.details, err=True)
+        raise click.ClickException(str(error)) from None
+    except (ValueError, OSError) as error:  # of the data
         raise click.ClickException(str(error)) from None

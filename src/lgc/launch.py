@@ -31,8 +31,12 @@ def under_torchrun() -> bool:
 def run_in_job(settings: Settings, out: Path, timeout: timedelta) -> None:
     """Train as the one rank that this process is."""
     local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    device, backend = _pick_device(int(os.environ.get("LOCAL_RANK", "0")), local_world_size)
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    device, backend = _pick_device(local_rank, local_world_size)
+    if local_rank == 0:
+        settings.load_data()  # decodes into the cache that the other ranks of this machine map
     dist.init_process_group(backend, timeout=timeout)
+    dist.barrier()
     _train_and_leave(settings, out, device)
 
 
@@ -40,8 +44,10 @@ def run_locally(settings: Settings, out: Path, timeout: timedelta) -> None:
     """Train with `settings.world_size` ranks on this machine.
 
     Raises:
-        RankFailedError: if one of them failed; the others have been stopped.
+        ValueError, OSError: if the data is missing or malformed, before any rank starts.
+        RankFailedError: if a rank failed; the others have been stopped.
     """
+    settings.load_data()  # decodes into the cache that the ranks map
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     mp_context = mp.get_context("forkserver")
     mp_context.set_forkserver_preload(["lgc.launch"])  # torch is imported once, not in every rank
