@@ -1,0 +1,39 @@
+"""Bytes for indices, values and payloads. Nothing here communicates."""
+
+from lgc.coding.indices import EliasFano, IndexCoder, RangeCoder, RawIndices, Rice
+from lgc.coding.payload import Kind, PayloadError, header_size, pack, unpack
+from lgc.coding.values import (
+    BFloat16,
+    Float16,
+    Float32,
+    Sign,
+    Uniform,
+    ValueCodec,
+    lane_width,
+    lane_words,
+    pack_lanes,
+    unpack_lanes,
+)
+
+__all__ = [
+    "BFloat16",
+    "EliasFano",
+    "Float16",
+    "Float32",
+    "IndexCoder",
+    "Kind",
+    "PayloadError",
+    "RangeCoder",
+    "RawIndices",
+    "Rice",
+    "Sign",
+    "Uniform",
+    "ValueCodec",
+    "header_size",
+    "lane_width",
+    "lane_words",
+    "pack",
+    "pack_lanes",
+    "unpack",
+    "unpack_lanes",
+]
