@@ -238,8 +238,8 @@ class EliasFano(_LowAndUnary):
 class Rice(_LowAndUnary):
     """Golomb-Rice code of the gaps: r low bits of every gap, the rest in unary.
 
-    r is the least integer with 2^r >= 0.4812 (n_s / k_s - 1/2), the optimum for geometric gaps. Above a density of 1/2 a
-    segment costs at most n_s bits. Source: Rice, JPL 79-22, 1979; the parameter: Kiely, IPN Progress Report 42-159,
+    r is the least integer with 2^r >= 0.4812 (n_s / k_s - 1/2), the optimum for geometric gaps. Above a density of 1/2
+    a segment costs at most n_s bits. Source: Rice, JPL 79-22, 1979; the parameter: Kiely, IPN Progress Report 42-159,
     2004.
     """
 
@@ -260,7 +260,7 @@ class Rice(_LowAndUnary):
 @final
 @dataclass(frozen=True)
 class RangeCoder(IndexCoder):
-    """Range code of the gaps as geometric of mean n_s / k_s - 1: within 0.1 % of the bound at 1000 entries.
+    """Range code of the gaps as geometric of mean n_s / k_s - 1, near the bound log2 C(n_s, k_s) at any density.
 
     Only the quotients of the gaps by 2^s are range coded, s such that their mean is below 16; within such a step the
     distribution is flat. Quotients from 255 on are coded as 255 and their excess in 48 bits.
