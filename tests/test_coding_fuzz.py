@@ -1,0 +1,12 @@
+"""Broken bytes are refused with PayloadError, or are a code; `lgc bench codec --fuzz N` does the same for longer."""
+
+from __future__ import annotations
+
+from lgc.bench.codec import fuzz
+
+
+def test_fuzzed_decoders_only_ever_refuse() -> None:
+    outcomes = fuzz(50_000)
+    assert sum(outcomes.values()) == 50_000
+    refused = {name for name in outcomes if name.endswith("refused")}
+    assert len(refused) == 11  # four coders, six kinds of value codec, the payload
