@@ -173,8 +173,7 @@ def test_rice_by_hand() -> None:
 
 
 def test_coders_compare_and_print_as_values() -> None:
-    assert Rice() == Rice()
-    assert Rice() != EliasFano()
+    assert len({Rice(), Rice(), EliasFano()}) == 2
     assert repr(RangeCoder()) == "RangeCoder()"
 
 

@@ -1,0 +1,237 @@
+"""Every value codec: fixed length, pinned bytes, bounded loss, refusal of anything else; and sums in lanes."""
+
+from __future__ import annotations
+
+import json
+import struct
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from lgc.coding import (
+    BFloat16,
+    Float16,
+    Float32,
+    PayloadError,
+    Sign,
+    Uniform,
+    ValueCodec,
+    lane_width,
+    lane_words,
+    pack_lanes,
+    unpack_lanes,
+)
+
+CODECS: list[ValueCodec] = [
+    Float32(),
+    Float16(),
+    BFloat16(),
+    Sign(),
+    Uniform(bits=2),
+    Uniform(bits=4, block=2),
+    Uniform(bits=7),
+    Uniform(bits=8),
+    Uniform(bits=16),
+]
+GOLDEN = json.loads((Path(__file__).parent / "golden" / "values.json").read_text())
+
+every_codec = pytest.mark.parametrize("codec", CODECS, ids=repr)
+finite = st.floats(allow_nan=False, allow_infinity=False, width=32)
+
+
+def normal(count: int, seed: int = 0) -> Tensor:
+    return torch.randn(count, generator=torch.Generator().manual_seed(seed))
+
+
+@every_codec
+@given(segments=st.lists(st.lists(finite, max_size=20), max_size=5))
+@settings(max_examples=100, deadline=None)
+def test_any_finite_values_have_a_code_of_the_promised_length(codec: ValueCodec, segments: list[list[float]]) -> None:
+    counts = [len(segment) for segment in segments]
+    values = torch.tensor([value for segment in segments for value in segment], dtype=torch.float32)
+    data = codec.encode(values, counts)
+    assert data.dtype == torch.uint8
+    assert data.numel() == codec.size(counts)
+    decoded = codec.decode(data, counts)
+    assert decoded.dtype == torch.float32
+    assert decoded.shape == values.shape
+    assert bool(decoded.isfinite().all())
+    assert torch.equal(codec.decode(data.numpy().tobytes(), counts), decoded)
+
+
+@every_codec
+def test_what_is_decoded_is_coded_without_further_loss(codec: ValueCodec) -> None:
+    """Every rank may code again what it decoded: the representable values are kept."""
+    values = normal(1000)
+    decoded = codec.decode(codec.encode(values, [400, 600]), [400, 600])
+    assert torch.allclose(codec.decode(codec.encode(decoded, [400, 600]), [400, 600]), decoded, rtol=1e-6, atol=0)
+
+
+@every_codec
+def test_the_bytes_are_pinned(codec: ValueCodec) -> None:
+    golden = GOLDEN["codes"][repr(codec)]
+    values = torch.tensor(GOLDEN["values"], dtype=torch.float32)
+    assert codec.encode(values, GOLDEN["counts"]).numpy().tobytes().hex() == golden["bytes"]
+    decoded = codec.decode(bytes.fromhex(golden["bytes"]), GOLDEN["counts"])
+    assert torch.equal(decoded, torch.tensor(golden["decoded"], dtype=torch.float32))
+
+
+def test_float32_loses_nothing() -> None:
+    values = normal(100)
+    assert torch.equal(Float32().decode(Float32().encode(values, [100]), [100]), values)
+
+
+@pytest.mark.parametrize(("codec", "dtype"), [(Float16(), torch.float16), (BFloat16(), torch.bfloat16)], ids=repr)
+def test_half_precision_rounds_as_torch_does_and_saturates(codec: ValueCodec, dtype: torch.dtype) -> None:
+    values = torch.cat([normal(10_000), normal(10_000) * 1e-6, torch.tensor([1e-38, 0.0, -0.0])])
+    assert torch.equal(codec.decode(codec.encode(values, [20_003]), [20_003]), values.to(dtype).float())
+    largest = torch.finfo(dtype).max
+    huge = torch.tensor([3.4028234663852886e38, -3.4028234663852886e38])
+    assert codec.decode(codec.encode(huge, [2]), [2]).tolist() == [largest, -largest]
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 7, 8, 16])
+@pytest.mark.parametrize("magnitude", [1e-38, 1e-3, 1.0, 1e37])
+def test_uniform_errs_by_at_most_half_a_step(bits: int, magnitude: float) -> None:
+    codec = Uniform(bits=bits)
+    values = normal(1000) * magnitude
+    lost = values - codec.decode(codec.encode(values, [1000]), [1000])
+    step = values.abs().max().double() / codec.levels
+    assert float(lost.abs().max()) <= float(step) * 0.5001 + 1.5e-45  # the least subnormal
+
+
+def test_uniform_has_a_scale_for_every_block_of_a_segment() -> None:
+    """Blocks of two never reach across a segment's end, so each of these pairs is exact."""
+    codec = Uniform(bits=3, block=2)
+    values = torch.tensor([1.0, -1.0, 5.0, 7.0, 0.0, 1e-30])
+    assert torch.equal(codec.decode(codec.encode(values, [3, 3]), [3, 3])[:4], torch.tensor([1.0, -1.0, 5.0, 7.0]))
+    assert codec.size([3, 3]) == 4 * 4 + 3
+
+
+def test_sign_by_hand() -> None:
+    data = Sign().encode(torch.tensor([1.0, -3.0, 0.0, 0.0, -8.0]), [2, 0, 3])
+    assert data.numpy().tobytes() == struct.pack("<ff", 2.0, 8 / 3) + bytes([0b10010])
+    assert torch.allclose(Sign().decode(data, [2, 0, 3]), torch.tensor([2, -2, 8 / 3, 8 / 3, -8 / 3]))
+
+
+@every_codec
+def test_zeros_have_a_code(codec: ValueCodec) -> None:
+    assert torch.equal(codec.decode(codec.encode(torch.zeros(5), [2, 3]), [2, 3]), torch.zeros(5))
+
+
+@every_codec
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_refuses_values_that_are_not_finite(codec: ValueCodec, bad: float) -> None:
+    with pytest.raises(ValueError, match=r"must be finite, got .* at 1"):
+        codec.encode(torch.tensor([1.0, bad]), [2])
+
+
+@every_codec
+def test_refuses_values_that_do_not_fit_their_counts(codec: ValueCodec) -> None:
+    with pytest.raises(ValueError, match="must be 3 as counted, got 2"):
+        codec.encode(torch.zeros(2), [3])
+    with pytest.raises(ValueError, match="must not be negative, got -1"):
+        codec.size([-1])
+    with pytest.raises(TypeError, match="must be float32"):
+        codec.encode(torch.zeros(2, dtype=torch.float64), [2])
+
+
+@every_codec
+def test_another_length_is_refused(codec: ValueCodec) -> None:
+    data = codec.encode(normal(20), [20]).numpy().tobytes()
+    for broken in (data[:-1], data + b"\x00", b""):
+        with pytest.raises(PayloadError, match="payload field values must be"):
+            codec.decode(broken, [20])
+
+
+@pytest.mark.parametrize(
+    ("codec", "data", "field"),
+    [
+        (Float32(), struct.pack("<f", float("inf")), "values"),
+        (Float16(), struct.pack("<e", float("nan")), "values"),
+        (BFloat16(), b"\x80\x7f", "values"),
+        (Sign(), struct.pack("<f", -1.0) + b"\x00", "values.magnitudes"),
+        (Sign(), struct.pack("<f", 1.0) + b"\x02", "values.signs"),
+        (Uniform(bits=4), struct.pack("<f", float("nan")) + b"\x00", "values.scales"),
+        (Uniform(bits=4), struct.pack("<f", 1.0) + b"\x0f", "values.integers"),
+        (Uniform(bits=4), struct.pack("<f", 1.0) + b"\x10", "values.integers"),
+    ],
+)
+def test_bytes_that_no_value_has_are_refused(codec: ValueCodec, data: bytes, field: str) -> None:
+    with pytest.raises(PayloadError) as caught:
+        codec.decode(data, [1])
+    assert caught.value.field == field
+
+
+@pytest.mark.parametrize("bits", [-1, 0, 1, 9, 32])
+def test_uniform_refuses_other_widths(bits: int) -> None:
+    with pytest.raises(ValueError, match=rf"Uniform\(bits=\.\.\.\) must be 2 to 8, or 16, got {bits}"):
+        Uniform(bits=bits)
+
+
+def test_uniform_refuses_an_empty_block() -> None:
+    with pytest.raises(ValueError, match=r"Uniform\(block=\.\.\.\) must be at least 1, got 0"):
+        Uniform(bits=4, block=0)
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_fake_quantise_is_what_the_others_decode_and_passes_gradients_within_the_scale(bits: int) -> None:
+    codec = Uniform(bits=bits)
+    latent = torch.tensor([0.1, -0.9, 1.0, 1.5, -2.0, 0.0], requires_grad=True)
+    quantised = codec.fake_quantise(latent, 1.0)
+    assert torch.equal(quantised, codec.dequantise(codec.quantise(latent.detach(), 1.0), 1.0))
+    (gradient,) = torch.autograd.grad(quantised.sum(), latent)
+    assert gradient[[0, 1, 5]].tolist() == [1.0, 1.0, 1.0]
+    assert gradient[[3, 4]].tolist() == [0.0, 0.0]
+
+
+def test_a_scale_of_zero_quantises_to_zero() -> None:
+    codec = Uniform(bits=4)
+    assert torch.equal(codec.quantise(torch.zeros(3), 0.0), torch.zeros(3, dtype=torch.int32))
+    assert torch.equal(codec.fake_quantise(torch.zeros(3), 0.0), torch.zeros(3))
+
+
+@given(
+    bits=st.sampled_from([2, 3, 4, 5, 6, 7, 8, 16]),
+    ranks=st.integers(1, 64),
+    count=st.integers(0, 70),
+    extreme=st.booleans(),
+)
+@settings(max_examples=200, deadline=None)
+def test_a_sum_of_words_is_the_sum_of_the_lanes(bits: int, ranks: int, count: int, extreme: bool) -> None:
+    largest = 2 * Uniform(bits=bits).levels
+    width = lane_width(largest, ranks)
+    generator = torch.Generator().manual_seed(count)
+    low = largest if extreme else 0
+    each = torch.randint(low, largest + 1, (ranks, count), generator=generator)
+    words = torch.stack([pack_lanes(row, width) for row in each])
+    assert words.shape == (ranks, lane_words(count, width))
+    summed = words.sum(dim=0, dtype=torch.int32)
+    assert bool((words.sum(dim=0) == summed).all())  # no int32 overflow
+    assert torch.equal(unpack_lanes(summed, width, count).long(), each.sum(dim=0))
+
+
+def test_the_mean_of_quantised_latents() -> None:
+    codec, ranks = Uniform(bits=8), 4
+    latents = torch.stack([normal(100, seed) for seed in range(ranks)])
+    scale = latents.abs().max()
+    width = lane_width(2 * codec.levels, ranks)
+    words = torch.stack([pack_lanes(codec.quantise(row, scale) + codec.levels, width) for row in latents])
+    sums = unpack_lanes(words.sum(dim=0, dtype=torch.int32), width, 100) - ranks * codec.levels
+    mean = codec.dequantise(sums, scale, terms=ranks)
+    assert torch.allclose(mean, latents.mean(dim=0), atol=float(scale) / codec.levels / 2)
+
+
+def test_lanes_refuse_what_would_carry() -> None:
+    with pytest.raises(ValueError, match=r"must be in \[0, 15\], got 0 to 16"):
+        pack_lanes(torch.tensor([0, 16]), 4)
+    with pytest.raises(ValueError, match=r"must be in \[0, 15\], got -1 to 3"):
+        pack_lanes(torch.tensor([-1, 3]), 4)
+    with pytest.raises(ValueError, match="1 to 31 bits wide, got 32"):
+        lane_words(1, 32)
+    with pytest.raises(ValueError, match="must be 1 int32, got 2"):
+        unpack_lanes(torch.zeros(2, dtype=torch.int32), 4, 5)
