@@ -166,6 +166,48 @@ def test_the_bytes_are_pinned(case: dict[str, object]) -> None:
         assert torch.equal(coder.decode(golden, sizes, counts), indices)
 
 
+def octets_of(bits: str) -> bytes:
+    """A bit string, first bit first, in bytes."""
+    padded = bits + "0" * (-len(bits) % 8)
+    return bytes(int(padded[start : start + 8][::-1], 2) for start in range(0, len(padded), 8))
+
+
+def low_bits(number: int, width: int) -> str:
+    return "".join(str(number >> bit & 1) for bit in range(width))
+
+
+def plain_code(coder: IndexCoder, positions: list[int], sizes: list[int]) -> bytes:
+    """Elias-Fano and Rice as docs/wire.md defines them, a bit at a time."""
+    low, unary, start = "", "", 0
+    for size in sizes:
+        local = [position - start for position in positions if start <= position < start + size]
+        start += size
+        if isinstance(coder, EliasFano) and local:
+            width = int(math.log2(size // len(local)))
+            numbers, highs = local, [0] + [position >> width for position in local[:-1]]
+        elif local:
+            least = math.ceil(2406 * (2 * size - len(local)) / (10_000 * len(local)))
+            width = next(r for r in range(64) if 2**r >= least)
+            numbers = [position - before - 1 for before, position in zip([-1, *local[:-1]], local, strict=True)]
+            highs = [0] * len(numbers)
+        else:
+            continue
+        low += "".join(low_bits(number, width) for number in numbers)
+        unary += "".join("0" * ((number >> width) - high) + "1" for number, high in zip(numbers, highs, strict=True))
+    return octets_of(low) + octets_of(unary)
+
+
+@pytest.mark.parametrize("coder", [EliasFano(), Rice()], ids=repr)
+@given(case=segmented())
+@settings(max_examples=100, deadline=None)
+def test_the_bytes_are_those_of_a_plain_second_implementation(
+    coder: IndexCoder, case: tuple[list[int], list[int], list[int]]
+) -> None:
+    sizes, _, positions = case
+    data = coder.encode(torch.tensor(positions, dtype=torch.int64), sizes)
+    assert data.numpy().tobytes() == plain_code(coder, positions, sizes)
+
+
 def test_rice_by_hand() -> None:
     """Positions 1, 5, 14 of 16: r = 2, gaps 1, 3, 8, so low bits 01 11 00 and unary 1, 1, 001, low end first."""
     data = Rice().encode(torch.tensor([1, 5, 14]), [16])

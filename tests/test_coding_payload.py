@@ -49,6 +49,13 @@ def test_unpack_gives_what_was_packed(parts: list[bytes], step: int, kind: int) 
     assert [part.numpy().tobytes() for part in received] == parts
 
 
+def test_strided_tensors_are_packed_and_unpacked() -> None:
+    strided = torch.tensor([97, 0, 98, 0, 99, 0], dtype=torch.uint8)[::2]
+    data = pack([strided], kind=1, step=0).repeat_interleave(2)[::2]
+    (part,) = unpack(data, kind=1, step=0, bounds=[3])
+    assert part.numpy().tobytes() == b"abc"
+
+
 def test_the_header_of_three_parts_has_32_bytes() -> None:
     assert header_size(3) == 32
 

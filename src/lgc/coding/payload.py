@@ -45,7 +45,7 @@ class PayloadError(ValueError):
 
 
 def octets(data: Tensor | bytes) -> Octets:
-    """The bytes as a numpy array on the CPU, copied only from another device.
+    """The bytes as a numpy array on the CPU, copied only from another device or a strided tensor.
 
     Raises:
         TypeError: if a tensor is not of dtype uint8 with one dimension.
@@ -53,7 +53,7 @@ def octets(data: Tensor | bytes) -> Octets:
     if isinstance(data, Tensor):
         if data.dtype != torch.uint8 or data.dim() != 1:
             raise TypeError(f"data must be bytes or a uint8 tensor of one dimension, got {data.dtype} {data.shape}.")
-        array: Octets = data.detach().cpu().numpy()
+        array: Octets = data.detach().cpu().contiguous().numpy()
         return array
     return np.frombuffer(data, dtype=np.uint8)
 
