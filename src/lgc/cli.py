@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 import click
 
+from lgc.bench.codec import codec
 from lgc.launch import RankFailedError, run_in_job, run_locally, under_torchrun
 from lgc.recipes import RECIPES
 from lgc.report import Run, find_runs, format_table, write_report
@@ -136,6 +137,18 @@ def compare(
             write_report(runs, out / "report.html")
             click.echo(format_table(runs))
             click.echo(f"\n{out / 'report.html'}")
+
+
+@main.group()
+def bench() -> None:
+    """Measure one part by itself.
+
+    \b
+    lgc bench codec    bits per index and per entry, time per million, of every coder
+    """
+
+
+bench.add_command(codec)
 
 
 @main.command()
