@@ -37,6 +37,9 @@ class Config:
     autoencoder_lr: float = 1e-3
     autoencoder_optimizer: str = "adam"
     autoencoder_updates: int = 1
+    unit: int | str = 1
+    values: str = "float32"
+    latent: str = "float32"
     first: str | None = None
     last: str | None = None
     small: str | None = None
@@ -53,6 +56,7 @@ class Segment(NamedTuple):
     names: tuple[str, ...]
     numel: int
     pooled: bool
+    unit: int = 1
 
 
 class Layout(NamedTuple):
@@ -95,7 +99,9 @@ def make_layout(config: Config, shapes: Mapping[str, tuple[int, ...]]) -> Layout
             segments.append(Segment(tuple(pool), sum(math.prod(shapes[name]) for name in pool), True))
         for name in shapes:
             if role[name] == name_of_role and name not in pool:
-                segments.append(Segment((name,), math.prod(shapes[name]), False))
+                size = math.prod(shapes[name])
+                unit = math.prod(shapes[name][2:]) if config.unit == "kernel" else int(config.unit)
+                segments.append(Segment((name,), size, False, unit if unit and size % unit == 0 else 1))
         return tuple(segments)
 
     dense = tuple(name for name in shapes if role[name] == "dense")  # nothing is selected, so there are no segments
@@ -129,18 +135,38 @@ def count_at(config: Config, segment: Segment, step: int) -> int:
         if falling:
             j = step - config.dense_steps
             rate = max(rate, falling[j * len(falling) // config.warmup_steps])
-    return max(1, round(rate * segment.numel))
+    return segment.unit * max(1, round(rate * (segment.numel // segment.unit)))
 
 
 Positions = list[tuple[str, int]]
 
 
 def largest(vectors: Vectors, segment: Segment, count: int) -> Positions:
-    """The positions of the `count` largest magnitudes of a segment, in the order of the segment."""
+    """The positions of `count` elements of a segment, in the units of largest norm, in the order of the segment."""
     everywhere = [(name, offset) for name in segment.names for offset in range(vectors[name].numel())]
-    magnitudes = torch.cat([vectors[name] for name in segment.names]).abs().tolist()
-    ranked = sorted(range(len(everywhere)), key=lambda place: -magnitudes[place])
-    return [everywhere[place] for place in sorted(ranked[:count])]
+    values = torch.cat([vectors[name] for name in segment.names]).tolist()
+    units = [range(start, start + segment.unit) for start in range(0, len(everywhere), segment.unit)]
+    ranked = sorted(units, key=lambda unit: -sum(values[place] ** 2 for place in unit))
+    chosen = sorted(place for unit in ranked[: count // segment.unit] for place in unit)
+    return [everywhere[place] for place in chosen]
+
+
+def coded(codec: str, x: Tensor, scale: Tensor | None = None) -> Tensor:
+    """What is decoded of values that share a scale: section "Codecs"."""
+    if codec == "float32" or not len(x):
+        return x.clone()
+    if codec == "bfloat16":
+        return x.to(torch.bfloat16).to(x.dtype)
+    if codec == "sign":
+        magnitude = x.abs().double().mean().to(x.dtype)
+        return torch.where(x < 0, -magnitude, magnitude)
+    levels = 2 ** (int(codec.removeprefix("uniform")) - 1) - 1
+    largest_magnitude = x.abs().max() if scale is None else scale
+    if largest_magnitude == 0:
+        return torch.zeros_like(x)
+    steps = torch.round(levels * x.double() / largest_magnitude.double()).clamp(-levels, levels)
+    decoded: Tensor = (steps * largest_magnitude.double() / levels).to(x.dtype)
+    return decoded
 
 
 def take(vectors: Vectors, positions: Positions) -> Tensor:
@@ -152,14 +178,16 @@ class Weights(NamedTuple):
 
     encoder: list[tuple[Tensor, Tensor]]
     decoders: list[list[tuple[Tensor, Tensor]]]
+    latent_scale: Tensor
 
     @classmethod
     def of(cls, state: Mapping[str, Tensor], decoders: int) -> Weights:
         """From a state dict in the order encoder, decoders, each of five layers with weight and bias."""
-        tensors = [tensor.detach().clone() for tensor in state.values()]
+        tensors = [tensor.detach().clone() for name, tensor in state.items() if name != "latent_scale"]
+        latent_scale = state.get("latent_scale", torch.zeros(4, 1)).clone()
         assert len(tensors) == 10 * (1 + decoders)
         pairs = list(zip(tensors[0::2], tensors[1::2], strict=True))
-        return cls(pairs[:5], [pairs[5 * (d + 1) : 5 * (d + 2)] for d in range(decoders)])
+        return cls(pairs[:5], [pairs[5 * (d + 1) : 5 * (d + 2)] for d in range(decoders)], latent_scale)
 
     def tensors(self) -> list[Tensor]:
         return [tensor for layers in (self.encoder, *self.decoders) for pair in layers for tensor in pair]
@@ -273,24 +301,26 @@ class Reference:
             if count == 0:
                 continue
             for k in range(self.K):
-                for name, offset in largest(self.v[k], segment, count):
-                    value = self.v[k][name][offset].clone()
+                positions = largest(self.v[k], segment, count)
+                values = coded(self.config.values, take(self.v[k], positions))
+                for value, (name, offset) in zip(values, positions, strict=True):
                     received[name][offset] += value / self.K
                     sent[k][name][offset] = value
-                    self.v[k][name][offset] = 0
+                    self.v[k][name][offset] -= value
                     self.u[k][name][offset] = 0
             if self.config.server:
-                for name, offset in largest(self.server_residual, segment, count):
-                    mean[name][offset] = self.server_residual[name][offset]
-                    self.server_residual[name][offset] = 0
+                positions = largest(self.server_residual, segment, count)
+                values = coded(self.config.values, take(self.server_residual, positions))
+                for value, (name, offset) in zip(values, positions, strict=True):
+                    mean[name][offset] = value
+                    self.server_residual[name][offset] -= value
 
     def exchange_shared(self, phase: str, mean: Vectors, sent: list[Vectors]) -> float | None:
         leader = self.t % self.K
+        groups = [count_at(self.config, segment, self.t) for segment in self.layout.shared]
         positions: Positions = []
-        for segment in self.layout.shared:
-            count = count_at(self.config, segment, self.t)
-            if count > 0:
-                positions += largest(self.v[leader], segment, count)
+        for segment, count in zip(self.layout.shared, groups, strict=True):
+            positions += largest(self.v[leader], segment, count) if count else []
         if not positions:
             return None
         mu = len(positions)
@@ -303,7 +333,10 @@ class Reference:
         elif phase == "compressed" and self.config.scheme == "lgc-ps":
             average, decoded = self.parameter_server(x, scale, leader)
         else:
-            average, decoded = sum(x, torch.zeros(mu, dtype=self.dtype)) / self.K, x
+            decoded = x
+            if phase != "train":
+                decoded = [torch.cat([coded(self.config.values, part) for part in x_k.split(groups)]) for x_k in x]
+            average = sum(decoded, torch.zeros(mu, dtype=self.dtype)) / self.K
             if phase == "train" and self.optimizer is not None:
                 losses = [self.train(x, scale, leader) for _ in range(self.config.autoencoder_updates)]
                 loss = losses[0]
@@ -323,24 +356,36 @@ class Reference:
         assert self.weights is not None
         mu = len(x[0])
         with torch.no_grad():
-            z = [encode(self.weights, x_k / (scale or 1)) for x_k in x]
+            z = [self.quantised(encode(self.weights, x_k / (scale or 1))) for x_k in x]
             average = scale * decode(self.weights, 0, sum(z, torch.zeros_like(z[0])) / self.K, mu)
             return average, [scale * decode(self.weights, 0, z_k, mu) for z_k in z]
+
+    def quantised(self, z: Tensor) -> Tensor:
+        """A latent of the ring as it is summed, (4, n)."""
+        assert self.weights is not None
+        if self.config.latent == "float32":
+            return z
+        scales = self.weights.latent_scale
+        return torch.stack([coded(self.config.latent, z[c], scales[c, 0]) for c in range(4)])
 
     def innovation(self, x: Tensor) -> Tensor:
         """The largest values of x, zero elsewhere."""
         count = max(1, round(self.config.innovation * len(x)))
         magnitudes = x.abs().tolist()
         e = torch.zeros_like(x)
-        for place in sorted(range(len(x)), key=lambda place: -magnitudes[place])[:count]:
-            e[place] = x[place]
+        places = sorted(sorted(range(len(x)), key=lambda place: -magnitudes[place])[:count])
+        e[places] = coded(self.config.values, x[places])
         return e
+
+    def relayed(self, z: Tensor) -> Tensor:
+        """A latent of the parameter server as it is decoded, (4, n)."""
+        return torch.stack([coded(self.config.latent, channel) for channel in z])
 
     def parameter_server(self, x: list[Tensor], scale: float, leader: int) -> tuple[Tensor, list[Tensor]]:
         assert self.weights is not None
         mu = len(x[0])
         with torch.no_grad():
-            z = encode(self.weights, x[leader] / (scale or 1))
+            z = self.relayed(encode(self.weights, x[leader] / (scale or 1)))
             y = [decode(self.weights, k, z, mu, self.innovation(x[k] / (scale or 1))) for k in range(self.K)]
             return scale * sum(y, torch.zeros(mu, dtype=self.dtype)) / self.K, [scale * y_k for y_k in y]
 

@@ -12,7 +12,16 @@ from reference import Config
 from torch import Tensor
 
 import lgc
+from lgc.aggregators import ServerTopK
 from lgc.transport import Transport
+
+CODECS: dict[str, Any] = {
+    "float32": lgc.Float32(),
+    "bfloat16": lgc.BFloat16(),
+    "sign": lgc.Sign(),
+    "uniform4": lgc.Uniform(bits=4),
+    "uniform8": lgc.Uniform(bits=8),
+}
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -63,6 +72,7 @@ class Run(NamedTuple):
     order: list[str]  # the parameters in the order of the flat vector
     initial: dict[str, Tensor] | None  # the autoencoder before the first step
     frozen: dict[str, Tensor] | None  # and after the last
+    server_residual: Tensor | None  # at the server, after the last step
 
 
 def scheme_of(config: Config) -> Any:
@@ -71,6 +81,8 @@ def scheme_of(config: Config) -> Any:
         "rate": config.rate,
         "momentum": config.momentum,
         "warmup_steps": config.warmup_steps,
+        "unit": config.unit,
+        "values": CODECS[config.values],
     }
     common["pooled_rate"] = config.pooled_rate
     common["roles"] = dict(config.roles)
@@ -92,6 +104,7 @@ def scheme_of(config: Config) -> Any:
         "autoencoder_optimizer": config.autoencoder_optimizer,
         "autoencoder_updates": config.autoencoder_updates,
         "refresh_below": 0.0,
+        "latent": CODECS[config.latent],
     }
     if config.scheme == "lgc-ring":
         return lgc.LGCRing(**common)
@@ -131,4 +144,6 @@ def run_rounds(rank: int, world_size: int, scheme: Any, shapes: Shapes, gradient
             )
         )
     order = sorted(shapes, key=lambda name: (layout.slices[name].start, layout.slices[name].stop))
-    return Run(steps, order, initial, weights())
+    own = getattr(aggregator, "own", None)
+    server_residual = in_order(own.residual) if isinstance(own, ServerTopK) and rank == 0 else None
+    return Run(steps, order, initial, weights(), server_residual)

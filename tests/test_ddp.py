@@ -169,7 +169,7 @@ def test_the_handle_crosses_the_phases_at_the_configured_steps(
 
 @pytest.mark.parametrize("model", MODELS)
 def test_at_rate_one_any_module_trains_as_with_plain_ddp(ranks: RankFactory, model: str) -> None:
-    everything = lgc.TopK(rate=1.0)
+    everything = lgc.TopK(rate=1.0, values=lgc.Float32())
     for plain, full in zip(
         ranks(2).run(train, model, None, 10), ranks(2).run(train, model, everything, 10), strict=True
     ):

@@ -13,6 +13,7 @@ from reference import Config, Reference, Weights, count_at, decode, encode, make
 from rounds import SHAPES, Run, Shapes, gradient, joined, run_rounds, scheme_of
 from torch import Tensor
 
+import lgc
 from lgc.autoencoder import RingAutoencoder, ServerAutoencoder, latent_shape
 
 RankFactory = Callable[[int], Ranks]
@@ -199,7 +200,7 @@ def test_gradients_of_any_magnitude_stay_finite(ranks: RankFactory, scheme: str)
 
 @pytest.mark.parametrize("length", range(1, 201))
 def test_the_ring_autoencoder_returns_every_length(length: int) -> None:
-    autoencoder = RingAutoencoder(torch.Generator().manual_seed(0))
+    autoencoder = RingAutoencoder(torch.Generator().manual_seed(0), lgc.Float32())
     x = torch.randn(length, generator=torch.Generator().manual_seed(length))
     with torch.no_grad():
         z = autoencoder.encoder(x[None])
@@ -214,7 +215,7 @@ def test_the_ring_autoencoder_returns_every_length(length: int) -> None:
 @pytest.mark.parametrize("length", range(1, 201))
 def test_the_server_autoencoder_returns_every_length(length: int) -> None:
     world_size = 2
-    autoencoder = ServerAutoencoder(world_size, torch.Generator().manual_seed(0))
+    autoencoder = ServerAutoencoder(world_size, torch.Generator().manual_seed(0), lgc.Float32())
     x = torch.randn(world_size, length, generator=torch.Generator().manual_seed(length))
     innovations = x * (x.abs() >= x.abs().amax(dim=1, keepdim=True))
     with torch.no_grad():
@@ -228,7 +229,7 @@ def test_the_server_autoencoder_returns_every_length(length: int) -> None:
 
 
 def test_the_number_of_parameters_is_the_papers() -> None:
-    ring = RingAutoencoder(torch.Generator().manual_seed(0))
-    server = ServerAutoencoder(4, torch.Generator().manual_seed(0))
+    ring = RingAutoencoder(torch.Generator().manual_seed(0), lgc.Float32())
+    server = ServerAutoencoder(4, torch.Generator().manual_seed(0), lgc.Float32())
     assert sum(p.numel() for p in ring.parameters()) == 172_996 + 43_681
     assert sum(p.numel() for p in server.parameters()) == 172_996 + 4 * 43_682

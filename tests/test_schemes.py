@@ -49,8 +49,14 @@ CASES: dict[str, Config] = {
     ),
     "lgc-ps": Config(scheme="lgc-ps", rate=0.1, clip_norm=3.0, **LEARNED),
     "lgc-ps-paper": Config(scheme="lgc-ps", rate=0.05, innovation=0.05, feedback="paper", **LEARNED),
+    "topk-kernels": Config(scheme="topk", rate=0.05, unit="kernel", warmup_steps=4),
+    "dgc-sign": Config(scheme="dgc", rate=0.02, momentum=0.9, warmup_steps=6, values="sign"),
+    "scalecom-uniform": Config(scheme="scalecom", rate=0.05, warmup_steps=6, values="uniform4", unit=8),
+    "lgc-ring-coded": Config(scheme="lgc-ring", rate=0.1, unit="kernel", values="sign", latent="uniform4", **LEARNED),
+    "lgc-ps-coded": Config(scheme="lgc-ps", rate=0.1, values="sign", latent="uniform8", **LEARNED),
 }
 LINEAR = [name for name, config in CASES.items() if not config.learned and not config.server]
+NEVER_ZERO = [name for name, config in CASES.items() if not config.values.startswith("uniform")]
 SERVER = [name for name, config in CASES.items() if config.server]
 LGC = [name for name, config in CASES.items() if config.learned]
 LOSSLESS = [name for name, config in CASES.items() if config.feedback != "paper"]
@@ -264,7 +270,19 @@ def test_the_server_keeps_what_it_was_sent_and_did_not_send_on(runs: Runs, case:
 
 
 @every_world_size
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("values", ["float32", "bfloat16", "sign", "uniform4"])
+def test_what_the_servers_codec_loses_stays_at_the_server(ranks: RankFactory, values: str, world_size: int) -> None:
+    """Everything sent = everything sent on + what the server still has."""
+    config = Config(scheme="dgc", rate=0.02, momentum=0.9, warmup_steps=6, values=values, server=True)
+    real = ranks(world_size).run(run_rounds, scheme_of(config), SHAPES, list(range(STEPS)))
+    received = torch.stack([step.sent for run in real for step in run.steps]).double().sum(0) / world_size
+    sent_on = torch.stack([step.mean for step in real[0].steps]).double().sum(0)
+    assert real[0].server_residual is not None
+    assert_close(sent_on + real[0].server_residual, received, "everything", tolerance=1e-5)
+
+
+@every_world_size
+@pytest.mark.parametrize("case", NEVER_ZERO)
 def test_phases_are_crossed_at_exactly_the_configured_steps(runs: Runs, case: str, world_size: int) -> None:
     """Seen from what was sent: everything while dense, then what each segment sends at the step's rate."""
     config = CASES[case]

@@ -5,6 +5,8 @@
 0.002
 """
 
+from lgc import checkpoint
+from lgc.coding import BFloat16, EliasFano, Float16, Float32, RangeCoder, RawIndices, Rice, Sign, Uniform
 from lgc.ddp import Handle, attach
 from lgc.layout import Role
 from lgc.schedule import Phase
@@ -15,18 +17,28 @@ from lgc.wire import Traffic, Wire
 __all__ = [
     "DGC",
     "SCHEMES",
+    "BFloat16",
     "Dense",
+    "EliasFano",
+    "Float16",
+    "Float32",
     "Handle",
     "LGCRing",
     "LGCServer",
     "Phase",
+    "RangeCoder",
+    "RawIndices",
+    "Rice",
     "Role",
     "ScaleCom",
     "Scheme",
+    "Sign",
     "TopK",
     "Traffic",
+    "Uniform",
     "Wire",
     "__version__",
     "attach",
+    "checkpoint",
     "parse_scheme",
 ]

@@ -1,24 +1,40 @@
 """From every rank's gradient to the mean that all apply: the round, its exchanges, and the classical schemes.
 
-An exchange takes the pending residual v and says what all ranks get of it and what this rank contributed. An
-aggregator's round is a sequence of exchanges over the regions of the flat vector.
+An exchange says what all ranks get of the pending residual v and what this rank contributed. What it selects and
+codes it offers before the round is opened, so that the opening can tell all ranks how long the payloads are, or that a
+rank has failed. An aggregator's round is a sequence of exchanges over the regions of the flat vector.
 """
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from lgc.coding import Float32, IndexCoder, Kind, ValueCodec, pack, unpack
 from lgc.feedback import Feedback, Piece
-from lgc.layout import Layout, Segment
-from lgc.schedule import Phase, Schedule, Stage
-from lgc.selection import count, top_k
+from lgc.layout import Layout
+from lgc.schedule import Schedule, Stage
+from lgc.selection import Region
 from lgc.transport import SERVER, Transport
+
+
+class Offer(NamedTuple):
+    """What a rank is about to send: its contribution, and the payload that carries it."""
+
+    piece: Piece
+    payload: Tensor
+
+
+class Codecs(NamedTuple):
+    """How indices and values become bytes."""
+
+    indices: IndexCoder
+    values: ValueCodec
 
 
 class Exchange(NamedTuple):
@@ -43,6 +59,14 @@ class Round(NamedTuple):
     def sent_dense(self) -> Tensor:
         """`sent` as a vector, shape (N,)."""
         return _add_up(self.sent, torch.zeros_like(self.mean))
+
+
+class Opened(NamedTuple):
+    """An open round: the votes of all ranks, this rank's offers, and the lengths of each offer's payload by rank."""
+
+    votes: list[bool]
+    offers: list[Offer]
+    lengths: list[list[int]]
 
 
 class Aggregator(ABC):
@@ -88,11 +112,24 @@ class Aggregator(ABC):
         self.transport.begin(stage.phase)
         return stage
 
-    def _open(self, v: Tensor, step: int, *, vote: bool = False) -> list[bool] | None:
-        """Open the round: the ranks' votes, or None if it must not change anything."""
+    def _open(self, v: Tensor, step: int, *offers: Callable[[], Offer], vote: bool = False) -> Opened | None:
+        """Prepare this rank's offers, at most two, and open the round; None if it must not change anything.
+
+        Raises:
+            RankError: on every rank, if one failed to prepare.
+        """
         finite = bool(torch.isfinite(v.sum()))
-        opening = self.transport.open_round(step, finite=finite, vote=vote, device=v.device)
-        return opening.votes if all(opening.finite) else None
+        prepared: list[Offer] = []
+        error = None
+        try:
+            prepared = [offer() for offer in offers] if finite else []
+        except Exception as exception:
+            error = exception
+        own, leader, *_ = [offer.payload.numel() for offer in prepared] + [0, 0]
+        opening = self.transport.open_round(step, finite=finite, vote=vote, lengths=(own, leader), error=error)
+        if not all(opening.finite):
+            return None
+        return Opened(opening.votes, prepared, [list(lengths) for lengths in zip(*opening.lengths, strict=True)])
 
     def _non_finite(self) -> Round:
         return Round(torch.full_like(self.feedback.residual, torch.nan), ())
@@ -131,84 +168,144 @@ class OwnTopK:
     What a rank receives grows with the number of ranks.
     """
 
-    def __init__(self, transport: Transport, segments: list[Segment]) -> None:
+    def __init__(self, transport: Transport, region: Region, codecs: Codecs) -> None:
         self.transport = transport
-        self.segments = segments
+        self.region = region
+        self.codecs = codecs
 
-    def exchange(self, v: Tensor, least_rate: float) -> Exchange:
+    def offer(self, v: Tensor, least_rate: float, step: int) -> Offer:
+        """This rank's selection, as the others will decode it, and its payload."""
+        positions = self.region.select(v, least_rate)
+        payload = self._pack(positions, v, least_rate, step)
+        return Offer(self._unpack(payload, least_rate, step, v.device), payload)
+
+    def exchange(self, offer: Offer, lengths: list[int], least_rate: float, step: int) -> Exchange:
         """Mean over the ranks of what each selected."""
-        indices = top_k(v, self.segments, least_rate)
-        sent = Piece(indices, v[indices])
-        if not self.segments:
-            return Exchange([], sent)
-        gathered = self.transport.all_gather(pack_entries(sent), "entries")
-        pieces = [unpack_entries(entries) for entries in gathered]
+        if not self.region.segments:
+            return Exchange([], offer.piece)
+        payloads = self.transport.all_gather_bytes(offer.payload, "entries", lengths)
+        device = offer.piece.values.device
+        pieces = [
+            offer.piece if rank == self.transport.rank else self._unpack(payload, least_rate, step, device)
+            for rank, payload in enumerate(payloads)
+        ]
         mean = [Piece(where, values / self.transport.world_size) for where, values in pieces]
-        return Exchange(mean, sent)
+        return Exchange(mean, offer.piece)
+
+    def _pack(self, positions: Tensor, v: Tensor, least_rate: float, step: int) -> Tensor:
+        values = v[self.region.elements(positions, least_rate)]
+        parts = [
+            self.codecs.indices.encode(positions, self.region.sizes),
+            self.codecs.values.encode(values, self.region.element_counts(least_rate)),
+        ]
+        return pack(parts, kind=Kind.ENTRIES, step=step)
+
+    def _unpack(self, payload: Tensor, least_rate: float, step: int, device: torch.device) -> Piece:
+        counts, value_counts = self.region.counts(least_rate), self.region.element_counts(least_rate)
+        bounds = [self.codecs.indices.bound(self.region.sizes, counts), self.codecs.values.size(value_counts)]
+        index_code, value_code = unpack(payload, kind=Kind.ENTRIES, step=step, bounds=bounds)
+        positions = self.codecs.indices.decode(index_code, self.region.sizes, counts)
+        values = self.codecs.values.decode(value_code, value_counts)
+        return Piece(self.region.elements(positions, least_rate).to(device), values.to(device))
 
 
-class ServerTopK:
+class ServerTopK(OwnTopK):
     """The same through a server at rank 0, which selects again from the sum.
 
     It keeps a residual of its own, shape (N,), at rank 0 only. What a rank sends and receives does not grow with the
     number of ranks.
     """
 
-    def __init__(self, transport: Transport, segments: list[Segment], size: int, device: torch.device) -> None:
-        self.transport = transport
-        self.segments = segments
+    def __init__(self, transport: Transport, region: Region, codecs: Codecs, size: int, device: torch.device) -> None:
+        super().__init__(transport, region, codecs)
         self.residual = torch.zeros(size if transport.rank == SERVER else 0, device=device)
 
-    def exchange(self, v: Tensor, least_rate: float) -> Exchange:
+    def exchange(self, offer: Offer, lengths: list[int], least_rate: float, step: int) -> Exchange:
         """The largest sums of what the ranks selected."""
-        indices = top_k(v, self.segments, least_rate)
-        sent = Piece(indices, v[indices])
-        if not self.segments:
-            return Exchange([], sent)
-        reply = pack_entries(sent)
-        gathered = self.transport.gather(reply, "entries")
+        if not self.region.segments:
+            return Exchange([], offer.piece)
+        device = offer.piece.values.device
+        gathered = self.transport.gather_bytes(offer.payload, "entries", lengths)
+        reply = offer.payload
         if gathered is not None:
-            for where, values in map(unpack_entries, gathered):
+            for payload in gathered:
+                where, values = self._unpack(payload, least_rate, step, device)
                 self.residual[where] += values / self.transport.world_size
-            chosen = top_k(self.residual, self.segments, least_rate)
-            reply = pack_entries(Piece(chosen, self.residual[chosen]))
-            self.residual[chosen] = 0
-        return Exchange([unpack_entries(self.transport.broadcast(reply, "entries", source=SERVER))], sent)
+            reply = self._pack(self.region.select(self.residual, least_rate), self.residual, least_rate, step)
+        chosen = self._unpack(self.transport.broadcast_bytes(reply, "entries", source=SERVER), least_rate, step, device)
+        if gathered is not None:
+            self.residual[chosen.where] -= chosen.values
+        return Exchange([chosen], offer.piece)
 
 
 class SharedTopK:
     """The indices of one rank, the leader, for all; a different leader every step."""
 
-    def __init__(self, transport: Transport, segments: list[Segment]) -> None:
+    def __init__(self, transport: Transport, region: Region, codecs: Codecs) -> None:
         self.transport = transport
-        self.segments = segments
+        self.region = region
+        self.codecs = codecs
 
     def leader(self, step: int) -> int:
         """The rank whose indices count in `step`."""
         return step % self.transport.world_size
 
-    def select(self, v: Tensor, least_rate: float, step: int) -> tuple[Tensor, Tensor]:
-        """The leader's indices and the root mean square of its values there; a collective."""
+    def leads(self, step: int) -> bool:
+        """Whether that is this rank."""
+        return self.transport.rank == self.leader(step)
+
+    def offer(self, v: Tensor, least_rate: float, step: int) -> Offer:
+        """The leader's indices and the root mean square of its values there; nothing from the other ranks."""
+        if not self.leads(step) or not self.region.segments:
+            return Offer(Piece(slice(0), v[:0]), torch.empty(0, dtype=torch.uint8))
+        positions = self.region.select(v, least_rate)
+        indices = self.region.elements(positions, least_rate)
+        parts = [
+            self.codecs.indices.encode(positions, self.region.sizes),
+            Float32().encode(root_mean_square(v[indices]), [1]),
+        ]
+        return Offer(Piece(indices, v[indices]), pack(parts, kind=Kind.INDICES, step=step))
+
+    def receive(self, offer: Offer, lengths: list[int], least_rate: float, step: int) -> tuple[Tensor, Tensor]:
+        """The leader's indices, int64, and the scale, shape (1,); a collective."""
+        device = offer.piece.values.device
+        if not self.region.segments:
+            return torch.empty(0, dtype=torch.int64, device=device), torch.zeros(1, device=device)
         leader = self.leader(step)
-        if self.transport.rank == leader:
-            indices = top_k(v, self.segments, least_rate)
-            packet = pack_entries(Piece(indices, root_mean_square(v[indices])))
-        else:
-            packet = torch.empty(self.count(least_rate) + 1, dtype=torch.int32, device=v.device)
-        packet = self.transport.broadcast(packet, "indices", source=leader)
-        return packet[:-1].long(), packet[-1:].view(torch.float32)
+        payload = self.transport.broadcast_bytes(offer.payload, "indices", source=leader, length=lengths[leader])
+        index_code, scale_code = unpack(
+            payload, kind=Kind.INDICES, step=step, bounds=[self.index_bound(least_rate), Float32().size([1])]
+        )
+        return self.decode_indices(index_code, least_rate, device), Float32().decode(scale_code, [1]).to(device)
 
-    def count(self, least_rate: float) -> int:
-        """How many indices the leader sends."""
-        return count(self.segments, least_rate)
+    def index_bound(self, least_rate: float) -> int:
+        """The largest possible number of bytes of the leader's indices."""
+        return self.codecs.indices.bound(self.region.sizes, self.region.counts(least_rate))
 
-    def exchange_values(self, v: Tensor, indices: Tensor) -> Exchange:
-        """Mean over the ranks of their values at shared indices, by all-reduce."""
-        sent = Piece(indices, v[indices])
-        if not self.segments:
-            return Exchange([], sent)
-        mean = self.transport.all_reduce(sent.values, "values") / self.transport.world_size
-        return Exchange([Piece(indices, mean)], sent)
+    def decode_indices(self, code: Tensor, least_rate: float, device: torch.device) -> Tensor:
+        """Elements of the flat vector, int64, ascending."""
+        positions = self.codecs.indices.decode(code, self.region.sizes, self.region.counts(least_rate))
+        return self.region.elements(positions, least_rate).to(device)
+
+    def exchange_values(self, v: Tensor, indices: Tensor, least_rate: float, step: int) -> Exchange:
+        """Mean over the ranks of their values at shared indices.
+
+        By all-reduce of float32; coded values have a scale of their own on each rank, so they are gathered and added.
+        """
+        x = v[indices]
+        if x.numel() == 0:
+            return Exchange([], Piece(indices, x))
+        if self.codecs.values == Float32():
+            mean = self.transport.all_reduce(x, "values") / self.transport.world_size
+            return Exchange([Piece(indices, mean)], Piece(indices, x))
+        counts = self.region.element_counts(least_rate)
+        payload = pack([self.codecs.values.encode(x, counts)], kind=Kind.VALUES, step=step)
+        payloads = self.transport.all_gather(payload, "values")
+        bounds = [self.codecs.values.size(counts)]
+        parts = [unpack(payload, kind=Kind.VALUES, step=step, bounds=bounds)[0] for payload in payloads]
+        decoded = torch.stack([self.codecs.values.decode(part, counts) for part in parts]).to(x.device)
+        sent = Piece(indices, decoded[self.transport.rank])
+        return Exchange([Piece(indices, decoded.sum(dim=0) / self.transport.world_size)], sent)
 
 
 class OwnAggregator(Aggregator):
@@ -220,7 +317,7 @@ class OwnAggregator(Aggregator):
         transport: Transport,
         schedule: Schedule,
         feedback: Feedback,
-        own: OwnTopK | ServerTopK,
+        own: OwnTopK,
     ) -> None:
         super().__init__(layout, transport, schedule, feedback)
         self.own = own
@@ -228,13 +325,12 @@ class OwnAggregator(Aggregator):
     def aggregate(self, gradient: Tensor, step: int) -> Round:
         stage = self._begin(step)
         v = self.feedback.accumulate(gradient)  # u = m u + g;  v = v + u
-        if self._open(v, step) is None:
+        opened = self._open(v, step, lambda: self.own.offer(v, stage.least_rate, step))
+        if opened is None:
             return self._non_finite()
-        if stage.phase is Phase.DENSE:
-            return self._close(self._exchange_everything(v))
         return self._close(
             self._exchange_dense(v, self.layout.dense),
-            self.own.exchange(v, stage.least_rate),
+            self.own.exchange(opened.offers[0], opened.lengths[0], stage.least_rate, step),
         )
 
     def state_dict(self) -> dict[str, Any]:
@@ -255,36 +351,31 @@ class SharedAggregator(Aggregator):
     Source: Chen et al., NeurIPS 2020, arXiv 2104.11125.
     """
 
-    def __init__(self, layout: Layout, transport: Transport, schedule: Schedule, feedback: Feedback) -> None:
+    def __init__(
+        self, layout: Layout, transport: Transport, schedule: Schedule, feedback: Feedback, codecs: Codecs
+    ) -> None:
         super().__init__(layout, transport, schedule, feedback)
-        self.own = OwnTopK(transport, layout.own)
-        self.shared = SharedTopK(transport, layout.shared)
+        self.own = OwnTopK(transport, Region(layout.own), codecs)
+        self.shared = SharedTopK(transport, Region(layout.shared), codecs)
 
     def aggregate(self, gradient: Tensor, step: int) -> Round:
-        stage = self._begin(step)
+        _, least_rate = self._begin(step)
         v = self.feedback.accumulate(gradient)
-        if self._open(v, step) is None:
+        opened = self._open(
+            v,
+            step,
+            lambda: self.own.offer(v, least_rate, step),
+            lambda: self.shared.offer(v, least_rate, step),
+        )
+        if opened is None:
             return self._non_finite()
-        if stage.phase is Phase.DENSE:
-            return self._close(self._exchange_everything(v))
-        indices, _ = self.shared.select(v, stage.least_rate, step)
+        (own, leader), (own_lengths, leader_lengths) = opened.offers, opened.lengths
+        indices, _ = self.shared.receive(leader, leader_lengths, least_rate, step)
         return self._close(
             self._exchange_dense(v, self.layout.dense),
-            self.own.exchange(v, stage.least_rate),
-            self.shared.exchange_values(v, indices),
+            self.own.exchange(own, own_lengths, least_rate, step),
+            self.shared.exchange_values(v, indices, least_rate, step),
         )
-
-
-def pack_entries(piece: Piece) -> Tensor:
-    """Indices as int32 and values as the bits of float32, one int32 vector."""
-    assert isinstance(piece.where, Tensor)
-    return torch.cat([piece.where.to(torch.int32), piece.values.contiguous().view(torch.int32)])
-
-
-def unpack_entries(packed: Tensor) -> Piece:
-    """As many indices as values, back from `pack_entries`."""
-    indices, values = packed.chunk(2)
-    return Piece(indices.long(), values.view(torch.float32))
 
 
 def root_mean_square(x: Tensor) -> Tensor:

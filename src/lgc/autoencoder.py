@@ -15,10 +15,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lgc.coding import Float32, Uniform, ValueCodec
+
 STRIDE = 16  # four convolutions of stride 2
 LATENT_CHANNELS = 4
 SLOPE = 0.01
 
+LATENT_RANGE = 2.5  # root mean squares; near the best for 16 levels and a Gaussian: Max, IRE Trans. IT-6, 1960
+LATENT_SCALE_DECAY = 0.9
+
+RingLatent = Float32 | Uniform
 Optimizer = Literal["adam", "sgd"]
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -77,26 +83,53 @@ class Decoder(nn.Module):
 
 
 class RingAutoencoder(nn.Module):
-    """One encoder, one decoder of the averaged latent."""
+    """One encoder, one decoder of the averaged latent.
 
-    def __init__(self, generator: torch.Generator) -> None:
+    A quantised latent is trained through. Its sum over the ranks is one of integers, for which all ranks need one scale
+    of each channel: a running mean, kept with the weights.
+
+    Args:
+        generator: of the initial weights.
+        latent: how the latent is sent.
+    """
+
+    latent_scale: Tensor
+
+    def __init__(self, generator: torch.Generator, latent: RingLatent) -> None:
         super().__init__()
+        self.latent = latent
         self.encoder = Encoder()
         self.decoder = Decoder()
+        self.register_buffer("latent_scale", torch.zeros(LATENT_CHANNELS, 1))
         _initialise(self, generator)
 
     def loss(self, x: Tensor) -> Tensor:
         """MSE(D(mean_k E(x_k)), mean_k x_k) for the scaled vectors of all ranks, shape (K, mu)."""
-        z = self.encoder(x).mean(dim=0, keepdim=True)
-        y: Tensor = self.decoder(z, x.shape[1])
+        z = self.encoder(x)
+        if isinstance(self.latent, Uniform):
+            self._observe(z.detach())
+            z = self.latent.fake_quantise(z, self.latent_scale)
+        y: Tensor = self.decoder(z.mean(dim=0, keepdim=True), x.shape[1])
         return F.mse_loss(y, x.mean(dim=0, keepdim=True))
+
+    def _observe(self, z: Tensor) -> None:
+        scale = LATENT_RANGE * z.square().mean(dim=(0, 2)).sqrt().unsqueeze(1)
+        decay = torch.where(self.latent_scale > 0, LATENT_SCALE_DECAY, 0.0)
+        self.latent_scale.copy_(decay * self.latent_scale + (1 - decay) * scale)
 
 
 class ServerAutoencoder(nn.Module):
-    """One encoder of the common part, one decoder a rank."""
+    """One encoder of the common part, one decoder a rank. The latent is trained through its codec.
 
-    def __init__(self, world_size: int, generator: torch.Generator) -> None:
+    Args:
+        world_size: number of decoders.
+        generator: of the initial weights.
+        latent: how the latent is sent, a group of values for each channel.
+    """
+
+    def __init__(self, world_size: int, generator: torch.Generator, latent: ValueCodec) -> None:
         super().__init__()
+        self.latent = latent
         self.encoder = Encoder()
         self.decoders = nn.ModuleList(Decoder(innovation=True) for _ in range(world_size))
         _initialise(self, generator)
@@ -113,10 +146,29 @@ class ServerAutoencoder(nn.Module):
         0.5 * sum_k MSE(y_k, x_k) + 0.5 * sum_{k != l} MSE(E(x_k), E(x_l))
         """
         z = self.encoder(x)
-        y = self.decode(z[leader : leader + 1], innovations)
+        y = self.decode(self._sent(z[leader : leader + 1]), innovations)
         reconstruction: Tensor = (y - x).square().mean(dim=1).sum()
         similarity: Tensor = (z[:, None] - z[None, :]).square().mean(dim=(2, 3)).sum()
         return 0.5 * reconstruction + 0.5 * similarity
+
+    def encode_latent(self, z: Tensor) -> Tensor:
+        """The bytes of one latent, shape (1, 4, n)."""
+        return self.latent.encode(z.flatten(), [z.shape[2]] * LATENT_CHANNELS)
+
+    def decode_latent(self, data: Tensor, length: int) -> Tensor:
+        """The latent of `length` values that has these bytes, on the CPU."""
+        channels, positions = latent_shape(length)
+        return self.latent.decode(data, [positions] * channels).view(1, channels, positions)
+
+    def latent_size(self, length: int) -> int:
+        """Number of these bytes."""
+        channels, positions = latent_shape(length)
+        return self.latent.size([positions] * channels)
+
+    def _sent(self, z: Tensor) -> Tensor:
+        # Straight through: the value is what is decoded, the gradient that of the identity.
+        decoded = self.decode_latent(self.encode_latent(z.detach()), STRIDE * z.shape[2]).to(z.device)
+        return decoded + (z - z.detach())
 
 
 def make_optimizer(module: nn.Module, kind: Optimizer, learning_rate: float) -> torch.optim.Optimizer:
@@ -131,13 +183,15 @@ def make_optimizer(module: nn.Module, kind: Optimizer, learning_rate: float) -> 
 
 
 def pack_weights(module: nn.Module) -> Tensor:
-    """All weights as one float32 vector, in registration order."""
-    return nn.utils.parameters_to_vector(module.parameters()).detach()
+    """All weights and buffers as one float32 vector."""
+    return torch.cat([tensor.detach().flatten() for tensor in module.state_dict().values()])
 
 
 def unpack_weights(module: nn.Module, vector: Tensor) -> None:
     """Set all weights from `pack_weights` of a module of the same form."""
-    nn.utils.vector_to_parameters(vector, module.parameters())
+    tensors = module.state_dict().values()
+    for tensor, part in zip(tensors, vector.split([tensor.numel() for tensor in tensors]), strict=True):
+        tensor.copy_(part.view_as(tensor))
 
 
 @contextmanager

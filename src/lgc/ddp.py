@@ -343,7 +343,7 @@ def _advise(ddp: DistributedDataParallel, scheme: Scheme, optimizer: torch.optim
 
 def _describe(ddp: DistributedDataParallel, scheme: Scheme, world_size: int) -> dict[str, object]:
     """Everything that must be the same on all ranks, as flat JSON."""
-    arguments = {f"{scheme.name}.{name}": value for name, value in asdict(scheme).items()}
+    arguments = {f"{scheme.name}.{name}": text for name, text in scheme.arguments().items()}
     shapes = {f"parameter {name}": [*tensor.shape, str(tensor.dtype)] for name, tensor in _trained(ddp)}
     versions = {"lgc version": __version__, "torch version": torch.__version__}
     return {**versions, "world size": world_size, "scheme": scheme.name, **arguments, **shapes}

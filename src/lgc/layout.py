@@ -6,12 +6,14 @@ import math
 from collections.abc import Iterable, Mapping
 from enum import StrEnum
 from fnmatch import fnmatchcase
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from torch import Tensor
 
 POOL = "<small tensors>"
-INDEX_LIMIT = 2**31  # indices travel as int32
+INDEX_LIMIT = 2**31  # raw indices travel as int32
+
+Unit = int | Literal["kernel"]
 
 
 class Role(StrEnum):
@@ -25,13 +27,15 @@ class Role(StrEnum):
 class Segment(NamedTuple):
     """What one top-k selects from: a weight, or the pool of all small tensors.
 
-    `slice` is its place in the flat vector, `rate` the fraction of it that is sent after the warm-up.
+    `slice` is its place in the flat vector, `rate` the fraction of it that is sent after the warm-up, `unit` the number
+    of consecutive elements that are sent together.
     """
 
     name: str
     role: Role
     slice: slice
     rate: float
+    unit: int = 1
 
     @property
     def size(self) -> int:
@@ -40,8 +44,14 @@ class Segment(NamedTuple):
 
 
 def entries(size: int, rate: float) -> int:
-    """Number of entries that a segment of `size` elements sends at `rate`: at least one, none if it is empty."""
+    """Number of units that a segment of `size` units sends at `rate`: at least one, none if it is empty."""
     return min(size, max(1, round(rate * size)))
+
+
+def unit_size(shape: tuple[int, ...], unit: Unit) -> int:
+    """Elements that are selected together in a weight of this shape; 1 where it does not divide into such units."""
+    size = math.prod(shape[2:]) if unit == "kernel" else unit
+    return size if size and math.prod(shape) % size == 0 else 1
 
 
 class Layout:
@@ -66,6 +76,7 @@ class Layout:
         *,
         rate: float,
         pooled_rate: float,
+        unit: Unit = 1,
     ) -> None:
         self.shapes = dict(shapes)
         self.slices: dict[str, slice] = {}
@@ -78,7 +89,7 @@ class Layout:
                 size = math.prod(shapes[name])
                 self.slices[name] = slice(position, position + size)
                 if name not in pooled:
-                    segments.append(Segment(name, role, self.slices[name], rate))
+                    segments.append(Segment(name, role, self.slices[name], rate, unit_size(shapes[name], unit)))
                 position += size
                 if name in pooled and segments and segments[-1].name == POOL:
                     segments[-1] = segments[-1]._replace(slice=slice(start, position))
@@ -102,6 +113,7 @@ def plan_layout(
     *,
     rate: float,
     pooled_rate: float,
+    unit: Unit = 1,
     first: Role,
     last: Role,
     small: Role,
@@ -132,4 +144,4 @@ def plan_layout(
         roles |= dict.fromkeys(matches, role)
         if role is not small:
             pooled -= set(matches)
-    return Layout(shapes, roles, frozenset(pooled), rate=rate, pooled_rate=pooled_rate)
+    return Layout(shapes, roles, frozenset(pooled), rate=rate, pooled_rate=pooled_rate, unit=unit)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,29 +17,29 @@ from torch import Tensor
 
 from lgc.aggregators import (
     Aggregator,
+    Codecs,
     Exchange,
+    Offer,
     OwnTopK,
     Round,
     SharedTopK,
-    pack_entries,
     root_mean_square,
-    unpack_entries,
 )
 from lgc.autoencoder import (
     Optimizer,
     RingAutoencoder,
     ServerAutoencoder,
-    latent_shape,
     make_optimizer,
     pack_weights,
     replicated,
     trainable,
     unpack_weights,
 )
+from lgc.coding import Float32, Kind, lane_width, pack, pack_lanes, unpack, unpack_lanes
 from lgc.feedback import Feedback, Piece
 from lgc.layout import Layout, entries
 from lgc.schedule import Phase, Schedule
-from lgc.selection import largest, top_k
+from lgc.selection import Region, largest
 from lgc.transport import SERVER, Transport
 
 EXPLAINED_DECAY = 0.9  # of the running mean of the explained fraction
@@ -71,6 +72,7 @@ class LGCAggregator(Aggregator):
         schedule: Schedule,
         feedback: Feedback,
         autoencoder: RingAutoencoder | ServerAutoencoder,
+        codecs: Codecs,
         *,
         optimizer: Optimizer,
         learning_rate: float,
@@ -78,8 +80,8 @@ class LGCAggregator(Aggregator):
         refresh: Refresh,
     ) -> None:
         super().__init__(layout, transport, schedule, feedback)
-        self.own = OwnTopK(transport, layout.own)
-        self.shared = SharedTopK(transport, layout.shared)
+        self.own = OwnTopK(transport, Region(layout.own), codecs)
+        self.shared = SharedTopK(transport, Region(layout.shared), codecs)
         self.autoencoder = autoencoder.to(feedback.residual.device)
         self.optimizer = make_optimizer(autoencoder, optimizer, learning_rate)
         self.updates = updates
@@ -183,19 +185,21 @@ class RingAggregator(LGCAggregator):
     def aggregate(self, gradient: Tensor, step: int) -> Round:
         phase, least_rate = self._begin(step)
         v = self.feedback.accumulate(gradient)  # u = m u + g;  v = v + u
-        votes = self._open(v, step, vote=self._stale())
-        if votes is None:
+        offers = [] if phase is Phase.DENSE else [self.own.offer, self.shared.offer]
+        opened = self._open(v, step, *(partial(offer, v, least_rate, step) for offer in offers), vote=self._stale())
+        if opened is None:
             self._finish(step, [])
             return self._non_finite()
 
         if phase is Phase.DENSE:
             exchanges = [self._exchange_everything(v)]
         else:
+            (own, leader), (own_lengths, leader_lengths) = opened.offers, opened.lengths
             first = self._exchange_dense(v, self.layout.dense)  # the first layer
-            last = self.own.exchange(v, least_rate)  # the last layer and the small tensors
-            indices, scale = self.shared.select(v, least_rate, step)  # all others: one leader's indices
+            last = self.own.exchange(own, own_lengths, least_rate, step)  # the last layer and the small tensors
+            indices, scale = self.shared.receive(leader, leader_lengths, least_rate, step)  # for all others
             if phase is Phase.WARMUP:
-                learned = self.shared.exchange_values(v, indices)
+                learned = self.shared.exchange_values(v, indices, least_rate, step)
             elif phase is Phase.TRAIN:
                 learned = self._exchange_and_train(v, indices, scale, step)
             else:
@@ -203,20 +207,31 @@ class RingAggregator(LGCAggregator):
             exchanges = [first, last, learned]
 
         result = self._close(*exchanges)
-        self._finish(step, votes)
+        self._finish(step, opened.votes)
         return result
 
     def _exchange_latents(self, x: Tensor, indices: Tensor, scale: Tensor) -> Exchange:
         """The mean as D(mean_k E(x_k)), this rank's contribution as D(E(x_k))."""
         if x.numel() == 0:
             return Exchange([], Piece(indices, x))
-        encoder, decoder = self.autoencoder.encoder, self.autoencoder.decoder
         with replicated(x.device):
-            z_k = encoder(_divide(x, scale)[None])
-            z = self.transport.all_reduce(z_k, "latents") / self.transport.world_size
-            y, y_k = decoder(torch.cat([z, z_k]), x.numel()) * scale
+            z_k = self.autoencoder.encoder(_divide(x, scale)[None])
+            z, z_k = self._average(z_k)
+            y, y_k = self.autoencoder.decoder(torch.cat([z, z_k]), x.numel()) * scale
         self._observe(x, y_k)
         return Exchange([Piece(indices, y)], Piece(indices, y_k))
+
+    def _average(self, z_k: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean of the latents over the ranks, and this rank's as it is in there; quantised ones are summed in lanes."""
+        latent, world_size = self.autoencoder.latent, self.transport.world_size
+        if isinstance(latent, Float32):
+            return self.transport.all_reduce(z_k, "latents") / world_size, z_k
+        scale = self.autoencoder.latent_scale
+        quantised = latent.quantise(z_k, scale)
+        width = lane_width(2 * latent.levels, world_size)
+        words = self.transport.all_reduce(pack_lanes(quantised.flatten() + latent.levels, width), "latents")
+        total = unpack_lanes(words, width, z_k.numel()).view_as(z_k) - world_size * latent.levels
+        return latent.dequantise(total, scale, world_size), latent.dequantise(quantised, scale)
 
     def _loss(self, x: Tensor, step: int) -> Tensor:
         return self.autoencoder.loss(x)
@@ -250,80 +265,110 @@ class ServerAggregator(LGCAggregator):
     def aggregate(self, gradient: Tensor, step: int) -> Round:
         phase, least_rate = self._begin(step)
         v = self.feedback.accumulate(gradient)  # u = m u + g;  v = v + u
-        votes = self._open(v, step, vote=self._stale())
-        if votes is None:
+        of_leader = self._offer_common if phase is Phase.COMPRESSED else self.shared.offer
+        offers = [] if phase is Phase.DENSE else [self.own.offer, of_leader]
+        opened = self._open(v, step, *(partial(offer, v, least_rate, step) for offer in offers), vote=self._stale())
+        if opened is None:
             self._finish(step, [])
             return self._non_finite()
 
         if phase is Phase.DENSE:
             exchanges = [self._exchange_everything(v)]
         else:
+            (own, leader), (own_lengths, leader_lengths) = opened.offers, opened.lengths
             first = self._exchange_dense(v, self.layout.dense)  # the first layer
-            last = self.own.exchange(v, least_rate)  # the last layer and the small tensors
+            last = self.own.exchange(own, own_lengths, least_rate, step)  # the last layer and the small tensors
             if phase is Phase.COMPRESSED:
-                indices, scale, z = self._relay_common(v, step)  # the leader's indices and latent
-                learned = self._exchange_innovations(v[indices], indices, scale, z)
+                indices, scale, z = self._relay_common(leader, leader_lengths, step)  # the leader's indices and latent
+                learned = self._exchange_innovations(v[indices], indices, scale, z, step)
             else:
-                indices, scale = self.shared.select(v, least_rate, step)
+                indices, scale = self.shared.receive(leader, leader_lengths, least_rate, step)
                 if phase is Phase.WARMUP:
-                    learned = self.shared.exchange_values(v, indices)
+                    learned = self.shared.exchange_values(v, indices, least_rate, step)
                 else:
                     learned = self._exchange_and_train(v, indices, scale, step)
             exchanges = [first, last, learned]
 
         result = self._close(*exchanges)
-        self._finish(step, votes)
+        self._finish(step, opened.votes)
         return result
 
-    def _relay_common(self, v: Tensor, step: int) -> tuple[Tensor, Tensor, Tensor]:
-        """The leader's indices, scale and latent z = E(x_leader), by way of the server."""
-        leader, mu = self.shared.leader(step), self.shared.count(0.0)
-        shape = (1, *latent_shape(mu))
-        if self.transport.rank == leader and mu:
-            indices = top_k(v, self.shared.segments)
-            scale = root_mean_square(v[indices])
-            with replicated(v.device):
-                z = self.autoencoder.encoder(_divide(v[indices], scale)[None])
-            packet = pack_entries(Piece(indices, torch.cat([scale, z.flatten()])))
-        else:
-            packet = torch.zeros(mu + 1 + shape[1] * shape[2], dtype=torch.int32, device=v.device)
-        packet = self.transport.relay(packet, "indices and latents", source=leader)
-        values = packet[mu:].view(torch.float32)
-        return packet[:mu].long(), values[:1], values[1:].view(shape)
+    def _offer_common(self, v: Tensor, least_rate: float, step: int) -> Offer:
+        """The leader's indices, scale and latent z = E(x_leader); nothing from the other ranks."""
+        if not self.shared.leads(step) or not self.shared.region.segments:
+            return self.shared.offer(v, least_rate, step)
+        positions = self.shared.region.select(v)
+        indices = self.shared.region.elements(positions)
+        x = v[indices]
+        scale = root_mean_square(x)
+        with replicated(v.device):
+            z = self.autoencoder.encoder(_divide(x, scale)[None])
+        parts = [
+            self.shared.codecs.indices.encode(positions, self.shared.region.sizes),
+            Float32().encode(scale, [1]),
+            self.autoencoder.encode_latent(z),
+        ]
+        return Offer(Piece(indices, x), pack(parts, kind=Kind.LATENT, step=step))
 
-    def _exchange_innovations(self, x: Tensor, indices: Tensor, scale: Tensor, z: Tensor) -> Exchange:
+    def _relay_common(self, offer: Offer, lengths: list[int], step: int) -> tuple[Tensor, Tensor, Tensor]:
+        """The same at every rank, by way of the server."""
+        device = offer.piece.values.device
+        mu = sum(self.shared.region.element_counts())
+        if mu == 0:
+            empty = torch.empty(0, device=device)
+            return empty.long(), empty, empty
+        leader = self.shared.leader(step)
+        packet = offer.payload if self.shared.leads(step) else torch.zeros(lengths[leader], dtype=torch.uint8)
+        packet = self.transport.relay(packet, "indices and latents", source=leader)
+        bounds = [self.shared.index_bound(0.0), Float32().size([1]), self.autoencoder.latent_size(mu)]
+        index_code, scale_code, latent_code = unpack(packet, kind=Kind.LATENT, step=step, bounds=bounds)
+        indices = self.shared.decode_indices(index_code, 0.0, device)
+        z = self.autoencoder.decode_latent(latent_code, mu)
+        return indices, Float32().decode(scale_code, [1]).to(device), z.to(device)
+
+    def _exchange_innovations(self, x: Tensor, indices: Tensor, scale: Tensor, z: Tensor, step: int) -> Exchange:
         """Every rank's y_k = D_k(z, innovation_k); their mean, and this rank's own."""
         if x.numel() == 0:
             return Exchange([], Piece(indices, x))
         scaled = _divide(x, scale)
         positions = largest(scaled, entries(scaled.numel(), self.innovation))
-        packet = pack_entries(Piece(positions, scaled[positions]))
-        gathered = self.transport.gather(packet, "innovations")
-        if gathered is None:
-            gathered = packet.new_empty(self.transport.world_size, packet.numel())
-        gathered = self.transport.broadcast(gathered, "innovations", source=SERVER)
-        innovations = torch.stack([_scatter(unpack_entries(row), x.numel()) for row in gathered])
+        codecs, counts = self.shared.codecs, [positions.numel()]
+        parts = [codecs.indices.encode(positions, [x.numel()]), codecs.values.encode(scaled[positions], counts)]
+        payload = pack(parts, kind=Kind.INNOVATION, step=step)
+        payloads = self._relay_all(payload)
+        bounds = [codecs.indices.bound([x.numel()], counts), codecs.values.size(counts)]
+        innovations = torch.zeros(len(payloads), x.numel(), device=x.device)
+        for innovation, received in zip(innovations, payloads, strict=True):
+            index_code, value_code = unpack(received, kind=Kind.INNOVATION, step=step, bounds=bounds)
+            where = codecs.indices.decode(index_code, [x.numel()], counts).to(x.device)
+            innovation[where] = codecs.values.decode(value_code, counts).to(x.device)
         with replicated(x.device):
             y = self.autoencoder.decode(z, innovations) * scale
         self._observe(x, y[self.transport.rank])
         return Exchange([Piece(indices, y.mean(dim=0))], Piece(indices, y[self.transport.rank]))
 
+    def _relay_all(self, payload: Tensor) -> list[Tensor]:
+        """The payloads of all ranks, by way of the server."""
+        own_length = torch.tensor([payload.numel()])
+        lengths = self.transport.all_gather(own_length, "innovations").flatten().tolist()
+        gathered = self.transport.gather_bytes(payload, "innovations", lengths)
+        together = torch.cat(gathered) if gathered is not None else payload
+        together = self.transport.broadcast_bytes(together, "innovations", source=SERVER, length=sum(lengths))
+        return list(together.split(lengths))
+
     def _loss(self, x: Tensor, step: int) -> Tensor:
         count = entries(x.shape[1], self.innovation)
-        positions = [largest(vector, count) for vector in x]
-        innovations = [
-            _scatter(Piece(where, vector[where]), x.shape[1]) for where, vector in zip(positions, x, strict=True)
-        ]
-        return self.autoencoder.loss(x, torch.stack(innovations), self.shared.leader(step))
+        innovations = torch.zeros_like(x)
+        for innovation, vector in zip(innovations, x, strict=True):
+            where = largest(vector, count)
+            innovation[where] = self._sent_values(vector[where])
+        return self.autoencoder.loss(x, innovations, self.shared.leader(step))
+
+    def _sent_values(self, values: Tensor) -> Tensor:
+        codec, counts = self.shared.codecs.values, [values.numel()]
+        return codec.decode(codec.encode(values, counts), counts).to(values.device)
 
 
 def _divide(x: Tensor, scale: Tensor) -> Tensor:
     """x / scale, or x where the scale is zero; what is decoded is multiplied by the scale, and then is zero."""
     return x / torch.where(scale > 0, scale, 1.0)
-
-
-def _scatter(entries: Piece, size: int) -> Tensor:
-    """The entries as a vector of `size`, zero elsewhere."""
-    dense = entries.values.new_zeros(size)
-    dense[entries.where] = entries.values
-    return dense

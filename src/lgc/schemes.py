@@ -2,24 +2,52 @@
 
 from __future__ import annotations
 
+import re
 import types
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Literal, Self, Union, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor
 
-from lgc.aggregators import Aggregator, OwnAggregator, OwnTopK, ServerTopK, SharedAggregator
-from lgc.autoencoder import Optimizer, RingAutoencoder, ServerAutoencoder
+from lgc.aggregators import Aggregator, Codecs, OwnAggregator, OwnTopK, ServerTopK, SharedAggregator
+from lgc.autoencoder import Optimizer, RingAutoencoder, RingLatent, ServerAutoencoder
+from lgc.coding import (
+    BFloat16,
+    EliasFano,
+    Float16,
+    Float32,
+    IndexCoder,
+    RangeCoder,
+    RawIndices,
+    Rice,
+    Sign,
+    Uniform,
+    ValueCodec,
+)
 from lgc.feedback import Feedback
-from lgc.layout import Layout, Role, plan_layout
+from lgc.layout import Layout, Role, Unit, plan_layout
 from lgc.lgc import Refresh, RingAggregator, ServerAggregator
 from lgc.schedule import Schedule
+from lgc.selection import Region
 from lgc.transport import Transport
 
 FeedbackMode = Literal["reconstruction", "paper"]
+
+INDEX_CODERS: dict[str, type[IndexCoder]] = {
+    "raw": RawIndices,
+    "elias-fano": EliasFano,
+    "rice": Rice,
+    "range": RangeCoder,
+}
+VALUE_CODECS: dict[str, type[ValueCodec]] = {
+    "float32": Float32,
+    "float16": Float16,
+    "bfloat16": BFloat16,
+    "sign": Sign,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,14 +56,14 @@ class Scheme(ABC):
 
     name: ClassVar[str]
 
+    def arguments(self) -> dict[str, str]:
+        """All arguments as text."""
+        return {item.name: _text(getattr(self, item.name)) for item in fields(self)}
+
     def __str__(self) -> str:
         """The name and the arguments that are not at their default, in the form that `parse_scheme` reads."""
-        changed = [
-            f"{item.name}={getattr(self, item.name)}"
-            for item in fields(self)
-            if item.init and getattr(self, item.name) != _default(item)
-        ]
-        return ":".join([self.name, *changed])
+        changed = [item.name for item in fields(self) if getattr(self, item.name) != _default(item)]
+        return ":".join([self.name, *(f"{name}={text}" for name, text in self.arguments().items() if name in changed)])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +84,10 @@ class SparseScheme(Scheme, ABC):
             have none of its own.
         clip_norm: clip the local gradient's norm to this times K^-1/2; None is off.
         warmup_steps: steps of the rate warm-up.
+        unit: elements that are selected together by their norm: 1, a number (a run of a row) or "kernel" (of a
+            convolution); one index then pays for all of them. Weights that do not divide into units, and the pool,
+            are selected by single elements.
+        indices, values: how these become bytes; what a codec of values loses stays in the residual.
         small: role of the tensors with fewer than two dimensions.
         roles: role by parameter name; shell patterns, the last match counts.
     """
@@ -65,8 +97,20 @@ class SparseScheme(Scheme, ABC):
     momentum: float = 0.9
     clip_norm: float | None = None
     warmup_steps: int = 100
+    unit: Unit = 1
+    indices: IndexCoder = Rice()
+    values: ValueCodec = Sign()
     small: Role = Role.OWN
     roles: Mapping[str, Role] = field(default_factory=dict)
+
+    @classmethod
+    def paper(cls, **arguments: Any) -> Self:
+        """The scheme with the raw settings of its paper: int32 indices and float32 values, where not set otherwise."""
+        return cls(**(cls._raw() | arguments))
+
+    @classmethod
+    def _raw(cls) -> dict[str, Any]:
+        return {"indices": RawIndices(), "values": Float32()}
 
     def __post_init__(self) -> None:
         _to_role(self, "small")
@@ -80,6 +124,9 @@ class SparseScheme(Scheme, ABC):
         if self.clip_norm is not None:
             _within(self, "clip_norm", "positive", 0 < _number(self, "clip_norm") < float("inf"))
         _steps(self, "warmup_steps")
+        _within(self, "unit", 'at least 1, or "kernel"', self.unit == "kernel" or _integer(self, "unit") >= 1)
+        _within(self, "indices", "an index coder", isinstance(self.indices, IndexCoder))
+        _within(self, "values", "a value codec", isinstance(self.values, ValueCodec))
 
     @abstractmethod
     def layout(self, parameters: Iterable[tuple[str, Tensor]]) -> Layout:
@@ -95,12 +142,16 @@ class SparseScheme(Scheme, ABC):
             parameters,
             rate=self.rate,
             pooled_rate=pooled_rate,
+            unit=self.unit,
             first=first,
             last=last,
             small=self.small,
             other=other,
             overrides=self.roles,
         )
+
+    def _codecs(self) -> Codecs:
+        return Codecs(self.indices, self.values)
 
     def _feedback(
         self, layout: Layout, transport: Transport, device: torch.device, *, keep_loss: bool = True
@@ -140,7 +191,10 @@ class TopK(SparseScheme):
         return self._layout(parameters, first=Role.OWN, last=Role.OWN, other=Role.OWN)
 
     def build(self, layout: Layout, transport: Transport, *, device: torch.device) -> Aggregator:
-        own = ServerTopK(transport, layout.own, layout.size, device) if self.server else OwnTopK(transport, layout.own)
+        region, codecs = Region(layout.own), self._codecs()
+        own = OwnTopK(transport, region, codecs)
+        if self.server:
+            own = ServerTopK(transport, region, codecs, layout.size, device)
         schedule = Schedule(self.rate, warmup_steps=self.warmup_steps)
         return OwnAggregator(layout, transport, schedule, self._feedback(layout, transport, device), own)
 
@@ -172,7 +226,7 @@ class ScaleCom(SparseScheme):
 
     def build(self, layout: Layout, transport: Transport, *, device: torch.device) -> Aggregator:
         schedule = Schedule(self.rate, warmup_steps=self.warmup_steps)
-        return SharedAggregator(layout, transport, schedule, self._feedback(layout, transport, device))
+        return SharedAggregator(layout, transport, schedule, self._feedback(layout, transport, device), self._codecs())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -222,6 +276,10 @@ class LGCScheme(SparseScheme, ABC):
     def layout(self, parameters: Iterable[tuple[str, Tensor]]) -> Layout:
         return self._layout(parameters, first=self.first, last=self.last, other=Role.SHARED)
 
+    @classmethod
+    def _raw(cls) -> dict[str, Any]:
+        return super()._raw() | {"feedback": "paper", "autoencoder_updates": 1}
+
     def _parts(self, layout: Layout, transport: Transport, device: torch.device) -> dict[str, Any]:
         below = self.refresh_below
         if below is None:
@@ -236,6 +294,7 @@ class LGCScheme(SparseScheme, ABC):
                 train_steps=self.train_steps,
             ),
             "feedback": self._feedback(layout, transport, device, keep_loss=self.feedback == "reconstruction"),
+            "codecs": self._codecs(),
             "optimizer": self.autoencoder_optimizer,
             "learning_rate": self.autoencoder_lr,
             "updates": self.autoencoder_updates,
@@ -248,12 +307,27 @@ class LGCScheme(SparseScheme, ABC):
 
 @dataclass(frozen=True, kw_only=True)
 class LGCRing(LGCScheme):
-    """Learned Gradient Compression over ring all-reduce."""
+    """Learned Gradient Compression over ring all-reduce.
+
+    Args:
+        latent: `Uniform(bits=...)`, summed as integers, or `Float32()`.
+    """
 
     name: ClassVar[str] = "lgc-ring"
+    latent: RingLatent = Uniform(bits=4)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        summable = isinstance(self.latent, Float32 | Uniform) and getattr(self.latent, "block", None) is None
+        _within(self, "latent", "float32 or uniform without blocks, which can be summed", summable)
 
     def build(self, layout: Layout, transport: Transport, *, device: torch.device) -> RingAggregator:
-        return RingAggregator(autoencoder=RingAutoencoder(self._generator()), **self._parts(layout, transport, device))
+        autoencoder = RingAutoencoder(self._generator(), self.latent)
+        return RingAggregator(autoencoder=autoencoder, **self._parts(layout, transport, device))
+
+    @classmethod
+    def _raw(cls) -> dict[str, Any]:
+        return super()._raw() | {"latent": Float32()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -262,31 +336,38 @@ class LGCServer(LGCScheme):
 
     Args:
         innovation: fraction of the values at the leader's indices that every rank sends itself, in (0, 1].
+        latent: how the leader's latent becomes bytes.
     """
 
     name: ClassVar[str] = "lgc-ps"
     innovation: float = 0.01
+    latent: ValueCodec = Uniform(bits=4)
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        _within(self, "latent", "a value codec", isinstance(self.latent, ValueCodec))
         _within(self, "innovation", "in (0, 1]", 0 < _number(self, "innovation") <= 1)
 
     def build(self, layout: Layout, transport: Transport, *, device: torch.device) -> ServerAggregator:
         return ServerAggregator(
-            autoencoder=ServerAutoencoder(transport.world_size, self._generator()),
+            autoencoder=ServerAutoencoder(transport.world_size, self._generator(), self.latent),
             innovation=self.innovation,
             **self._parts(layout, transport, device),
         )
+
+    @classmethod
+    def _raw(cls) -> dict[str, Any]:
+        return super()._raw() | {"latent": Float32()}
 
 
 SCHEMES: dict[str, type[Scheme]] = {scheme.name: scheme for scheme in (Dense, TopK, DGC, ScaleCom, LGCRing, LGCServer)}
 
 
 def parse_scheme(text: str, defaults: Mapping[str, Any] | None = None) -> Scheme:
-    """A scheme from `name[:argument=value]...`, for example `lgc-ring:rate=0.002:feedback=paper`.
+    """A scheme from `name[:paper][:argument=value]...`, for example `lgc-ring:rate=0.002:feedback=paper`.
 
     Args:
-        text: the scheme's name and the arguments to set.
+        text: the scheme's name, `paper` for the raw settings of its paper, and the arguments to set.
         defaults: values for arguments that the scheme takes and `text` does not set.
 
     Raises:
@@ -299,6 +380,9 @@ def parse_scheme(text: str, defaults: Mapping[str, Any] | None = None) -> Scheme
     hints = get_type_hints(scheme)
     known = {item.name for item in fields(scheme)}
     arguments = {key: value for key, value in (defaults or {}).items() if key in known}
+    if settings[:1] == ["paper"] and issubclass(scheme, SparseScheme):
+        settings = settings[1:]
+        arguments |= scheme._raw()
     for setting in settings:
         key, equals, value = setting.partition("=")
         if not equals:
@@ -311,6 +395,8 @@ def parse_scheme(text: str, defaults: Mapping[str, Any] | None = None) -> Scheme
 
 def _parse(where: str, text: str, hint: Any) -> Any:
     origin = get_origin(hint)
+    if hint in _PARSERS:
+        return _PARSERS[hint](where, text)
     if origin in (Union, types.UnionType):
         if text.lower() == "none":
             return None
@@ -328,6 +414,47 @@ def _parse(where: str, text: str, hint: Any) -> Any:
     except ValueError:
         kind = "an integer" if hint is int else "a number"
         raise ValueError(f"{where} must be {kind}, got {text!r}.") from None
+
+
+def _parse_index_coder(where: str, text: str) -> IndexCoder:
+    if text not in INDEX_CODERS:
+        raise ValueError(f"{where} must be one of {', '.join(INDEX_CODERS)}, got {text!r}.")
+    return INDEX_CODERS[text]()
+
+
+def _parse_value_codec(where: str, text: str) -> ValueCodec:
+    uniform = re.fullmatch(r"uniform(\d+)(?:x(\d+))?", text)
+    if uniform:
+        bits, block = uniform.groups()
+        return Uniform(bits=int(bits), block=None if block is None else int(block))
+    if text not in VALUE_CODECS:
+        options = ", ".join(VALUE_CODECS)
+        raise ValueError(f"{where} must be one of {options}, uniformBITS or uniformBITSxBLOCK, got {text!r}.")
+    return VALUE_CODECS[text]()
+
+
+def _parse_unit(where: str, text: str) -> Unit:
+    if text != "kernel" and not text.isdecimal():
+        raise ValueError(f'{where} must be a number of elements or "kernel", got {text!r}.')
+    return int(text) if text.isdecimal() else "kernel"
+
+
+_PARSERS: dict[Any, Callable[[str, str], Any]] = {
+    IndexCoder: _parse_index_coder,
+    ValueCodec: _parse_value_codec,
+    RingLatent: _parse_value_codec,
+    Unit: _parse_unit,
+}
+
+
+def _text(value: object) -> str:
+    """As `parse_scheme` reads it."""
+    if isinstance(value, Uniform):
+        return f"uniform{value.bits}" + ("" if value.block is None else f"x{value.block}")
+    for name, codec in (INDEX_CODERS | VALUE_CODECS).items():
+        if type(value) is codec:
+            return name
+    return str(value)
 
 
 def _default(item: Any) -> Any:

@@ -10,22 +10,58 @@ from torch import Tensor
 from lgc.layout import Segment, entries
 
 
-def top_k(values: Tensor, segments: Sequence[Segment], least_rate: float = 0.0) -> Tensor:
-    """Indices of the largest magnitudes of every segment, int64, ascending, shape (sum of k,).
+class Region:
+    """Consecutive segments that are selected from in the same way.
 
-    Each segment sends at its own rate or `least_rate`, whichever is larger: how many indices come back does not
-    depend on the values. Which of several equal magnitudes is taken is unspecified.
+    What is selected are units: single elements, or blocks of `unit` consecutive ones. Their positions count through the
+    region, the first segment's units from 0 on, then the next one's; this is the index space of the index coders.
+
+    Attributes:
+        sizes: number of units of every segment.
     """
-    chosen = [
-        largest(values[segment.slice], entries(segment.size, max(segment.rate, least_rate))) + segment.slice.start
-        for segment in segments
-    ]
-    return torch.cat(chosen) if chosen else torch.empty(0, dtype=torch.int64, device=values.device)
 
+    def __init__(self, segments: Sequence[Segment]) -> None:
+        self.segments = list(segments)
+        self.sizes = [segment.size // segment.unit for segment in segments]
 
-def count(segments: Sequence[Segment], least_rate: float = 0.0) -> int:
-    """How many indices `top_k` returns."""
-    return sum(entries(segment.size, max(segment.rate, least_rate)) for segment in segments)
+    def counts(self, least_rate: float = 0.0) -> list[int]:
+        """Units selected of every segment, at its own rate or `least_rate`, whichever is larger."""
+        return [
+            entries(size, max(segment.rate, least_rate))
+            for segment, size in zip(self.segments, self.sizes, strict=True)
+        ]
+
+    def element_counts(self, least_rate: float = 0.0) -> list[int]:
+        """The same in elements: how many values every segment sends."""
+        counts = self.counts(least_rate)
+        return [count * segment.unit for segment, count in zip(self.segments, counts, strict=True)]
+
+    def select(self, v: Tensor, least_rate: float = 0.0) -> Tensor:
+        """Positions of the units of largest norm in every segment, int64, ascending.
+
+        How many come back does not depend on the values. Which of several equal norms is taken is unspecified.
+        """
+        chosen = []
+        offset = 0
+        for segment, size, count in zip(self.segments, self.sizes, self.counts(least_rate), strict=True):
+            norms = v[segment.slice]
+            if segment.unit > 1:
+                norms = torch.linalg.vector_norm(norms.view(size, segment.unit), dim=1)
+            chosen.append(largest(norms, count) + offset)
+            offset += size
+        return torch.cat(chosen) if chosen else torch.empty(0, dtype=torch.int64, device=v.device)
+
+    def elements(self, positions: Tensor, least_rate: float = 0.0) -> Tensor:
+        """Where the elements of these units are in the flat vector, int64, ascending."""
+        indices = []
+        offset = 0
+        parts = positions.split(self.counts(least_rate))
+        for segment, size, part in zip(self.segments, self.sizes, parts, strict=True):
+            starts = (part - offset) * segment.unit + segment.slice.start
+            within = torch.arange(segment.unit, device=positions.device)
+            indices.append((starts[:, None] + within).flatten())
+            offset += size
+        return torch.cat(indices) if indices else positions
 
 
 def largest(values: Tensor, k: int) -> Tensor:

@@ -16,7 +16,7 @@ network below (TCP, Ethernet) is not included.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -26,13 +26,22 @@ from torch import Tensor
 from lgc.wire import SETUP, Traffic, Wire
 
 SERVER = 0
+MESSAGE_LIMIT = 4096  # bytes of an error message
 
 
 class Opening(NamedTuple):
-    """What all ranks know of each other once a round is open; one element a rank."""
+    """What all ranks know of each other once a round is open; one element a rank.
+
+    `lengths` are those of the two payloads that a rank may have prepared, in bytes.
+    """
 
     finite: list[bool]
     votes: list[bool]
+    lengths: list[tuple[int, int]]
+
+
+class RankError(RuntimeError):
+    """A rank could not take part in a round; raised on every rank, with that rank's message."""
 
 
 class Transport:
@@ -55,17 +64,36 @@ class Transport:
         self._traffic = self.wire.phases.setdefault(phase, Traffic())
         self._traffic.steps += steps
 
-    def open_round(self, step: int, *, finite: bool, vote: bool, device: torch.device) -> Opening:
-        """Tell all ranks this rank's state before anything else of the round is sent.
+    def open_round(
+        self,
+        step: int,
+        *,
+        finite: bool,
+        vote: bool = False,
+        lengths: tuple[int, int] = (0, 0),
+        error: Exception | None = None,
+    ) -> Opening:
+        """Tell all ranks this rank's state before anything else of the round is sent: 32 bytes a rank.
 
         Raises:
-            RuntimeError: on every rank, if the ranks are at different steps.
+            RankError: on every rank, if one passes an error, or the ranks are at different steps.
         """
-        preamble = torch.tensor([step, finite, vote], dtype=torch.int64, device=device)
-        steps, finites, votes = self.all_gather(preamble, "preamble").T.tolist()
+        message = b"" if error is None else f"{type(error).__name__}: {error}".encode()[:MESSAGE_LIMIT]
+        flags = finite | vote << 1 | (error is not None) << 2
+        preamble = torch.tensor([step, flags, *(lengths if error is None else (len(message), 0))])
+        rows = self.all_gather(preamble, "preamble").tolist()
+        failed = [rank for rank, row in enumerate(rows) if row[1] & 4]
+        if failed:
+            message_lengths = [row[2] if rank in failed else 0 for rank, row in enumerate(rows)]
+            messages = self.all_gather_bytes(torch.tensor(list(message), dtype=torch.uint8), "errors", message_lengths)
+            texts = [f"rank {rank}: {bytes(messages[rank].tolist()).decode(errors='replace')}" for rank in failed]
+            raise RankError(f"lgc: step {step}: {'; '.join(texts)}") from error
+        steps = [row[0] for row in rows]
         if set(steps) != {step}:
-            raise RuntimeError(f"lgc: the ranks are at different steps: {steps} (by rank).")
-        return Opening([bool(flag) for flag in finites], [bool(flag) for flag in votes])
+            raise RankError(f"lgc: the ranks are at different steps: {steps} (by rank).")
+        return Opening(
+            [bool(row[1] & 1) for row in rows], [bool(row[1] & 2) for row in rows], [(row[2], row[3]) for row in rows]
+        )
 
     def all_reduce(self, tensor: Tensor, content: str) -> Tensor:
         """Sum over the ranks, the same bits on each; shape and dtype of `tensor`."""
@@ -116,6 +144,34 @@ class Transport:
         dist.gather(staged, gathered, group_dst=SERVER, group=self.group)
         return torch.stack(gathered).to(tensor.device)
 
+    def all_gather_bytes(self, payload: Tensor, content: str, lengths: Sequence[int] | None = None) -> list[Tensor]:
+        """The payloads of all ranks, uint8 of any lengths; padded to the longest on the way.
+
+        Args:
+            payload: this rank's, uint8, shape (bytes,).
+            content: what the bytes are counted as.
+            lengths: by rank, where they are known; else they are exchanged first.
+        """
+        if lengths is None:
+            lengths = self.all_gather(torch.tensor([payload.numel()]), content).flatten().tolist()
+        gathered = self.all_gather(_padded(payload, max(lengths)), content)
+        return [row[:length] for row, length in zip(gathered, lengths, strict=True)]
+
+    def gather_bytes(self, payload: Tensor, content: str, lengths: Sequence[int]) -> list[Tensor] | None:
+        """At rank 0 the payloads of all ranks, whose lengths are known; None elsewhere."""
+        gathered = self.gather(_padded(payload, max(lengths)), content)
+        if gathered is None:
+            return None
+        return [row[:length] for row, length in zip(gathered, lengths, strict=True)]
+
+    def broadcast_bytes(self, payload: Tensor, content: str, *, source: int, length: int | None = None) -> Tensor:
+        """The payload of rank `source`; its length goes first where it is not known."""
+        if length is None:
+            length = int(self.broadcast(torch.tensor([payload.numel()]), content, source=source))
+        if self.rank != source:
+            payload = torch.empty(length, dtype=torch.uint8)
+        return self.broadcast(payload, content, source=source)
+
     def relay(self, tensor: Tensor, content: str, *, source: int) -> Tensor:
         """The tensor of rank `source`, which sends it to rank 0, which sends it to all."""
         size = _bytes(tensor)
@@ -134,7 +190,7 @@ class Transport:
 
     def _stage(self, tensor: Tensor) -> Tensor:
         tensor = tensor.contiguous()
-        return tensor.cpu() if self._on_host else tensor
+        return tensor.cpu() if self._on_host else tensor.cuda()
 
     def _count(self, content: str, *, sent: int, received: int, upload: int) -> None:
         alone = self.world_size == 1
@@ -142,6 +198,10 @@ class Transport:
         self._traffic.received_bytes += received
         self._traffic.upload_bytes += 0 if alone else upload
         self._traffic.contents[content] = self._traffic.contents.get(content, 0) + sent
+
+
+def _padded(payload: Tensor, length: int) -> Tensor:
+    return torch.cat([payload, payload.new_zeros(length - payload.numel())])
 
 
 def _bytes(tensor: Tensor) -> int:
