@@ -51,10 +51,12 @@ class Round(NamedTuple):
         mean: what the optimizer is given, shape (N,), the same bits on every rank; NaN throughout if any rank's
             gradient was not finite, in which case no state has changed.
         sent: this rank's contribution as the others decode it.
+        nonfinite_ranks: the ranks whose gradient was not finite.
     """
 
     mean: Tensor
     sent: tuple[Piece, ...]
+    nonfinite_ranks: tuple[int, ...] = ()
 
     def sent_dense(self) -> Tensor:
         """`sent` as a vector, shape (N,)."""
@@ -62,11 +64,15 @@ class Round(NamedTuple):
 
 
 class Opened(NamedTuple):
-    """An open round: the votes of all ranks, this rank's offers, and the lengths of each offer's payload by rank."""
+    """An open round: the votes of all ranks, this rank's offers, and the lengths of each offer's payload by rank.
+
+    If a rank's gradient was not finite, the round must not change anything.
+    """
 
     votes: list[bool]
     offers: list[Offer]
     lengths: list[list[int]]
+    nonfinite_ranks: tuple[int, ...]
 
 
 class Aggregator(ABC):
@@ -101,6 +107,10 @@ class Aggregator(ABC):
             self._set_by_name(self.feedback.momentum_buffer, state["per_rank"]["momentum"])
         self.schedule.train_end = state["replicated"]["train_end"]
 
+    def replicas(self) -> dict[str, Tensor]:
+        """What all ranks have the same of, by name."""
+        return {}
+
     def adapt_state(self, state: Mapping[str, Any], step: int) -> Mapping[str, Any]:
         """`state` of another world size, resharded, with what cannot outlive that as this new aggregator has it."""
         return state
@@ -112,8 +122,8 @@ class Aggregator(ABC):
         self.transport.begin(stage.phase)
         return stage
 
-    def _open(self, v: Tensor, step: int, *offers: Callable[[], Offer], vote: bool = False) -> Opened | None:
-        """Prepare this rank's offers, at most two, and open the round; None if it must not change anything.
+    def _open(self, v: Tensor, step: int, *offers: Callable[[], Offer], vote: bool = False) -> Opened:
+        """Prepare this rank's offers, at most two, and open the round.
 
         Raises:
             RankError: on every rank, if one failed to prepare.
@@ -127,12 +137,12 @@ class Aggregator(ABC):
             error = exception
         own, leader, *_ = [offer.payload.numel() for offer in prepared] + [0, 0]
         opening = self.transport.open_round(step, finite=finite, vote=vote, lengths=(own, leader), error=error)
-        if not all(opening.finite):
-            return None
-        return Opened(opening.votes, prepared, [list(lengths) for lengths in zip(*opening.lengths, strict=True)])
+        nonfinite_ranks = tuple(rank for rank, finite in enumerate(opening.finite) if not finite)
+        lengths = [list(lengths) for lengths in zip(*opening.lengths, strict=True)]
+        return Opened(opening.votes, prepared, lengths, nonfinite_ranks)
 
-    def _non_finite(self) -> Round:
-        return Round(torch.full_like(self.feedback.residual, torch.nan), ())
+    def _abandon(self, opened: Opened) -> Round:
+        return Round(torch.full_like(self.feedback.residual, torch.nan), (), opened.nonfinite_ranks)
 
     def _close(self, *exchanges: Exchange) -> Round:
         """Settle what was sent, commit, and add up the mean."""
@@ -326,8 +336,8 @@ class OwnAggregator(Aggregator):
         stage = self._begin(step)
         v = self.feedback.accumulate(gradient)  # u = m u + g;  v = v + u
         opened = self._open(v, step, lambda: self.own.offer(v, stage.least_rate, step))
-        if opened is None:
-            return self._non_finite()
+        if opened.nonfinite_ranks:
+            return self._abandon(opened)
         return self._close(
             self._exchange_dense(v, self.layout.dense),
             self.own.exchange(opened.offers[0], opened.lengths[0], stage.least_rate, step),
@@ -367,8 +377,8 @@ class SharedAggregator(Aggregator):
             lambda: self.own.offer(v, least_rate, step),
             lambda: self.shared.offer(v, least_rate, step),
         )
-        if opened is None:
-            return self._non_finite()
+        if opened.nonfinite_ranks:
+            return self._abandon(opened)
         (own, leader), (own_lengths, leader_lengths) = opened.offers, opened.lengths
         indices, _ = self.shared.receive(leader, leader_lengths, least_rate, step)
         return self._close(

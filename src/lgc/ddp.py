@@ -1,32 +1,34 @@
 """Attach a scheme to a DistributedDataParallel model. The only module that knows DDP's buckets."""
 
 # No `from __future__ import annotations`: DDP compares the hook's annotations by identity.
-import hashlib
 import json
 import logging
 import warnings
 from collections.abc import Mapping
-from dataclasses import asdict
-from typing import Any, NamedTuple
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, NamedTuple, get_args
 from weakref import WeakKeyDictionary
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch._C._distributed_c10d import GradBucket
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.nn.parallel import DistributedDataParallel
 
 from lgc.aggregators import Aggregator
+from lgc.replicas import ReplicaError, find_differences, require_agreement, synchronise
 from lgc.schedule import Phase
 from lgc.schemes import Dense, Scheme, SparseScheme, parse_scheme
-from lgc.transport import Transport
+from lgc.transport import RankError, Transport
 from lgc.version import __version__
 from lgc.wire import Traffic, Wire, summarise
 
 logger = logging.getLogger("lgc")
 
 STATE_VERSION = 1
+
+OnDifference = Literal["raise", "synchronise"]
+OnNonfinite = Literal["propagate", "raise"]
 
 _attached: "WeakKeyDictionary[nn.Module, Handle]" = WeakKeyDictionary()
 
@@ -37,6 +39,10 @@ def attach(
     optimizer: torch.optim.Optimizer | None = None,
     *,
     grad_scaler: torch.amp.GradScaler | None = None,
+    timeout: float | None = 60.0,
+    check_every: int = 100,
+    on_difference: OnDifference = "raise",
+    on_nonfinite: OnNonfinite = "propagate",
 ) -> "Handle":
     """Exchange this model's gradients by `scheme` from now on. A collective: all ranks call it.
 
@@ -47,6 +53,12 @@ def attach(
         scheme: a scheme, or its text form such as `"dgc:rate=0.01"`.
         optimizer: the model's; checked for a momentum on top of the scheme's. It is not changed.
         grad_scaler: the one that scales the loss, so that what is kept between steps is in unscaled units.
+        timeout: seconds after which a rank that waits for another in the model's process group gives up; None leaves
+            the group's as it is. Longer than anything that one rank does while the others wait, such as a checkpoint.
+        check_every: compare parameters and replicated state across ranks every so many rounds; 0 is never.
+        on_difference: when they differ, "raise" ReplicaError, or "synchronise" them from rank 0 with a warning.
+        on_nonfinite: when a rank's gradient has a NaN or Inf, "propagate" NaN gradients to all ranks, as plain DDP
+            does and a GradScaler needs, or "raise". No residual, momentum or autoencoder changes in that round.
 
     Returns:
         A handle to the phase, the byte counts and the state. The model keeps it alive.
@@ -55,20 +67,44 @@ def attach(
         TypeError: the model is not a DistributedDataParallel model.
         ValueError: a wrong argument, momentum applied twice, or something that DDP is set to and lgc cannot do.
         RuntimeError: already attached, or (on every rank) the ranks differ in scheme, model or version.
+
+    The backward pass then raises, on every rank, RankError when a rank has failed, ReplicaError when replicas differ
+    and FloatingPointError for a non-finite gradient.
     """
     ddp = _require_ddp(model)
     if isinstance(scheme, str):
         scheme = parse_scheme(scheme)
     if not isinstance(scheme, Scheme):
         raise TypeError(f"attach(scheme=...) must be a scheme or its text form, got {type(scheme).__name__}.")
+    policy = Policy(check_every, on_difference, on_nonfinite)
+    if timeout is not None and not timeout > 0:
+        raise ValueError(f"attach(timeout=...) must be positive, got {timeout!r}.")
     transport = Transport(ddp.process_group)
+    if timeout is not None:
+        transport.set_timeout(timeout)
     _require_single_momentum(scheme, optimizer)
-    _require_agreement(transport, _describe(ddp, scheme, transport.world_size))
+    require_agreement(transport, _describe(ddp, scheme, policy, transport.world_size))
     if transport.rank == 0:
         _advise(ddp, scheme, optimizer)
-    handle = Handle(ddp, scheme, transport, grad_scaler)
+    handle = Handle(ddp, scheme, transport, grad_scaler, policy)
     _attached[ddp] = handle
     return handle
+
+
+@dataclass(frozen=True)
+class Policy:
+    """What a handle does when something is wrong; see `attach`."""
+
+    check_every: int
+    on_difference: OnDifference
+    on_nonfinite: OnNonfinite
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.check_every, int) or self.check_every < 0:
+            raise ValueError(f"attach(check_every=...) must be an integer of at least 0, got {self.check_every!r}.")
+        for name, options in (("on_difference", get_args(OnDifference)), ("on_nonfinite", get_args(OnNonfinite))):
+            if getattr(self, name) not in options:
+                raise ValueError(f"attach({name}=...) must be {' or '.join(options)}, got {getattr(self, name)!r}.")
 
 
 class _Pending(NamedTuple):
@@ -96,8 +132,10 @@ class Handle:
         scheme: Scheme,
         transport: Transport,
         grad_scaler: torch.amp.GradScaler | None,
+        policy: Policy,
     ) -> None:
         self.scheme = scheme
+        self.policy = policy
         self.step = 0
         self.transport = transport
         self._grad_scaler = grad_scaler
@@ -209,6 +247,7 @@ class Handle:
         """What DDP itself does, counted."""
         if bucket.index() == 0:
             self.transport.begin(Phase.DENSE)
+            self._check_replicas()
         if bucket.is_last():
             self.step += 1
         buffer = bucket.buffer()
@@ -229,8 +268,33 @@ class Handle:
         self._pending.append(_Pending(bucket.buffer(), gradients, future))
         if bucket.is_last():
             pending, self._pending = self._pending, []
-            self._deliver(self._aggregate(), pending)
+            try:
+                mean = self._aggregate()
+            except (RankError, ReplicaError, FloatingPointError):  # raised on every rank
+                raise
+            except Exception as error:
+                self.transport.announce(error)
+                raise
+            self._deliver(mean, pending)
         return future
+
+    def _check_replicas(self) -> None:
+        """Compare what all ranks must have the same of, as it is before this round."""
+        if not self.policy.check_every or self.step % self.policy.check_every or self.transport.world_size == 1:
+            return
+        replicas: dict[str, Tensor] = {f"parameter {name}": tensor for name, tensor in self._parameters.items()}
+        if self.aggregator is not None:
+            replicas |= self.aggregator.replicas()
+        differences = find_differences(self.transport, replicas)
+        if not differences:
+            return
+        found = "; ".join(f"{name} on rank {', '.join(map(str, ranks))}" for name, ranks in differences.items())
+        message = f"lgc: step {self.step}: the ranks are no longer the same: {found}"
+        if self.policy.on_difference == "raise":
+            raise ReplicaError(f"{message}.")
+        if self.transport.rank == 0:
+            logger.warning("%s; taking rank 0's.", message)
+        synchronise(self.transport, {name: replicas[name] for name in differences})
 
     def _aggregate(self) -> Tensor:
         assert self.aggregator is not None
@@ -238,8 +302,14 @@ class Handle:
         if scale != 1.0:
             self._flat /= scale
         self.phase = self.aggregator.schedule.at(self.step).phase
-        mean = self.aggregator.aggregate(self._flat, self.step).mean
+        self.transport.begin(self.phase, steps=0)
+        self._check_replicas()
+        result = self.aggregator.aggregate(self._flat, self.step)
         self.step += 1
+        if result.nonfinite_ranks and self.policy.on_nonfinite == "raise":
+            ranks = ", ".join(map(str, result.nonfinite_ranks))
+            raise FloatingPointError(f"lgc: step {self.step - 1}: the gradient is not finite on rank {ranks}.")
+        mean = result.mean
         return mean if scale == 1.0 else mean * scale
 
     def _deliver(self, mean: Tensor, pending: list[_Pending]) -> None:
@@ -341,31 +411,12 @@ def _advise(ddp: DistributedDataParallel, scheme: Scheme, optimizer: torch.optim
             )
 
 
-def _describe(ddp: DistributedDataParallel, scheme: Scheme, world_size: int) -> dict[str, object]:
+def _describe(ddp: DistributedDataParallel, scheme: Scheme, policy: Policy, world_size: int) -> dict[str, object]:
     """Everything that must be the same on all ranks, as flat JSON."""
     arguments = {f"{scheme.name}.{name}": text for name, text in scheme.arguments().items()}
     shapes = {f"parameter {name}": [*tensor.shape, str(tensor.dtype)] for name, tensor in _trained(ddp)}
     versions = {"lgc version": __version__, "torch version": torch.__version__}
-    return {**versions, "world size": world_size, "scheme": scheme.name, **arguments, **shapes}
-
-
-def _require_agreement(transport: Transport, description: dict[str, object]) -> None:
-    """Compare a description with the other ranks'; raise on every rank the first difference."""
-    text = json.dumps(description).encode()
-    digest = torch.frombuffer(bytearray(hashlib.sha256(text).digest()), dtype=torch.uint8)
-    device = torch.device("cpu") if dist.get_backend(transport.group) == "gloo" else torch.device("cuda")
-    digests = transport.all_gather(digest.to(device), "agreement")
-    if bool((digests == digests[0]).all()):
-        return
-    lengths = transport.all_gather(torch.tensor([len(text)], device=device), "agreement").flatten().tolist()
-    padded = torch.frombuffer(bytearray(text.ljust(max(lengths))), dtype=torch.uint8)
-    texts = transport.all_gather(padded.to(device), "agreement").cpu()
-    ranks = [json.loads(bytes(row.tolist())) for row in texts]
-    for key in dict.fromkeys(key for rank in ranks for key in rank):
-        values = [rank.get(key, "missing") for rank in ranks]
-        if any(value != values[0] for value in values):
-            by_rank = ", ".join(f"rank {rank}: {value}" for rank, value in enumerate(values))
-            raise RuntimeError(f"attach: the ranks differ in {key}: {by_rank}.")
+    return {**versions, "world size": world_size, "scheme": scheme.name, **arguments, **asdict(policy), **shapes}
 
 
 def _require_same_form(here: object, state: object, where: str) -> None:

@@ -6,6 +6,7 @@ is the algorithm of the paper in its order; docs/algorithm.md has the same in fo
 
 from __future__ import annotations
 
+import logging
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -41,6 +42,8 @@ from lgc.layout import Layout, entries
 from lgc.schedule import Phase, Schedule
 from lgc.selection import Region, largest
 from lgc.transport import SERVER, Transport
+
+logger = logging.getLogger("lgc")
 
 EXPLAINED_DECAY = 0.9  # of the running mean of the explained fraction
 SETTLE_STEPS = 10  # compressed steps after which its value is taken as that of the fresh autoencoder
@@ -86,9 +89,11 @@ class LGCAggregator(Aggregator):
         self.optimizer = make_optimizer(autoencoder, optimizer, learning_rate)
         self.updates = updates
         self.refresh = refresh
+        self._initial_weights = pack_weights(self.autoencoder)
         self._explained = 0.0  # running mean over the compressed steps since the last freezing
         self._explained_fresh = 0.0
         self._compressed_steps = 0
+        self._failed = False  # in this round the autoencoder gave NaN or Inf, on every rank
         self._frozen = schedule.train_end == schedule.warmup_end  # never trained: all ranks have the same start
 
     @abstractmethod
@@ -107,6 +112,8 @@ class LGCAggregator(Aggregator):
             with trainable(x.device):
                 for _ in range(self.updates):
                     loss = self._loss(_divide(vectors, scale), step)
+                    if not bool(torch.isfinite(loss)):
+                        break
                     self.metrics.setdefault("autoencoder_loss", loss.item())
                     self.optimizer.zero_grad()
                     torch.autograd.backward(loss)
@@ -130,8 +137,9 @@ class LGCAggregator(Aggregator):
         if phase is Phase.COMPRESSED:
             self._compressed_steps += 1
             due = self.refresh.every > 0 and self._compressed_steps >= self.refresh.every
-            if due or 2 * sum(votes) > len(votes):
+            if due or self._failed or 2 * sum(votes) > len(votes):
                 self.schedule.retrain(step + 1, self.refresh.steps)
+            self._failed = False
 
     def _observe(self, x: Tensor, y: Tensor) -> None:
         """Keep track of how much of this rank's x the autoencoder explains."""
@@ -144,9 +152,24 @@ class LGCAggregator(Aggregator):
             self._explained_fresh = self._explained
 
     def _stale(self) -> bool:
-        """This rank's vote to train again."""
-        settled = self._frozen and self._compressed_steps > SETTLE_STEPS and self._explained_fresh > 0
-        return settled and self._explained < self.refresh.below * self._explained_fresh
+        """This rank's vote to train again: the autoencoder is stale, or worse than sending nothing."""
+        settled = self._frozen and self._compressed_steps > SETTLE_STEPS
+        return settled and self._explained < max(0.0, self.refresh.below * self._explained_fresh)
+
+    def _fall_back(self, v: Tensor, indices: Tensor, step: int) -> Exchange:
+        """The values, in place of an autoencoder whose result is not finite; it is trained again from the start."""
+        self._failed = True
+        unpack_weights(self.autoencoder, self._initial_weights)
+        for moments in self.optimizer.state.values():
+            for moment in moments.values():
+                moment.zero_()
+        if self.transport.rank == SERVER:
+            logger.warning("step %d: the autoencoder's result is not finite; sending values, and training it.", step)
+        return self.shared.exchange_values(v, indices, 0.0, step)
+
+    def replicas(self) -> dict[str, Tensor]:
+        """The autoencoder, while it is frozen; in phase train only rank 0 has it."""
+        return {f"autoencoder {name}": t for name, t in self.autoencoder.state_dict().items()} if self._frozen else {}
 
     def state_dict(self) -> dict[str, Any]:
         state = super().state_dict()
@@ -187,9 +210,9 @@ class RingAggregator(LGCAggregator):
         v = self.feedback.accumulate(gradient)  # u = m u + g;  v = v + u
         offers = [] if phase is Phase.DENSE else [self.own.offer, self.shared.offer]
         opened = self._open(v, step, *(partial(offer, v, least_rate, step) for offer in offers), vote=self._stale())
-        if opened is None:
+        if opened.nonfinite_ranks:
             self._finish(step, [])
-            return self._non_finite()
+            return self._abandon(opened)
 
         if phase is Phase.DENSE:
             exchanges = [self._exchange_everything(v)]
@@ -203,21 +226,25 @@ class RingAggregator(LGCAggregator):
             elif phase is Phase.TRAIN:
                 learned = self._exchange_and_train(v, indices, scale, step)
             else:
-                learned = self._exchange_latents(v[indices], indices, scale)
+                learned = self._exchange_latents(v, indices, scale, step)
             exchanges = [first, last, learned]
 
         result = self._close(*exchanges)
         self._finish(step, opened.votes)
         return result
 
-    def _exchange_latents(self, x: Tensor, indices: Tensor, scale: Tensor) -> Exchange:
+    def _exchange_latents(self, v: Tensor, indices: Tensor, scale: Tensor, step: int) -> Exchange:
         """The mean as D(mean_k E(x_k)), this rank's contribution as D(E(x_k))."""
+        x = v[indices]
         if x.numel() == 0:
             return Exchange([], Piece(indices, x))
         with replicated(x.device):
-            z_k = self.autoencoder.encoder(_divide(x, scale)[None])
+            z_k = self.autoencoder.encoder(_divide(x, scale)[None]).nan_to_num(0.0, 0.0, 0.0)
             z, z_k = self._average(z_k)
             y, y_k = self.autoencoder.decoder(torch.cat([z, z_k]), x.numel()) * scale
+        if not bool(torch.isfinite(y).all()):  # known to every rank, since y is the same on all
+            return self._fall_back(v, indices, step)
+        y_k = torch.where(torch.isfinite(y_k), y_k, y)
         self._observe(x, y_k)
         return Exchange([Piece(indices, y)], Piece(indices, y_k))
 
@@ -268,9 +295,9 @@ class ServerAggregator(LGCAggregator):
         of_leader = self._offer_common if phase is Phase.COMPRESSED else self.shared.offer
         offers = [] if phase is Phase.DENSE else [self.own.offer, of_leader]
         opened = self._open(v, step, *(partial(offer, v, least_rate, step) for offer in offers), vote=self._stale())
-        if opened is None:
+        if opened.nonfinite_ranks:
             self._finish(step, [])
-            return self._non_finite()
+            return self._abandon(opened)
 
         if phase is Phase.DENSE:
             exchanges = [self._exchange_everything(v)]
@@ -280,7 +307,7 @@ class ServerAggregator(LGCAggregator):
             last = self.own.exchange(own, own_lengths, least_rate, step)  # the last layer and the small tensors
             if phase is Phase.COMPRESSED:
                 indices, scale, z = self._relay_common(leader, leader_lengths, step)  # the leader's indices and latent
-                learned = self._exchange_innovations(v[indices], indices, scale, z, step)
+                learned = self._exchange_innovations(v, indices, scale, z, step)
             else:
                 indices, scale = self.shared.receive(leader, leader_lengths, least_rate, step)
                 if phase is Phase.WARMUP:
@@ -302,7 +329,7 @@ class ServerAggregator(LGCAggregator):
         x = v[indices]
         scale = root_mean_square(x)
         with replicated(v.device):
-            z = self.autoencoder.encoder(_divide(x, scale)[None])
+            z = self.autoencoder.encoder(_divide(x, scale)[None]).nan_to_num(0.0, 0.0, 0.0)
         parts = [
             self.shared.codecs.indices.encode(positions, self.shared.region.sizes),
             Float32().encode(scale, [1]),
@@ -326,8 +353,9 @@ class ServerAggregator(LGCAggregator):
         z = self.autoencoder.decode_latent(latent_code, mu)
         return indices, Float32().decode(scale_code, [1]).to(device), z.to(device)
 
-    def _exchange_innovations(self, x: Tensor, indices: Tensor, scale: Tensor, z: Tensor, step: int) -> Exchange:
+    def _exchange_innovations(self, v: Tensor, indices: Tensor, scale: Tensor, z: Tensor, step: int) -> Exchange:
         """Every rank's y_k = D_k(z, innovation_k); their mean, and this rank's own."""
+        x = v[indices]
         if x.numel() == 0:
             return Exchange([], Piece(indices, x))
         scaled = _divide(x, scale)
@@ -344,6 +372,8 @@ class ServerAggregator(LGCAggregator):
             innovation[where] = codecs.values.decode(value_code, counts).to(x.device)
         with replicated(x.device):
             y = self.autoencoder.decode(z, innovations) * scale
+        if not bool(torch.isfinite(y).all()):  # known to every rank, since y is the same on all
+            return self._fall_back(v, indices, step)
         self._observe(x, y[self.transport.rank])
         return Exchange([Piece(indices, y.mean(dim=0))], Piece(indices, y[self.transport.rank]))
 

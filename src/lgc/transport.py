@@ -16,7 +16,10 @@ network below (TCP, Ethernet) is not included.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+import time
+from collections.abc import Callable, Iterator, Sequence
+from datetime import timedelta
 from typing import NamedTuple
 
 import torch
@@ -27,6 +30,7 @@ from lgc.wire import SETUP, Traffic, Wire
 
 SERVER = 0
 MESSAGE_LIMIT = 4096  # bytes of an error message
+ANNOUNCEMENT_WAIT_S = 2.0
 
 
 class Opening(NamedTuple):
@@ -59,6 +63,15 @@ class Transport:
         self._on_host = dist.get_backend(group) == "gloo"
         self.begin(SETUP, steps=0)
 
+    def set_timeout(self, seconds: float) -> None:
+        """How long a rank waits for another in any collective of the group before it gives up."""
+        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), self.group)
+
+    def announce(self, error: Exception) -> None:
+        """Leave this rank's error where the others find it when their collectives fail."""
+        with contextlib.suppress(Exception):  # what is to be raised is the error itself
+            self._store().set(self._error_key(self.rank), _message(error).decode(errors="ignore"))
+
     def begin(self, phase: str, *, steps: int = 1) -> None:
         """Count what follows under `phase`, as `steps` more steps of it."""
         self._traffic = self.wire.phases.setdefault(phase, Traffic())
@@ -78,7 +91,7 @@ class Transport:
         Raises:
             RankError: on every rank, if one passes an error, or the ranks are at different steps.
         """
-        message = b"" if error is None else f"{type(error).__name__}: {error}".encode()[:MESSAGE_LIMIT]
+        message = b"" if error is None else _message(error)
         flags = finite | vote << 1 | (error is not None) << 2
         preamble = torch.tensor([step, flags, *(lengths if error is None else (len(message), 0))])
         rows = self.all_gather(preamble, "preamble").tolist()
@@ -116,7 +129,8 @@ class Transport:
         self._count(content, sent=others, received=others, upload=_bytes(tensor))
         staged = self._stage(tensor)
         gathered = [torch.empty_like(staged) for _ in range(self.world_size)]
-        dist.all_gather(gathered, staged, group=self.group)
+        with self._explained():
+            dist.all_gather(gathered, staged, group=self.group)
         return torch.stack(gathered).to(tensor.device)
 
     def broadcast(self, tensor: Tensor, content: str, *, source: int) -> Tensor:
@@ -137,11 +151,13 @@ class Transport:
         staged = self._stage(tensor)
         if self.rank != SERVER:
             self._count(content, sent=size, received=0, upload=size)
-            dist.gather(staged, None, group_dst=SERVER, group=self.group)
+            with self._explained():
+                dist.gather(staged, None, group_dst=SERVER, group=self.group)
             return None
         self._count(content, sent=0, received=(self.world_size - 1) * size, upload=size)
         gathered = [torch.empty_like(staged) for _ in range(self.world_size)]
-        dist.gather(staged, gathered, group_dst=SERVER, group=self.group)
+        with self._explained():
+            dist.gather(staged, gathered, group_dst=SERVER, group=self.group)
         return torch.stack(gathered).to(tensor.device)
 
     def all_gather_bytes(self, payload: Tensor, content: str, lengths: Sequence[int] | None = None) -> list[Tensor]:
@@ -177,7 +193,8 @@ class Transport:
         size = _bytes(tensor)
         if source != SERVER and self.rank == source:
             self._count(content, sent=size, received=0, upload=size)
-            dist.send(self._stage(tensor), group_dst=SERVER, group=self.group)
+            with self._explained():
+                dist.send(self._stage(tensor), group_dst=SERVER, group=self.group)
         elif source != SERVER and self.rank == SERVER:
             self._count(content, sent=0, received=size, upload=0)
             tensor = self._run(tensor, lambda buffer: dist.recv(buffer, group_src=source, group=self.group))
@@ -185,8 +202,38 @@ class Transport:
 
     def _run(self, tensor: Tensor, collective: Callable[[Tensor], object]) -> Tensor:
         buffer = self._stage(tensor)
-        collective(buffer)
+        with self._explained():
+            collective(buffer)
         return buffer.to(tensor.device)
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        """Raise the error that another rank has announced in place of the lost connection that it causes."""
+        try:
+            yield
+        except RuntimeError as error:
+            announced = self._announced()
+            if announced is None:
+                raise
+            raise RankError(f"lgc: {announced}") from error
+
+    def _announced(self) -> str | None:
+        deadline = time.monotonic() + ANNOUNCEMENT_WAIT_S
+        others = [rank for rank in range(self.world_size) if rank != self.rank]
+        with contextlib.suppress(Exception):  # the store may be gone with its rank
+            while time.monotonic() < deadline:
+                for rank in others:
+                    if self._store().check([self._error_key(rank)]):
+                        message = self._store().get(self._error_key(rank))[:MESSAGE_LIMIT]
+                        return f"rank {rank}: {message.decode(errors='replace')}"
+                time.sleep(0.05)
+        return None
+
+    def _store(self) -> dist.Store:
+        return dist.distributed_c10d._get_default_store()
+
+    def _error_key(self, rank: int) -> str:
+        return f"lgc/{self.group.group_name}/error/{rank}"
 
     def _stage(self, tensor: Tensor) -> Tensor:
         tensor = tensor.contiguous()
@@ -198,6 +245,10 @@ class Transport:
         self._traffic.received_bytes += received
         self._traffic.upload_bytes += 0 if alone else upload
         self._traffic.contents[content] = self._traffic.contents.get(content, 0) + sent
+
+
+def _message(error: Exception) -> bytes:
+    return f"{type(error).__name__}: {error}".encode()[:MESSAGE_LIMIT]
 
 
 def _padded(payload: Tensor, length: int) -> Tensor:

@@ -1,0 +1,317 @@
+"""What happens when something goes wrong on one rank: every rank learns it, by name, and nothing is lost."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from ddp_models import batch, build, optimizer_of, parameters
+from ranks import Ranks
+
+import lgc
+from lgc.coding import PayloadError
+from lgc.replicas import ReplicaError
+from lgc.transport import RankError
+
+RankFactory = Callable[[int], Ranks]
+
+LEARNED: dict[str, Any] = {"rate": 0.05, "dense_steps": 2, "warmup_steps": 2, "train_steps": 2}
+SCHEMES: dict[str, Any] = {
+    "dgc": lgc.DGC(rate=0.05, warmup_steps=4),
+    "scalecom": lgc.ScaleCom(rate=0.05, warmup_steps=4),
+    "lgc-ring": lgc.LGCRing(**LEARNED),
+    "lgc-ps": lgc.LGCServer(**LEARNED),
+}
+STEPS = 12
+
+every_scheme = pytest.mark.parametrize("scheme", SCHEMES)
+
+
+class Training:
+    """A small model in training; `step` makes one step."""
+
+    def __init__(self, rank: int, scheme: Any, **attach: Any) -> None:
+        self.rank = rank
+        self.ddp = build("convolutional")
+        self.optimizer = optimizer_of(self.ddp, scheme)
+        self.handle = lgc.attach(self.ddp, scheme, self.optimizer, **attach)
+
+    def step(self) -> None:
+        x, y = batch(self.rank, self.handle.step)
+        self.optimizer.zero_grad()
+        F.cross_entropy(self.ddp(x), y).backward()
+        self.optimizer.step()
+
+
+def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+# --- a rank that fails ---
+
+
+def fail_while_preparing(rank: int, world_size: int, scheme: Any, failing: int, at: int) -> None:
+    training = Training(rank, scheme)
+    aggregator: Any = training.handle.aggregator
+    offer = aggregator.own.offer
+
+    def fails(*args: Any) -> Any:
+        if rank == failing and training.handle.step == at:
+            raise ValueError("out of luck")
+        return offer(*args)
+
+    aggregator.own.offer = fails
+    for _ in range(STEPS):
+        training.step()
+
+
+@pytest.mark.parametrize("at", [3, 5, 8])
+@every_scheme
+def test_a_rank_that_cannot_prepare_its_round_is_named_on_every_rank(ranks: RankFactory, scheme: str, at: int) -> None:
+    for failure in ranks(3).exceptions(fail_while_preparing, SCHEMES[scheme], 1, at):
+        assert type(failure) is RankError
+        assert str(failure) == f"lgc: step {at}: rank 1: ValueError: out of luck"
+
+
+def fail_amid_round(rank: int, world_size: int, scheme: Any, failing: int, timeout: float = 4.0) -> None:
+    training = Training(rank, scheme, timeout=timeout)  # this process lives on, and with it its connections
+    aggregator: Any = training.handle.aggregator
+    close = aggregator._close
+
+    def fails(*args: Any) -> Any:
+        if rank == failing and training.handle.step == 7:
+            raise PayloadError("checksum", "0x1", "0x2")
+        return close(*args)
+
+    aggregator._close = fails
+    for _ in range(STEPS):
+        training.step()
+
+
+@pytest.mark.parametrize("scheme", ["dgc", "lgc-ps"])
+def test_a_rank_that_fails_amid_a_round_is_named_by_the_others(ranks: RankFactory, scheme: str) -> None:
+    failures = ranks(3).exceptions(fail_amid_round, SCHEMES[scheme], 2)
+    assert "payload field checksum must be 0x1, got 0x2" in str(failures[2])
+    for failure in failures[:2]:
+        assert type(failure) is RankError
+        assert "rank 2: PayloadError: payload field checksum must be 0x1, got 0x2" in str(failure)
+
+
+SCRIPT = """
+import sys
+import torch.distributed as dist
+sys.path[:0] = sys.argv[1:2]
+from test_faults import SCHEMES, fail_amid_round
+dist.init_process_group("gloo")
+fail_amid_round(dist.get_rank(), dist.get_world_size(), SCHEMES["lgc-ring"], 1, 600.0)
+"""
+
+
+def test_when_its_process_ends_the_others_do_not_wait_for_the_timeout(tmp_path: Path) -> None:
+    (tmp_path / "script.py").write_text(SCRIPT)
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*torchrun, str(tmp_path / "script.py"), str(Path(__file__).parent)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode != 0
+    assert "lgc.coding.payload.PayloadError: payload field checksum must be 0x1, got 0x2" in done.stderr
+
+
+def stop_one_rank(rank: int, world_size: int, stopping: int, seconds: float) -> float:
+    training = Training(rank, SCHEMES["dgc"], timeout=seconds)
+    for _ in range(3):
+        training.step()
+    started = time.monotonic()
+    if rank == stopping:
+        time.sleep(3 * seconds)
+        return 0.0
+    try:
+        training.step()
+    except RuntimeError:
+        return time.monotonic() - started
+    return -1.0
+
+
+def test_a_rank_that_hangs_is_given_up_after_the_timeout(ranks: RankFactory) -> None:
+    waited = ranks(2).run(stop_one_rank, 1, 3.0)[0]
+    assert 2 < waited < 9
+
+
+def kill_one_rank(rank: int, world_size: int, killed: int) -> float:
+    training = Training(rank, SCHEMES["lgc-ring"])
+    for _ in range(8):
+        training.step()
+    if rank == killed:
+        os.kill(os.getpid(), signal.SIGKILL)
+    started = time.monotonic()
+    try:
+        training.step()
+    except RuntimeError:
+        return time.monotonic() - started
+    return -1.0
+
+
+def test_a_killed_rank_is_noticed_at_once(ranks: RankFactory) -> None:
+    from ranks import RankError as RankDiedError
+
+    with pytest.raises(RankDiedError, match="rank 1 died"):
+        ranks(3).run(kill_one_rank, 1)
+
+
+# --- non-finite gradients ---
+
+
+def raise_on_nan(rank: int, world_size: int, bad_rank: int, at: int) -> None:
+    training = Training(rank, SCHEMES["lgc-ring"], on_nonfinite="raise")
+    for step in range(STEPS):
+        x, y = batch(rank, step)
+        training.optimizer.zero_grad()
+        loss = F.cross_entropy(training.ddp(x), y)
+        (loss * float("nan") if (rank, step) == (bad_rank, at) else loss).backward()
+        training.optimizer.step()
+
+
+@pytest.mark.parametrize("at", [1, 3, 5, 9])
+def test_on_request_a_nan_is_an_error_that_names_its_rank_everywhere(ranks: RankFactory, at: int) -> None:
+    for failure in ranks(2).exceptions(raise_on_nan, 1, at):
+        assert type(failure) is FloatingPointError
+        assert str(failure) == f"lgc: step {at}: the gradient is not finite on rank 1."
+
+
+# --- replicas ---
+
+
+def flip_a_bit(
+    rank: int, world_size: int, scheme: Any, what: str, flipping: int, policy: dict[str, Any]
+) -> dict[str, torch.Tensor]:
+    training = Training(rank, scheme, check_every=4, **policy)
+    for step in range(STEPS):
+        if step == 9 and rank == flipping:
+            tensor = training.ddp.module.conv2.weight if what == "parameter" else autoencoder_of(training.handle)
+            with torch.no_grad():
+                tensor.view(torch.int32).view(-1)[5] ^= 1 << 20
+        training.step()
+    for _ in range(5):
+        training.step()
+    return parameters(training.ddp)
+
+
+def autoencoder_of(handle: Any) -> torch.Tensor:
+    weight: torch.Tensor = handle.aggregator.autoencoder.encoder.downs[1].weight
+    return weight
+
+
+@pytest.mark.parametrize("flipping", [0, 1, 2])
+@pytest.mark.parametrize("scheme", ["dense", *SCHEMES])
+def test_a_flipped_bit_of_a_parameter_is_named_within_the_interval(
+    ranks: RankFactory, scheme: str, flipping: int
+) -> None:
+    of = SCHEMES.get(scheme, lgc.Dense())
+    for failure in ranks(3).exceptions(flip_a_bit, of, "parameter", flipping, {}):
+        assert type(failure) is ReplicaError
+        assert f"step 12: the ranks are no longer the same: parameter conv2.weight on rank {flipping}" in str(failure)
+
+
+@pytest.mark.parametrize("scheme", ["lgc-ring", "lgc-ps"])
+def test_a_flipped_bit_of_the_autoencoder_is_named(ranks: RankFactory, scheme: str) -> None:
+    for failure in ranks(3).exceptions(flip_a_bit, SCHEMES[scheme], "autoencoder", 2, {}):
+        assert type(failure) is ReplicaError
+        assert "autoencoder encoder.downs.1.weight on rank 2" in str(failure)
+
+
+def test_on_request_replicas_are_made_the_same_again(ranks: RankFactory) -> None:
+    results = ranks(3).run(flip_a_bit, SCHEMES["dgc"], "parameter", 1, {"on_difference": "synchronise"})
+    for result in results[1:]:
+        assert_same(result, results[0])
+
+
+def test_without_the_check_a_flipped_bit_goes_unnoticed(ranks: RankFactory) -> None:
+    results = ranks(2).run(flip_without_check)
+    assert not torch.equal(results[0]["conv2.weight"], results[1]["conv2.weight"])
+
+
+def flip_without_check(rank: int, world_size: int) -> dict[str, torch.Tensor]:
+    training = Training(rank, SCHEMES["dgc"], check_every=0)
+    training.step()
+    if rank == 1:
+        with torch.no_grad():
+            training.ddp.module.conv2.weight.view(torch.int32).view(-1)[5] ^= 1 << 20
+    for _ in range(3):
+        training.step()
+    return parameters(training.ddp)
+
+
+@pytest.mark.parametrize(
+    ("argument", "value", "words"),
+    [
+        ("check_every", -1, "attach(check_every=...) must be an integer of at least 0, got -1"),
+        ("on_difference", "ignore", "attach(on_difference=...) must be raise or synchronise, got 'ignore'"),
+        ("on_nonfinite", "skip", "attach(on_nonfinite=...) must be propagate or raise, got 'skip'"),
+        ("timeout", 0.0, "attach(timeout=...) must be positive, got 0.0"),
+    ],
+)
+def test_wrong_policies_are_refused(ranks: RankFactory, argument: str, value: Any, words: str) -> None:
+    (failure,) = ranks(1).exceptions(attach_with, argument, value)
+    assert type(failure) is ValueError
+    assert words in str(failure)
+
+
+def attach_with(rank: int, world_size: int, argument: str, value: Any) -> None:
+    Training(rank, SCHEMES["dgc"], **{argument: value})
+
+
+# --- the autoencoder ---
+
+
+def break_autoencoder(
+    rank: int, world_size: int, scheme: Any, factor: float
+) -> tuple[list[str], dict[str, torch.Tensor]]:
+    training = Training(rank, scheme, check_every=0)
+    phases = []
+    for step in range(40):
+        if step == 8:
+            with torch.no_grad():
+                for name, parameter in training.handle.aggregator.autoencoder.named_parameters():  # type: ignore[union-attr]
+                    if ".out." in name and "decoder" in name:
+                        parameter.copy_(parameter * factor if factor == factor else torch.full_like(parameter, factor))
+                        parameter.add_(3.0 if factor == factor else 0.0)
+        training.step()
+        phases.append(str(training.handle.phase))
+        assert all(torch.isfinite(p).all() for p in training.ddp.parameters()), f"step {step}"
+        assert torch.isfinite(training.handle.aggregator.feedback.residual).all(), f"step {step}"  # type: ignore[union-attr]
+    return phases, parameters(training.ddp)
+
+
+@pytest.mark.parametrize("scheme", ["lgc-ring", "lgc-ps"])
+def test_an_autoencoder_that_gives_nan_is_replaced_by_the_values_in_the_same_step(
+    ranks: RankFactory, scheme: str
+) -> None:
+    results = ranks(3).run(break_autoencoder, SCHEMES[scheme], float("nan"))
+    for phases, trained in results:
+        assert phases[8:10] == ["compressed", "train"]
+        assert_same(trained, results[0][1])
+
+
+@pytest.mark.parametrize("scheme", ["lgc-ring", "lgc-ps"])
+def test_an_autoencoder_that_is_worse_than_sending_nothing_is_noticed_by_all_ranks_in_the_same_step(
+    ranks: RankFactory, scheme: str
+) -> None:
+    results = ranks(3).run(break_autoencoder, SCHEMES[scheme], -10.0)
+    for phases, trained in results:
+        assert phases == results[0][0]
+        assert "train" in phases[9:]
+        assert_same(trained, results[0][1])
