@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Callable
 from datetime import timedelta
@@ -13,9 +14,10 @@ import click
 from lgc.bench.codec import codec
 from lgc.launch import RankFailedError, run_in_job, run_locally, under_torchrun
 from lgc.recipes import RECIPES
-from lgc.report import Run, find_runs, format_table, write_report
+from lgc.report import find_runs, format_table, write_report
+from lgc.run_folder import SUMMARY, OtherRunError
 from lgc.schemes import SCHEMES
-from lgc.train import SUMMARY, Settings
+from lgc.train import Output, Settings
 from lgc.version import __version__
 
 SCHEME_HELP = (
@@ -51,6 +53,14 @@ def run_options(command: Command) -> Command:
             ),
             click.option("--limit-train", type=click.IntRange(1), help="Train on the first so many samples.  [all]"),
             click.option("--backbone", help="For recipes that offer several.  [the recipe's first]"),
+            click.option("--bf16", is_flag=True, help="Compute in bfloat16 by autocast, on the CPU and the GPU."),
+            click.option(
+                "--checkpoint-every",
+                metavar="STEPS",
+                type=click.IntRange(0),
+                help="Steps from one checkpoint to the next; 0 is never.  [an epoch]",
+            ),
+            click.option("--tensorboard", is_flag=True, help="Write TensorBoard events too; needs lgc[tensorboard]."),
             click.option(
                 "--timeout",
                 type=click.FloatRange(1),
@@ -61,7 +71,7 @@ def run_options(command: Command) -> Command:
             click.option(
                 "--out", type=click.Path(file_okay=False, path_type=Path), required=True, help="Folder of the results."
             ),
-            click.option("--overwrite", is_flag=True, help="Replace a finished run of other settings."),
+            click.option("--overwrite", is_flag=True, help="Start anew where there is a run already."),
         ]
     ):
         command = option(command)
@@ -78,9 +88,7 @@ def run_options(command: Command) -> Command:
 )
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the model and the shuffling.")
 @run_options
-def train(
-    recipe: str, scheme: str, workers: int | None, seed: int, timeout: float, out: Path, overwrite: bool, **run: Any
-) -> None:
+def train(recipe: str, scheme: str, workers: int | None, seed: int, out: Path, **run: Any) -> None:
     """Train one recipe with one scheme.
 
     Starts --workers ranks on this machine or, under torchrun, is one of its ranks:
@@ -90,17 +98,18 @@ def train(
     torchrun --nnodes 2 --nproc-per-node 1 --rdzv-backend c10d --rdzv-endpoint HOST:29500 \\
         -m lgc train --recipe digits --scheme lgc-ring --out runs/one
 
-    OUT gets metrics.jsonl while it trains (one JSON object a step) and summary.json when it is done.
+    OUT gets metrics.jsonl while it trains (one JSON object a step), checkpoints, and summary.json when it is done.
+    The same command goes on from the newest checkpoint if the run was interrupted.
     """
+    world_size = workers or 1
     if under_torchrun():
         world_size = int(os.environ["WORLD_SIZE"])
         if workers not in (None, world_size):
             raise click.UsageError(f"--workers {workers}: torchrun has started {world_size} ranks; leave it out.")
-        run_in_job(_settings(recipe, scheme, world_size, seed, run), out, timedelta(seconds=timeout))
-        return
-    settings = _settings(recipe, scheme, workers or 1, seed, run)
-    _run_unless_finished(settings, out, timedelta(seconds=timeout), overwrite)
-    click.echo(format_table(find_runs([out])))
+    launch, run = _launcher(run)
+    launch(_settings(recipe, scheme, world_size, seed, run), out)
+    if not under_torchrun():
+        click.echo(format_table(find_runs([out])))
 
 
 @main.command()
@@ -109,9 +118,7 @@ def train(
 @click.option("--schemes", default="dense,topk,dgc,scalecom,lgc-ring,lgc-ps", show_default=True, help=SCHEME_HELP)
 @click.option("--seeds", type=click.IntRange(1), default=1, show_default=True, help="Train with so many: 0, 1, 2, ...")
 @run_options
-def compare(
-    recipes: str, workers: int, schemes: str, seeds: int, timeout: float, out: Path, overwrite: bool, **run: Any
-) -> None:
+def compare(recipes: str, workers: int, schemes: str, seeds: int, out: Path, **run: Any) -> None:
     """Train with several schemes, one after the other, and report on them side by side.
 
     \b
@@ -119,8 +126,9 @@ def compare(
 
     OUT/SCHEME gets the run of seed 0 (summary.json, metrics.jsonl), OUT/SCHEME/seed-1 and so on those of further
     seeds, OUT/report.html the figures; with several recipes there is a folder for each in between. What is
-    finished is not run again, so an interrupted comparison goes on where it was and seeds can be added later.
+    finished is not run again and what was interrupted goes on from its last checkpoint; seeds can be added later.
     """
+    launch, run = _launcher(run)
     planned = {
         out / folder: settings
         for folder, settings in _plan(recipes.split(","), schemes.split(","), workers, seeds, run).items()
@@ -130,7 +138,7 @@ def compare(
             click.echo(
                 f"[{number}/{len(planned)}] {settings.recipe}, {settings.scheme}, seed {settings.seed}", err=True
             )
-            _run_unless_finished(settings, folder, timedelta(seconds=timeout), overwrite)
+            launch(settings, folder)
     finally:
         runs = find_runs([folder for folder in planned if (folder / SUMMARY).exists()])
         if runs:
@@ -196,23 +204,28 @@ def _plan(
     return planned
 
 
-def _run_unless_finished(settings: Settings, out: Path, timeout: timedelta, overwrite: bool) -> None:
-    if (out / SUMMARY).exists():
-        there, wanted = Run.load(out).configuration, settings.configuration()
-        changed = next((key for key in wanted if there.get(key) != wanted[key]), None)
-        if changed is None:
-            click.echo(f"{out}: finished before", err=True)
-            return
-        if not overwrite:
-            raise click.UsageError(
-                f"{out} has a finished run of other settings ({changed}: {there.get(changed)!r}, "
-                f"now {wanted[changed]!r}); choose another --out, or --overwrite."
-            )
-        (out / SUMMARY).unlink()
-    try:
-        run_locally(settings, out, timeout)
-    except RankFailedError as error:
-        click.echo(error.details, err=True)
-        raise click.ClickException(str(error)) from None
-    except (ValueError, OSError) as error:  # of the data
-        raise click.ClickException(str(error)) from None
+def _launcher(run: dict[str, Any]) -> tuple[Callable[[Settings, Path], None], dict[str, Any]]:
+    """What runs settings in a folder, and the options that are left for the settings."""
+    options = dict(run)
+    timeout = timedelta(seconds=options.pop("timeout"))
+    overwrite = options.pop("overwrite")
+    kept = {name: options.pop(name) for name in ("checkpoint_every", "tensorboard")}
+    if kept["tensorboard"] and importlib.util.find_spec("tensorboard") is None:
+        raise click.UsageError("--tensorboard needs the package tensorboard: pip install 'lgc[tensorboard]'.")
+
+    def launch(settings: Settings, folder: Path) -> None:
+        start = run_in_job if under_torchrun() else run_locally
+        try:
+            if not start(settings, Output(folder=folder, **kept), timeout, overwrite=overwrite):
+                click.echo(f"{folder}: finished before", err=True)
+        except OtherRunError as error:
+            raise click.UsageError(str(error)) from None
+        except RankFailedError as error:
+            click.echo(error.details, err=True)
+            raise click.ClickException(str(error)) from None
+        except (ValueError, OSError) as error:  # of the data
+            if under_torchrun():
+                raise
+            raise click.ClickException(str(error)) from None
+
+    return launch, options

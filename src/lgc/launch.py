@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
 from datetime import timedelta
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from lgc.train import Settings, train
+from lgc.run_folder import claim
+from lgc.train import Output, Settings, train
 
 
 class RankFailedError(Exception):
@@ -28,32 +27,50 @@ def under_torchrun() -> bool:
     return all(name in os.environ for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"))
 
 
-def run_in_job(settings: Settings, out: Path, timeout: timedelta) -> None:
-    """Train as the one rank that this process is."""
+def run_in_job(settings: Settings, output: Output, timeout: timedelta, *, overwrite: bool) -> bool:
+    """Train as the one rank that this process is; False if the run had finished before.
+
+    After a restart by torchrun (--max-restarts) the run goes on, whether or not it was to overwrite an older one.
+
+    Raises:
+        ValueError, OSError: on rank 0 if the folder has a run of other settings, or on the first rank of a machine
+            if the data is missing or malformed.
+    """
     local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    overwrite = overwrite and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
     device, backend = _pick_device(local_rank, local_world_size)
     if local_rank == 0:
         settings.load_data()  # decodes into the cache that the other ranks of this machine map
     dist.init_process_group(backend, timeout=timeout)
-    dist.barrier()
-    _train_and_leave(settings, out, device)
+    unfinished = torch.zeros((), dtype=torch.int64, device=device)
+    if dist.get_rank() == 0:
+        unfinished += claim(output.folder, settings.configuration(), overwrite=overwrite)
+    dist.broadcast(unfinished, src=0)
+    if unfinished:
+        _train_and_leave(settings, output, device)
+    else:
+        dist.destroy_process_group()
+    return bool(unfinished)
 
 
-def run_locally(settings: Settings, out: Path, timeout: timedelta) -> None:
-    """Train with `settings.world_size` ranks on this machine.
+def run_locally(settings: Settings, output: Output, timeout: timedelta, *, overwrite: bool) -> bool:
+    """Train with `settings.world_size` ranks on this machine; False if the run had finished before.
 
     Raises:
-        ValueError, OSError: if the data is missing or malformed, before any rank starts.
+        ValueError, OSError: if the folder has a run of other settings, or the data is missing or malformed, before
+            any rank starts.
         RankFailedError: if a rank failed; the others have been stopped.
     """
+    if not claim(output.folder, settings.configuration(), overwrite=overwrite):
+        return False
     settings.load_data()  # decodes into the cache that the ranks map
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     mp_context = mp.get_context("forkserver")
     mp_context.set_forkserver_preload(["lgc.launch"])  # torch is imported once, not in every rank
     ranks = mp.start_processes(
         _local_rank,
-        (settings, out, timeout, store.port),
+        (settings, output, timeout, store.port),
         nprocs=settings.world_size,
         join=False,
         start_method="forkserver",
@@ -70,9 +87,10 @@ def run_locally(settings: Settings, out: Path, timeout: timedelta) -> None:
             process.terminate()
         for process in ranks.processes:
             process.join()
+    return True
 
 
-def _local_rank(rank: int, settings: Settings, out: Path, timeout: timedelta, port: int) -> None:
+def _local_rank(rank: int, settings: Settings, output: Output, timeout: timedelta, port: int) -> None:
     device, backend = _pick_device(rank, settings.world_size)
     if sys.platform == "linux":
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
@@ -80,12 +98,12 @@ def _local_rank(rank: int, settings: Settings, out: Path, timeout: timedelta, po
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // settings.world_size))
     store = dist.TCPStore("127.0.0.1", port, is_master=False)
     dist.init_process_group(backend, store=store, rank=rank, world_size=settings.world_size, timeout=timeout)
-    _train_and_leave(settings, out, device)
+    _train_and_leave(settings, output, device)
 
 
-def _train_and_leave(settings: Settings, out: Path, device: torch.device) -> None:
+def _train_and_leave(settings: Settings, output: Output, device: torch.device) -> None:
     try:
-        train(settings, out, device)
+        train(settings, output, device)
     finally:
         dist.destroy_process_group()
 
@@ -98,6 +116,3 @@ def _pick_device(local_rank: int, local_world_size: int) -> tuple[torch.device, 
     device = torch.device("cuda", local_rank % gpus)
     torch.cuda.set_device(device)
     return device, "nccl" if local_world_size <= gpus else "gloo"
-
-
-Runner = Callable[[Settings, Path, timedelta], None]

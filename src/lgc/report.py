@@ -18,8 +18,8 @@ import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from lgc.run_folder import METRICS, SUMMARY
 from lgc.schedule import Phase
-from lgc.train import METRICS, SUMMARY
 from lgc.wire import SETUP
 
 LINK_BITS_PER_SECOND = 100e6

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
-import os
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache, partial
@@ -18,13 +17,13 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from lgc.ddp import Handle, attach
+from lgc import checkpoint
+from lgc.ddp import attach
 from lgc.recipes import Data, Recipe, find_recipe
+from lgc.run_folder import CHECKPOINTS, SUMMARY, Recorder, require_same, write_json
 from lgc.schemes import Scheme, parse_scheme
 from lgc.version import __version__
 
-METRICS = "metrics.jsonl"
-SUMMARY = "summary.json"
 ADAM_SECOND_BETA = 0.95  # as for GPT-3: Brown et al., arXiv 2005.14165, appendix B
 
 
@@ -43,6 +42,7 @@ class Settings:
         data: folder or name of the data set; None is the recipe's own.
         limit_train: train on this many samples only, at least 1; None is all.
         backbone: one of the recipe's; None is its first.
+        bf16: whether the model computes in bfloat16 where autocast has it do so.
     """
 
     recipe: str
@@ -55,6 +55,7 @@ class Settings:
     data: str | None = None
     limit_train: int | None = None
     backbone: str | None = None
+    bf16: bool = False
 
     def __post_init__(self) -> None:
         for name in ("world_size", "seed", "epochs", "steps", "batch_size", "limit_train"):
@@ -101,62 +102,284 @@ class Settings:
         return asdict(self) | resolved | {"scheme": str(self.resolve_scheme()), "version": __version__}
 
 
-def train(settings: Settings, out: Path, device: torch.device) -> None:
-    """Run in every rank of the default process group; rank 0 writes the run folder `out`.
+@dataclass(frozen=True, kw_only=True)
+class Output:
+    """What a run leaves, apart from its settings: nothing here changes its result.
 
-    `out` gets metrics.jsonl while it trains and summary.json, last and at once, when it is done.
+    Args:
+        folder: of the run, one for all ranks.
+        checkpoint_every: steps from one checkpoint to the next, at least 0; None is an epoch, 0 is never.
+        tensorboard: whether to write TensorBoard events.
     """
-    started = time.monotonic()
-    recipe, scheme = settings.resolve_recipe(), settings.resolve_scheme()
-    with torch.random.fork_rng():
-        torch.manual_seed(settings.seed)
-        model = recipe.model().to(device)
-    ddp = DistributedDataParallel(model)
-    ddp.broadcast_buffers = False  # rank 0's are broadcast before every evaluation instead
-    optimizer = make_optimizer(recipe, model, scheme)
-    handle = attach(ddp, scheme, optimizer)
-    data = Data(*(split.to(device) for split in settings.load_data()))
-    per_epoch = steps_per_epoch(recipe, data, settings)
-    total = min(settings.steps or recipe.epochs * per_epoch, recipe.epochs * per_epoch)
 
-    recorder = Recorder(out, handle, total, f"{scheme.name} seed {settings.seed}") if dist.get_rank() == 0 else None
-    value = float("nan")
-    for step, (inputs, targets) in enumerate(batches(recipe, data, settings, total, device)):
-        learning_rate = recipe.learning_rate * recipe.learning_rate_factor(step / total)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate
-        ddp.train()
-        loss = recipe.loss(ddp(inputs), targets)
-        optimizer.zero_grad()
-        torch.autograd.backward(loss)
-        optimizer.step()
-        epoch = step / per_epoch
+    folder: Path
+    checkpoint_every: int | None = None
+    tensorboard: bool = False
+
+    def __post_init__(self) -> None:
+        if self.checkpoint_every is not None and self.checkpoint_every < 0:
+            raise ValueError(f"checkpoint_every must be at least 0, got {self.checkpoint_every}.")
+
+
+def train(settings: Settings, output: Output, device: torch.device) -> None:
+    """Run in every rank of the default process group; rank 0 writes the run folder, all of them checkpoints.
+
+    Goes on from the newest checkpoint that can be loaded, if the folder has one.
+    """
+    run = Training(settings, device)
+    resume(run, output.folder / CHECKPOINTS)
+    recorder = None
+    if dist.get_rank() == 0:
+        recorder = Recorder(
+            output.folder,
+            step=run.step,
+            seconds=run.wall_seconds,
+            total=run.total,
+            title=f"{run.scheme.name} seed {settings.seed}",
+            tensorboard=output.tensorboard,
+        )
+    for inputs, targets in run.batches():
+        row = run.update(inputs, targets)
         if recorder:
-            recorder.step(step, epoch, loss.item(), learning_rate)
-        if (step + 1) % per_epoch == 0 or step + 1 == total:
-            value = evaluate(recipe, model, data, device)
-            wire = handle.wire_summary()
+            recorder.row(run.step - 1, run.epoch, row)
+            recorder.progress(f"{row['phase']} loss {row['loss']:.3f} {row['rank0_sent_bytes'] / 1e6:.1f} MB sent")
+        if run.ends_epoch or run.is_done:
+            row = run.evaluate()
             if recorder:
-                recorder.evaluation(step, epoch, {recipe.metric.name: value}, wire)
-
-    wire = handle.wire_summary()
+                recorder.row(run.step - 1, run.epoch, row)
+        if _checkpoint_is_due(run, output.checkpoint_every):
+            if recorder:
+                recorder.sync()
+            path = output.folder / CHECKPOINTS
+            checkpoint.save(path, run.state_dict(), step=run.step, group=run.group, keep=1 if run.is_done else 2)
+    summary = run.summary()
     if recorder:
         recorder.close()
-        summary = {
-            "recipe": recipe.name,
-            "scheme": scheme.name,
-            "label": settings.scheme,
-            "world_size": settings.world_size,
-            "seed": settings.seed,
-            "steps": total,
-            "metric": {"name": recipe.metric.name, "value": value},
-            "wire": wire,
-            "time": {"wall_s": round(time.monotonic() - started, 3)},
-            "parameters": handle.parameters,
-            "versions": {"lgc": __version__, "torch": torch.__version__},
-            "configuration": settings.configuration(),
+        write_json(output.folder / SUMMARY, summary)
+
+
+def resume(run: Training, directory: Path) -> None:
+    """Load the newest checkpoint that is not refused; refused ones are set aside, with a warning. A collective."""
+    for path in checkpoint.available(directory):
+        try:
+            state = checkpoint.load(path, group=run.group)
+        except checkpoint.CheckpointError as error:
+            if dist.get_rank() == 0:
+                aside = checkpoint.set_aside(path)
+                notify(f"WARNING: {error}\nThis checkpoint is now {aside}; going on from the one before it, if any.")
+            continue
+        run.load_state_dict(state)
+        if dist.get_rank() == 0:
+            notify(f"{directory.parent}: goes on from step {run.step} ({path.name})")
+        return
+
+
+def notify(text: str) -> None:
+    """Tell the user, on stderr, around a progress bar."""
+    tqdm.write(text, file=sys.stderr)
+
+
+def _checkpoint_is_due(run: Training, every: int | None) -> bool:
+    if every == 0:
+        return False
+    return run.is_done or (run.ends_epoch if every is None else run.step % every == 0)
+
+
+class Training:
+    """One rank of a run: the model, what trains it, and how far it is. Made by all ranks together.
+
+    Attributes:
+        step: updates done.
+        batch_number: of the next batch, from 0; the same as `step` unless the number of ranks has changed.
+        last, best: values of the metric at evaluations, None before the first.
+        seconds: wall_s, train_s (the updates) and evaluate_s up to the last checkpoint that was loaded, and since.
+        world_sizes: [step, number of ranks] from the start and from each change on.
+    """
+
+    def __init__(self, settings: Settings, device: torch.device) -> None:
+        self._started = time.monotonic()
+        self.settings = settings
+        self.device = device
+        self.recipe, self.scheme = settings.resolve_recipe(), settings.resolve_scheme()
+        torch.manual_seed(settings.seed)
+        self.model = self.recipe.model().to(device)
+        torch.manual_seed(hash((settings.seed, dist.get_rank())))  # of dropout, of its own in every rank
+        self.ddp = DistributedDataParallel(self.model)
+        self.ddp.broadcast_buffers = False  # rank 0's are broadcast before every evaluation instead
+        self.group = self.ddp.process_group
+        self.optimizer = make_optimizer(self.recipe, self.model, self.scheme)
+        self.handle = attach(self.ddp, self.scheme, self.optimizer)
+        self.data = Data(*(split.to(device) for split in settings.load_data()))
+        self.per_epoch = steps_per_epoch(self.recipe, self.data, settings)
+        self.step = 0
+        self.batch_number = 0
+        self.samples = 0
+        self.last: float | None = None
+        self.best: float | None = None
+        self.seconds = {"wall_s": 0.0, "train_s": 0.0, "evaluate_s": 0.0}
+        self.world_sizes = [[0, settings.world_size]]
+
+    @property
+    def total(self) -> int:
+        """Updates of the whole run."""
+        of_epochs = self.step + self.recipe.epochs * self.per_epoch - self.batch_number
+        return min(self.settings.steps or of_epochs, of_epochs)
+
+    @property
+    def epoch(self) -> float:
+        """Passes over the training data before the last update."""
+        return (self.batch_number - 1) / self.per_epoch
+
+    @property
+    def ends_epoch(self) -> bool:
+        """Whether the last update was the last one of a pass over the data."""
+        return self.batch_number % self.per_epoch == 0
+
+    @property
+    def is_done(self) -> bool:
+        """Whether there is nothing left to train."""
+        return self.step >= self.total
+
+    @property
+    def progress(self) -> float:
+        """The part of the run that is done, in [0, 1]: of the steps where they are limited, else of the epochs."""
+        return (
+            self.step / self.total if self.settings.steps else self.batch_number / (self.recipe.epochs * self.per_epoch)
+        )
+
+    @property
+    def wall_seconds(self) -> float:
+        """Time of the run so far, but for what was lost in interruptions."""
+        return self.seconds["wall_s"] + time.monotonic() - self._started
+
+    def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """What is left of this rank's batches."""
+        if self.is_done:
+            return iter(())
+        last = self.batch_number + self.total - self.step
+        return batches(self.recipe, self.data, self.settings, last, self.device, start=self.batch_number)
+
+    def update(self, inputs: Tensor, targets: Tensor) -> dict[str, Any]:
+        """Train on one batch; this rank's row of metrics.jsonl."""
+        started = time.monotonic()
+        learning_rate = self.recipe.learning_rate * self.recipe.learning_rate_factor(self.progress)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        self.ddp.train()
+        with self._autocast():
+            loss = self.recipe.loss(self.ddp(inputs), targets)
+        self.optimizer.zero_grad()
+        torch.autograd.backward(loss)
+        self.optimizer.step()
+        self.step += 1
+        self.batch_number += 1
+        self.samples += self.recipe.batch_size * self.settings.world_size
+        phases = self.handle.wire.phases.values()
+        row = {
+            "loss": loss.item(),
+            "lr": learning_rate,
+            "phase": self.handle.phase.value,
+            **self.handle.metrics,
+            "rank0_sent_bytes": sum(traffic.sent_bytes for traffic in phases),
+            "rank0_received_bytes": sum(traffic.received_bytes for traffic in phases),
         }
-        write_json(out / SUMMARY, summary)
+        self.seconds["train_s"] += time.monotonic() - started
+        return row
+
+    def evaluate(self) -> dict[str, Any]:
+        """Measure the metric on the test data; a collective. The row of metrics.jsonl, with the bytes of all ranks."""
+        started = time.monotonic()
+        with self._autocast():
+            self.last = evaluate(self.recipe, self.model, self.data, self.device)
+        pick = max if self.recipe.metric.better == "higher" else min
+        self.best = self.last if self.best is None else pick(self.best, self.last)
+        self.seconds["evaluate_s"] += time.monotonic() - started
+        wire = self.handle.wire_summary()
+        return {self.recipe.metric.name: self.last} | {key: wire[key] for key in ("sent_bytes", "received_bytes")}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that this rank needs to go on from here with the same numbers."""
+        epoch, number = divmod(self.batch_number, self.per_epoch)
+        random = {"cpu": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            random["cuda"] = torch.cuda.get_rng_state(self.device)
+        return {
+            "configuration": self.settings.configuration(),
+            "position": {
+                "step": self.step,
+                "epoch": epoch,
+                "samples_of_epoch": number * self.recipe.batch_size * self.settings.world_size,
+                "samples": self.samples,
+                "world_sizes": self.world_sizes,
+            },
+            "metric": {"last": self.last, "best": self.best},
+            "seconds": self._seconds_now(),
+            "random": random,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "handle": self.handle.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from the state of the same rank, or one that `lgc.checkpoint.load` made for this number of ranks.
+
+        On another number of ranks, training goes on with the sample of the epoch's shuffle that comes next, or up to
+        one batch before it, and the random generators start from the seed, the step and the rank.
+
+        Raises:
+            OtherRunError: the state is of a run with other settings.
+        """
+        configuration, position = self.settings.configuration(), state["position"]
+        require_same(state["configuration"], configuration, "the checkpoint is of a run", but=("world_size",))
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.handle.load_state_dict(state["handle"])
+        self.step, self.samples = position["step"], position["samples"]
+        number = position["samples_of_epoch"] // (self.recipe.batch_size * self.settings.world_size)
+        self.batch_number = position["epoch"] * self.per_epoch + min(number, self.per_epoch)
+        self.last, self.best = state["metric"]["last"], state["metric"]["best"]
+        self.seconds = dict(state["seconds"])
+        self.world_sizes = list(position["world_sizes"])
+        if self.world_sizes[-1][1] == self.settings.world_size:
+            torch.set_rng_state(state["random"]["cpu"])
+            if self.device.type == "cuda" and "cuda" in state["random"]:
+                torch.cuda.set_rng_state(state["random"]["cuda"], self.device)
+        else:
+            if dist.get_rank() == 0:
+                notify(f"NOTICE: from {self.world_sizes[-1][1]} to {self.settings.world_size} ranks, see docs/usage.md")
+            self.world_sizes.append([self.step, self.settings.world_size])
+            torch.manual_seed(hash((self.settings.seed, dist.get_rank(), self.step)))
+
+    def summary(self) -> dict[str, Any]:
+        """The content of summary.json; a collective."""
+        seconds = self._seconds_now()
+        return {
+            "recipe": self.recipe.name,
+            "scheme": self.scheme.name,
+            "label": self.settings.scheme,
+            "world_size": self.settings.world_size,
+            "world_sizes": self.world_sizes,
+            "seed": self.settings.seed,
+            "steps": self.step,
+            "metric": {
+                "name": self.recipe.metric.name,
+                "value": self.last,
+                "best": self.best,
+                "better": self.recipe.metric.better,
+            },
+            "wire": self.handle.wire_summary(),
+            "time": {name: round(value, 3) for name, value in seconds.items()}
+            | {"samples_per_s": round(self.samples / seconds["train_s"], 1)},
+            "parameters": self.handle.parameters,
+            "versions": {"lgc": __version__, "torch": torch.__version__},
+            "configuration": self.settings.configuration(),
+        }
+
+    def _seconds_now(self) -> dict[str, float]:
+        return self.seconds | {"wall_s": self.wall_seconds}
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.settings.bf16)
 
 
 def make_optimizer(recipe: Recipe, model: nn.Module, scheme: Scheme) -> torch.optim.Optimizer:
@@ -232,50 +455,7 @@ def evaluate(recipe: Recipe, model: nn.Module, data: Data, device: torch.device)
     for first in range(0, len(share), recipe.evaluation_batch):
         indices = share[first : first + recipe.evaluation_batch]
         inputs, targets = (tensor.to(device) for tensor in data.test.batch(indices, None))
-        parts.append(recipe.metric.sums(model(inputs), targets))
+        parts.append(recipe.metric.sums(model(inputs).float(), targets))
     sums = torch.stack(parts).sum(dim=0)
     dist.all_reduce(sums)
     return recipe.metric.value(sums.cpu())
-
-
-class Recorder:
-    """Rank 0's view of a run: metrics.jsonl, and a progress bar where there is a terminal."""
-
-    def __init__(self, out: Path, handle: Handle, total: int, title: str) -> None:
-        out.mkdir(parents=True, exist_ok=True)
-        self.handle = handle
-        self.started = time.monotonic()
-        self.file = (out / METRICS).open("w", encoding="utf-8")
-        self.bar = tqdm(total=total, desc=title, unit="step", disable=None, leave=False, dynamic_ncols=True)
-
-    def step(self, step: int, epoch: float, loss: float, learning_rate: float) -> None:
-        """Record one training step, with the bytes of rank 0."""
-        phases = self.handle.wire.phases.values()
-        sent = sum(traffic.sent_bytes for traffic in phases)
-        received = sum(traffic.received_bytes for traffic in phases)
-        row = {"loss": loss, "lr": learning_rate, "phase": self.handle.phase.value} | self.handle.metrics
-        self._write(step, epoch, row | {"rank0_sent_bytes": sent, "rank0_received_bytes": received})
-        self.bar.set_postfix_str(f"{self.handle.phase.value} loss {loss:.3f} {(sent + received) / 1e6:.1f} MB")
-        self.bar.update()
-
-    def evaluation(self, step: int, epoch: float, metric: dict[str, float], wire: dict[str, Any]) -> None:
-        """Record an evaluation, with the bytes of all ranks so far."""
-        self._write(step, epoch, metric | {name: wire[name] for name in ("sent_bytes", "received_bytes")})
-
-    def close(self) -> None:
-        """Finish the files."""
-        self.bar.close()
-        self.file.close()
-
-    def _write(self, step: int, epoch: float, row: dict[str, Any]) -> None:
-        seconds = round(time.monotonic() - self.started, 3)
-        self.file.write(json.dumps({"step": step, "epoch": round(epoch, 4), "seconds": seconds} | row) + "\n")
-        self.file.flush()
-
-
-def write_json(path: Path, content: object) -> None:
-    """Write a file that is there whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, path)

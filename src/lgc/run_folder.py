@@ -1,0 +1,176 @@
+"""The folder of one run.
+
+settings.json     what was asked for, from the start on
+metrics.jsonl     a row a step and a row an evaluation, while it trains
+checkpoints/      to go on from, see lgc.checkpoint
+tensorboard/      events, if asked for
+summary.json      last and at once: a run that has it has finished
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tqdm import tqdm
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+METRICS = "metrics.jsonl"
+SUMMARY = "summary.json"
+SETTINGS = "settings.json"
+CHECKPOINTS = "checkpoints"
+EVENTS = "tensorboard"
+NOT_EVENTS = ("step", "epoch", "seconds", "phase")
+
+
+class OtherRunError(ValueError):
+    """A folder has a run of other settings; the message names the first field that differs."""
+
+
+def require_same(there: Mapping[str, Any], wanted: Mapping[str, Any], where: str, *, but: tuple[str, ...] = ()) -> None:
+    """Two configurations are those of one run.
+
+    Args:
+        there: the configuration that was found.
+        wanted: the one that is to go on.
+        where: what has the first one, for the message.
+        but: fields that may differ.
+
+    Raises:
+        OtherRunError: naming the first field that differs, and both values.
+    """
+    for field, value in wanted.items():
+        if field not in but and there.get(field) != value:
+            raise OtherRunError(
+                f"{where} of other settings ({field}: {there.get(field)!r}, now {value!r}); choose another --out, or "
+                "--overwrite."
+            )
+
+
+def claim(folder: Path, configuration: Mapping[str, Any], *, overwrite: bool) -> bool:
+    """Make `folder` that of a run with this configuration; False if it has that run already, finished.
+
+    What an unfinished run of the same configuration has left stays, to go on from; its number of ranks may differ.
+
+    Args:
+        folder: of the run; need not exist.
+        configuration: see `Settings.configuration`.
+        overwrite: remove whatever run is there, finished or not, of whatever settings.
+
+    Raises:
+        OtherRunError: the folder has a run of other settings.
+        ValueError: a file of the folder cannot be read.
+    """
+    if overwrite:
+        _clear(folder)
+    if (folder / SUMMARY).exists():
+        require_same(_read_json(folder / SUMMARY)["configuration"], configuration, f"{folder} has a finished run")
+        return False
+    if (folder / SETTINGS).exists():
+        there = _read_json(folder / SETTINGS)
+        require_same(there, configuration, f"{folder} has an unfinished run", but=("world_size",))
+    else:
+        _clear(folder)
+    write_json(folder / SETTINGS, configuration)
+    return True
+
+
+def write_json(path: Path, content: object) -> None:
+    """Write a file that is there whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise ValueError(f"{path} is not a JSON object: {error}; --overwrite starts anew.") from None
+
+
+def _clear(folder: Path) -> None:
+    for name in (SUMMARY, SETTINGS, METRICS):
+        (folder / name).unlink(missing_ok=True)
+    for name in (CHECKPOINTS, EVENTS):
+        shutil.rmtree(folder / name, ignore_errors=True)
+
+
+class Recorder:
+    """Rank 0's record of a run: metrics.jsonl, a progress bar where there is a terminal, TensorBoard events.
+
+    Args:
+        folder: of the run.
+        step: steps done before; rows of later ones are dropped, they will be made again.
+        seconds: wall time before.
+        total: steps of the run.
+        title: for the progress bar.
+        tensorboard: whether to write events; needs lgc[tensorboard].
+    """
+
+    def __init__(
+        self, folder: Path, *, step: int, seconds: float, total: int, title: str, tensorboard: bool = False
+    ) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        cut_metrics(folder / METRICS, step)
+        self._started = time.monotonic() - seconds
+        self._file = (folder / METRICS).open("a", encoding="utf-8")
+        self._events: SummaryWriter | None = None
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._events = SummaryWriter(str(folder / EVENTS), purge_step=step)
+        self._bar = tqdm(
+            total=total, initial=step, desc=title, unit="step", disable=None, leave=False, dynamic_ncols=True
+        )
+
+    def row(self, step: int, epoch: float, values: Mapping[str, Any]) -> None:
+        """Record what was measured in a step, or in the evaluation after it."""
+        seconds = round(time.monotonic() - self._started, 3)
+        row = {"step": step, "epoch": round(epoch, 4), "seconds": seconds} | dict(values)
+        self._file.write(json.dumps(row) + "\n")
+        self._file.flush()
+        if self._events:
+            for name, value in row.items():
+                if name not in NOT_EVENTS:
+                    self._events.add_scalar(name, value, step)
+
+    def progress(self, text: str) -> None:
+        """Move the progress bar on by a step."""
+        self._bar.set_postfix_str(text)
+        self._bar.update()
+
+    def sync(self) -> None:
+        """Have everything on the disk, before a checkpoint says that these steps are done."""
+        os.fsync(self._file.fileno())
+        if self._events:
+            self._events.flush()
+
+    def close(self) -> None:
+        """Finish the files."""
+        self._bar.close()
+        self._file.close()
+        if self._events:
+            self._events.close()
+
+
+def cut_metrics(path: Path, step: int) -> None:
+    """Drop the rows of `step` and later ones, and a line that was not written to its end."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_bytes().splitlines(keepends=True):
+        if not line.endswith(b"\n") or json.loads(line)["step"] >= step:
+            break
+        kept.append(line)
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_bytes(b"".join(kept))
+    os.replace(temporary, path)
