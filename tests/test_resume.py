@@ -12,7 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 
+from lgc import checkpoint
+from lgc.cli import main
 from lgc.run_folder import cut_metrics
 
 LGC = [sys.executable, "-m", "lgc"]
@@ -21,6 +24,11 @@ RUN = ["--recipe", "digits", "--workers", "2", "--batch-size", "8", "--steps", s
 PHASES = {"dense": 12, "warmup": 14, "train": 14, "compressed": 16}
 SCHEDULE = "dense_steps=12:warmup_steps=14:train_steps=14"
 LIMIT_S = 90
+TORCHRUN_ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",
+    "GLOO_SOCKET_IFNAME": "lo",
+    "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",  # see "Resuming" in docs/usage.md
+}
 
 
 def train(out: Path, *arguments: str, returncode: int = 0) -> subprocess.CompletedProcess[str]:
@@ -53,7 +61,7 @@ def start_until(phase: str, out: Path, *command: str) -> subprocess.Popen[str]:
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
+        env=os.environ | TORCHRUN_ENVIRONMENT,
     )
     deadline = time.monotonic() + LIMIT_S
     while not any(row.get("phase") == phase for row in rows(out)):
@@ -63,17 +71,15 @@ def start_until(phase: str, out: Path, *command: str) -> subprocess.Popen[str]:
     return process
 
 
+def children_of(parent: int) -> list[int]:
+    """The processes that a process has started, in the order of their ids."""
+    text = Path(f"/proc/{parent}/task/{parent}/children").read_text()
+    return sorted(int(pid) for pid in text.split())
+
+
 def ranks_of(launcher: int) -> list[int]:
-    """The processes of the ranks: those of the launcher's session that run the most deeply nested."""
-    parents = {}
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            fields = stat.read_text().rpartition(")")[2].split()
-        except OSError:
-            continue
-        if int(fields[3]) == launcher:
-            parents[int(stat.parent.name)] = int(fields[1])
-    return sorted(pid for pid, parent in parents.items() if parent != launcher and pid != launcher)
+    """The processes of the ranks: the launcher has a fork server start them."""
+    return [rank for child in children_of(launcher) for rank in children_of(child)]
 
 
 def kill_and_wait(process: subprocess.Popen[str], whole_job: bool) -> None:
@@ -113,3 +119,69 @@ def test_killed_in_every_phase_a_run_ends_as_if_it_had_not_been(
     done = train(tmp_path, "--scheme", scheme)
     assert "goes on from step 4" in done.stderr
     assert measured(tmp_path) == measured(expected)
+
+
+@pytest.fixture
+def interrupted(tmp_path: Path) -> Path:
+    """A run without an autoencoder that was killed in its compressed phase."""
+    process = start_until("compressed", tmp_path, *LGC, "train", *RUN, "--scheme", "dgc:warmup_steps=11")
+    kill_and_wait(process, whole_job=True)
+    return tmp_path
+
+
+def test_a_run_of_other_settings_is_not_continued_and_not_touched(interrupted: Path) -> None:
+    before = (interrupted / "metrics.jsonl").read_bytes()
+    for arguments, words in {
+        ("--scheme", "dgc:warmup_steps=12"): "(scheme: 'dgc:",
+        ("--scheme", "dgc:warmup_steps=11", "--seed", "1"): "(seed: 0, now 1)",
+        ("--scheme", "dgc:warmup_steps=11", "--bf16"): "(bf16: False, now True)",
+    }.items():
+        result = CliRunner().invoke(main, ["train", *RUN, *arguments, "--out", str(interrupted)])
+        assert result.exit_code == 2
+        assert f"{interrupted} has an unfinished run of other settings" in result.output
+        assert words in result.output
+    assert (interrupted / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_damaged_checkpoint_is_set_aside_and_an_older_one_used(interrupted: Path) -> None:
+    newest, older = checkpoint.available(interrupted / "checkpoints")
+    file = newest / "rank-0001.safetensors"
+    file.write_bytes(file.read_bytes()[:-1] + b"\xff")
+    done = train(interrupted, "--scheme", "dgc:warmup_steps=11")
+    assert f"WARNING: checkpoint.load: rank 1: {file}: sha256 must be" in done.stderr
+    assert f"goes on from step {int(older.name.removeprefix('step-'))}" in done.stderr
+    assert newest.with_name(f"{newest.name}.refused").exists()
+    assert [row["step"] for row in rows(interrupted) if "loss" in row] == list(range(STEPS))
+
+
+def test_a_run_goes_on_with_another_number_of_ranks(interrupted: Path) -> None:
+    step = int(checkpoint.available(interrupted / "checkpoints")[0].name.removeprefix("step-"))
+    done = train(interrupted, "--scheme", "dgc:warmup_steps=11", "--workers", "1")
+    assert "NOTICE: from 2 to 1 ranks" in done.stderr
+    _, summary = measured(interrupted)
+    assert summary["world_sizes"] == [[0, 2], [step, 1]]
+    assert [row["step"] for row in rows(interrupted) if "loss" in row] == list(range(STEPS))
+
+
+def test_torchrun_restarts_a_run_from_its_checkpoint(uninterrupted: tuple[str, Path], tmp_path: Path) -> None:
+    scheme, expected = uninterrupted
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1"]
+    arguments = [*RUN[:2], *RUN[4:], "--scheme", scheme, "--overwrite"]
+    process = start_until("train", tmp_path, *torchrun, "-m", "lgc", "train", *arguments)
+    os.kill(children_of(process.pid)[-1], signal.SIGKILL)
+    output, _ = process.communicate(timeout=LIMIT_S)
+    assert process.returncode == 0, output
+    assert "goes on from step" in output
+    assert measured(tmp_path) == measured(expected)
+
+
+def test_metrics_are_cut_at_a_step_and_at_a_torn_line(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    lines = [json.dumps({"step": step}) + "\n" for step in (0, 1, 1, 2, 3)]
+    path.write_text("".join(lines) + '{"st')
+    cut_metrics(path, 9)
+    assert path.read_text() == "".join(lines)
+    cut_metrics(path, 2)
+    assert path.read_text() == "".join(lines[:3])
+    cut_metrics(path, 0)
+    assert path.read_text() == ""

@@ -14,7 +14,7 @@ import click
 from lgc.bench.codec import codec
 from lgc.launch import RankFailedError, run_in_job, run_locally, under_torchrun
 from lgc.recipes import RECIPES
-from lgc.report import find_runs, format_table, write_report
+from lgc.report import Link, find_runs, format_table, write_report
 from lgc.run_folder import SUMMARY, OtherRunError
 from lgc.schemes import SCHEMES
 from lgc.train import Output, Settings
@@ -24,6 +24,8 @@ SCHEME_HELP = (
     "A name ({names}), with arguments after colons: lgc-ring:rate=0.002:feedback=paper. "
     "What is not set has the recipe's default."
 ).format(names=", ".join(SCHEMES))
+
+LINK = "100mbit"
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -142,7 +144,7 @@ def compare(recipes: str, workers: int, schemes: str, seeds: int, out: Path, **r
     finally:
         runs = find_runs([folder for folder in planned if (folder / SUMMARY).exists()])
         if runs:
-            write_report(runs, out / "report.html")
+            write_report(runs, out / "report.html", [Link.parse(LINK)])
             click.echo(format_table(runs))
             click.echo(f"\n{out / 'report.html'}")
 
@@ -166,11 +168,20 @@ bench.add_command(codec)
     type=click.Path(dir_okay=False, path_type=Path),
     help="The page to write.  [report.html in the first folder]",
 )
-def report(folders: tuple[Path, ...], out: Path | None) -> None:
+@click.option(
+    "--link",
+    "links",
+    multiple=True,
+    default=[LINK],
+    show_default=True,
+    callback=lambda _context, _parameter, values: _links(values),
+    help="Speed (kbit, mbit, gbit) of a link to predict the time on; several give a figure each.",
+)
+def report(folders: tuple[Path, ...], out: Path | None, links: list[Link]) -> None:
     """Write one page about all finished runs in FOLDERS and below.
 
     \b
-    lgc report runs/first runs/second --out both.html
+    lgc report runs/first runs/second --link 10mbit --link 1gbit --out both.html
 
     The page holds its figures and needs no network.
     """
@@ -178,9 +189,16 @@ def report(folders: tuple[Path, ...], out: Path | None) -> None:
     if not runs:
         raise click.UsageError(f"no {SUMMARY} in {', '.join(map(str, folders))} or below: no run has finished there.")
     page = out or folders[0] / "report.html"
-    write_report(runs, page)
+    write_report(runs, page, links)
     click.echo(format_table(runs))
     click.echo(f"\n{page}")
+
+
+def _links(texts: tuple[str, ...]) -> list[Link]:
+    try:
+        return [Link.parse(text) for text in texts]
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from None
 
 
 def _settings(recipe: str, scheme: str, world_size: int, seed: int, run: dict[str, Any]) -> Settings:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import sys
 from datetime import timedelta
+from multiprocessing import forkserver
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from lgc.run_folder import claim
-from lgc.train import Output, Settings, train
+from lgc.train import Output, Settings, notify, train
 
 
 class RankFailedError(Exception):
@@ -39,19 +40,31 @@ def run_in_job(settings: Settings, output: Output, timeout: timedelta, *, overwr
     local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     overwrite = overwrite and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
+    if os.environ["RANK"] == "0":
+        _warn_of_stale_store()
     device, backend = _pick_device(local_rank, local_world_size)
     if local_rank == 0:
         settings.load_data()  # decodes into the cache that the other ranks of this machine map
+    unfinished = torch.ones((), dtype=torch.int64, device=device)
+    if os.environ["RANK"] == "0":  # before the others are met: if this raises, they end without an error of their own
+        unfinished *= claim(output.folder, settings.configuration(), overwrite=overwrite)
     dist.init_process_group(backend, timeout=timeout)
-    unfinished = torch.zeros((), dtype=torch.int64, device=device)
-    if dist.get_rank() == 0:
-        unfinished += claim(output.folder, settings.configuration(), overwrite=overwrite)
     dist.broadcast(unfinished, src=0)
     if unfinished:
         _train_and_leave(settings, output, device)
     else:
         dist.destroy_process_group()
     return bool(unfinished)
+
+
+def _warn_of_stale_store() -> None:
+    # Restarted ranks find the addresses of the dead ones in the store: pytorch/pytorch#135712.
+    restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0"))
+    if restarts and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        notify(
+            "WARNING: torchrun cannot restart ranks that share its store. Set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 and "
+            "use --standalone or --rdzv-backend c10d."
+        )
 
 
 def run_locally(settings: Settings, output: Output, timeout: timedelta, *, overwrite: bool) -> bool:
@@ -64,10 +77,10 @@ def run_locally(settings: Settings, output: Output, timeout: timedelta, *, overw
     """
     if not claim(output.folder, settings.configuration(), overwrite=overwrite):
         return False
+    mp.get_context("forkserver").set_forkserver_preload(["lgc.launch", "torch._dynamo"])  # not in every rank
+    forkserver.ensure_running()  # imports while the data is read
     settings.load_data()  # decodes into the cache that the ranks map
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    mp_context = mp.get_context("forkserver")
-    mp_context.set_forkserver_preload(["lgc.launch"])  # torch is imported once, not in every rank
     ranks = mp.start_processes(
         _local_rank,
         (settings, output, timeout, store.port),

@@ -2,39 +2,40 @@
 
 from __future__ import annotations
 
-import io
 import json
-import math
+import re
 import shlex
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jinja2
-import matplotlib as mpl
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-
 from lgc.run_folder import METRICS, SUMMARY
-from lgc.schedule import Phase
-from lgc.wire import SETUP
 
-LINK_BITS_PER_SECOND = 100e6
-SMOOTHING = 10
-STYLE: dict[Any, Any] = {
-    "axes.grid": True,
-    "axes.spines.right": False,
-    "axes.spines.top": False,
-    "font.size": 11,
-    "grid.alpha": 0.3,
-    "legend.fontsize": 9,
-    "legend.frameon": False,
-    "svg.fonttype": "none",
-}
+UNITS = {"kbit": 1e3, "mbit": 1e6, "gbit": 1e9}
+ARROWS = {"higher": "↑", "lower": "↓"}
 Series = tuple[list[float], list[float]]
+
+
+class Link(NamedTuple):
+    """The speed of a network link, in each direction."""
+
+    text: str
+    bits_per_second: float
+
+    @classmethod
+    def parse(cls, text: str) -> Link:
+        """A link from a number with one of the units kbit, mbit, gbit (per second), such as "100mbit".
+
+        Raises:
+            ValueError: if it is not that.
+        """
+        match = re.fullmatch(r"(\d+(?:\.\d+)?)(kbit|mbit|gbit)", text.lower())
+        if match is None or float(match[1]) == 0:
+            raise ValueError(f"a link must be a number above 0 with kbit, mbit or gbit, as in 100mbit, got {text!r}.")
+        return cls(f"{float(match[1]):g} {match[2].capitalize()}/s", float(match[1]) * UNITS[match[2]])
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ class Run:
             rows = [json.loads(line) for line in (folder / METRICS).read_text(encoding="utf-8").splitlines()]
         except (OSError, ValueError) as error:
             raise ValueError(f"{folder} is not the folder of a finished run: {error}") from None
-        missing = {"recipe", "scheme", "metric", "wire", "time", "configuration"} - set(summary)
+        missing = {"recipe", "scheme", "metric", "wire", "time", "world_sizes", "configuration"} - set(summary)
         if missing:
             raise ValueError(f"{folder / SUMMARY} has no {', '.join(sorted(missing))}.")
         return cls(folder, summary, rows)
@@ -68,9 +69,11 @@ class Run:
         return dict(self.summary["configuration"])
 
     @property
-    def label(self) -> str:
-        """The scheme as it was asked for."""
-        return str(self.summary["label"])
+    def conditions(self) -> dict[str, Any]:
+        """What must be equal for runs to be on one line: the configuration but for the seed, changes of it included."""
+        sizes = self.summary["world_sizes"]
+        changed = {"world_sizes": sizes} if len(sizes) > 1 else {}
+        return {key: value for key, value in self.configuration.items() if key != "seed"} | changed
 
     @property
     def metric(self) -> str:
@@ -78,19 +81,22 @@ class Run:
         return str(self.summary["metric"]["name"])
 
     @property
+    def better(self) -> str:
+        """Which of two values of the metric is the better one: the higher or the lower."""
+        return str(self.summary["metric"]["better"])
+
+    @property
     def command(self) -> str:
         """The command that repeats the run."""
-        options = {
-            "recipe": self.summary["recipe"],
-            "scheme": self.configuration["scheme"],
-            "workers": self.configuration["world_size"],
-        }
+        options = {"recipe": self.configuration["recipe"], "scheme": self.configuration["scheme"]}
+        options |= {"workers": self.configuration["world_size"]}
         options |= {
             name.replace("_", "-"): value
             for name, value in self.configuration.items()
-            if name not in ("recipe", "scheme", "world_size", "version") and value is not None
+            if name not in ("recipe", "scheme", "world_size", "version") and value not in (None, False)
         }
-        return shlex.join(["lgc", "train", *(f"--{name}={value}" for name, value in options.items()), "--out=OUT"])
+        words = [f"--{name}" if value is True else f"--{name}={value}" for name, value in options.items()]
+        return shlex.join(["lgc", "train", *words, "--out=OUT"])
 
     def series(self, x: str, y: str) -> Series:
         """Two columns of the rows that have the second; the first is carried on from the last row that had it."""
@@ -106,10 +112,10 @@ class Run:
 
 
 class Line(NamedTuple):
-    """One line of the table: the runs of one scheme that differ in their seed alone."""
+    """One line of the table: runs that differ in their seed alone."""
 
     recipe: str
-    label: str
+    label: str  # the scheme as it was asked for, and what else tells the line from others of the recipe
     runs: list[Run]
 
     @property
@@ -138,27 +144,39 @@ COLUMNS = ["scheme", "", "seeds", "MB per rank", "ratio, run", "ratio, compresse
 
 
 def find_runs(folders: Iterable[Path]) -> list[Run]:
-    """All finished runs in these folders and below, each once, in the order of the folders' names."""
-    found = {path.resolve(): path.parent for folder in folders for path in sorted(folder.rglob(SUMMARY))}
-    return [Run.load(folder) for folder in found.values()]
-
-
-def group(runs: Sequence[Run]) -> list[Line]:
-    """Runs of the same settings but for the seed, together."""
-    lines: dict[str, Line] = {}
-    for run in runs:
-        settings = {key: value for key, value in run.configuration.items() if key != "seed"}
-        key = json.dumps(settings, sort_keys=True)
-        lines.setdefault(key, Line(run.summary["recipe"], run.label, [])).runs.append(run)
-    return list(lines.values())
+    """All finished runs in these folders and below, each once; below one folder in the order they were started."""
+    runs: dict[Path, Run] = {}
+    for folder in folders:
+        below = [Run.load(path.parent) for path in sorted(folder.rglob(SUMMARY))]
+        for run in sorted(below, key=lambda run: str(run.summary["time"]["started"])):
+            runs.setdefault(run.folder.resolve(), run)
+    return list(runs.values())
 
 
 def by_recipe(runs: Sequence[Run]) -> dict[str, list[Line]]:
-    """The lines of every recipe."""
-    recipes: dict[str, list[Line]] = {}
-    for line in group(runs):
-        recipes.setdefault(line.recipe, []).append(line)
-    return recipes
+    """The lines of every recipe, in the order of their first runs."""
+    recipes: dict[str, dict[str, list[Run]]] = {}
+    for run in runs:
+        lines = recipes.setdefault(run.summary["recipe"], {})
+        lines.setdefault(json.dumps(run.conditions, sort_keys=True), []).append(run)
+    return {
+        recipe: [Line(recipe, label, runs) for label, runs in zip(_labels(lines), lines, strict=True)]
+        for recipe, lines in ((recipe, list(lines.values())) for recipe, lines in recipes.items())
+    }
+
+
+def _labels(lines: list[list[Run]]) -> list[str]:
+    """The scheme as it was asked for, in full where that is not enough, and the other settings that lines differ in."""
+    firsts = [runs[0] for runs in lines]
+    fields = sorted({field for run in firsts for field in run.conditions} - {"scheme", "recipe"})
+    differing = [name for name in fields if len({json.dumps(run.conditions.get(name)) for run in firsts}) > 1]
+    labels = []
+    for run in firsts:
+        asked, full = run.summary["label"], run.conditions["scheme"]
+        ambiguous = {other.conditions["scheme"] for other in firsts if other.summary["label"] == asked} != {full}
+        settings = [f"{name}={run.conditions[name]}" for name in differing if run.conditions.get(name) is not None]
+        labels.append(", ".join([full if ambiguous else asked, *settings]))
+    return labels
 
 
 def format_table(runs: Sequence[Run]) -> str:
@@ -172,8 +190,18 @@ def format_table(runs: Sequence[Run]) -> str:
     return "\n\n".join(blocks)
 
 
-def write_report(runs: Sequence[Run], page: Path) -> None:
-    """One HTML page that holds everything it shows; opens without a network."""
+def write_report(runs: Sequence[Run], page: Path, links: Sequence[Link] = ()) -> None:
+    """One HTML page that holds everything it shows; opens without a network.
+
+    Args:
+        runs: what it is about.
+        page: the file.
+        links: speeds to predict the time for.
+    """
+    import jinja2  # here, as the figures, because most commands need neither
+
+    from lgc.figures import draw_figures
+
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     template = environment.from_string(files("lgc").joinpath("report.html.jinja").read_text(encoding="utf-8"))
     recipes = [
@@ -182,9 +210,10 @@ def write_report(runs: Sequence[Run], page: Path) -> None:
             "setting": _setting(lines),
             "columns": _columns(lines),
             "rows": [line.cells() for line in lines],
-            "figures": _figures(lines),
+            "figures": draw_figures(lines, list(links)),
             "commands": [run.command for line in lines for run in line.runs],
             "versions": lines[0].runs[0].summary["versions"],
+            "better": lines[0].runs[0].better,
         }
         for recipe, lines in by_recipe(runs).items()
     ]
@@ -193,137 +222,17 @@ def write_report(runs: Sequence[Run], page: Path) -> None:
 
 
 def _columns(lines: list[Line]) -> list[str]:
-    return [column or lines[0].runs[0].metric for column in COLUMNS]
+    run = lines[0].runs[0]
+    return [column or f"{run.metric} {ARROWS[run.better]}" for column in COLUMNS]
 
 
 def _setting(lines: list[Line]) -> str:
-    run = lines[0].runs[0]
-    return (
-        f"{run.summary['parameters']:,} parameters, {run.summary['world_size']} ranks, {run.summary['steps']:,} steps"
-    )
+    def numbers(key: str) -> str:
+        return " or ".join(
+            f"{number:,}" for number in sorted({run.summary[key] for line in lines for run in line.runs})
+        )
 
-
-def _figures(lines: list[Line]) -> list[dict[str, str]]:
-    metric = lines[0].runs[0].metric
-    figures = [
-        ("Against steps", f"{metric} on the test data after every epoch; every seed is a line.", _plot_steps),
-        ("Against bytes", "The same over what rank 0 has sent and received by then.", _plot_bytes),
-        (
-            f"Against time on a link of {LINK_BITS_PER_SECOND / 1e6:g} Mbit/s",
-            "Predicted: this machine's time, plus rank 0's bytes (the larger of sent and received) over the link.",
-            _plot_time,
-        ),
-        ("Bytes by phase", "Sent and received by all ranks, mean over the seeds.", _plot_phases),
-    ]
-    if any(run.series("step", "autoencoder_loss")[0] for line in lines for run in line.runs):
-        figures += [
-            ("Loss of the autoencoder", f"At rank 0, while it is trained. Mean of {SMOOTHING} steps.", _plot_loss),
-            (
-                "What the autoencoder loses",
-                "Squared error of its reconstruction over the squared values, at rank 0; 1 is as bad as sending "
-                f"nothing. Mean of {SMOOTHING} steps.",
-                _plot_reconstruction,
-            ),
-        ]
-    return [
-        {"title": title, "caption": caption, "svg": _svg(f"{lines[0].recipe} {title}", plot, lines)}
-        for title, caption, plot in figures
-    ]
-
-
-def _svg(name: str, plot: Any, lines: list[Line]) -> str:
-    with mpl.rc_context({**STYLE, "svg.hashsalt": name}):
-        figure = Figure(figsize=(5.6, 3.9), layout="constrained")
-        axes = figure.subplots()
-        plot(axes, lines)
-        text = io.StringIO()
-        figure.savefig(text, format="svg", metadata={"Date": None})
-    svg = text.getvalue()
-    return svg[svg.index("<svg") :]
-
-
-def _plot(axes: Axes, lines: list[Line], series: Callable[[Run], Series]) -> None:
-    for number, line in enumerate(lines):
-        for i, run in enumerate(line.runs):
-            xs, ys = series(run)
-            if xs:
-                axes.plot(xs, ys, color=f"C{number}", linewidth=1.4, alpha=0.9, label="" if i else line.label)
-    axes.legend()
-
-
-def _plot_steps(axes: Axes, lines: list[Line]) -> None:
-    _plot(axes, lines, lambda run: run.series("step", run.metric))
-    axes.set(xlabel="step", ylabel=lines[0].runs[0].metric)
-
-
-def _plot_bytes(axes: Axes, lines: list[Line]) -> None:
-    def series(run: Run) -> Series:
-        sent, values = run.series("rank0_sent_bytes", run.metric)
-        received, _ = run.series("rank0_received_bytes", run.metric)
-        return [(a + b) / 1e6 for a, b in zip(sent, received, strict=True)], values
-
-    _plot(axes, lines, series)
-    axes.set(xlabel="MB of rank 0", ylabel=lines[0].runs[0].metric, xscale="log")
-
-
-def _plot_time(axes: Axes, lines: list[Line]) -> None:
-    def series(run: Run) -> Series:
-        seconds, values = run.series("seconds", run.metric)
-        sent, _ = run.series("rank0_sent_bytes", run.metric)
-        received, _ = run.series("rank0_received_bytes", run.metric)
-        on_link = [8 * max(a, b) / LINK_BITS_PER_SECOND for a, b in zip(sent, received, strict=True)]
-        return [a + b for a, b in zip(seconds, on_link, strict=True)], values
-
-    _plot(axes, lines, series)
-    axes.set(xlabel="seconds", ylabel=lines[0].runs[0].metric, xscale="log")
-
-
-def _plot_phases(axes: Axes, lines: list[Line]) -> None:
-    names = [SETUP, *Phase]
-    for position, name in enumerate(names):
-        heights = [statistics.mean(_phase_bytes(run, name) for run in line.runs) / 1e6 or math.nan for line in lines]
-        places = [i + (position - (len(names) - 1) / 2) * 0.16 for i in range(len(lines))]
-        axes.bar(places, heights, width=0.16, label=name)
-    axes.set(ylabel="MB, all ranks", yscale="log")
-    axes.set_xticks(range(len(lines)), [line.label for line in lines], rotation=20, ha="right", fontsize=9)
-    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=len(names), columnspacing=1, handlelength=1)
-
-
-def _phase_bytes(run: Run, name: str) -> int:
-    return sum(
-        phase["sent_bytes"] + phase["received_bytes"]
-        for phase in run.summary["wire"]["phases"]
-        if phase["name"] == name
-    )
-
-
-def _plot_loss(axes: Axes, lines: list[Line]) -> None:
-    _plot(axes, lines, lambda run: _smoothed(run.series("step", "autoencoder_loss")))
-    axes.set(xlabel="step", ylabel="loss", yscale="log")
-
-
-def _plot_reconstruction(axes: Axes, lines: list[Line]) -> None:
-    _plot(axes, lines, lambda run: _smoothed(run.series("step", "reconstruction_error")))
-    axes.axhline(1, color="black", linewidth=0.8, linestyle="--")
-    axes.set(xlabel="step", ylabel="relative squared error", ylim=(0, None))
-
-
-def _smoothed(series: Series) -> Series:
-    """Means of `SMOOTHING` consecutive steps, with a gap where there are none."""
-    xs: list[float] = []
-    ys: list[float] = []
-    window: list[float] = []
-    last = None
-    for x, y in zip(*series, strict=True):
-        if last is not None and x != last + 1:
-            xs.append(x)
-            ys.append(math.nan)
-            window = []
-        window = [*window[1 - SMOOTHING :], y]
-        last = x
-        xs.append(x)
-        ys.append(statistics.mean(window))
-    return xs, ys
+    return f"{numbers('parameters')} parameters, {numbers('world_size')} ranks, {numbers('steps')} steps"
 
 
 def _megabytes(count: float) -> str:

@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -192,12 +193,14 @@ class Training:
         step: updates done.
         batch_number: of the next batch, from 0; the same as `step` unless the number of ranks has changed.
         last, best: values of the metric at evaluations, None before the first.
+        started: when the run was, in UTC.
         seconds: wall_s, train_s (the updates) and evaluate_s up to the last checkpoint that was loaded, and since.
         world_sizes: [step, number of ranks] from the start and from each change on.
     """
 
     def __init__(self, settings: Settings, device: torch.device) -> None:
         self._started = time.monotonic()
+        self.started = datetime.now(UTC).isoformat(timespec="milliseconds")
         self.settings = settings
         self.device = device
         self.recipe, self.scheme = settings.resolve_recipe(), settings.resolve_scheme()
@@ -313,6 +316,7 @@ class Training:
                 "world_sizes": self.world_sizes,
             },
             "metric": {"last": self.last, "best": self.best},
+            "started": self.started,
             "seconds": self._seconds_now(),
             "random": random,
             "model": self.model.state_dict(),
@@ -338,7 +342,7 @@ class Training:
         number = position["samples_of_epoch"] // (self.recipe.batch_size * self.settings.world_size)
         self.batch_number = position["epoch"] * self.per_epoch + min(number, self.per_epoch)
         self.last, self.best = state["metric"]["last"], state["metric"]["best"]
-        self.seconds = dict(state["seconds"])
+        self.started, self.seconds = state["started"], dict(state["seconds"])
         self.world_sizes = list(position["world_sizes"])
         if self.world_sizes[-1][1] == self.settings.world_size:
             torch.set_rng_state(state["random"]["cpu"])
@@ -368,8 +372,11 @@ class Training:
                 "better": self.recipe.metric.better,
             },
             "wire": self.handle.wire_summary(),
-            "time": {name: round(value, 3) for name, value in seconds.items()}
-            | {"samples_per_s": round(self.samples / seconds["train_s"], 1)},
+            "time": {
+                "started": self.started,
+                **{name: round(value, 3) for name, value in seconds.items()},
+                "samples_per_s": round(self.samples / seconds["train_s"], 1),
+            },
             "parameters": self.handle.parameters,
             "versions": {"lgc": __version__, "torch": torch.__version__},
             "configuration": self.settings.configuration(),

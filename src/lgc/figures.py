@@ -1,0 +1,214 @@
+"""The figures of a report, as SVG text. Apart from report.py, so that the command line starts without matplotlib."""
+
+from __future__ import annotations
+
+import io
+import math
+import statistics
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import matplotlib as mpl
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from lgc.report import Line, Link, Run, Series
+from lgc.schedule import Phase
+from lgc.wire import SETUP
+
+SMOOTHING = 10
+LATE = 0.5  # fraction of a run's evaluations from which on the metric's axis shows all
+MARGIN = 0.06
+WIDTH, HEIGHT, LEGEND_ROW = 4.6, 3.0, 0.21  # inches; text keeps its size on a phone's screen
+STYLE: dict[Any, Any] = {
+    "axes.grid": True,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "font.size": 11,
+    "grid.alpha": 0.3,
+    "legend.fontsize": 9.5,
+    "legend.frameon": False,
+    "svg.fonttype": "none",
+}
+ZOOM = "The axis shows the later half of every run in full; what lies outside came before."
+
+
+class Drawing(NamedTuple):
+    """A figure to be drawn: its words, and what puts the lines on the axes."""
+
+    title: str
+    caption: str
+    draw: Callable[[Axes, list[Line]], None]
+
+
+def draw_figures(lines: list[Line], links: list[Link]) -> list[dict[str, str]]:
+    """All figures of one recipe: title, caption and svg."""
+    return [
+        {
+            "title": drawing.title,
+            "caption": drawing.caption,
+            "svg": _svg(f"{lines[0].recipe} {drawing.title}", drawing, lines),
+        }
+        for drawing in _drawings(lines, links)
+    ]
+
+
+def _drawings(lines: list[Line], links: list[Link]) -> list[Drawing]:
+    metric = lines[0].runs[0].metric
+    several = any(len(line.runs) > 1 for line in lines)
+    seeds = " Thick: mean over the seeds; thin: each seed." if several else ""
+    drawings = [
+        Drawing("Against steps", f"{metric} on the test data after every epoch.{seeds} {ZOOM}", _steps),
+        Drawing("Against bytes", "The same over what rank 0 has sent and received by then.", _bytes),
+        *(
+            Drawing(
+                f"Against time on a link of {link.text}",
+                "Predicted: this machine's time, plus rank 0's bytes (the larger of sent and received) over the link.",
+                _time(link),
+            )
+            for link in links
+        ),
+        Drawing("Bytes by phase", "Sent and received by all ranks, mean over the seeds.", _phases),
+    ]
+    if any(run.series("step", "autoencoder_loss")[0] for line in lines for run in line.runs):
+        drawings += [
+            Drawing(
+                "Loss of the autoencoder", f"At rank 0, while it is trained. Mean of {SMOOTHING} steps.{seeds}", _loss
+            ),
+            Drawing(
+                "What the autoencoder loses",
+                "Squared error of its reconstruction over the squared values, at rank 0; 1 is as bad as sending "
+                f"nothing. Mean of {SMOOTHING} steps.{seeds}",
+                _reconstruction,
+            ),
+        ]
+    return drawings
+
+
+def _svg(name: str, drawing: Drawing, lines: list[Line]) -> str:
+    longest = max(len(line.label) for line in lines)
+    columns = 3 if longest <= 12 else 2 if longest <= 24 else 1
+    with mpl.rc_context({**STYLE, "svg.hashsalt": name}):
+        figure = Figure(figsize=(WIDTH, HEIGHT + LEGEND_ROW * math.ceil(len(lines) / columns)), layout="constrained")
+        axes = figure.subplots()
+        drawing.draw(axes, lines)
+        handles, labels = axes.get_legend_handles_labels()
+        if labels:
+            figure.legend(handles, labels, loc="outside lower left", ncols=columns, handlelength=1.4, columnspacing=1.2)
+        text = io.StringIO()
+        figure.savefig(text, format="svg", metadata={"Date": None})
+    svg = text.getvalue()
+    return svg[svg.index("<svg") :]
+
+
+def _plot(axes: Axes, lines: list[Line], series: Callable[[Run], Series]) -> None:
+    for number, line in enumerate(lines):
+        color = f"C{number}"
+        all_series = [found for run in line.runs if (found := series(run))[0]]
+        if len(all_series) > 1:
+            for xs, ys in all_series:
+                axes.plot(xs, ys, color=color, linewidth=0.7, alpha=0.5)
+        if all_series:
+            xs, ys = _mean(all_series)
+            axes.plot(xs, ys, color=color, linewidth=1.8, label=line.label)
+
+
+def _mean(all_series: list[Series]) -> Series:
+    """The mean of both coordinates, point by point, as far as all go."""
+    xs = [statistics.mean(values) for values in zip(*(xs for xs, _ in all_series), strict=False)]
+    ys = [math.fsum(values) / len(values) for values in zip(*(ys for _, ys in all_series), strict=False)]
+    return xs, ys
+
+
+def _plot_metric(axes: Axes, lines: list[Line], series: Callable[[Run], Series], xlabel: str, xscale: str) -> None:
+    _plot(axes, lines, series)
+    run = lines[0].runs[0]
+    late = [
+        value
+        for line in lines
+        for run in line.runs
+        for values in [series(run)[1]]
+        for value in values[int(LATE * len(values)) :]
+        if math.isfinite(value)
+    ]
+    axes.set(xlabel=xlabel, ylabel=f"{run.metric} ({run.better} is better)", xscale=xscale)
+    if late and max(late) > min(late):
+        margin = MARGIN * (max(late) - min(late))
+        axes.set_ylim(min(late) - margin, max(late) + margin)
+    if any(len(series(run)[0]) == 1 for line in lines for run in line.runs):
+        for drawn in axes.lines:
+            drawn.set_marker("o")
+
+
+def _steps(axes: Axes, lines: list[Line]) -> None:
+    _plot_metric(axes, lines, lambda run: run.series("step", run.metric), "step", "linear")
+
+
+def _bytes(axes: Axes, lines: list[Line]) -> None:
+    def series(run: Run) -> Series:
+        sent, values = run.series("rank0_sent_bytes", run.metric)
+        received, _ = run.series("rank0_received_bytes", run.metric)
+        return [(a + b) / 1e6 for a, b in zip(sent, received, strict=True)], values
+
+    _plot_metric(axes, lines, series, "MB of rank 0", "log")
+
+
+def _time(link: Link) -> Callable[[Axes, list[Line]], None]:
+    def series(run: Run) -> Series:
+        seconds, values = run.series("seconds", run.metric)
+        sent, _ = run.series("rank0_sent_bytes", run.metric)
+        received, _ = run.series("rank0_received_bytes", run.metric)
+        on_link = [8 * max(a, b) / link.bits_per_second for a, b in zip(sent, received, strict=True)]
+        return [a + b for a, b in zip(seconds, on_link, strict=True)], values
+
+    return lambda axes, lines: _plot_metric(axes, lines, series, "seconds", "log")
+
+
+def _phases(axes: Axes, lines: list[Line]) -> None:
+    names = [SETUP, *Phase]
+    thickness = 0.16
+    for position, name in enumerate(names):
+        widths = [statistics.mean(_phase_bytes(run, name) for run in line.runs) / 1e6 or math.nan for line in lines]
+        places = [i + (position - (len(names) - 1) / 2) * thickness for i in range(len(lines))]
+        axes.barh(places, widths, height=thickness, label=name)
+    axes.set(xlabel="MB, all ranks", xscale="log")
+    axes.set_yticks(range(len(lines)), [line.label for line in lines], fontsize=9)
+    axes.invert_yaxis()
+    axes.grid(visible=False, axis="y")
+
+
+def _phase_bytes(run: Run, name: str) -> int:
+    return sum(
+        phase["sent_bytes"] + phase["received_bytes"]
+        for phase in run.summary["wire"]["phases"]
+        if phase["name"] == name
+    )
+
+
+def _loss(axes: Axes, lines: list[Line]) -> None:
+    _plot(axes, lines, lambda run: _smoothed(run.series("step", "autoencoder_loss")))
+    axes.set(xlabel="step", ylabel="loss", yscale="log")
+
+
+def _reconstruction(axes: Axes, lines: list[Line]) -> None:
+    _plot(axes, lines, lambda run: _smoothed(run.series("step", "reconstruction_error")))
+    axes.axhline(1, color="black", linewidth=0.8, linestyle="--")
+    axes.set(xlabel="step", ylabel="relative squared error", ylim=(0, None))
+
+
+def _smoothed(series: Series) -> Series:
+    """Means of `SMOOTHING` consecutive steps, with a gap where there are none."""
+    xs: list[float] = []
+    ys: list[float] = []
+    window: list[float] = []
+    last = None
+    for x, y in zip(*series, strict=True):
+        if last is not None and x != last + 1:
+            xs.append(x)
+            ys.append(math.nan)
+            window = []
+        window = [*window[1 - SMOOTHING :], y]
+        last = x
+        xs.append(x)
+        ys.append(statistics.mean(window))
+    return xs, ys
