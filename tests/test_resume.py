@@ -4,25 +4,31 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from click.testing import CliRunner
+from ranks import Ranks
 
 from lgc import checkpoint
 from lgc.cli import main
 from lgc.run_folder import cut_metrics
+from lgc.train import Settings, Training
 
 LGC = [sys.executable, "-m", "lgc"]
 STEPS = 56
 RUN = ["--recipe", "digits", "--workers", "2", "--batch-size", "8", "--steps", str(STEPS), "--checkpoint-every", "5"]
 PHASES = {"dense": 12, "warmup": 14, "train": 14, "compressed": 16}
 SCHEDULE = "dense_steps=12:warmup_steps=14:train_steps=14"
+DGC = "dgc:warmup_steps=11"
 LIMIT_S = 90
 TORCHRUN_ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
@@ -121,20 +127,26 @@ def test_killed_in_every_phase_a_run_ends_as_if_it_had_not_been(
     assert measured(tmp_path) == measured(expected)
 
 
-@pytest.fixture
-def interrupted(tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run without an autoencoder that was killed in its compressed phase."""
-    process = start_until("compressed", tmp_path, *LGC, "train", *RUN, "--scheme", "dgc:warmup_steps=11")
-    kill_and_wait(process, whole_job=True)
-    return tmp_path
+    out = tmp_path_factory.mktemp("killed")
+    kill_and_wait(start_until("compressed", out, *LGC, "train", *RUN, "--scheme", DGC), whole_job=True)
+    return out
+
+
+@pytest.fixture
+def interrupted(killed: Path, tmp_path: Path) -> Path:
+    """A copy of the killed run."""
+    return Path(shutil.copytree(killed, tmp_path / "run"))
 
 
 def test_a_run_of_other_settings_is_not_continued_and_not_touched(interrupted: Path) -> None:
     before = (interrupted / "metrics.jsonl").read_bytes()
     for arguments, words in {
         ("--scheme", "dgc:warmup_steps=12"): "(scheme: 'dgc:",
-        ("--scheme", "dgc:warmup_steps=11", "--seed", "1"): "(seed: 0, now 1)",
-        ("--scheme", "dgc:warmup_steps=11", "--bf16"): "(bf16: False, now True)",
+        ("--scheme", DGC, "--seed", "1"): "(seed: 0, now 1)",
+        ("--scheme", DGC, "--bf16"): "(bf16: False, now True)",
     }.items():
         result = CliRunner().invoke(main, ["train", *RUN, *arguments, "--out", str(interrupted)])
         assert result.exit_code == 2
@@ -147,7 +159,7 @@ def test_a_damaged_checkpoint_is_set_aside_and_an_older_one_used(interrupted: Pa
     newest, older = checkpoint.available(interrupted / "checkpoints")
     file = newest / "rank-0001.safetensors"
     file.write_bytes(file.read_bytes()[:-1] + b"\xff")
-    done = train(interrupted, "--scheme", "dgc:warmup_steps=11")
+    done = train(interrupted, "--scheme", DGC)
     assert f"WARNING: checkpoint.load: rank 1: {file}: sha256 must be" in done.stderr
     assert f"goes on from step {int(older.name.removeprefix('step-'))}" in done.stderr
     assert newest.with_name(f"{newest.name}.refused").exists()
@@ -156,13 +168,14 @@ def test_a_damaged_checkpoint_is_set_aside_and_an_older_one_used(interrupted: Pa
 
 def test_a_run_goes_on_with_another_number_of_ranks(interrupted: Path) -> None:
     step = int(checkpoint.available(interrupted / "checkpoints")[0].name.removeprefix("step-"))
-    done = train(interrupted, "--scheme", "dgc:warmup_steps=11", "--workers", "1")
+    done = train(interrupted, "--scheme", DGC, "--workers", "1")
     assert "NOTICE: from 2 to 1 ranks" in done.stderr
     _, summary = measured(interrupted)
     assert summary["world_sizes"] == [[0, 2], [step, 1]]
     assert [row["step"] for row in rows(interrupted) if "loss" in row] == list(range(STEPS))
 
 
+@pytest.mark.parametrize("uninterrupted", ["lgc-ring"], indirect=True)
 def test_torchrun_restarts_a_run_from_its_checkpoint(uninterrupted: tuple[str, Path], tmp_path: Path) -> None:
     scheme, expected = uninterrupted
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1"]
@@ -173,6 +186,39 @@ def test_torchrun_restarts_a_run_from_its_checkpoint(uninterrupted: tuple[str, P
     assert process.returncode == 0, output
     assert "goes on from step" in output
     assert measured(tmp_path) == measured(expected)
+
+
+def train_in_bfloat16(rank: int, world_size: int) -> tuple[list[float], float, set[torch.dtype]]:
+    settings = Settings(recipe="digits", scheme="dense", world_size=world_size, steps=20, bf16=True)
+    run = Training(settings, torch.device("cpu"))
+    seen: set[torch.dtype] = set()
+    run.model.get_submodule("0").register_forward_hook(lambda module, inputs, output: seen.add(output.dtype))
+    losses = [run.update(*batch)["loss"] for batch in run.batches()]
+    return losses, run.evaluate()["accuracy"], seen
+
+
+def test_in_bfloat16_a_model_computes_in_it_and_learns(ranks: Callable[[int], Ranks]) -> None:
+    for losses, accuracy, dtypes in ranks(2).run(train_in_bfloat16):
+        assert dtypes == {torch.bfloat16}
+        assert losses[-1] < losses[0]
+        assert accuracy > 20  # of ten classes
+
+
+def position_after(rank: int, world_size: int, state: dict[str, Any]) -> tuple[int, int, int, float]:
+    run = Training(Settings(recipe="digits", scheme="dense", world_size=world_size), torch.device("cpu"))
+    own = run.state_dict()
+    run.load_state_dict({**own, **state})
+    return run.step, run.batch_number, run.total, run.progress
+
+
+def test_on_other_ranks_a_run_goes_on_in_the_same_pass_over_the_data(ranks: Callable[[int], Ranks]) -> None:
+    on_two = {"step": 3 * 37 + 9, "epoch": 3, "samples_of_epoch": 9 * 32, "samples": 120 * 32, "world_sizes": [[0, 2]]}
+    for world_size, number in ((1, 3 * 74 + 18), (3, 3 * 24 + 6)):  # 1,198 samples in batches of 16 a rank
+        per_epoch = 1198 // (16 * world_size)
+        for step, batch_number, total, progress in ranks(world_size).run(position_after, {"position": on_two}):
+            assert (step, batch_number) == (120, number)
+            assert total - step == 24 * per_epoch - number
+            assert progress == pytest.approx((3 + 9 / 37) / 24, abs=0.001)
 
 
 def test_metrics_are_cut_at_a_step_and_at_a_torn_line(tmp_path: Path) -> None:
