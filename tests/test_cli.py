@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import html
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
 from click.testing import CliRunner
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-untyped]
 
 from lgc.cli import main
+from lgc.report import Run, by_recipe, find_runs, format_table
 
 LGC = [sys.executable, "-m", "lgc"]
 SHORT = ["--recipe", "digits", "--workers", "2", "--steps", "30", "--batch-size", "8"]
@@ -112,6 +117,53 @@ def test_the_report_is_one_page_that_needs_nothing_else(compared: Path) -> None:
     assert "lgc train --recipe=digits --scheme=dense" in page
 
 
+def test_the_commands_of_the_report_are_the_runs(compared: Path) -> None:
+    page = html.unescape((compared / "report.html").read_text())
+    commands = re.findall(r"^(?:<pre>)?(lgc train .*) --out=OUT$", page, re.MULTILINE)
+    assert len(commands) == 2
+    for command, folder in zip(commands, ("dense", RING.replace(":", ",")), strict=True):
+        result = CliRunner().invoke(main, [*shlex.split(command)[1:], "--out", str(compared / folder)])
+        assert f"{compared / folder}: finished before" in result.output
+
+
+def changed(run: Run, folder: str, **configuration: Any) -> Run:
+    """The same run with other settings."""
+    return replace(
+        run, folder=Path(folder), summary={**run.summary, "configuration": run.configuration | configuration}
+    )
+
+
+def test_lines_of_the_report_that_differ_are_told_apart(compared: Path) -> None:
+    dense, ring = find_runs([compared])
+    other_seed = changed(dense, "a", seed=1)
+    (lines,) = by_recipe([dense, ring, other_seed]).values()
+    assert [(line.label, len(line.runs)) for line in lines] == [("dense", 2), (RING, 1)]
+    larger = changed(dense, "b", batch_size=16, bf16=True)
+    (lines,) = by_recipe([dense, larger]).values()
+    assert [line.label for line in lines] == ["dense, batch_size=8, bf16=False", "dense, batch_size=16, bf16=True"]
+    rate = changed(dense, "c", scheme="dense:rate=1")
+    (lines,) = by_recipe([dense, rate]).values()
+    assert [line.label for line in lines] == ["dense", "dense:rate=1"]
+
+
+def test_the_table_says_which_way_is_better(compared: Path) -> None:
+    (dense, _) = find_runs([compared])
+    assert "accuracy ↑" in format_table([dense])
+    metric = dense.summary["metric"] | {"name": "bits_per_byte", "better": "lower"}
+    assert "bits_per_byte ↓" in format_table([replace(dense, summary=dense.summary | {"metric": metric})])
+
+
+def test_the_report_has_a_figure_for_every_link(compared: Path, tmp_path: Path) -> None:
+    page = tmp_path / "page.html"
+    arguments = ["report", str(compared), "--out", str(page), "--link", "2.5mbit", "--link", "1Gbit"]
+    assert CliRunner().invoke(main, arguments).exit_code == 0
+    assert re.findall(r"<h3>Against time on a link of (.*)</h3>", page.read_text()) == ["2.5 Mbit/s", "1 Gbit/s"]
+    for text in ("fast", "10", "0mbit", "1e3mbit"):
+        result = CliRunner().invoke(main, ["report", str(compared), "--link", text])
+        assert result.exit_code == 2
+        assert f"as in 100mbit, got {text!r}" in result.output
+
+
 def test_a_comparison_goes_on_where_it_was(compared: Path) -> None:
     before = (compared / "dense" / "summary.json").stat().st_mtime_ns
     done = run("compare", *SHORT, "--schemes", "dense", "--seeds", "2", "--out", str(compared))
@@ -123,48 +175,66 @@ def test_a_comparison_goes_on_where_it_was(compared: Path) -> None:
 
 def test_a_finished_run_of_other_settings_is_not_overwritten(compared: Path) -> None:
     before = (compared / "dense" / "summary.json").read_bytes()
-    done = run("train", *SHORT, "--scheme", "dense", "--epochs", "3", "--out", str(compared / "dense"))
-    assert done.returncode == 2
-    assert "epochs: 24, now 3" in done.stderr
+    arguments = ["train", *SHORT, "--scheme", "dense", "--epochs", "3", "--out", str(compared / "dense")]
+    result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == 2
+    assert "epochs: 24, now 3" in result.output
     assert (compared / "dense" / "summary.json").read_bytes() == before
 
 
 def test_train_runs_under_torchrun_and_equals_a_local_run(compared: Path, tmp_path: Path) -> None:
     environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "lgc"]
-    arguments = ["train", *SHORT[:2], *SHORT[4:], "--scheme", RING, "--out", str(tmp_path)]
+    arguments = ["train", *SHORT[:2], *SHORT[4:], "--scheme", RING, "--tensorboard", "--out", str(tmp_path)]
     done = subprocess.run([*torchrun, *arguments], env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     local, job = read(compared / RING.replace(":", ",") / "summary.json"), read(tmp_path / "summary.json")
     assert job["wire"] == local["wire"]
     assert job["metric"] == local["metric"]
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    for name, steps in {"loss": range(30), "accuracy": [29], "autoencoder_loss": range(8, 18)}.items():
+        assert [event.step for event in events.Scalars(name)] == list(steps)
+    assert {"lr", "rank0_sent_bytes", "sent_bytes", "reconstruction_error"} <= set(events.Tags()["scalars"])
 
 
-@pytest.mark.parametrize("scheme", ["lgc-ring", "lgc-ps"])
-def test_on_the_vectors_of_a_real_run_the_autoencoder_learns_and_beats_sending_nothing(
-    scheme: str, tmp_path: Path
+def test_events_without_tensorboard_are_an_error_that_names_the_extra(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
+    monkeypatch.setitem(sys.modules, "tensorboard", None)  # as if it were not installed
+    result = CliRunner().invoke(main, ["train", *SHORT, "--tensorboard", "--out", str(tmp_path / "run")])
+    assert result.exit_code == 2
+    assert "pip install 'lgc[tensorboard]'" in result.output
+    assert not (tmp_path / "run").exists()
+
+
+def test_on_the_vectors_of_a_real_run_the_autoencoder_learns_and_beats_sending_nothing(tmp_path: Path) -> None:
     schedule = "dense_steps=5:warmup_steps=10:train_steps=40:refresh_below=0"
-    done = run("train", *SHORT[:4], "--steps", "65", "--scheme", f"{scheme}:{schedule}", "--out", str(tmp_path))
+    schemes = [f"{scheme}:{schedule}" for scheme in ("lgc-ring", "lgc-ps")]
+    done = run("compare", *SHORT[:4], "--steps", "65", "--schemes", ",".join(schemes), "--out", str(tmp_path))
     assert done.returncode == 0, done.stderr
-    losses = [row["autoencoder_loss"] for row in rows(tmp_path) if "autoencoder_loss" in row]
-    errors = [row["reconstruction_error"] for row in rows(tmp_path) if "reconstruction_error" in row]
-    assert sum(losses[-10:]) < sum(losses[:10])
-    assert max(errors) < 1
+    for scheme in schemes:
+        of_scheme = rows(tmp_path / scheme.replace(":", ","))
+        losses = [row["autoencoder_loss"] for row in of_scheme if "autoencoder_loss" in row]
+        errors = [row["reconstruction_error"] for row in of_scheme if "reconstruction_error" in row]
+        assert sum(losses[-10:]) < sum(losses[:10])
+        assert max(errors) < 1
 
 
 def test_ctrl_c_stops_every_rank_and_leaves_what_is_finished(tmp_path: Path) -> None:
-    command = [*LGC, "compare", *SHORT[:4], "--schemes", f"{RING},dense", "--out", str(tmp_path)]
-    arguments = [*command, "--batch-size", "2", "--epochs", "1"]
     process = subprocess.Popen(
-        arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+        [*LGC, "compare", *SHORT, "--schemes", f"{RING},dense", "--out", str(tmp_path)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
     )
     finished, started = tmp_path / RING.replace(":", ",") / "summary.json", tmp_path / "dense" / "metrics.jsonl"
     deadline = time.monotonic() + 90
     while not (finished.exists() and started.exists()):
         assert process.poll() is None
         assert time.monotonic() < deadline
-        time.sleep(0.05)
+        time.sleep(0.005)
     os.killpg(process.pid, signal.SIGINT)
     output, _ = process.communicate(timeout=30)
     assert process.returncode == 1

@@ -10,7 +10,9 @@ from typing import Any, NamedTuple
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
 from lgc.report import Line, Link, Run, Series
 from lgc.schedule import Phase
@@ -132,12 +134,23 @@ def _plot_metric(axes: Axes, lines: list[Line], series: Callable[[Run], Series],
         if math.isfinite(value)
     ]
     axes.set(xlabel=xlabel, ylabel=f"{run.metric} ({run.better} is better)", xscale=xscale)
+    if xscale == "log":
+        _label_plainly(axes.xaxis)
     if late and max(late) > min(late):
         margin = MARGIN * (max(late) - min(late))
         axes.set_ylim(min(late) - margin, max(late) + margin)
     if any(len(series(run)[0]) == 1 for line in lines for run in line.runs):
         for drawn in axes.lines:
             drawn.set_marker("o")
+
+
+def _label_plainly(axis: Axis) -> None:
+    """1, 2, 5, 10 on a logarithmic axis, or the powers of ten where it spans many."""
+    low, high = axis.get_view_interval()
+    steps = (1.0, 2.0, 5.0) if high < 200 * low else (1.0,)
+    axis.set_major_locator(LogLocator(subs=steps, numticks=8))
+    axis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axis.set_minor_formatter(NullFormatter())
 
 
 def _steps(axes: Axes, lines: list[Line]) -> None:
@@ -172,6 +185,7 @@ def _phases(axes: Axes, lines: list[Line]) -> None:
         places = [i + (position - (len(names) - 1) / 2) * thickness for i in range(len(lines))]
         axes.barh(places, widths, height=thickness, label=name)
     axes.set(xlabel="MB, all ranks", xscale="log")
+    _label_plainly(axes.xaxis)
     axes.set_yticks(range(len(lines)), [line.label for line in lines], fontsize=9)
     axes.invert_yaxis()
     axes.grid(visible=False, axis="y")
