@@ -60,7 +60,7 @@ def _drawings(lines: list[Line], links: list[Link]) -> list[Drawing]:
     several = any(len(line.runs) > 1 for line in lines)
     seeds = " Thick: mean over the seeds; thin: each seed." if several else ""
     drawings = [
-        Drawing("Against steps", f"{metric} on the test data after every epoch.{seeds} {ZOOM}", _steps),
+        Drawing("Against steps", f"Test {metric} after every epoch.{seeds} {ZOOM}", _steps),
         Drawing("Against bytes", "The same over what rank 0 has sent and received by then.", _bytes),
         *(
             Drawing(
@@ -145,10 +145,12 @@ def _plot_metric(axes: Axes, lines: list[Line], series: Callable[[Run], Series],
 
 
 def _label_plainly(axis: Axis) -> None:
-    """1, 2, 5, 10 on a logarithmic axis, or the powers of ten where it spans many."""
+    """Decimal numbers on a logarithmic axis: as many to a decade as its span leaves room for."""
     low, high = axis.get_view_interval()
-    steps = (1.0, 2.0, 5.0) if high < 200 * low else (1.0,)
-    axis.set_major_locator(LogLocator(subs=steps, numticks=8))
+    steps = (
+        (1.0, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 7.0) if high < 5 * low else (1.0, 2.0, 5.0) if high < 200 * low else (1.0,)
+    )
+    axis.set_major_locator(LogLocator(subs=steps, numticks=6))
     axis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axis.set_minor_formatter(NullFormatter())
 
@@ -202,6 +204,7 @@ def _phase_bytes(run: Run, name: str) -> int:
 def _loss(axes: Axes, lines: list[Line]) -> None:
     _plot(axes, lines, lambda run: _smoothed(run.series("step", "autoencoder_loss")))
     axes.set(xlabel="step", ylabel="loss", yscale="log")
+    _label_plainly(axes.yaxis)
 
 
 def _reconstruction(axes: Axes, lines: list[Line]) -> None:
