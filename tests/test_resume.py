@@ -88,14 +88,14 @@ def ranks_of(launcher: int) -> list[int]:
     return [rank for child in children_of(launcher) for rank in children_of(child)]
 
 
-def kill_and_wait(process: subprocess.Popen[str], whole_job: bool) -> None:
-    """SIGKILL to all processes of the job, or to its last rank alone."""
-    if whole_job:
+def kill_and_wait(process: subprocess.Popen[str], victim: str) -> None:
+    """SIGKILL to all processes of a job, to its last rank, or to the launcher; returns when all of them have ended."""
+    if victim == "job":
         os.killpg(process.pid, signal.SIGKILL)
     else:
-        os.kill(ranks_of(process.pid)[-1], signal.SIGKILL)
-    output, _ = process.communicate(timeout=LIMIT_S)
-    if not whole_job:
+        os.kill({"rank": ranks_of(process.pid)[-1], "launcher": process.pid}[victim], signal.SIGKILL)
+    output, _ = process.communicate(timeout=LIMIT_S)  # to the end of what the ranks write
+    if victim == "rank":
         assert process.returncode == 1
         assert "rank 1: process 1 terminated with signal SIGKILL" in output
 
@@ -115,11 +115,10 @@ def test_killed_in_every_phase_a_run_ends_as_if_it_had_not_been(
 ) -> None:
     scheme, expected = uninterrupted
     command = [*LGC, "train", *RUN, "--scheme", scheme]
-    whole_job = "ring" in scheme
-    for phase in PHASES:
-        kill_and_wait(start_until(phase, tmp_path, *command), whole_job)
+    victims = ("job", "rank", "launcher", "job") if "ring" in scheme else ("rank", "job", "rank", "launcher")
+    for phase, victim in zip(PHASES, victims, strict=True):
+        kill_and_wait(start_until(phase, tmp_path, *command), victim)
         assert rows(tmp_path)[-1]["phase"] == phase
-        whole_job = not whole_job
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 99, "lo')  # as if killed in the middle of a line
     done = train(tmp_path, "--scheme", scheme)
@@ -131,7 +130,7 @@ def test_killed_in_every_phase_a_run_ends_as_if_it_had_not_been(
 def killed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run without an autoencoder that was killed in its compressed phase."""
     out = tmp_path_factory.mktemp("killed")
-    kill_and_wait(start_until("compressed", out, *LGC, "train", *RUN, "--scheme", DGC), whole_job=True)
+    kill_and_wait(start_until("compressed", out, *LGC, "train", *RUN, "--scheme", DGC), "job")
     return out
 
 

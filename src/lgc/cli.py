@@ -234,7 +234,8 @@ def _launcher(run: dict[str, Any]) -> tuple[Callable[[Settings, Path], None], di
     def launch(settings: Settings, folder: Path) -> None:
         start = run_in_job if under_torchrun() else run_locally
         try:
-            if not start(settings, Output(folder=folder, **kept), timeout, overwrite=overwrite):
+            trained = start(settings, Output(folder=folder, **kept), timeout, overwrite=overwrite)
+            if not trained and os.environ.get("RANK", "0") == "0":
                 click.echo(f"{folder}: finished before", err=True)
         except OtherRunError as error:
             raise click.UsageError(str(error)) from None

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 from datetime import timedelta
-from multiprocessing import forkserver
+from multiprocessing import forkserver, parent_process
 
 import torch
 import torch.distributed as dist
@@ -104,6 +105,7 @@ def run_locally(settings: Settings, output: Output, timeout: timedelta, *, overw
 
 
 def _local_rank(rank: int, settings: Settings, output: Output, timeout: timedelta, port: int) -> None:
+    threading.Thread(target=_end_with_launcher, daemon=True).start()
     device, backend = _pick_device(rank, settings.world_size)
     if sys.platform == "linux":
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
@@ -112,6 +114,14 @@ def _local_rank(rank: int, settings: Settings, output: Output, timeout: timedelt
     store = dist.TCPStore("127.0.0.1", port, is_master=False)
     dist.init_process_group(backend, store=store, rank=rank, world_size=settings.world_size, timeout=timeout)
     _train_and_leave(settings, output, device)
+
+
+def _end_with_launcher() -> None:
+    # A killed launcher stops nothing, and the run that goes on in the folder must be the only one there.
+    launcher = parent_process()
+    assert launcher is not None
+    launcher.join()
+    os._exit(1)
 
 
 def _train_and_leave(settings: Settings, output: Output, device: torch.device) -> None:
