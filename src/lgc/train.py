@@ -21,7 +21,7 @@ from tqdm import tqdm
 from lgc import checkpoint
 from lgc.ddp import attach
 from lgc.recipes import Data, Recipe, find_recipe
-from lgc.run_folder import CHECKPOINTS, SUMMARY, Recorder, require_same, write_json
+from lgc.run_folder import CHECKPOINTS, METRICS, SUMMARY, Recorder, require_same, write_json
 from lgc.schemes import Scheme, parse_scheme
 from lgc.version import __version__
 
@@ -173,6 +173,8 @@ def resume(run: Training, directory: Path) -> None:
         if dist.get_rank() == 0:
             notify(f"{directory.parent}: goes on from step {run.step} ({path.name})")
         return
+    if dist.get_rank() == 0 and (directory.parent / METRICS).exists():
+        notify(f"{directory.parent}: starts anew, there is no checkpoint to go on from")
 
 
 def notify(text: str) -> None:
