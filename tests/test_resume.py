@@ -29,7 +29,7 @@ RUN = ["--recipe", "digits", "--workers", "2", "--batch-size", "8", "--steps", s
 PHASES = {"dense": 12, "warmup": 14, "train": 14, "compressed": 16}
 SCHEDULE = "dense_steps=12:warmup_steps=14:train_steps=14"
 DGC = "dgc:warmup_steps=11"
-LIMIT_S = 90
+LIMIT_S = 180
 TORCHRUN_ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "GLOO_SOCKET_IFNAME": "lo",
