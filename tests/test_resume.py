@@ -167,10 +167,10 @@ def test_a_damaged_checkpoint_is_set_aside_and_an_older_one_used(interrupted: Pa
 
 def test_a_run_goes_on_with_another_number_of_ranks(interrupted: Path) -> None:
     step = int(checkpoint.available(interrupted / "checkpoints")[0].name.removeprefix("step-"))
-    done = train(interrupted, "--scheme", DGC, "--workers", "1")
-    assert "NOTICE: from 2 to 1 ranks" in done.stderr
+    done = train(interrupted, "--scheme", DGC, "--workers", "3")
+    assert "NOTICE: from 2 to 3 ranks" in done.stderr
     _, summary = measured(interrupted)
-    assert summary["world_sizes"] == [[0, 2], [step, 1]]
+    assert summary["world_sizes"] == [[0, 2], [step, 3]]
     assert [row["step"] for row in rows(interrupted) if "loss" in row] == list(range(STEPS))
 
 
