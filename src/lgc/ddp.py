@@ -3,6 +3,7 @@
 # No `from __future__ import annotations`: DDP compares the hook's annotations by identity.
 import json
 import logging
+import sys
 import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -12,7 +13,6 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 from torch._C._distributed_c10d import GradBucket
-from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.nn.parallel import DistributedDataParallel
 
 from lgc.aggregators import Aggregator
@@ -345,7 +345,8 @@ class Handle:
 
 def _require_ddp(model: nn.Module) -> DistributedDataParallel:
     model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper
-    if isinstance(model, FullyShardedDataParallel | FSDPModule):
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # slow to import, and loaded if the model is of it
+    if fsdp is not None and isinstance(model, fsdp.FullyShardedDataParallel | fsdp.FSDPModule):
         raise TypeError(
             "attach(model=...) is sharded (FSDP), and a rank then never has the whole gradient; lgc needs "
             "torch.nn.parallel.DistributedDataParallel."
@@ -402,7 +403,7 @@ def _advise(ddp: DistributedDataParallel, scheme: Scheme, optimizer: torch.optim
     if isinstance(scheme, SparseScheme) and scheme.momentum and optimizer is not None:
         decay = max(group.get("weight_decay", 0) for group in optimizer.param_groups)
         if decay:
-            logger.warning(
+            logging.getLogger("lgc.advice").warning(
                 "weight_decay=%g acts without momentum under %s, 1/(1 - momentum) = %.3g times weaker than with it in "
                 "the optimizer; scale it by that for the same effect.",
                 decay,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -213,7 +214,8 @@ class Training:
         self.ddp.broadcast_buffers = False  # rank 0's are broadcast before every evaluation instead
         self.group = self.ddp.process_group
         self.optimizer = make_optimizer(self.recipe, self.model, self.scheme)
-        self.handle = attach(self.ddp, self.scheme, self.optimizer)
+        logging.getLogger("lgc.advice").setLevel(logging.ERROR)  # make_optimizer has followed it
+        self.handle = attach(self.ddp, self.scheme, self.optimizer, timeout=None)  # the launcher has set it
         self.data = Data(*(split.to(device) for split in settings.load_data()))
         self.per_epoch = steps_per_epoch(self.recipe, self.data, settings)
         self.step = 0
