@@ -54,6 +54,7 @@ def run_options(command: Command) -> Command:
                 help="Folder in the hub's layout, or name on the Hugging Face hub.  [the recipe's, if it has one]",
             ),
             click.option("--limit-train", type=click.IntRange(1), help="Train on the first so many samples.  [all]"),
+            click.option("--limit-test", type=click.IntRange(1), help="Evaluate on the first so many samples.  [all]"),
             click.option("--backbone", help="For recipes that offer several.  [the recipe's first]"),
             click.option("--bf16", is_flag=True, help="Compute in bfloat16 by autocast, on the CPU and the GPU."),
             click.option(

@@ -43,6 +43,7 @@ class Settings:
         batch_size: per rank, at least 1; None is the recipe's.
         data: folder or name of the data set; None is the recipe's own.
         limit_train: train on this many samples only, at least 1; None is all.
+        limit_test: evaluate on this many samples only, at least one a rank; None is all.
         backbone: one of the recipe's; None is its first.
         bf16: whether the model computes in bfloat16 where autocast has it do so.
     """
@@ -56,6 +57,7 @@ class Settings:
     batch_size: int | None = None
     data: str | None = None
     limit_train: int | None = None
+    limit_test: int | None = None
     backbone: str | None = None
     bf16: bool = False
 
@@ -64,6 +66,8 @@ class Settings:
             value, least = getattr(self, name), 0 if name == "seed" else 1
             if value is not None and value < least:
                 raise ValueError(f"{name} must be at least {least}, got {value}.")
+        if self.limit_test is not None and self.limit_test < self.world_size:
+            raise ValueError(f"limit_test must be at least {self.world_size}, one a rank, got {self.limit_test}.")
         backbones = find_recipe(self.recipe).backbones
         if self.backbone is not None and self.backbone not in backbones:
             options = ", ".join(backbones) or "unset for this recipe"
@@ -297,7 +301,7 @@ class Training:
         """Measure the metric on the test data; a collective. The row of metrics.jsonl, with the bytes of all ranks."""
         started = time.monotonic()
         with self._autocast():
-            self.last = evaluate(self.recipe, self.model, self.data, self.device)
+            self.last = evaluate(self.recipe, self.model, self.data, self.device, self.settings.limit_test)
         pick = max if self.recipe.metric.better == "higher" else min
         self.best = self.last if self.best is None else pick(self.best, self.last)
         self.seconds["evaluate_s"] += time.monotonic() - started
@@ -456,12 +460,13 @@ def batches(
 
 
 @torch.no_grad()
-def evaluate(recipe: Recipe, model: nn.Module, data: Data, device: torch.device) -> float:
-    """The metric on the test data, each rank its share, with rank 0's batch-norm statistics on all."""
+def evaluate(recipe: Recipe, model: nn.Module, data: Data, device: torch.device, limit: int | None = None) -> float:
+    """The metric on the first `limit` test samples, each rank its share, with rank 0's batch-norm statistics on all."""
     for buffer in model.buffers():
         dist.broadcast(buffer, src=0)
     model.eval()
-    share = torch.arange(dist.get_rank(), len(data.test), dist.get_world_size())
+    count = len(data.test) if limit is None else min(limit, len(data.test))
+    share = torch.arange(dist.get_rank(), count, dist.get_world_size())
     parts = []
     for first in range(0, len(share), recipe.evaluation_batch):
         indices = share[first : first + recipe.evaluation_batch]
