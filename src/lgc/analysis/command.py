@@ -1,0 +1,148 @@
+"""`lgc analyze`: train, measure, and make the page."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from lgc.analysis.measure import measure
+from lgc.analysis.page import summarise, write_page
+from lgc.analysis.record import RECORDING, Recording, planned_steps, record, require_lossless
+from lgc.launch import RankFailedError, _pick_device
+from lgc.recipes import RECIPES
+from lgc.train import Settings
+
+ROWS = "redundancy.jsonl"
+PAGE = "redundancy.html"
+LEAST_RECORDS = 2
+
+
+@click.command()
+@click.option("--recipe", type=click.Choice(list(RECIPES)), required=True, help="What to train on what.")
+@click.option("--workers", type=click.IntRange(1), default=4, show_default=True, help="Ranks on this machine.")
+@click.option("--every", type=click.IntRange(2), default=25, show_default=True, help="Steps from record to record.")
+@click.option(
+    "--scheme",
+    default="scalecom",
+    show_default=True,
+    help="That trains: topk, dgc or scalecom, with arguments after colons: scalecom:rate=0.01:warmup_steps=50.",
+)
+@click.option(
+    "--samples",
+    type=click.IntRange(128),
+    default=2048,
+    show_default=True,
+    help="Coordinates of every layer that are recorded.",
+)
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the model and the shuffling.")
+@click.option("--epochs", type=click.IntRange(1), help="Passes over the training data.  [the recipe's]")
+@click.option("--steps", type=click.IntRange(1), help="Stop after so many.  [at the end of the epochs]")
+@click.option("--batch-size", type=click.IntRange(1), help="Samples per rank and step.  [the recipe's]")
+@click.option("--data", help="Folder in the hub's layout, or name on the Hugging Face hub.  [the recipe's own]")
+@click.option("--limit-train", type=click.IntRange(1), help="Train on the first so many samples.  [all]")
+@click.option("--backbone", help="For recipes that offer several.  [the recipe's first]")
+@click.option(
+    "--timeout",
+    type=click.FloatRange(1),
+    default=60.0,
+    show_default=True,
+    help="Seconds after which a rank that waits for another gives up.",
+)
+@click.option("--out", type=click.Path(file_okay=False, path_type=Path), required=True, help="Folder of the results.")
+@click.option("--overwrite", is_flag=True, help="Replace an analysis that is there.")
+def analyze(workers: int, every: int, samples: int, timeout: float, out: Path, overwrite: bool, **run: Any) -> None:
+    """Measure what the workers' gradients have in common.
+
+    Trains with --workers ranks on this machine and records a sample of every layer's gradient, of what error
+    feedback has accumulated, and of what would be sent:
+
+    \b
+    lgc analyze --recipe digits --workers 4 --every 10 --out runs/redundancy
+
+    OUT gets recording.safetensors (the samples), redundancy.jsonl (one JSON object a layer, quantity and step,
+    information in bits) and redundancy.html (the figures).
+    """
+    if (out / ROWS).exists() and not overwrite:
+        raise click.UsageError(f"{out} has an analysis; choose another --out, or --overwrite.")
+    try:
+        settings = Settings(world_size=workers, **run)
+        require_lossless(settings.resolve_scheme())
+    except ValueError as error:
+        raise click.UsageError(str(error)) from None
+    try:
+        steps = planned_steps(settings, settings.load_data())  # decodes into the cache that the ranks map
+    except (ValueError, OSError) as error:
+        raise click.ClickException(str(error)) from None
+    if (steps - 1) // every < LEAST_RECORDS:
+        raise click.UsageError(f"--every {every} leaves fewer than {LEAST_RECORDS} records in {steps} steps.")
+    try:
+        _record_locally(settings, out, timedelta(seconds=timeout), every=every, samples=samples)
+    except RankFailedError as error:
+        click.echo(error.details, err=True)
+        raise click.ClickException(str(error)) from None
+    click.echo(evaluate(out))
+
+
+def evaluate(out: Path) -> str:
+    """Measure the recording in a folder: writes the rows and the page, returns a summary as text."""
+    recording = Recording.load(out / RECORDING)
+    rows = []
+    temporary = (out / ROWS).with_suffix(".tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        for row in measure(recording):
+            rows.append(row)
+            file.write(json.dumps(row) + "\n")
+    os.replace(temporary, out / ROWS)
+    write_page(recording, rows, out / PAGE)
+    training, recorded = recording.seconds["training"], recording.seconds["recording"]
+    return (
+        f"{summarise(recording, rows)}\n\n{out / PAGE}\n"
+        f"recording took {recorded:.2f} s beside {training:.2f} s of training ({recorded / training:.1%})"
+    )
+
+
+def _record_locally(settings: Settings, out: Path, timeout: timedelta, *, every: int, samples: int) -> None:
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    mp.get_context("forkserver").set_forkserver_preload(["lgc.analysis.command"])
+    ranks = mp.start_processes(
+        _local_rank,
+        (settings, out, timeout, store.port, every, samples),
+        nprocs=settings.world_size,
+        join=False,
+        start_method="forkserver",
+    )
+    try:
+        while not ranks.join():
+            pass
+    except (mp.ProcessRaisedException, mp.ProcessExitedException) as error:
+        raise RankFailedError(error.error_index, str(error)) from None
+    finally:
+        for process in ranks.processes:
+            process.terminate()
+        for process in ranks.processes:
+            process.join()
+
+
+def _local_rank(
+    rank: int, settings: Settings, out: Path, timeout: timedelta, port: int, every: int, samples: int
+) -> None:
+    device, backend = _pick_device(rank, settings.world_size)
+    if sys.platform == "linux":
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    if device.type == "cpu":
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // settings.world_size))
+    store = dist.TCPStore("127.0.0.1", port, is_master=False)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=settings.world_size, timeout=timeout)
+    try:
+        record(settings, out, device, every=every, samples=samples)
+    finally:
+        dist.destroy_process_group()

@@ -1,0 +1,220 @@
+"""Recording, measuring and reporting what workers' gradients have in common."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from ranks import Ranks
+
+from lgc.analysis.command import PAGE, ROWS, analyze
+from lgc.analysis.estimators import Floats, gaussian_mutual_information, log_binomial
+from lgc.analysis.indices import IndexCosts, Integers
+from lgc.analysis.measure import layer_of, measure, overlap
+from lgc.analysis.record import RECORDING, Layer, Recording, record
+from lgc.layout import POOL
+from lgc.train import Settings
+
+EVERYTHING = 10**7
+SIZE, BLOCK, ENTRIES, WORKERS, RECORDS = 20_000, 10, 200, 4, 8
+
+
+def synthetic(
+    own: Integers,
+    *,
+    sent: list[Integers] | None = None,
+    correlation: float = 0.0,
+    generator: np.random.Generator,
+) -> Recording:
+    """One layer of `SIZE` coordinates with normal values: one part that all workers share and one of their own."""
+
+    def values(*shape: int) -> Floats:
+        common = generator.standard_normal((*shape[:-2], 1, shape[-1]))
+        private = generator.standard_normal(shape)
+        return np.float32(math.sqrt(correlation) * common + math.sqrt(1 - correlation) * private)  # type: ignore[return-value]
+
+    records, workers, entries = own.shape
+    places = [np.empty(0, dtype=np.int64)] * (records + 1) if sent is None else sent
+    return Recording(
+        settings={"recipe": "synthetic", "world_size": workers, "batch_size": 1, "scheme": "scalecom"},
+        layers=[Layer("weight", 0, SIZE, BLOCK, 4000)],
+        coordinates=np.arange(4000),
+        steps=np.arange(1, records + 1),
+        gradient=values(records, 2, workers, 4000),  # type: ignore[arg-type]
+        accumulator=values(records, 2, workers, 4000),  # type: ignore[arg-type]
+        own=own,
+        shared=values(records, workers, entries),  # type: ignore[arg-type]
+        sent=[(where, np.ones(len(where), dtype=np.float32)) for where in places],
+        loss=np.zeros(records + 1, dtype=np.float32),
+        seconds={"training": 1.0, "recording": 0.0},
+        warmup_end=0,
+        wire_bytes=0,
+    )
+
+
+def selections(generator: np.random.Generator, among: Integers | None = None) -> Integers:
+    """Every worker's own indices at every record, drawn from all coordinates or from some, shape (T, K, k)."""
+    pool = np.arange(SIZE) if among is None else among
+    return np.array(
+        [[np.sort(generator.choice(pool, ENTRIES, replace=False)) for _ in range(WORKERS)] for _ in range(RECORDS)]
+    )
+
+
+def last_costs(recording: Recording) -> dict[str, float]:
+    costs = IndexCosts(recording)
+    return [costs.costs(record) for record in range(RECORDS)][-1]
+
+
+def bits(n: int, k: int) -> float:
+    return float(log_binomial(n, k)) / math.log(2)
+
+
+@pytest.fixture
+def generator() -> np.random.Generator:
+    return np.random.default_rng(3)
+
+
+def test_indices_without_a_pattern_cost_as_much_whatever_is_known(generator: np.random.Generator) -> None:
+    sent = [np.sort(generator.choice(SIZE, ENTRIES, replace=False)) for _ in range(RECORDS + 1)]
+    costs = last_costs(synthetic(selections(generator), sent=sent, generator=generator))
+    uniform = bits(SIZE, ENTRIES) / ENTRIES
+    assert costs["uniform"] == costs["layer"] == pytest.approx(uniform)
+    for known in ("recency", "magnitude", "row", "past", "kernel", "worker"):
+        assert costs[known] == pytest.approx(uniform, abs=0.15), known
+        assert costs[f"{known}_plug_in"] <= costs[known] + 0.02, known
+
+
+def test_indices_that_repeat_cost_less_given_recency(generator: np.random.Generator) -> None:
+    """All selections are in the same quarter, which was sent in the step before."""
+    quarter = np.sort(generator.choice(SIZE, SIZE // 4, replace=False))
+    recording = synthetic(selections(generator, quarter), sent=[quarter] * (RECORDS + 1), generator=generator)
+    costs = last_costs(recording)
+    assert costs["uniform"] - costs["recency"] == pytest.approx(2, abs=0.05)
+    assert costs["past"] == pytest.approx(costs["recency"], abs=0.05)
+    assert costs["sent_before"] == 1
+    assert costs["sent_before_chance"] == 0.25
+
+
+def test_indices_that_fill_kernels_cost_one_index_a_kernel(generator: np.random.Generator) -> None:
+    def draw() -> Integers:
+        blocks = generator.choice(SIZE // BLOCK, ENTRIES // BLOCK, replace=False)
+        return np.sort((blocks[:, None] * BLOCK + np.arange(BLOCK)).ravel())
+
+    own = np.array([[draw() for _ in range(WORKERS)] for _ in range(RECORDS)])
+    costs = last_costs(synthetic(own, generator=generator))
+    assert costs["kernel"] == pytest.approx(bits(SIZE // BLOCK, ENTRIES // BLOCK) / ENTRIES, abs=0.05)
+
+
+def test_indices_that_all_workers_select_cost_nothing_given_another_worker(generator: np.random.Generator) -> None:
+    own = np.repeat(selections(generator)[:, :1], WORKERS, axis=1)
+    costs = last_costs(synthetic(own, generator=generator))
+    assert costs["worker"] < 0.05
+    assert overlap(own[0]) == 1
+
+
+@pytest.mark.parametrize("correlation", [0.0, 0.8])
+def test_measured_information_is_that_of_the_values(correlation: float, generator: np.random.Generator) -> None:
+    recording = synthetic(selections(generator), correlation=correlation, generator=generator)
+    rows = list(measure(recording))
+    truth = gaussian_mutual_information(correlation) / math.log(2)
+    for row in (row for row in rows if row["kind"] != "index"):
+        tolerance = 0.03 if row["kind"] == "layer" else 0.1  # 200 entries of 3 pairs, 4000 samples of 2 pairs
+        for name in ("histogram_mutual_information", "kraskov_mutual_information"):
+            assert abs(row[name] - truth) < max(tolerance, 4 * row[f"{name}_error"]), (name, row)
+        assert row["pearson"] == pytest.approx(correlation, abs=5 * row["pearson_error"])
+        assert abs(row["shuffled_mutual_information"]) < max(tolerance, 4 * row["shuffled_mutual_information_error"])
+    disagree = math.acos(correlation) / math.pi
+    signs = 1 + disagree * math.log2(disagree) + (1 - disagree) * math.log2(1 - disagree)
+    layers = [row for row in rows if row["kind"] == "layer"]
+    assert np.mean([row["sign_mutual_information"] for row in layers]) == pytest.approx(signs, abs=0.01)
+
+
+def test_entropy_of_normal_values_is_their_rate_at_one_per_cent_error(generator: np.random.Generator) -> None:
+    """A uniform quantiser with an ideal coder needs a quarter of a bit more than 1/2 log2(100)."""
+    row = next(measure(synthetic(selections(generator), generator=generator)))
+    assert row["entropy"] == pytest.approx(0.5 * math.log2(100) + 0.25, abs=0.05)
+
+
+def test_layer_of_an_index() -> None:
+    layers = [Layer("a", 0, 5, 1, 5), Layer("b", 5, 3, 1, 3)]
+    assert layer_of(layers, np.array([0, 4, 5, 7])).tolist() == [0, 0, 1, 1]
+
+
+def record_digits(rank: int, world_size: int, scheme: str, out: Path) -> None:
+    settings = Settings(recipe="digits", scheme=scheme, world_size=world_size, steps=7, batch_size=8)
+    record(settings, out, torch.device("cpu"), every=3, samples=EVERYTHING)
+
+
+def test_recording_has_what_every_worker_would_send(ranks: Callable[[int], Ranks], tmp_path: Path) -> None:
+    ranks(2).run(record_digits, "scalecom:rate=0.01:pooled_rate=0.01:warmup_steps=0", tmp_path)
+    recording = Recording.load(tmp_path / RECORDING)
+    size = sum(layer.size for layer in recording.layers)
+    assert recording.steps.tolist() == [3, 6]
+    assert np.array_equal(recording.coordinates, np.arange(size))
+    assert recording.layers[-1].name != POOL
+    assert len(recording.loss) == len(recording.sent) == 7
+    for number, step in enumerate(recording.steps.tolist()):
+        v = recording.accumulator[number, 1]
+        leader = recording.leader(number)
+        indices = recording.own[number, leader]
+        assert np.array_equal(recording.shared[number], v[:, indices])
+        for worker, own in enumerate(recording.own[number]):
+            for layer in recording.layers:
+                inside = own[(own >= layer.start) & (own < layer.start + layer.size)]
+                unsent = np.setdiff1d(np.arange(layer.start, layer.start + layer.size), inside)
+                assert len(inside) == max(1, round(0.01 * layer.size))
+                assert np.abs(v[worker, inside]).min() >= np.abs(v[worker, unsent]).max()
+        where, values = recording.sent[step]
+        assert np.isin(where, indices).all()
+        assert values == pytest.approx(v[:, where].mean(axis=0), rel=1e-5, abs=1e-8)
+
+
+def test_recorded_accumulators_are_the_gradients_where_all_is_sent(
+    ranks: Callable[[int], Ranks], tmp_path: Path
+) -> None:
+    ranks(2).run(record_digits, "topk:rate=1:momentum=0", tmp_path)
+    recording = Recording.load(tmp_path / RECORDING)
+    assert np.array_equal(recording.gradient, recording.accumulator)
+    assert not np.array_equal(recording.gradient[:, :, 0], recording.gradient[:, :, 1])
+
+
+def test_command_writes_recording_rows_and_page(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    options = ["--recipe=digits", "--workers=2", "--batch-size=16", "--every=3", "--steps=13", "--samples=256"]
+    options += ["--scheme=scalecom:rate=0.01:warmup_steps=4", f"--out={out}"]
+    result = CliRunner().invoke(analyze, options)
+    assert result.exit_code == 0, result.output
+    assert "index: time since last sent" in result.output
+    assert "recording took" in result.output
+    rows = [json.loads(line) for line in (out / ROWS).read_text().splitlines()]
+    assert {row["kind"] for row in rows} == {"layer", "shared", "index"}
+    page = (out / PAGE).read_text()
+    assert page.count("<svg") == 6
+    assert 'href="http' not in page
+    assert "<script" not in page
+    again = CliRunner().invoke(analyze, options)
+    assert again.exit_code == 2
+    assert "has an analysis; choose another --out, or --overwrite" in again.output
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--scheme=lgc-ring"], "scheme must be topk, dgc or scalecom, got lgc-ring"),
+        (["--scheme=dense"], "scheme must be topk, dgc or scalecom, got dense"),
+        (["--scheme=scalecom:rate=2"], "ScaleCom(rate=...) must be in (0, 1], got 2"),
+        (["--every=50", "--steps=60"], "--every 50 leaves fewer than 2 records in 60 steps"),
+        (["--data=/nowhere"], "digits"),
+    ],
+)
+def test_command_refuses_before_anything_starts(options: list[str], message: str, tmp_path: Path) -> None:
+    result = CliRunner().invoke(analyze, ["--recipe=digits", f"--out={tmp_path / 'run'}", *options])
+    assert result.exit_code != 0
+    assert message in result.output
+    assert not (tmp_path / "run").exists()
