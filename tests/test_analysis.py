@@ -14,9 +14,9 @@ from click.testing import CliRunner
 from ranks import Ranks
 
 from lgc.analysis.command import PAGE, ROWS, analyze
-from lgc.analysis.estimators import Floats, gaussian_mutual_information, log_binomial
+from lgc.analysis.estimators import Floats, gaussian_mutual_information, kraskov_mutual_information, log_binomial
 from lgc.analysis.indices import IndexCosts, Integers
-from lgc.analysis.measure import layer_of, measure, overlap
+from lgc.analysis.measure import divide_by_scale, layer_of, measure, overlap
 from lgc.analysis.record import RECORDING, Layer, Recording, record
 from lgc.layout import POOL
 from lgc.train import Settings
@@ -43,7 +43,7 @@ def synthetic(
     places = [np.empty(0, dtype=np.int64)] * (records + 1) if sent is None else sent
     return Recording(
         settings={"recipe": "synthetic", "world_size": workers, "batch_size": 1, "scheme": "scalecom"},
-        layers=[Layer("weight", 0, SIZE, BLOCK, 4000)],
+        layers=[Layer("weight", 0, SIZE, 10 * BLOCK, BLOCK, 4000)],
         coordinates=np.arange(4000),
         steps=np.arange(1, records + 1),
         gradient=values(records, 2, workers, 4000),  # type: ignore[arg-type]
@@ -85,7 +85,7 @@ def test_indices_without_a_pattern_cost_as_much_whatever_is_known(generator: np.
     costs = last_costs(synthetic(selections(generator), sent=sent, generator=generator))
     uniform = bits(SIZE, ENTRIES) / ENTRIES
     assert costs["uniform"] == costs["layer"] == pytest.approx(uniform)
-    for known in ("recency", "magnitude", "row", "past", "kernel", "worker"):
+    for known in ("independent", "recency", "magnitude", "row", "output", "past", "kernel", "worker"):
         assert costs[known] == pytest.approx(uniform, abs=0.15), known
         assert costs[f"{known}_plug_in"] <= costs[known] + 0.02, known
 
@@ -95,7 +95,7 @@ def test_indices_that_repeat_cost_less_given_recency(generator: np.random.Genera
     quarter = np.sort(generator.choice(SIZE, SIZE // 4, replace=False))
     recording = synthetic(selections(generator, quarter), sent=[quarter] * (RECORDS + 1), generator=generator)
     costs = last_costs(recording)
-    assert costs["uniform"] - costs["recency"] == pytest.approx(2, abs=0.05)
+    assert costs["independent"] - costs["recency"] == pytest.approx(2, abs=0.05)
     assert costs["past"] == pytest.approx(costs["recency"], abs=0.05)
     assert costs["sent_before"] == 1
     assert costs["sent_before_chance"] == 0.25
@@ -141,8 +141,18 @@ def test_entropy_of_normal_values_is_their_rate_at_one_per_cent_error(generator:
     assert row["entropy"] == pytest.approx(0.5 * math.log2(100) + 0.25, abs=0.05)
 
 
+def test_scales_of_channels_are_divided_out(generator: np.random.Generator) -> None:
+    """Both workers have the same scale for every output and input, and nothing else in common."""
+    layer = Layer("weight", 100, 64 * 32 * 9, 32 * 9, 9, 64 * 32 * 9)
+    scale = np.exp(generator.standard_normal((64, 1, 1)) + generator.standard_normal((1, 32, 1)))
+    values = np.float32(scale * generator.standard_normal((2, 64, 32, 9))).reshape(2, -1)
+    unscaled = divide_by_scale(values, layer, 100 + np.arange(layer.size))
+    assert kraskov_mutual_information(values[0], values[1], generator).value > 0.2
+    assert abs(kraskov_mutual_information(unscaled[0], unscaled[1], generator).value) < 0.03
+
+
 def test_layer_of_an_index() -> None:
-    layers = [Layer("a", 0, 5, 1, 5), Layer("b", 5, 3, 1, 3)]
+    layers = [Layer("a", 0, 5, 1, 1, 5), Layer("b", 5, 3, 1, 1, 3)]
     assert layer_of(layers, np.array([0, 4, 5, 7])).tolist() == [0, 0, 1, 1]
 
 

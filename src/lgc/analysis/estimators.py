@@ -149,6 +149,16 @@ def quantised_entropy(samples: NDArray[np.floating], step: float) -> Estimate:
     return discrete_entropy(np.unique(cells, return_counts=True)[1])
 
 
+def sign_information(x: NDArray[np.floating], y: NDArray[np.floating]) -> Estimate:
+    """I(sign x; sign y)."""
+    table = np.bincount(2 * (x > 0) + (y > 0), minlength=4).reshape(2, 2)
+    parts = [discrete_entropy(counts) for counts in (table.sum(axis=0), table.sum(axis=1), table.ravel())]
+    agreement = np.trace(table) / table.sum()
+    slope = abs(math.log((agreement + 1e-3) / (1 - agreement + 1e-3)))  # of log 2 - H(agreement)
+    error = slope * math.sqrt(agreement * (1 - agreement) / table.sum()) + 0.7 / table.sum()
+    return Estimate(parts[0].value + parts[1].value - parts[2].value, error)
+
+
 def log_binomial(n: NDArray[np.integer] | int, k: NDArray[np.integer] | int) -> Floats:
     """log C(n, k)."""
     n, k = np.asarray(n, dtype=np.float64), np.asarray(k, dtype=np.float64)

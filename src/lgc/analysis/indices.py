@@ -9,11 +9,12 @@ Every kind of knowledge puts the coordinates into classes; a coder that knows th
 from __future__ import annotations
 
 import math
+from itertools import permutations
 
 import numpy as np
 from numpy.typing import NDArray
 
-from lgc.analysis.estimators import log_binomial
+from lgc.analysis.estimators import MINIMUM_SAMPLES, log_binomial, sign_information
 from lgc.analysis.record import Recording
 
 Integers = NDArray[np.int64]
@@ -28,9 +29,14 @@ class IndexCosts:
     """Goes through a recording once, in order, with what all workers know at each step.
 
     Knowledge from the past is of what everyone was sent since the warm-up: when a coordinate last was (`recency`),
-    how large it was (`magnitude`), how many of its kernel or row were in the last 64 steps (`row`), and all three
-    (`past`). In the same step there is another worker's own selection (`worker`), and how many of the same kernel
-    or row are sent (`kernel`). `layer` is the number of entries of every layer.
+    how large it was (`magnitude`), how many of its kernel or row (`row`) and of its output (`output`) were in the last
+    64 steps, and all but the magnitude (`past`). In the same step there is another worker's own selection
+    (`worker`), and how many of the same kernel or row are sent (`kernel`). All of these know the density of every
+    layer, and are to be compared with `independent`, which knows nothing else. With the exact number of entries of
+    every layer, but nothing else, a coder needs `layer`, and `uniform` with only the total.
+
+    `sign_last` and `sign_row` are bits that the sign of a leader's entry shares with the sign of what was last sent
+    there, and with the sum of what was last sent in the same kernel or row.
     """
 
     def __init__(self, recording: Recording) -> None:
@@ -47,8 +53,18 @@ class IndexCosts:
             ]
         )
         self.block_size = np.bincount(self.block)
+        outputs = [layer.size // layer.row for layer in recording.layers]
+        self.output = np.concatenate(
+            [
+                first + np.arange(layer.size) // layer.row
+                for first, layer in zip(np.cumsum(outputs) - outputs, recording.layers, strict=True)
+            ]
+        )
         selected = np.unique(self.layer[recording.own[:1, 0]])
         self.searched = np.flatnonzero(np.isin(self.layer, selected))
+        counts = np.bincount(self.layer[recording.own[:1, 0].ravel()], minlength=len(recording.layers))
+        densities = np.round(np.log2(np.maximum(counts, 1) / np.bincount(self.layer))).astype(np.int64)
+        self.group = (densities.max() - densities)[self.layer]
         self.done = recording.warmup_end
         self.tables: dict[str, NDArray[np.float64]] = {}
 
@@ -69,20 +85,29 @@ class IndexCosts:
         }
         hits = np.zeros(len(self.last), dtype=np.int64)
         np.add.at(hits, own.ravel(), 1)
-        recency, magnitude, density = self._recency(), self._magnitude(), self._density()
-        past = (recency * (LEVELS + 2) + magnitude) * (LEVELS + 2) + density
-        for name, classes in (("recency", recency), ("magnitude", magnitude), ("row", density), ("past", past)):
-            row |= self._cost(name, classes[self.searched], hits[self.searched], workers)
+        knowledge = {
+            "independent": np.zeros_like(self.group),
+            "recency": self._recency(),
+            "magnitude": self._magnitude(),
+            "row": self._density(self.block),
+            "output": self._density(self.output),
+        }
+        knowledge["past"] = (knowledge["recency"] * (LEVELS + 2) + knowledge["row"]) * (LEVELS + 2) + knowledge[
+            "output"
+        ]
+        for name, classes in knowledge.items():
+            grouped = classes * (self.group.max() + 1) + self.group
+            row |= self._cost(name, grouped[self.searched], hits[self.searched], workers)
         if workers > 1:
             row |= self._cost_given_worker(own)
-        return row | self._cost_of_kernels(own)
+        return row | self._cost_of_kernels(own) | self._signs(record)
 
     def _replay(self, step: int) -> None:
         """Take in everything sent before `step`."""
         for earlier in range(self.done, step):
             where, values = self.recording.sent[earlier - self.recording.warmup_end]
             self.last[where] = earlier
-            self.value[where] = np.abs(values)
+            self.value[where] = values
         self.done = step
 
     def _recency(self) -> Integers:
@@ -93,18 +118,19 @@ class IndexCosts:
         """Of the last value sent, in factors of two about the layer's mean."""
         known = self.last >= 0
         layers = len(self.recording.layers)
-        total = np.bincount(self.layer[known], self.value[known], minlength=layers)
+        value = np.abs(self.value)
+        total = np.bincount(self.layer[known], value[known], minlength=layers)
         mean = total / np.maximum(np.bincount(self.layer[known], minlength=layers), 1)
-        ratio = self.value / np.maximum(mean[self.layer], 1e-30)
+        ratio = value / np.maximum(mean[self.layer], 1e-30)
         level = np.clip(np.floor(np.log2(np.maximum(ratio, 1e-9))).astype(np.int64), -LEVELS // 2, LEVELS // 2)
         return np.where(known, level + LEVELS // 2 + 1, 0)
 
-    def _density(self) -> Integers:
-        """Of what was recently sent in the block, in factors of the square root of two about the layer's."""
+    def _density(self, part: Integers) -> Integers:
+        """Of what was recently sent in the same part, in factors of the square root of two about the layer's."""
         recent = ((self.last >= 0) & (self.done - self.last <= RECENT)).astype(np.float64)
-        share = np.bincount(self.block, recent) / self.block_size
+        share = np.bincount(part, recent) / np.bincount(part)
         layers = np.bincount(self.layer, recent) / np.bincount(self.layer)
-        ratio = share[self.block] / np.maximum(layers[self.layer], 1e-30)
+        ratio = share[part] / np.maximum(layers[self.layer], 1e-30)
         level = np.clip(np.floor(2 * np.log2(np.maximum(ratio, 1e-9))).astype(np.int64), -LEVELS // 2, LEVELS // 2)
         return np.where(ratio > 0, level + LEVELS // 2 + 1, 0)
 
@@ -114,16 +140,28 @@ class IndexCosts:
 
     def _cost_given_worker(self, own: Integers) -> dict[str, float]:
         """Of one worker's selection, given another's; all ordered pairs."""
-        workers, entries = own.shape
-        pairs = workers * (workers - 1)
+        groups = int(self.group.max()) + 1
+        pairs = len(own) * (len(own) - 1)
+        size = np.bincount(self.group[self.searched], minlength=groups)
+        count = np.bincount(self.group[own[0]], minlength=groups)  # the same for every worker
         both = sum(
-            len(np.intersect1d(a, b, assume_unique=True))
-            for i, a in enumerate(own)
-            for j, b in enumerate(own)
-            if i != j
+            np.bincount(self.group[np.intersect1d(a, b, assume_unique=True)], minlength=groups)
+            for a, b in permutations(own, 2)
         )
-        sizes = pairs * np.array([len(self.searched) - entries, entries])
-        return self._lengths("worker", sizes, np.array([pairs * entries - both, both]))
+        sizes = pairs * np.concatenate([size - count, count])
+        return self._lengths("worker", sizes, np.concatenate([pairs * count - both, both]))
+
+    def _signs(self, record: int) -> dict[str, float]:
+        leader = self.recording.leader(record)
+        places, values = self.recording.own[record, leader], self.recording.shared[record, leader]
+        rows = np.bincount(self.block, self.value, minlength=len(self.block_size))[self.block[places]]
+        shared = {}
+        for name, reference in (("sign_last", self.value[places]), ("sign_row", rows)):
+            known = reference != 0
+            enough = int(known.sum()) > MINIMUM_SAMPLES
+            information = sign_information(values[known], reference[known]).value if enough else 0.0
+            shared[name] = float(known.mean()) * information / math.log(2)
+        return shared
 
     def _cost_of_kernels(self, own: Integers) -> dict[str, float]:
         """First how many entries every block has, then which; blocks of one size share one distribution."""

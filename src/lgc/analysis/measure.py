@@ -23,6 +23,7 @@ from lgc.analysis.estimators import (
     kraskov_mutual_information,
     plug_in_information,
     quantised_entropy,
+    sign_information,
 )
 from lgc.analysis.indices import IndexCosts
 from lgc.analysis.record import Layer, Recording
@@ -46,23 +47,48 @@ def measure(recording: Recording, seed: int = 0) -> Iterator[Row]:
             samples = getattr(recording, quantity)[record]
             position = 0
             for layer in recording.layers:
-                part = samples[:, :, position : position + layer.sampled]
+                sampled = slice(position, position + layer.sampled)
                 position += layer.sampled
-                if usable(part):
+                now, before = samples[1, :, sampled], samples[0, :, sampled]
+                if usable(now) and usable(before):
                     row = {"kind": "layer", "quantity": quantity, "layer": layer.name, "size": layer.size}
-                    yield where | row | layer_row(part[1], part[0], generator)
+                    unscaled = divide_by_scale(now, layer, recording.coordinates[sampled])
+                    yield where | row | layer_row(now, before, unscaled, generator)
         yield where | {"kind": "shared"} | shared_row(recording, record, generator)
         if step >= recording.warmup_end:
             yield where | {"kind": "index"} | indices.costs(record)
 
 
 def usable(samples: Floats) -> bool:
-    """Whether every worker has enough different values, at both steps, shape (2, K, n)."""
-    return all(len(np.unique(row)) >= 2 * MINIMUM_SAMPLES for row in samples.reshape(-1, samples.shape[-1]))
+    """Whether every worker has enough different values, shape (K, n)."""
+    return all(len(np.unique(row)) >= 2 * MINIMUM_SAMPLES for row in samples)
 
 
-def layer_row(now: Floats, before: Floats, generator: np.random.Generator) -> Row:
-    """What one layer's values of K workers, (K, n), have in common with each other and with the step before."""
+def divide_by_scale(values: Floats, layer: Layer, coordinates: NDArray[np.int64]) -> Floats:
+    """Each worker's values over a scale of its own for every output times one for every input, shape (K, n).
+
+    Channels differ in scale, and that alone makes magnitudes of two workers depend on each other: what is left
+    after the division is what takes another worker to know. Small tensors are left as they are.
+    """
+    if layer.row == layer.size:
+        return values
+    place = coordinates - layer.start
+    inner = layer.block if layer.block < layer.row else 1
+    output, column = place // layer.row, place % layer.row // inner
+    result = values.astype(np.float64)
+    for _ in range(3):
+        for group in (output, column):
+            for worker in result:
+                energy = np.bincount(group, worker**2) / np.maximum(np.bincount(group), 1)
+                worker /= np.sqrt(np.where(energy > 0, energy, 1))[group]
+    return result.astype(np.float32)
+
+
+def layer_row(now: Floats, before: Floats, unscaled: Floats, generator: np.random.Generator) -> Row:
+    """What one layer's values of K workers, (K, n), have in common with each other and with the step before.
+
+    `pooled` is between the mean of one half of the workers and that of the other: two workers of K/2 times the batch.
+    """
     workers = len(now)
     unit = now / root_mean_square(now)
     entropy = average(quantised_entropy(x, math.sqrt(12 * PLANE_ERROR)) for x in unit)
@@ -70,8 +96,14 @@ def layer_row(now: Floats, before: Floats, generator: np.random.Generator) -> Ro
     row |= in_bits("temporal_mutual_information", average(kraskov(now, before, generator)))
     row |= {"temporal_pearson": float(np.mean([pearson(*pair) for pair in zip(now, before, strict=True)]))}
     if workers > 1:
-        row |= pair_row([(now[i], now[i + 1]) for i in range(0, workers - 1, 2)], generator)
+        firsts, seconds = slice(0, workers - 1, 2), slice(1, workers, 2)
+        row |= pair_row(list(zip(now[firsts], now[seconds], strict=True)), generator)
+        row |= in_bits("unscaled_mutual_information", average(kraskov(unscaled[firsts], unscaled[seconds], generator)))
         row |= linear_row(now)
+    if workers > 3:
+        halves = now[: workers // 2].mean(axis=0), now[workers - workers // 2 :].mean(axis=0)
+        row |= {"pooled_pearson": pearson(*halves)}
+        row |= in_bits("pooled_mutual_information", kraskov_mutual_information(*halves, generator))
     return row
 
 
@@ -142,9 +174,24 @@ def shared_row(recording: Recording, record: int, generator: np.random.Generator
             "cosine": float(np.mean([x @ y / math.sqrt(max((x @ x) * (y @ y), 1e-60)) for y in others])),
             "others_energy": float((others**2).mean()),
         }
-    if len(others) > 1:
-        row |= {"others_pearson": float(np.mean([pearson(a, b) for a, b in combinations(others, 2)]))}
+        row |= others_row(others, generator)
     return row
+
+
+def others_row(others: NDArray[np.float64], generator: np.random.Generator) -> Row:
+    """The values at the leader's indices of the workers that did not choose them, (K - 1, k)."""
+    unit = [y / math.sqrt(float((y**2).mean())) for y in others if len(np.unique(y)) >= 2 * MINIMUM_SAMPLES]
+    if not unit:
+        return {}
+    entropy = average(differential_entropy(y, generator) for y in unit)
+    bound = in_bits("others_bound", entropy)
+    bound["others_bound"] -= 0.5 * math.log2(2 * math.pi * math.e * VALUE_ERROR)
+    if len(unit) < 2:
+        return bound
+    pairs = list(combinations(unit, 2))
+    shared = average(kraskov_mutual_information(a, b, generator) for a, b in pairs)
+    correlation = float(np.mean([pearson(a, b) for a, b in pairs]))
+    return bound | in_bits("others_mutual_information", shared) | {"others_pearson": correlation}
 
 
 def overlap(own: NDArray[np.int64]) -> float:
@@ -157,16 +204,6 @@ def layer_of(layers: list[Layer], places: NDArray[np.int64]) -> NDArray[np.int64
     """Number of the layer that each index lies in."""
     starts = np.array([layer.start for layer in layers])
     return np.asarray(np.searchsorted(starts, places, side="right") - 1)
-
-
-def sign_information(x: NDArray[np.floating], y: NDArray[np.floating]) -> Estimate:
-    """I(sign x; sign y)."""
-    table = np.bincount(2 * (x > 0) + (y > 0), minlength=4).reshape(2, 2)
-    parts = [discrete_entropy(counts) for counts in (table.sum(axis=0), table.sum(axis=1), table.ravel())]
-    agreement = np.trace(table) / table.sum()
-    slope = abs(math.log((agreement + 1e-3) / (1 - agreement + 1e-3)))  # of log 2 - H(agreement)
-    error = slope * math.sqrt(agreement * (1 - agreement) / table.sum()) + 0.7 / table.sum()
-    return Estimate(parts[0].value + parts[1].value - parts[2].value, error)
 
 
 def average(estimates: Iterable[Estimate]) -> Estimate:

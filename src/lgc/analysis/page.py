@@ -25,11 +25,13 @@ SHARE = "its part of the entropy"
 QUANTITIES = {"gradient": "gradient", "accumulator": "accumulator v"}
 INDEX_COSTS = {
     "uniform": "uniform",
-    "layer": "counts per layer",
+    "layer": "exact counts per layer",
+    "independent": "independent, by layer",
     "recency": "time since last sent",
     "magnitude": "magnitude last sent",
     "row": "recent density of kernel or row",
-    "past": "all three of the past",
+    "output": "recent density of output",
+    "past": "time and both densities",
     "kernel": "others in the kernel or row, same step",
     "worker": "another worker's selection, same step",
 }
@@ -80,9 +82,12 @@ class Analysis:
             lines += [
                 self._line(f"{name}: the same, histogram", by_step(rows, "histogram_mutual_information")),
                 self._line(f"{name}: the same, shuffled", by_step(rows, "shuffled_mutual_information")),
+                self._line(f"{name}: the same, over channel scales", by_step(rows, "unscaled_mutual_information")),
                 self._line(f"{name}: shared by the signs", by_step(rows, "sign_mutual_information")),
                 self._line(f"{name}: shared by the magnitudes", by_step(rows, "magnitude_mutual_information")),
                 self._line(f"{name}: correlation of two workers", by_step(rows, "pearson")),
+                self._line(f"{name}: correlation of two halves of the workers", by_step(rows, "pooled_pearson")),
+                self._line(f"{name}: shared by two halves of the workers", by_step(rows, "pooled_mutual_information")),
                 self._line(f"{name}: shared with the step before", by_step(rows, "temporal_mutual_information")),
                 self._line(f"{name}: correlation with the step before", by_step(rows, "temporal_pearson")),
                 self._line(f"{name}: {SHARE}", by_step(rows, "kraskov_mutual_information", over="entropy")),
@@ -105,12 +110,19 @@ class Analysis:
             "sign: entropy": "sign_entropy",
             "sign: shared with another worker": "sign_mutual_information",
             "magnitude: shared with another worker": "magnitude_mutual_information",
+            "others: shared by two of them": "others_mutual_information",
+            f"others: Shannon lower bound at {VALUE_ERROR:.0%} error": "others_bound",
             f"magnitude: Shannon lower bound at {VALUE_ERROR:.0%} error": "magnitude_bound",
             "magnitude: error of one for all": "sign_coding_error",
         }.items():
             lines.append(self._line(label, by_step(self.shared, column)))
         for column, label in INDEX_COSTS.items():
             lines.append(self._line(f"index: {label}", by_step(self.indices, column)))
+        for column, label in {
+            "sign_last": "sign: shared with the sign last sent there",
+            "sign_row": "sign: shared with the sum last sent in the kernel or row",
+        }.items():
+            lines.append(self._line(label, by_step(self.indices, column)))
         return [line for line in lines if line.early.value == line.early.value]
 
     def rows_of(self, quantity: str) -> list[Row]:
@@ -273,15 +285,18 @@ def _plot_budget(axes: Axes, analysis: Analysis) -> None:
     for column, label in INDEX_COSTS.items():
         bars.append((f"index: {label}", analysis.over(1, by_step(analysis.indices, column)), "C0"))
     parts = {
-        "sign": ("sign_entropy", "sign_mutual_information"),
-        "magnitude": ("magnitude_bound", "magnitude_mutual_information"),
+        "leader's sign": ("sign_entropy", "sign_mutual_information"),
+        "leader's magnitude": ("magnitude_bound", "magnitude_mutual_information"),
+        "another's value": ("others_bound", "kraskov_mutual_information"),
     }
     for number, (name, (column, shared)) in enumerate(parts.items(), 1):
         whole = analysis.over(1, by_step(analysis.shared, column))
         saved = analysis.over(1, by_step(analysis.shared, shared))
         bars.append((name, whole, f"C{number}"))
         error = float(np.hypot(np.nan_to_num(whole.error), np.nan_to_num(saved.error)))
-        bars.append((f"{name}: another worker's", Estimate(max(0.0, whole.value - saved.value), error), f"C{number}"))
+        bars.append(
+            (f"{name}, given one more worker's", Estimate(max(0.0, whole.value - saved.value), error), f"C{number}")
+        )
     bars = [bar for bar in bars if bar[1].value == bar[1].value][::-1]
     errors = [float(np.nan_to_num(estimate.error)) for _, estimate, _ in bars]
     axes.barh(

@@ -34,13 +34,15 @@ class Layer(NamedTuple):
 
     Attributes:
         start, size: its place in the flat vector.
-        block: how many neighbouring coordinates are a kernel (of a convolution) or a row (of a matrix).
+        row: how many neighbouring coordinates belong to one output; all, for small tensors.
+        block: how many are a kernel (of a convolution) or a row (of a matrix).
         sampled: how many of its coordinates are sampled.
     """
 
     name: str
     start: int
     size: int
+    row: int
     block: int
     sampled: int
 
@@ -253,11 +255,11 @@ def find_layers(layout: Layout, samples: int) -> list[Layer]:
         shape = layout.shapes[name]
         size = place.stop - place.start
         if len(shape) >= 2:
-            block = math.prod(shape[2:]) if math.prod(shape[2:]) > 1 else shape[1]
-            layers.append(Layer(name, place.start, size, block, min(size, samples)))
+            row, kernel = math.prod(shape[1:]), math.prod(shape[2:])
+            layers.append(Layer(name, place.start, size, row, kernel if kernel > 1 else row, min(size, samples)))
         elif layers and layers[-1].name == POOL:
             size += layers[-1].size
-            layers[-1] = layers[-1]._replace(size=size, block=size, sampled=min(size, samples))
+            layers[-1] = Layer(POOL, layers[-1].start, size, size, size, min(size, samples))
         else:
-            layers.append(Layer(POOL, place.start, size, size, min(size, samples)))
+            layers.append(Layer(POOL, place.start, size, size, size, min(size, samples)))
     return layers
