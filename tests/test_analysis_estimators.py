@@ -21,6 +21,7 @@ from lgc.analysis.estimators import (
     normal_scores,
     plug_in_information,
     quantised_entropy,
+    quantised_mutual_information,
 )
 
 NORMAL_ENTROPY = 0.5 * math.log(2 * math.pi * math.e)
@@ -128,6 +129,13 @@ def test_quantised_entropy_is_the_differential_one_minus_the_log_of_a_small_step
 ) -> None:
     estimate = quantised_entropy(generator.standard_normal(20_000), 0.1)
     assert within(estimate, NORMAL_ENTROPY - math.log(0.1))
+
+
+def test_quantised_mutual_information_is_at_most_the_entropy(generator: np.random.Generator) -> None:
+    x, y = correlated_normals(20_000, 0.8, generator)
+    assert within(quantised_mutual_information(x, y, 0.1), gaussian_mutual_information(0.8), 0.05)
+    assert within(quantised_mutual_information(x, generator.permutation(y), 0.3), 0)
+    assert within(quantised_mutual_information(x, x, 0.3), quantised_entropy(x, 0.3).value)
 
 
 def test_log_binomial() -> None:

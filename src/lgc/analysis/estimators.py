@@ -149,6 +149,17 @@ def quantised_entropy(samples: NDArray[np.floating], step: float) -> Estimate:
     return discrete_entropy(np.unique(cells, return_counts=True)[1])
 
 
+def quantised_mutual_information(x: NDArray[np.floating], y: NDArray[np.floating], step: float) -> Estimate:
+    """What x and y share when both are rounded to multiples of `step`: at most the entropy of either, and at most I.
+
+    The error is that of the joint entropy.
+    """
+    cells = np.round(np.stack([x, y]).astype(np.float64) / step).astype(np.int64)
+    joint = discrete_entropy(np.unique(cells, axis=1, return_counts=True)[1])
+    value = quantised_entropy(x, step).value + quantised_entropy(y, step).value - joint.value
+    return Estimate(value, joint.error)
+
+
 def sign_information(x: NDArray[np.floating], y: NDArray[np.floating]) -> Estimate:
     """I(sign x; sign y)."""
     table = np.bincount(2 * (x > 0) + (y > 0), minlength=4).reshape(2, 2)

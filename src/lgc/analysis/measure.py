@@ -23,6 +23,7 @@ from lgc.analysis.estimators import (
     kraskov_mutual_information,
     plug_in_information,
     quantised_entropy,
+    quantised_mutual_information,
     sign_information,
 )
 from lgc.analysis.indices import IndexCosts
@@ -31,6 +32,7 @@ from lgc.analysis.record import Layer, Recording
 BITS = 1 / math.log(2)
 PLUG_IN_BINS = 100
 PLANE_ERROR = 0.01  # relative squared error at which the entropy of a gradient is stated
+PLANE_STEP = math.sqrt(12 * PLANE_ERROR)  # of a quantiser with this error, for values of unit energy
 VALUE_ERROR = 0.1  # that of one sign a value and one magnitude for all, at the rates of interest
 
 Row = dict[str, Any]
@@ -91,13 +93,17 @@ def layer_row(now: Floats, before: Floats, unscaled: Floats, generator: np.rando
     """
     workers = len(now)
     unit = now / root_mean_square(now)
-    entropy = average(quantised_entropy(x, math.sqrt(12 * PLANE_ERROR)) for x in unit)
-    row = in_bits("entropy", entropy) | in_bits("differential_entropy", average(spread(unit, generator)))
+    row = in_bits("entropy", average(quantised_entropy(x, PLANE_STEP) for x in unit))
+    row |= in_bits("differential_entropy", average(spread(unit, generator)))
     row |= in_bits("temporal_mutual_information", average(kraskov(now, before, generator)))
     row |= {"temporal_pearson": float(np.mean([pearson(*pair) for pair in zip(now, before, strict=True)]))}
     if workers > 1:
         firsts, seconds = slice(0, workers - 1, 2), slice(1, workers, 2)
         row |= pair_row(list(zip(now[firsts], now[seconds], strict=True)), generator)
+        quantised = [
+            quantised_mutual_information(x, y, PLANE_STEP) for x, y in zip(unit[firsts], unit[seconds], strict=True)
+        ]
+        row |= in_bits("quantised_mutual_information", average(quantised))
         row |= in_bits("unscaled_mutual_information", average(kraskov(unscaled[firsts], unscaled[seconds], generator)))
         row |= linear_row(now)
     if workers > 3:

@@ -78,7 +78,10 @@ class Analysis:
             information = self._line(
                 f"{name}: shared by two workers (Kraskov)", by_step(rows, "kraskov_mutual_information")
             )
-            lines += [entropy, information]
+            quantised = self._line(
+                f"{name}: shared by two workers at that", by_step(rows, "quantised_mutual_information")
+            )
+            lines += [entropy, quantised, information]
             lines += [
                 self._line(f"{name}: the same, histogram", by_step(rows, "histogram_mutual_information")),
                 self._line(f"{name}: the same, shuffled", by_step(rows, "shuffled_mutual_information")),
@@ -90,7 +93,7 @@ class Analysis:
                 self._line(f"{name}: shared by two halves of the workers", by_step(rows, "pooled_mutual_information")),
                 self._line(f"{name}: shared with the step before", by_step(rows, "temporal_mutual_information")),
                 self._line(f"{name}: correlation with the step before", by_step(rows, "temporal_pearson")),
-                self._line(f"{name}: {SHARE}", by_step(rows, "kraskov_mutual_information", over="entropy")),
+                self._line(f"{name}: {SHARE}", by_step(rows, "quantised_mutual_information", over="entropy")),
                 self._line(
                     f"{name}: {SHARE}, uncorrected histograms",
                     by_step(rows, "plug_in_mutual_information", over="plug_in_entropy"),
@@ -198,7 +201,7 @@ def _plot_plane(axes: Axes, analysis: Analysis) -> None:
                 points.append(
                     [
                         *analysis.over(window, by_step(own, "entropy")),
-                        *analysis.over(window, by_step(own, "kraskov_mutual_information")),
+                        *analysis.over(window, by_step(own, "quantised_mutual_information")),
                     ]
                 )
             if points:
@@ -317,7 +320,7 @@ FIGURES: list[tuple[str, str, Callable[[Axes, Analysis], None], tuple[float, flo
     (
         "Information plane",
         f"A point is a layer: entropy of a worker's values, quantised to {PLANE_ERROR:.0%} relative squared error, "
-        "against Kraskov's mutual information of two workers. Bars: standard error over the records.",
+        "against what two workers share, both quantised so. Bars: standard error over the records.",
         _plot_plane,
         (5.6, 3.9),
     ),
