@@ -100,10 +100,11 @@ def layer_row(now: Floats, before: Floats, unscaled: Floats, generator: np.rando
     if workers > 1:
         firsts, seconds = slice(0, workers - 1, 2), slice(1, workers, 2)
         row |= pair_row(list(zip(now[firsts], now[seconds], strict=True)), generator)
-        quantised = [
-            quantised_mutual_information(x, y, PLANE_STEP) for x, y in zip(unit[firsts], unit[seconds], strict=True)
-        ]
-        row |= in_bits("quantised_mutual_information", average(quantised))
+        for name, others in (("", unit[seconds]), ("shuffled_", generator.permuted(unit[seconds], axis=1))):
+            quantised = [
+                quantised_mutual_information(x, y, PLANE_STEP) for x, y in zip(unit[firsts], others, strict=True)
+            ]
+            row |= in_bits(f"quantised_{name}mutual_information", average(quantised))
         row |= in_bits("unscaled_mutual_information", average(kraskov(unscaled[firsts], unscaled[seconds], generator)))
         row |= linear_row(now)
     if workers > 3:

@@ -81,7 +81,8 @@ class Analysis:
             quantised = self._line(
                 f"{name}: shared by two workers at that", by_step(rows, "quantised_mutual_information")
             )
-            lines += [entropy, quantised, information]
+            control = self._line(f"{name}: the same, shuffled", by_step(rows, "quantised_shuffled_mutual_information"))
+            lines += [entropy, quantised, control, information]
             lines += [
                 self._line(f"{name}: the same, histogram", by_step(rows, "histogram_mutual_information")),
                 self._line(f"{name}: the same, shuffled", by_step(rows, "shuffled_mutual_information")),
