@@ -162,7 +162,7 @@ def record_digits(rank: int, world_size: int, scheme: str, out: Path) -> None:
 
 
 def test_recording_has_what_every_worker_would_send(ranks: Callable[[int], Ranks], tmp_path: Path) -> None:
-    ranks(2).run(record_digits, "scalecom:rate=0.01:pooled_rate=0.01:warmup_steps=0", tmp_path)
+    ranks(2).run(record_digits, "scalecom:values=float32:rate=0.01:pooled_rate=0.01:warmup_steps=0", tmp_path)
     recording = Recording.load(tmp_path / RECORDING)
     size = sum(layer.size for layer in recording.layers)
     assert recording.steps.tolist() == [3, 6]
@@ -189,7 +189,7 @@ def test_recording_has_what_every_worker_would_send(ranks: Callable[[int], Ranks
 def test_recorded_accumulators_are_the_gradients_where_all_is_sent(
     ranks: Callable[[int], Ranks], tmp_path: Path
 ) -> None:
-    ranks(2).run(record_digits, "topk:rate=1:momentum=0", tmp_path)
+    ranks(2).run(record_digits, "topk:values=float32:rate=1:momentum=0", tmp_path)
     recording = Recording.load(tmp_path / RECORDING)
     assert np.array_equal(recording.gradient, recording.accumulator)
     assert not np.array_equal(recording.gradient[:, :, 0], recording.gradient[:, :, 1])

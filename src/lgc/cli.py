@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 import click
 
+from lgc.analysis.command import analyze
 from lgc.bench.codec import codec
 from lgc.launch import RankFailedError, run_in_job, run_locally, under_torchrun
 from lgc.recipes import RECIPES
@@ -160,6 +161,7 @@ def bench() -> None:
 
 
 bench.add_command(codec)
+main.add_command(analyze)
 
 
 @main.command()

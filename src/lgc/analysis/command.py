@@ -32,7 +32,7 @@ LEAST_RECORDS = 2
 @click.option("--every", type=click.IntRange(2), default=25, show_default=True, help="Steps from record to record.")
 @click.option(
     "--scheme",
-    default="scalecom",
+    default="scalecom:values=float32",
     show_default=True,
     help="That trains: topk, dgc or scalecom, with arguments after colons: scalecom:rate=0.01:warmup_steps=50.",
 )

@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from lgc.analysis.estimators import Estimate
 from lgc.analysis.measure import PLANE_ERROR, VALUE_ERROR, Row
 from lgc.analysis.record import Recording
-from lgc.report import STYLE
+from lgc.figures import STYLE
 
 CLAIMED_SHARE = 0.8
 SHARE = "its part of the entropy"

@@ -22,7 +22,7 @@ from lgc.aggregators import Aggregator, Round
 from lgc.layout import POOL, Layout
 from lgc.recipes import Data
 from lgc.schemes import ScaleCom, Scheme, SparseScheme, TopK
-from lgc.selection import top_k
+from lgc.selection import Region
 from lgc.train import Settings, batches, make_optimizer, steps_per_epoch
 from lgc.transport import SERVER, Transport
 
@@ -172,7 +172,8 @@ class Recorder:
 
     def _record(self, step: int, samples: Tensor, v: Tensor) -> None:
         leader = step % self.transport.world_size
-        own = top_k(v, self.segments).to(torch.int32)
+        region = Region(self.segments)
+        own = region.elements(region.select(v)).to(torch.int32)
         leaders = self.transport.broadcast(own.clone(), "indices", source=leader).long()
         for name, tensor in (("samples", samples), ("own", own), ("shared", v[leaders])):
             gathered = self.transport.gather(tensor, name)
