@@ -143,7 +143,7 @@ def test_buckets_do_not_change_the_training_run(ranks: RankFactory, scheme: str)
 # --- exactness across ranks, phases, any module ---
 
 
-@pytest.mark.parametrize("world_size", [2, 3, 4])
+@pytest.mark.parametrize("world_size", [3, 4])
 @every_scheme
 def test_parameters_stay_bit_identical_across_ranks(ranks: RankFactory, scheme: str, world_size: int) -> None:
     results = ranks(world_size).run(train, "convolutional", SCHEMES[scheme], STEPS)
@@ -671,7 +671,7 @@ def interrupted(rank: int, world_size: int, scheme: Any, stop: int | None) -> di
     return parameters(ddp)
 
 
-@pytest.mark.parametrize("stop", [2, 6, 11, 16])  # in every phase
+@pytest.mark.parametrize("stop", [6, 16])  # in the warm-up and when compressed; tests/test_checkpoint.py has all phases
 @every_scheme
 def test_a_run_goes_on_from_its_state_dict_as_if_never_interrupted(ranks: RankFactory, scheme: str, stop: int) -> None:
     straight = ranks(2).run(interrupted, SCHEMES[scheme], None)
