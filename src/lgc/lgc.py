@@ -153,7 +153,7 @@ class LGCAggregator(Aggregator):
 
     def _stale(self) -> bool:
         """This rank's vote to train again: the autoencoder is stale, or worse than sending nothing."""
-        settled = self._frozen and self._compressed_steps > SETTLE_STEPS
+        settled = self.refresh.below > 0 and self._frozen and self._compressed_steps > SETTLE_STEPS
         return settled and self._explained < max(0.0, self.refresh.below * self._explained_fresh)
 
     def _fall_back(self, v: Tensor, indices: Tensor, step: int) -> Exchange:
