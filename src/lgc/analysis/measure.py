@@ -166,9 +166,6 @@ def shared_row(recording: Recording, record: int, generator: np.random.Generator
         row |= {
             "magnitude_bound": max(0.0, bound),
             "magnitude_bound_error": row["magnitude_entropy_error"],
-            "normal_bound": 0.5 * math.log2(1 / VALUE_ERROR),
-            "laplace_bound": math.log2(2 * math.e * float(magnitude.mean()))
-            - 0.5 * math.log2(2 * math.pi * math.e * VALUE_ERROR),
         }
         if len(others):
             row |= pair_row([(x, y) for y in others], generator)
@@ -180,9 +177,19 @@ def shared_row(recording: Recording, record: int, generator: np.random.Generator
             "pearson_error": 1 / math.sqrt(len(places) * len(others)),
             "cosine": float(np.mean([x @ y / math.sqrt(max((x @ x) * (y @ y), 1e-60)) for y in others])),
             "others_energy": float((others**2).mean()),
+            "alone_bound": _normal_rate(1),
+            "given_leader_bound": float(np.mean([_normal_rate(1 - r**2) for r in correlations])),
         }
         row |= others_row(others, generator)
     return row
+
+
+def _normal_rate(variance: float) -> float:
+    """Bits for values of this variance, in units of what they have alone, at `VALUE_ERROR`.
+
+    1/2 log2(variance / error) is exact for normal variables and enough for all others.
+    """
+    return max(0.0, 0.5 * math.log2(max(variance, 1e-12) / VALUE_ERROR))
 
 
 def others_row(others: NDArray[np.float64], generator: np.random.Generator) -> Row:
@@ -192,7 +199,9 @@ def others_row(others: NDArray[np.float64], generator: np.random.Generator) -> R
         return {}
     entropy = average(differential_entropy(y, generator) for y in unit)
     bound = in_bits("others_bound", entropy)
-    bound["others_bound"] -= 0.5 * math.log2(2 * math.pi * math.e * VALUE_ERROR)
+    at_error = 0.5 * math.log2(2 * math.pi * math.e * VALUE_ERROR)
+    bound["others_bound"] -= at_error
+    bound["others_laplace_bound"] = math.log2(2 * math.e * float(np.mean(np.abs(unit)))) - at_error
     if len(unit) < 2:
         return bound
     pairs = list(combinations(unit, 2))

@@ -115,6 +115,8 @@ class Analysis:
             "sign: shared with another worker": "sign_mutual_information",
             "magnitude: shared with another worker": "magnitude_mutual_information",
             "others: shared by two of them": "others_mutual_information",
+            f"others: enough for {VALUE_ERROR:.0%} error, alone": "alone_bound",
+            f"others: enough for {VALUE_ERROR:.0%} error, given the leader": "given_leader_bound",
             f"others: Shannon lower bound at {VALUE_ERROR:.0%} error": "others_bound",
             f"magnitude: Shannon lower bound at {VALUE_ERROR:.0%} error": "magnitude_bound",
             "magnitude: error of one for all": "sign_coding_error",
@@ -291,7 +293,6 @@ def _plot_budget(axes: Axes, analysis: Analysis) -> None:
     parts = {
         "leader's sign": ("sign_entropy", "sign_mutual_information"),
         "leader's magnitude": ("magnitude_bound", "magnitude_mutual_information"),
-        "another's value": ("others_bound", "kraskov_mutual_information"),
     }
     for number, (name, (column, shared)) in enumerate(parts.items(), 1):
         whole = analysis.over(1, by_step(analysis.shared, column))
@@ -301,6 +302,11 @@ def _plot_budget(axes: Axes, analysis: Analysis) -> None:
         bars.append(
             (f"{name}, given one more worker's", Estimate(max(0.0, whole.value - saved.value), error), f"C{number}")
         )
+    for name, column in (
+        ("another's value", "alone_bound"),
+        ("another's value, given the leader's", "given_leader_bound"),
+    ):
+        bars.append((name, analysis.over(1, by_step(analysis.shared, column)), "C3"))
     bars = [bar for bar in bars if bar[1].value == bar[1].value][::-1]
     errors = [float(np.nan_to_num(estimate.error)) for _, estimate, _ in bars]
     axes.barh(
@@ -336,8 +342,8 @@ FIGURES: list[tuple[str, str, Callable[[Axes, Analysis], None], tuple[float, flo
     (
         "Bits per entry",
         "Second half of the run. Index: code length given each kind of knowledge, with densities learned from the "
-        f"records before. Magnitude: Shannon's lower bound at {VALUE_ERROR:.0%} relative squared error. Bars: "
-        "standard error over the records.",
+        f"records before. Leader's magnitude: Shannon's lower bound at {VALUE_ERROR:.0%} relative squared error; "
+        "another's value: what is enough for it. Bars: standard error over the records.",
         _plot_budget,
         (5.6, 4.6),
     ),
