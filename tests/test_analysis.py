@@ -158,7 +158,7 @@ def test_layer_of_an_index() -> None:
 
 def record_digits(rank: int, world_size: int, scheme: str, out: Path) -> None:
     settings = Settings(recipe="digits", scheme=scheme, world_size=world_size, steps=7, batch_size=8)
-    record(settings, out, torch.device("cpu"), every=3, samples=EVERYTHING)
+    record(settings, out, 3, EVERYTHING, torch.device("cpu"))
 
 
 def test_recording_has_what_every_worker_would_send(ranks: Callable[[int], Ranks], tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -333,14 +334,14 @@ class OwnAggregator(Aggregator):
         self.own = own
 
     def aggregate(self, gradient: Tensor, step: int) -> Round:
-        stage = self._begin(step)
+        _, least_rate = self._begin(step)
         v = self.feedback.accumulate(gradient)  # u = m u + g;  v = v + u
-        opened = self._open(v, step, lambda: self.own.offer(v, stage.least_rate, step))
+        opened = self._open(v, step, partial(self.own.offer, v, least_rate, step))
         if opened.nonfinite_ranks:
             return self._abandon(opened)
         return self._close(
             self._exchange_dense(v, self.layout.dense),
-            self.own.exchange(opened.offers[0], opened.lengths[0], stage.least_rate, step),
+            self.own.exchange(opened.offers[0], opened.lengths[0], least_rate, step),
         )
 
     def state_dict(self) -> dict[str, Any]:
@@ -356,7 +357,7 @@ class OwnAggregator(Aggregator):
 
 
 class SharedAggregator(Aggregator):
-    """ScaleCom: a rotating leader's indices, values all-reduced.
+    """ScaleCom: values at a rotating leader's indices.
 
     Source: Chen et al., NeurIPS 2020, arXiv 2104.11125.
     """
@@ -371,12 +372,8 @@ class SharedAggregator(Aggregator):
     def aggregate(self, gradient: Tensor, step: int) -> Round:
         _, least_rate = self._begin(step)
         v = self.feedback.accumulate(gradient)
-        opened = self._open(
-            v,
-            step,
-            lambda: self.own.offer(v, least_rate, step),
-            lambda: self.shared.offer(v, least_rate, step),
-        )
+        offers = [self.own.offer, self.shared.offer]
+        opened = self._open(v, step, *(partial(offer, v, least_rate, step) for offer in offers))
         if opened.nonfinite_ranks:
             return self._abandon(opened)
         (own, leader), (own_lengths, leader_lengths) = opened.offers, opened.lengths

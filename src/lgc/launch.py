@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import sys
 import threading
+from collections.abc import Callable
 from datetime import timedelta
 from multiprocessing import forkserver, parent_process
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -51,9 +53,10 @@ def run_in_job(settings: Settings, output: Output, timeout: timedelta, *, overwr
         unfinished *= claim(output.folder, settings.configuration(), overwrite=overwrite)
     dist.init_process_group(backend, timeout=timeout)
     dist.broadcast(unfinished, src=0)
-    if unfinished:
-        _train_and_leave(settings, output, device)
-    else:
+    try:
+        if unfinished:
+            train(settings, output, device)
+    finally:
         dist.destroy_process_group()
     return bool(unfinished)
 
@@ -78,42 +81,64 @@ def run_locally(settings: Settings, output: Output, timeout: timedelta, *, overw
     """
     if not claim(output.folder, settings.configuration(), overwrite=overwrite):
         return False
-    mp.get_context("forkserver").set_forkserver_preload(["lgc.launch", "torch._dynamo"])  # not in every rank
-    forkserver.ensure_running()  # imports while the data is read
+    preload("lgc.launch")
     settings.load_data()  # decodes into the cache that the ranks map
+    start_ranks(train, settings, output, world_size=settings.world_size, timeout=timeout)
+    return True
+
+
+def preload(module: str) -> None:
+    """Have this module imported for all ranks that will be started, in the background."""
+    mp.get_context("forkserver").set_forkserver_preload([module, "torch._dynamo"])
+    forkserver.ensure_running()
+
+
+def start_ranks(function: Callable[..., None], *arguments: Any, world_size: int, timeout: timedelta) -> None:
+    """Run `function(*arguments, device)` in so many ranks of a process group on this machine, until all are done.
+
+    Raises:
+        RankFailedError: if a rank failed; the others have been stopped.
+    """
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     ranks = mp.start_processes(
         _local_rank,
-        (settings, output, timeout, store.port),
-        nprocs=settings.world_size,
+        (function, arguments, world_size, timeout, store.port),
+        nprocs=world_size,
         join=False,
         start_method="forkserver",
     )
     try:
         while not ranks.join():
             pass
-    except mp.ProcessRaisedException as error:
-        raise RankFailedError(error.error_index, str(error)) from None
-    except mp.ProcessExitedException as error:
+    except (mp.ProcessRaisedException, mp.ProcessExitedException) as error:
         raise RankFailedError(error.error_index, str(error)) from None
     finally:
         for process in ranks.processes:
             process.terminate()
         for process in ranks.processes:
             process.join()
-    return True
 
 
-def _local_rank(rank: int, settings: Settings, output: Output, timeout: timedelta, port: int) -> None:
+def _local_rank(
+    rank: int,
+    function: Callable[..., None],
+    arguments: tuple[Any, ...],
+    world_size: int,
+    timeout: timedelta,
+    port: int,
+) -> None:
     threading.Thread(target=_end_with_launcher, daemon=True).start()
-    device, backend = _pick_device(rank, settings.world_size)
+    device, backend = _pick_device(rank, world_size)
     if sys.platform == "linux":
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     if device.type == "cpu":
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // settings.world_size))
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // world_size))
     store = dist.TCPStore("127.0.0.1", port, is_master=False)
-    dist.init_process_group(backend, store=store, rank=rank, world_size=settings.world_size, timeout=timeout)
-    _train_and_leave(settings, output, device)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
+    try:
+        function(*arguments, device)
+    finally:
+        dist.destroy_process_group()
 
 
 def _end_with_launcher() -> None:
@@ -122,13 +147,6 @@ def _end_with_launcher() -> None:
     assert launcher is not None
     launcher.join()
     os._exit(1)
-
-
-def _train_and_leave(settings: Settings, output: Output, device: torch.device) -> None:
-    try:
-        train(settings, output, device)
-    finally:
-        dist.destroy_process_group()
 
 
 def _pick_device(local_rank: int, local_world_size: int) -> tuple[torch.device, str]:

@@ -1,7 +1,8 @@
 """Learned Gradient Compression, ring all-reduce and parameter server.
 
-Source: Abrahamyan, Chen, Bekoulis, Deligiannis, IEEE TNNLS 33(12), 2021, arXiv 2103.08870. Each variant's `aggregate`
-is the algorithm of the paper in its order; docs/algorithm.md has the same in formulas.
+Source: Abrahamyan, Chen, Bekoulis, Deligiannis, IEEE TNNLS 33(12), 2021, arXiv 2103.08870. `LGCAggregator.aggregate` is
+the algorithm in the order of the paper, `_exchange_compressed` what is each variant's own; docs/algorithm.md has the
+same in formulas.
 """
 
 from __future__ import annotations
@@ -66,7 +67,7 @@ class Refresh:
 
 
 class LGCAggregator(Aggregator):
-    """What both variants share: training at rank 0, freezing, and refreshing."""
+    """The round of both variants; training at rank 0, freezing, and refreshing."""
 
     def __init__(
         self,
@@ -95,6 +96,44 @@ class LGCAggregator(Aggregator):
         self._compressed_steps = 0
         self._failed = False  # in this round the autoencoder gave NaN or Inf, on every rank
         self._frozen = schedule.train_end == schedule.warmup_end  # never trained: all ranks have the same start
+
+    def aggregate(self, gradient: Tensor, step: int) -> Round:
+        phase, least_rate = self._begin(step)
+        v = self.feedback.accumulate(gradient)  # u = m u + g;  v = v + u
+        of_leader = self._offer_compressed if phase is Phase.COMPRESSED else self.shared.offer
+        offers = [] if phase is Phase.DENSE else [self.own.offer, of_leader]
+        opened = self._open(v, step, *(partial(offer, v, least_rate, step) for offer in offers), vote=self._stale())
+        if opened.nonfinite_ranks:
+            self._finish(step, [])
+            return self._abandon(opened)
+
+        if phase is Phase.DENSE:
+            exchanges = [self._exchange_everything(v)]
+        else:
+            (own, leader), (own_lengths, leader_lengths) = opened.offers, opened.lengths
+            first = self._exchange_dense(v, self.layout.dense)  # the first layer
+            last = self.own.exchange(own, own_lengths, least_rate, step)  # the last layer and the small tensors
+            if phase is Phase.COMPRESSED:  # all others
+                learned = self._exchange_compressed(v, leader, leader_lengths, step)
+            else:
+                indices, scale = self.shared.receive(leader, leader_lengths, least_rate, step)
+                if phase is Phase.WARMUP:
+                    learned = self.shared.exchange_values(v, indices, least_rate, step)
+                else:
+                    learned = self._exchange_and_train(v, indices, scale, step)
+            exchanges = [first, last, learned]
+
+        result = self._close(*exchanges)
+        self._finish(step, opened.votes)
+        return result
+
+    @abstractmethod
+    def _offer_compressed(self, v: Tensor, least_rate: float, step: int) -> Offer:
+        """What the leader sends in phase compressed; nothing from the other ranks."""
+
+    @abstractmethod
+    def _exchange_compressed(self, v: Tensor, offer: Offer, lengths: list[int], step: int) -> Exchange:
+        """The learned parameters' exchange in phase compressed."""
 
     @abstractmethod
     def _loss(self, x: Tensor, step: int) -> Tensor:
@@ -205,36 +244,12 @@ class RingAggregator(LGCAggregator):
 
     autoencoder: RingAutoencoder
 
-    def aggregate(self, gradient: Tensor, step: int) -> Round:
-        phase, least_rate = self._begin(step)
-        v = self.feedback.accumulate(gradient)  # u = m u + g;  v = v + u
-        offers = [] if phase is Phase.DENSE else [self.own.offer, self.shared.offer]
-        opened = self._open(v, step, *(partial(offer, v, least_rate, step) for offer in offers), vote=self._stale())
-        if opened.nonfinite_ranks:
-            self._finish(step, [])
-            return self._abandon(opened)
+    def _offer_compressed(self, v: Tensor, least_rate: float, step: int) -> Offer:
+        return self.shared.offer(v, least_rate, step)  # indices and scale, as before
 
-        if phase is Phase.DENSE:
-            exchanges = [self._exchange_everything(v)]
-        else:
-            (own, leader), (own_lengths, leader_lengths) = opened.offers, opened.lengths
-            first = self._exchange_dense(v, self.layout.dense)  # the first layer
-            last = self.own.exchange(own, own_lengths, least_rate, step)  # the last layer and the small tensors
-            indices, scale = self.shared.receive(leader, leader_lengths, least_rate, step)  # for all others
-            if phase is Phase.WARMUP:
-                learned = self.shared.exchange_values(v, indices, least_rate, step)
-            elif phase is Phase.TRAIN:
-                learned = self._exchange_and_train(v, indices, scale, step)
-            else:
-                learned = self._exchange_latents(v, indices, scale, step)
-            exchanges = [first, last, learned]
-
-        result = self._close(*exchanges)
-        self._finish(step, opened.votes)
-        return result
-
-    def _exchange_latents(self, v: Tensor, indices: Tensor, scale: Tensor, step: int) -> Exchange:
+    def _exchange_compressed(self, v: Tensor, offer: Offer, lengths: list[int], step: int) -> Exchange:
         """The mean as D(mean_k E(x_k)), this rank's contribution as D(E(x_k))."""
+        indices, scale = self.shared.receive(offer, lengths, 0.0, step)
         x = v[indices]
         if x.numel() == 0:
             return Exchange([], Piece(indices, x))
@@ -289,38 +304,7 @@ class ServerAggregator(LGCAggregator):
         }
         return {**state, "replicated": replicated_state, "server": fresh["server"]}
 
-    def aggregate(self, gradient: Tensor, step: int) -> Round:
-        phase, least_rate = self._begin(step)
-        v = self.feedback.accumulate(gradient)  # u = m u + g;  v = v + u
-        of_leader = self._offer_common if phase is Phase.COMPRESSED else self.shared.offer
-        offers = [] if phase is Phase.DENSE else [self.own.offer, of_leader]
-        opened = self._open(v, step, *(partial(offer, v, least_rate, step) for offer in offers), vote=self._stale())
-        if opened.nonfinite_ranks:
-            self._finish(step, [])
-            return self._abandon(opened)
-
-        if phase is Phase.DENSE:
-            exchanges = [self._exchange_everything(v)]
-        else:
-            (own, leader), (own_lengths, leader_lengths) = opened.offers, opened.lengths
-            first = self._exchange_dense(v, self.layout.dense)  # the first layer
-            last = self.own.exchange(own, own_lengths, least_rate, step)  # the last layer and the small tensors
-            if phase is Phase.COMPRESSED:
-                indices, scale, z = self._relay_common(leader, leader_lengths, step)  # the leader's indices and latent
-                learned = self._exchange_innovations(v, indices, scale, z, step)
-            else:
-                indices, scale = self.shared.receive(leader, leader_lengths, least_rate, step)
-                if phase is Phase.WARMUP:
-                    learned = self.shared.exchange_values(v, indices, least_rate, step)
-                else:
-                    learned = self._exchange_and_train(v, indices, scale, step)
-            exchanges = [first, last, learned]
-
-        result = self._close(*exchanges)
-        self._finish(step, opened.votes)
-        return result
-
-    def _offer_common(self, v: Tensor, least_rate: float, step: int) -> Offer:
+    def _offer_compressed(self, v: Tensor, least_rate: float, step: int) -> Offer:
         """The leader's indices, scale and latent z = E(x_leader); nothing from the other ranks."""
         if not self.shared.leads(step) or not self.shared.region.segments:
             return self.shared.offer(v, least_rate, step)
@@ -353,8 +337,9 @@ class ServerAggregator(LGCAggregator):
         z = self.autoencoder.decode_latent(latent_code, mu)
         return indices, Float32().decode(scale_code, [1]).to(device), z.to(device)
 
-    def _exchange_innovations(self, v: Tensor, indices: Tensor, scale: Tensor, z: Tensor, step: int) -> Exchange:
+    def _exchange_compressed(self, v: Tensor, offer: Offer, lengths: list[int], step: int) -> Exchange:
         """Every rank's y_k = D_k(z, innovation_k); their mean, and this rank's own."""
+        indices, scale, z = self._relay_common(offer, lengths, step)
         x = v[indices]
         if x.numel() == 0:
             return Exchange([], Piece(indices, x))

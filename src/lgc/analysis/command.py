@@ -4,20 +4,16 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import click
-import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from lgc.analysis.measure import measure
 from lgc.analysis.page import summarise, write_page
 from lgc.analysis.record import RECORDING, Recording, planned_steps, record, require_lossless
-from lgc.launch import RankFailedError, _pick_device
+from lgc.launch import RankFailedError, preload, start_ranks
 from lgc.recipes import RECIPES
 from lgc.train import Settings
 
@@ -79,13 +75,14 @@ def analyze(workers: int, every: int, samples: int, timeout: float, out: Path, o
     except ValueError as error:
         raise click.UsageError(str(error)) from None
     try:
+        preload("lgc.analysis.record")
         steps = planned_steps(settings, settings.load_data())  # decodes into the cache that the ranks map
     except (ValueError, OSError) as error:
         raise click.ClickException(str(error)) from None
     if (steps - 1) // every < LEAST_RECORDS:
         raise click.UsageError(f"--every {every} leaves fewer than {LEAST_RECORDS} records in {steps} steps.")
     try:
-        _record_locally(settings, out, timedelta(seconds=timeout), every=every, samples=samples)
+        start_ranks(record, settings, out, every, samples, world_size=workers, timeout=timedelta(seconds=timeout))
     except RankFailedError as error:
         click.echo(error.details, err=True)
         raise click.ClickException(str(error)) from None
@@ -108,41 +105,3 @@ def evaluate(out: Path) -> str:
         f"{summarise(recording, rows)}\n\n{out / PAGE}\n"
         f"recording took {recorded:.2f} s beside {training:.2f} s of training ({recorded / training:.1%})"
     )
-
-
-def _record_locally(settings: Settings, out: Path, timeout: timedelta, *, every: int, samples: int) -> None:
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    mp.get_context("forkserver").set_forkserver_preload(["lgc.analysis.command"])
-    ranks = mp.start_processes(
-        _local_rank,
-        (settings, out, timeout, store.port, every, samples),
-        nprocs=settings.world_size,
-        join=False,
-        start_method="forkserver",
-    )
-    try:
-        while not ranks.join():
-            pass
-    except (mp.ProcessRaisedException, mp.ProcessExitedException) as error:
-        raise RankFailedError(error.error_index, str(error)) from None
-    finally:
-        for process in ranks.processes:
-            process.terminate()
-        for process in ranks.processes:
-            process.join()
-
-
-def _local_rank(
-    rank: int, settings: Settings, out: Path, timeout: timedelta, port: int, every: int, samples: int
-) -> None:
-    device, backend = _pick_device(rank, settings.world_size)
-    if sys.platform == "linux":
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    if device.type == "cpu":
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // settings.world_size))
-    store = dist.TCPStore("127.0.0.1", port, is_master=False)
-    dist.init_process_group(backend, store=store, rank=rank, world_size=settings.world_size, timeout=timeout)
-    try:
-        record(settings, out, device, every=every, samples=samples)
-    finally:
-        dist.destroy_process_group()

@@ -182,7 +182,7 @@ class Recorder:
         self.steps.append(step)
 
 
-def record(settings: Settings, out: Path, device: torch.device, *, every: int, samples: int) -> None:
+def record(settings: Settings, out: Path, every: int, samples: int, device: torch.device) -> None:
     """Run in every rank of the default process group; rank 0 writes `out`/recording.safetensors."""
     recipe = settings.resolve_recipe()
     scheme = require_lossless(settings.resolve_scheme())
