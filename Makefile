@@ -13,7 +13,7 @@ demo: $(INSTALLED)
 		--schemes dense,topk,dgc,scalecom,lgc-ring,lgc-ps --out $(DEMO_OUT)
 
 test: $(INSTALLED)
-	$(BIN)/pytest
+	$(BIN)/pytest --numprocesses 2 --dist loadfile
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .

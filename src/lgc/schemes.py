@@ -241,7 +241,7 @@ class LGCScheme(SparseScheme, ABC):
         autoencoder_updates: its optimizer's steps per step of phase train, at least 1, which is the paper's.
         refresh_every: train the autoencoder again after this many compressed steps; 0 is never.
         refresh_below: ... when the fraction of the values' energy that it explains falls below this fraction of
-            what it was when frozen; 0 is never, None is 0.5 with feedback="reconstruction", else 0.
+            what it was when frozen, or below zero; 0 is never, None is 0.5 with feedback="reconstruction", else 0.
         refresh_steps: length of such a repeated phase.
         seed: of the autoencoder's initial weights.
     """
