@@ -78,5 +78,12 @@ DIGITS = Recipe(
     momentum=0.9,
     weight_decay=5e-4,
     learning_rate_factor=warmup_and_cosine,
-    scheme_defaults={"rate": 0.003, "dense_steps": 15, "warmup_steps": 25, "train_steps": 80},
+    scheme_defaults={
+        "rate": 0.003,
+        "dense_steps": 15,
+        "warmup_steps": 25,
+        "train_steps": 80,
+        "autoencoder_updates": 2,
+        "refresh_steps": 30,
+    },
 )
