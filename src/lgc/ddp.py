@@ -440,7 +440,7 @@ def _require_same_form(here: object, state: object, where: str) -> None:
 def _read_wire(text: object) -> dict[str, Traffic]:
     """Byte counts by phase from a `state_dict`."""
     try:
-        return {name: Traffic(**traffic) for name, traffic in json.loads(text).items()}  # type: ignore[arg-type]
+        return {name: Traffic(**traffic) for name, traffic in json.loads(str(text)).items()}
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"state_dict: wire is not the byte counts by phase: {error}.") from None
 

@@ -24,7 +24,8 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.project(self.attend(self.norm1(x)))
-        return x + self.contract(F.gelu(self.expand(self.norm2(x))))  # type: ignore[no-any-return]
+        h: Tensor = self.contract(F.gelu(self.expand(self.norm2(x))))
+        return x + h
 
     def attend(self, x: Tensor) -> Tensor:
         """(batch, length, width) -> the same, each position from those up to it."""
@@ -64,4 +65,5 @@ class GPT(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         x = self.tokens(tokens) + self.positions(torch.arange(tokens.shape[1], device=tokens.device))
-        return self.head(self.norm(self.blocks(x)))  # type: ignore[no-any-return]
+        logits: Tensor = self.head(self.norm(self.blocks(x)))
+        return logits

@@ -143,7 +143,8 @@ class ResNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(batch, 3, height, width) -> (batch, classes)."""
-        return self.head(self.features(x)[-1].mean(dim=(2, 3)))  # type: ignore[no-any-return]
+        logits: Tensor = self.head(self.features(x)[-1].mean(dim=(2, 3)))
+        return logits
 
 
 def initialise(model: nn.Module, zero_init: bool = False) -> None:
