@@ -183,6 +183,18 @@ def test_at_rate_one_any_module_trains_as_with_plain_ddp(ranks: RankFactory, mod
             torch.testing.assert_close(full.parameters[name], plain.parameters[name], rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.parametrize("scheme", [lgc.LGCRing, lgc.LGCServer])
+def test_the_autoencoder_is_trained_again_after_every_so_many_compressed_steps(
+    ranks: RankFactory, scheme: Callable[..., Any]
+) -> None:
+    refreshed = scheme(**(LEARNED | {"train_steps": 2, "refresh_every": 4, "refresh_steps": 3}))
+    results = ranks(3).run(train, "convolutional", refreshed, 24)
+    expected = ["dense"] * 3 + ["warmup"] * 5 + ["train"] * 2 + (["compressed"] * 4 + ["train"] * 3) * 2
+    for result in results:
+        assert result.phases == expected
+        assert_same(result.parameters, results[0].parameters)
+
+
 @pytest.mark.parametrize("model", [model for model in MODELS if model != "wide"])
 @pytest.mark.parametrize("scheme", LEARNING)
 def test_any_module_learns(ranks: RankFactory, scheme: str, model: str) -> None:
