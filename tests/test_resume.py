@@ -27,7 +27,7 @@ LGC = [sys.executable, "-m", "lgc"]
 STEPS = 56
 RUN = ["--recipe", "digits", "--workers", "2", "--batch-size", "8", "--steps", str(STEPS), "--checkpoint-every", "5"]
 PHASES = {"dense": 12, "warmup": 14, "train": 14, "compressed": 16}
-SCHEDULE = "dense_steps=12:warmup_steps=14:train_steps=14"
+SCHEDULE = "dense_steps=12:warmup_steps=14:train_steps=14:refresh_below=0"
 DGC = "dgc:warmup_steps=11"
 LIMIT_S = 180
 TORCHRUN_ENVIRONMENT = {
