@@ -16,7 +16,9 @@ network below (TCP, Ethernet) is not included.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
@@ -31,6 +33,7 @@ from lgc.wire import SETUP, Traffic, Wire
 SERVER = 0
 MESSAGE_LIMIT = 4096  # bytes of an error message
 ANNOUNCEMENT_WAIT_S = 2.0
+RELEASE_WAIT_S = 0.2
 
 
 class Opening(NamedTuple):
@@ -61,6 +64,8 @@ class Transport:
         self.world_size = dist.get_world_size(group)
         self.wire = Wire()
         self._on_host = dist.get_backend(group) == "gloo"
+        if self._on_host:
+            _release_at_exit()
         self.begin(SETUP, steps=0)
 
     def set_timeout(self, seconds: float) -> None:
@@ -245,6 +250,13 @@ class Transport:
         self._traffic.received_bytes += received
         self._traffic.upload_bytes += 0 if alone else upload
         self._traffic.contents[content] = self._traffic.contents.get(content, 0) + sent
+
+
+@functools.cache
+def _release_at_exit() -> None:
+    # gloo's threads drop the tensors of the last collective a little after it has returned, and need the GIL for that:
+    # in an interpreter that is ending by then, they abort the process (seen in one of ten short scripts).
+    atexit.register(time.sleep, RELEASE_WAIT_S)
 
 
 def _message(error: Exception) -> bytes:
