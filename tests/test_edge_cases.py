@@ -15,6 +15,7 @@ from torch import Tensor
 
 import lgc
 from lgc.autoencoder import RingAutoencoder, ServerAutoencoder, latent_shape
+from lgc.selection import LONG, SAMPLES, largest
 
 RankFactory = Callable[[int], Ranks]
 
@@ -233,3 +234,21 @@ def test_the_number_of_parameters_is_the_papers() -> None:
     server = ServerAutoencoder(4, torch.Generator().manual_seed(0), lgc.Float32())
     assert sum(p.numel() for p in ring.parameters()) == 172_996 + 43_681
     assert sum(p.numel() for p in server.parameters()) == 172_996 + 4 * 43_682
+
+
+@pytest.mark.parametrize("rate", [1e-6, 1e-3, 0.02, 0.3, 1.0])
+@pytest.mark.parametrize("kind", ["heavy tails", "ties", "all zero", "large where the sample does not look"])
+def test_the_largest_of_long_vectors_are_those_of_a_sort(kind: str, rate: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    count = 2 * LONG + 1
+    values = torch.randn(count, generator=generator) ** 5
+    if kind == "ties":
+        values = values.round()
+    elif kind == "all zero":
+        values = torch.zeros(count)
+    elif kind == "large where the sample does not look":
+        values[:: count // SAMPLES] = 0
+    k = max(1, int(rate * count))
+    indices = largest(values, k)
+    assert torch.equal(indices, indices.unique())
+    assert torch.equal(values[indices].abs().sort().values, values.abs().sort().values[-k:])
