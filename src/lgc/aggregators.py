@@ -49,8 +49,8 @@ class Round(NamedTuple):
     """Result of one round.
 
     Attributes:
-        mean: what the optimizer is given, shape (N,), the same bits on every rank; NaN throughout if any rank's
-            gradient was not finite, in which case no state has changed.
+        mean: what the optimizer is given, shape (N,), the same bits on every rank; valid until the next round. NaN
+            throughout if any rank's gradient was not finite, in which case no state has changed.
         sent: this rank's contribution as the others decode it.
         nonfinite_ranks: the ranks whose gradient was not finite.
     """
@@ -85,6 +85,7 @@ class Aggregator(ABC):
         self.schedule = schedule
         self.feedback = feedback
         self.metrics: dict[str, float] = {}
+        self._mean = torch.empty_like(feedback.residual)  # a new one each round costs as much as selecting from it
 
     @abstractmethod
     def aggregate(self, gradient: Tensor, step: int) -> Round:
@@ -143,16 +144,16 @@ class Aggregator(ABC):
         return Opened(opening.votes, prepared, lengths, nonfinite_ranks)
 
     def _abandon(self, opened: Opened) -> Round:
-        return Round(torch.full_like(self.feedback.residual, torch.nan), (), opened.nonfinite_ranks)
+        return Round(self._mean.fill_(torch.nan), (), opened.nonfinite_ranks)
 
     def _close(self, *exchanges: Exchange) -> Round:
         """Settle what was sent, commit, and add up the mean."""
-        mean = torch.zeros_like(self.feedback.residual)
+        self._mean.zero_()
         for exchange in exchanges:
             self.feedback.settle(exchange.sent)
-            _add_up(exchange.mean, mean)
+            _add_up(exchange.mean, self._mean)
         self.feedback.commit()
-        return Round(mean, tuple(exchange.sent for exchange in exchanges))
+        return Round(self._mean, tuple(exchange.sent for exchange in exchanges))
 
     def _exchange_dense(self, v: Tensor, where: slice) -> Exchange:
         """All-reduce of a whole region."""
