@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 DEMO_OUT ?= runs/demo
 
-.PHONY: demo test check audit clean
+.PHONY: demo test check audit faults soak clean
 
 demo: $(INSTALLED)
 	$(BIN)/lgc compare --recipe digits --workers 4 \
@@ -19,10 +19,19 @@ check: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/python tools/audit.py --offline-passes
 
+# As in check, but fails where the vulnerability service cannot be reached or does not know a package.
 audit: $(INSTALLED)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check pip-audit
-	$(BIN)/pip-audit --disable-pip --no-deps --requirement constraints.txt
+	$(BIN)/python tools/audit.py
+
+# All cells of the fault grid, about an hour; nine of them are in the suite.
+faults: $(INSTALLED)
+	$(BIN)/pytest -m "long or not long" -k "not soak" tests/test_fault_grid.py
+
+# Ten random faults in one job, a few minutes; SOAK_SEED=N repeats one.
+soak: $(INSTALLED)
+	$(BIN)/pytest -m long -k soak tests/test_fault_grid.py
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
