@@ -7,7 +7,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,24 +16,18 @@ import pytest
 import torch
 from click.testing import CliRunner
 from ranks import Ranks
+from runs import ENVIRONMENT, LGC, LIMIT_S, TORCHRUN, children_of, measured, rows
 
 from lgc import checkpoint
 from lgc.cli import main
 from lgc.run_folder import cut_metrics
 from lgc.train import Settings, Training
 
-LGC = [sys.executable, "-m", "lgc"]
 STEPS = 56
 RUN = ["--recipe", "digits", "--workers", "2", "--batch-size", "8", "--steps", str(STEPS), "--checkpoint-every", "5"]
 PHASES = {"dense": 12, "warmup": 14, "train": 14, "compressed": 16}
 SCHEDULE = "dense_steps=12:warmup_steps=14:train_steps=14:refresh_below=0"
 DGC = "dgc:warmup_steps=11"
-LIMIT_S = 180
-TORCHRUN_ENVIRONMENT = {
-    "OMP_NUM_THREADS": "1",
-    "GLOO_SOCKET_IFNAME": "lo",
-    "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",  # see "Resuming" in docs/usage.md
-}
 
 
 def train(out: Path, *arguments: str, returncode: int = 0) -> subprocess.CompletedProcess[str]:
@@ -45,20 +38,6 @@ def train(out: Path, *arguments: str, returncode: int = 0) -> subprocess.Complet
     return done
 
 
-def rows(folder: Path) -> list[dict[str, Any]]:
-    """What is complete of metrics.jsonl."""
-    file = folder / "metrics.jsonl"
-    lines = file.read_text().splitlines(keepends=True) if file.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
-
-
-def measured(folder: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Everything that a run has measured, but for time."""
-    summary = json.loads((folder / "summary.json").read_text())
-    del summary["time"]
-    return [{key: value for key, value in row.items() if key != "seconds"} for row in rows(folder)], summary
-
-
 def start_until(phase: str, out: Path, *command: str) -> subprocess.Popen[str]:
     """Start a command, and return as soon as it has done a step of this phase."""
     process = subprocess.Popen(
@@ -67,7 +46,7 @@ def start_until(phase: str, out: Path, *command: str) -> subprocess.Popen[str]:
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,
-        env=os.environ | TORCHRUN_ENVIRONMENT,
+        env=ENVIRONMENT,
     )
     deadline = time.monotonic() + LIMIT_S
     while not any(row.get("phase") == phase for row in rows(out)):
@@ -75,12 +54,6 @@ def start_until(phase: str, out: Path, *command: str) -> subprocess.Popen[str]:
         assert time.monotonic() < deadline
         time.sleep(0.002)
     return process
-
-
-def children_of(parent: int) -> list[int]:
-    """The processes that a process has started, in the order of their ids."""
-    text = Path(f"/proc/{parent}/task/{parent}/children").read_text()
-    return sorted(int(pid) for pid in text.split())
 
 
 def ranks_of(launcher: int) -> list[int]:
@@ -177,7 +150,7 @@ def test_a_run_goes_on_with_another_number_of_ranks(interrupted: Path) -> None:
 @pytest.mark.parametrize("uninterrupted", ["lgc-ring"], indirect=True)
 def test_torchrun_restarts_a_run_from_its_checkpoint(uninterrupted: tuple[str, Path], tmp_path: Path) -> None:
     scheme, expected = uninterrupted
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1"]
+    torchrun = [*TORCHRUN, "--standalone", "--nproc-per-node=2", "--max-restarts=1"]
     arguments = [*RUN[:2], *RUN[4:], "--scheme", scheme, "--overwrite"]
     process = start_until("train", tmp_path, *torchrun, "-m", "lgc", "train", *arguments)
     os.kill(children_of(process.pid)[-1], signal.SIGKILL)

@@ -19,10 +19,11 @@ from __future__ import annotations
 import atexit
 import contextlib
 import functools
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -34,6 +35,8 @@ SERVER = 0
 MESSAGE_LIMIT = 4096  # bytes of an error message
 ANNOUNCEMENT_WAIT_S = 2.0
 RELEASE_WAIT_S = 0.2
+
+T = TypeVar("T")
 
 
 class Opening(NamedTuple):
@@ -74,8 +77,8 @@ class Transport:
 
     def announce(self, error: Exception) -> None:
         """Leave this rank's error where the others find it when their collectives fail."""
-        with contextlib.suppress(Exception):  # what is to be raised is the error itself
-            self._store().set(self._error_key(self.rank), _message(error).decode(errors="ignore"))
+        text = _message(error).decode(errors="ignore")
+        _within(ANNOUNCEMENT_WAIT_S, lambda: self._store().set(self._error_key(self.rank), text))
 
     def begin(self, phase: str, *, steps: int = 1) -> None:
         """Count what follows under `phase`, as `steps` more steps of it."""
@@ -217,22 +220,23 @@ class Transport:
         try:
             yield
         except RuntimeError as error:
-            announced = self._announced()
-            if announced is None:
-                raise
-            raise RankError(f"lgc: {announced}") from error
+            reason = self._announced() or f"rank {self.rank}: an exchange with the other ranks has failed: {error}"
+            raise RankError(f"lgc: {reason}") from error
 
     def _announced(self) -> str | None:
         deadline = time.monotonic() + ANNOUNCEMENT_WAIT_S
         others = [rank for rank in range(self.world_size) if rank != self.rank]
-        with contextlib.suppress(Exception):  # the store may be gone with its rank
+
+        def look() -> str | None:
             while time.monotonic() < deadline:
                 for rank in others:
                     if self._store().check([self._error_key(rank)]):
                         message = self._store().get(self._error_key(rank))[:MESSAGE_LIMIT]
                         return f"rank {rank}: {message.decode(errors='replace')}"
                 time.sleep(0.05)
-        return None
+            return None
+
+        return _within(ANNOUNCEMENT_WAIT_S, look)
 
     def _store(self) -> dist.Store:
         return dist.distributed_c10d._get_default_store()
@@ -257,6 +261,23 @@ def _release_at_exit() -> None:
     # gloo's threads drop the tensors of the last collective a little after it has returned, and need the GIL for that:
     # in an interpreter that is ending by then, they abort the process (seen in one of ten short scripts).
     atexit.register(time.sleep, RELEASE_WAIT_S)
+
+
+def _within(seconds: float, action: Callable[[], T]) -> T | None:
+    """The result of an action, or None if it fails or takes longer; it is then left to itself.
+
+    The store does not answer when the rank that hosts it is stopped or cut off, and its calls have no timeout then.
+    """
+    results: list[T] = []
+
+    def run() -> None:
+        with contextlib.suppress(Exception):  # the store may be gone with its rank
+            results.append(action())
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return results[0] if results else None
 
 
 def _message(error: Exception) -> bytes:
