@@ -27,7 +27,7 @@ audit: $(INSTALLED)
 
 # All cells of the fault grid, about an hour; nine of them are in the suite.
 faults: $(INSTALLED)
-	$(BIN)/pytest -m "long or not long" -k "not soak" tests/test_fault_grid.py
+	$(BIN)/pytest --numprocesses 2 -m "long or not long" -k "not soak" tests/test_fault_grid.py
 
 # Ten random faults in one job, a few minutes; SOAK_SEED=N repeats one.
 soak: $(INSTALLED)

@@ -172,6 +172,23 @@ def test_a_killed_rank_is_noticed_at_once(ranks: RankFactory) -> None:
         ranks(3).run(kill_one_rank, 1)
 
 
+def lose_count(rank: int, world_size: int, scheme: Any) -> None:
+    training = Training(rank, scheme)
+    for step in range(STEPS):
+        training.handle.step += (rank, step) == (1, 7)
+        x, y = batch(rank, step)
+        training.optimizer.zero_grad()
+        F.cross_entropy(training.ddp(x), y).backward()
+        training.optimizer.step()
+
+
+@every_scheme
+def test_ranks_at_different_steps_are_an_error_everywhere(ranks: RankFactory, scheme: str) -> None:
+    for failure in ranks(2).exceptions(lose_count, SCHEMES[scheme]):
+        assert type(failure) is RankError
+        assert str(failure) == "lgc: the ranks are at different steps: [7, 8] (by rank)."
+
+
 # --- non-finite gradients ---
 
 
@@ -185,11 +202,45 @@ def raise_on_nan(rank: int, world_size: int, bad_rank: int, at: int) -> None:
         training.optimizer.step()
 
 
-@pytest.mark.parametrize("at", [1, 3, 5, 9])
-def test_on_request_a_nan_is_an_error_that_names_its_rank_everywhere(ranks: RankFactory, at: int) -> None:
-    for failure in ranks(2).exceptions(raise_on_nan, 1, at):
+@pytest.mark.parametrize(("at", "bad_rank"), [(1, 0), (3, 1), (5, 0), (9, 1)])
+def test_on_request_a_nan_is_an_error_that_names_its_rank_everywhere(
+    ranks: RankFactory, at: int, bad_rank: int
+) -> None:
+    for failure in ranks(2).exceptions(raise_on_nan, bad_rank, at):
         assert type(failure) is FloatingPointError
-        assert str(failure) == f"lgc: step {at}: the gradient is not finite on rank 1."
+        assert str(failure) == f"lgc: step {at}: the gradient is not finite on rank {bad_rank}."
+
+
+def tensors_of(state: Any) -> list[torch.Tensor]:
+    """All tensors of a nested state, in order."""
+    if isinstance(state, torch.Tensor):
+        return [state]
+    return [tensor for part in state.values() for tensor in tensors_of(part)] if isinstance(state, dict) else []
+
+
+def pass_over_nan(rank: int, world_size: int, scheme: Any) -> None:
+    for bad_rank in range(world_size):
+        training = Training(rank, scheme)
+        for step in range(STEPS):
+            if step not in (0, 2, 4, 7):  # one in every phase
+                training.step()
+                assert all(torch.isfinite(p.grad).all() for p in training.ddp.parameters() if p.grad is not None)
+                continue
+            before = tensors_of(training.handle.state_dict())
+            x, y = batch(rank, step)
+            training.optimizer.zero_grad()
+            loss = F.cross_entropy(training.ddp(x), y)
+            (loss * float("nan") if rank == bad_rank else loss).backward()
+            where = f"step {step}, rank {bad_rank}"
+            assert all(torch.isnan(p.grad).all() for p in training.ddp.parameters() if p.grad is not None), where
+            after = tensors_of(training.handle.state_dict())
+            assert len(after) == len(before), where
+            assert all(torch.equal(one, other) for one, other in zip(before, after, strict=True)), where
+
+
+@every_scheme
+def test_a_nan_on_any_rank_in_any_phase_reaches_all_gradients_and_no_state(ranks: RankFactory, scheme: str) -> None:
+    ranks(3).run(pass_over_nan, SCHEMES[scheme])
 
 
 # --- replicas ---
@@ -304,6 +355,29 @@ def test_an_autoencoder_that_gives_nan_is_replaced_by_the_values_in_the_same_ste
     for phases, trained in results:
         assert phases[8:10] == ["compressed", "train"]
         assert_same(trained, results[0][1])
+
+
+def train_with_a_bad_loss(rank: int, world_size: int, scheme: Any) -> None:
+    training = Training(rank, scheme)
+    aggregator: Any = training.handle.aggregator
+    loss_of = aggregator._loss
+    bad = [False]
+    aggregator._loss = lambda x, step: loss_of(x, step) * (float("inf") if bad[0] else 1.0)
+    for step in range(STEPS):
+        bad[0] = step == 4
+        before = [tensor.clone() for tensor in aggregator.autoencoder.parameters()]
+        training.step()
+        changed = [not torch.equal(*pair) for pair in zip(aggregator.autoencoder.parameters(), before, strict=True)]
+        if step in (4, 5) and rank == 0:
+            assert any(changed) == (step == 5)
+        assert all(torch.isfinite(tensor).all() for tensor in tensors_of(training.handle.state_dict()))
+
+
+@pytest.mark.parametrize("scheme", ["lgc-ring", "lgc-ps"])
+def test_a_training_step_of_the_autoencoder_whose_loss_is_not_finite_is_skipped(
+    ranks: RankFactory, scheme: str
+) -> None:
+    ranks(2).run(train_with_a_bad_loss, SCHEMES[scheme])
 
 
 @pytest.mark.parametrize("scheme", ["lgc-ring", "lgc-ps"])

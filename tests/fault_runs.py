@@ -1,0 +1,72 @@
+"""Runs with faults, and the undisturbed ones that they are to end like."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from fault_job import Fault
+from runs import ENVIRONMENT, LGC, LIMIT_S, TORCHRUN, measured
+
+from lgc import checkpoint
+
+JOB = Path(__file__).parent / "fault_job.py"
+PHASE_STEPS = 3
+PHASES = ("dense", "warmup", "train", "compressed")
+SCHEDULE = f"dense_steps={PHASE_STEPS}:warmup_steps={PHASE_STEPS}:train_steps={PHASE_STEPS}:refresh_below=0"
+SCHEMES = {name: f"{name}:{SCHEDULE}" for name in ("lgc-ring", "lgc-ps")}
+
+
+def arguments(scheme: str, out: Path, *, timeout: float, steps: int = len(PHASES) * PHASE_STEPS) -> list[str]:
+    """Of `lgc` for a short run, the folder last."""
+    size = ["--batch-size", "8", "--steps", str(steps), "--limit-test", "64", "--checkpoint-every", "2"]
+    run = ["train", "--recipe", "digits", *size, "--scheme", scheme, "--timeout", str(timeout)]
+    return [*run, "--out", str(out)]
+
+
+def faulty(out: Path, faults: Sequence[Fault], run: list[str]) -> list[str]:
+    """The program of one rank, with its arguments; the log is beside the folder."""
+    return [str(JOB), str(log_of(out)), json.dumps(faults), *run]
+
+
+def log_of(out: Path) -> Path:
+    """What the ranks of a run with faults have written of starts and faults."""
+    return out.with_suffix(".log")
+
+
+def torchrun(out: Path, faults: Sequence[Fault], run: list[str], *, limit_s: float = LIMIT_S) -> str:
+    """Two ranks with faults, restarted by torchrun until they are done; what they have written."""
+    restarts = len(faults) + 2  # two to spare, for a machine so busy that ranks miss each other at the start
+    options = ["--standalone", "--nproc-per-node=2", f"--max-restarts={restarts}"]
+    process = subprocess.Popen(
+        [*TORCHRUN, *options, *faulty(out, faults, run)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=ENVIRONMENT,
+    )
+    try:
+        output, _ = process.communicate(timeout=limit_s)
+    except subprocess.TimeoutExpired:
+        process.terminate()  # torchrun ends its ranks, the stopped ones after 30 s
+        output, _ = process.communicate()
+        raise AssertionError(f"not done after {limit_s:g} s:\n{output}") from None
+    assert process.returncode == 0, output
+    return output
+
+
+def run_undisturbed(out: Path, run: list[str]) -> None:
+    """The same with two ranks to which nothing happens."""
+    done = subprocess.run([*LGC, *run, "--workers", "2"], capture_output=True, text=True, timeout=LIMIT_S)
+    assert done.returncode == 0, done.stderr
+
+
+def results(out: Path) -> tuple[Any, ...]:
+    """Everything that a finished run of two ranks has measured, and its model, bit for bit."""
+    newest = checkpoint.latest(out / "checkpoints")
+    assert newest is not None
+    models = [checkpoint.load_rank(newest, rank=rank, world_size=2)["model"] for rank in range(2)]
+    return *measured(out), [{name: tensor.numpy().tobytes() for name, tensor in model.items()} for model in models]
