@@ -6,9 +6,12 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+from hypothesis import settings
 from ranks import RankPool, Ranks
 
 torch.set_num_threads(1)
+settings.register_profile("lgc", print_blob=True)  # a failure prints what reproduces it, beside the example
+settings.load_profile("lgc")
 
 
 @pytest.fixture(scope="session")
