@@ -10,12 +10,27 @@ from lgc.coding import BFloat16, EliasFano, Float16, Float32, RangeCoder, RawInd
 from lgc.ddp import Handle, attach
 from lgc.layout import Role
 from lgc.schedule import Phase
-from lgc.schemes import DGC, SCHEMES, Dense, LGCRing, LGCServer, ScaleCom, Scheme, TopK, parse_scheme
+from lgc.schemes import (
+    BF16,
+    DGC,
+    FP16,
+    SCHEMES,
+    Dense,
+    LGCRing,
+    LGCServer,
+    PowerSGD,
+    ScaleCom,
+    Scheme,
+    TopK,
+    parse_scheme,
+)
 from lgc.version import __version__
 from lgc.wire import Traffic, Wire
 
 __all__ = [
+    "BF16",
     "DGC",
+    "FP16",
     "SCHEMES",
     "BFloat16",
     "Dense",
@@ -26,6 +41,7 @@ __all__ = [
     "LGCRing",
     "LGCServer",
     "Phase",
+    "PowerSGD",
     "RangeCoder",
     "RawIndices",
     "Rice",

@@ -1,4 +1,4 @@
-"""Attach a scheme to a DistributedDataParallel model. The only module that knows DDP's buckets."""
+"""Attach a scheme to a DistributedDataParallel model. Only this, and torch's own hook in peers.py, know buckets."""
 
 # No `from __future__ import annotations`: DDP compares the hook's annotations by identity.
 import json
@@ -16,9 +16,10 @@ from torch._C._distributed_c10d import GradBucket
 from torch.nn.parallel import DistributedDataParallel
 
 from lgc.aggregators import Aggregator
+from lgc.peers import PowerSGDHook
 from lgc.replicas import ReplicaError, find_differences, require_agreement, synchronise
 from lgc.schedule import Phase
-from lgc.schemes import Dense, Scheme, SparseScheme, parse_scheme
+from lgc.schemes import Dense, PowerSGD, Scheme, SparseScheme, parse_scheme
 from lgc.transport import RankError, Transport
 from lgc.version import __version__
 from lgc.wire import Traffic, Wire, summarise
@@ -123,7 +124,7 @@ class Handle:
         step: number of rounds done; each synchronised backward pass is one.
         phase: of the last round; before the first one, of the first.
         wire: bytes of this rank by phase.
-        aggregator: the parts at work; None for `Dense`, which has no state.
+        aggregator: the parts at work; None for the schemes that reduce bucket by bucket (dense, fp16, bf16, powersgd).
     """
 
     def __init__(
@@ -157,6 +158,7 @@ class Handle:
             )
         else:
             self.phase = Phase.DENSE
+            self._power_sgd = PowerSGDHook(scheme, transport) if isinstance(scheme, PowerSGD) else None
             ddp.register_comm_hook(None, self._reduce_bucket)
 
     @property
@@ -244,15 +246,21 @@ class Handle:
         self.transport.wire.phases = phases
 
     def _reduce_bucket(self, _: object, bucket: GradBucket) -> torch.futures.Future[torch.Tensor]:
-        """What DDP itself does, counted."""
+        """What DDP itself or its hooks do, counted."""
         if bucket.index() == 0:
-            self.transport.begin(Phase.DENSE)
+            self.phase = self._power_sgd.phase if self._power_sgd else Phase.DENSE
+            self.transport.begin(self.phase)
             self._check_replicas()
         if bucket.is_last():
             self.step += 1
-        buffer = bucket.buffer()
-        buffer.mul_(1 / self.transport.world_size)
-        return self.transport.all_reduce_async(buffer, "values")
+        if self._power_sgd:
+            return self._power_sgd.reduce(bucket)
+        assert isinstance(self.scheme, Dense)
+        buffer, dtype = bucket.buffer(), self.scheme.dtype
+        if dtype is None or dtype == buffer.dtype:
+            return self.transport.all_reduce_async(buffer.mul_(1 / self.transport.world_size), "values")
+        share = buffer.to(dtype).div_(self.transport.world_size)
+        return self.transport.all_reduce_async(share, "values").then(lambda done: buffer.copy_(done.value()))
 
     def _collect_bucket(self, _: object, bucket: GradBucket) -> torch.futures.Future[torch.Tensor]:
         """Keep the bucket until the last one is here; then one round makes the mean of all."""

@@ -71,6 +71,47 @@ class Dense(Scheme):
     """Uncompressed: DDP's own all-reduce, bucket by bucket while the backward pass goes on."""
 
     name: ClassVar[str] = "dense"
+    dtype: ClassVar[torch.dtype | None] = None  # of what is sent; None is the gradients' own
+
+
+@dataclass(frozen=True, kw_only=True)
+class FP16(Dense):
+    """All-reduce in float16, as torch's `fp16_compress_hook`: cast, divided by K, summed, cast back; no residual."""
+
+    name: ClassVar[str] = "fp16"
+    dtype: ClassVar[torch.dtype | None] = torch.float16
+
+
+@dataclass(frozen=True, kw_only=True)
+class BF16(Dense):
+    """All-reduce in bfloat16, as torch's `bf16_compress_hook`, also where DDP refuses that: on builds without CUDA."""
+
+    name: ClassVar[str] = "bf16"
+    dtype: ClassVar[torch.dtype | None] = torch.bfloat16
+
+
+@dataclass(frozen=True, kw_only=True)
+class PowerSGD(Scheme):
+    """Low-rank factors of every weight by torch's own hook, with its error feedback and warm start.
+
+    On gloo that hook hangs with more than one bucket, so build the model as `DistributedDataParallel(model,
+    bucket_cap_mb=...)` with room for all gradients; else the first backward pass raises. The optimizer keeps its
+    momentum. `state_dict()` has none of the hook's state: a resumed run starts again with `start_steps` uncompressed
+    steps, an empty residual and new random factors. A NaN stays in the hook's residual for ever.
+    Source: Vogels et al., NeurIPS 2019, arXiv 1905.13727.
+
+    Args:
+        rank: of the factors, at least 1.
+        start_steps: uncompressed steps at the start, at least 2, which is when DDP's buckets are final.
+    """
+
+    name: ClassVar[str] = "powersgd"
+    rank: int = 1
+    start_steps: int = 10
+
+    def __post_init__(self) -> None:
+        _within(self, "rank", "at least 1", _integer(self, "rank") >= 1)
+        _within(self, "start_steps", "at least 2", _integer(self, "start_steps") >= 2)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -360,7 +401,9 @@ class LGCServer(LGCScheme):
         return super()._raw() | {"latent": Float32()}
 
 
-SCHEMES: dict[str, type[Scheme]] = {scheme.name: scheme for scheme in (Dense, TopK, DGC, ScaleCom, LGCRing, LGCServer)}
+SCHEMES: dict[str, type[Scheme]] = {
+    scheme.name: scheme for scheme in (Dense, FP16, BF16, PowerSGD, TopK, DGC, ScaleCom, LGCRing, LGCServer)
+}
 
 
 def parse_scheme(text: str, defaults: Mapping[str, Any] | None = None) -> Scheme:

@@ -21,9 +21,10 @@ from tqdm import tqdm
 
 from lgc import checkpoint
 from lgc.ddp import attach
+from lgc.peers import one_bucket_mb
 from lgc.recipes import Data, Recipe, find_recipe
 from lgc.run_folder import CHECKPOINTS, METRICS, SUMMARY, Recorder, require_same, write_json
-from lgc.schemes import Scheme, parse_scheme
+from lgc.schemes import PowerSGD, Scheme, parse_scheme
 from lgc.version import __version__
 
 ADAM_SECOND_BETA = 0.95  # as for GPT-3: Brown et al., arXiv 2005.14165, appendix B
@@ -214,7 +215,8 @@ class Training:
         torch.manual_seed(settings.seed)
         self.model = self.recipe.model().to(device)
         torch.manual_seed(hash((settings.seed, dist.get_rank())))  # of dropout, of its own in every rank
-        self.ddp = DistributedDataParallel(self.model)
+        bucket_cap_mb = one_bucket_mb(self.model) if isinstance(self.scheme, PowerSGD) else None
+        self.ddp = DistributedDataParallel(self.model, bucket_cap_mb=bucket_cap_mb)
         self.ddp.broadcast_buffers = False  # rank 0's are broadcast before every evaluation instead
         self.group = self.ddp.process_group
         self.optimizer = make_optimizer(self.recipe, self.model, self.scheme)

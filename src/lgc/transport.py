@@ -1,4 +1,4 @@
-"""Every collective that lgc performs, counted.
+"""Every collective that lgc performs, counted; and those of torch's PowerSGD hook, computed from its shapes.
 
 Bytes are those of the buffers handed over, times what a rank sends and receives of them (K ranks, b bytes):
 
@@ -118,18 +118,21 @@ class Transport:
 
     def all_reduce(self, tensor: Tensor, content: str) -> Tensor:
         """Sum over the ranks, the same bits on each; shape and dtype of `tensor`."""
-        share = 2 * (self.world_size - 1) * _bytes(tensor) // self.world_size
-        self._count(content, sent=share, received=share, upload=_bytes(tensor))
+        self.count_all_reduce(_bytes(tensor), content)
         return self._run(tensor.clone(), lambda buffer: dist.all_reduce(buffer, group=self.group))
 
     def all_reduce_async(self, tensor: Tensor, content: str) -> torch.futures.Future[Tensor]:
         """Sum over the ranks into `tensor`, in the background."""
-        share = 2 * (self.world_size - 1) * _bytes(tensor) // self.world_size
-        self._count(content, sent=share, received=share, upload=_bytes(tensor))
+        self.count_all_reduce(_bytes(tensor), content)
         work = dist.all_reduce(tensor, group=self.group, async_op=True)
         assert work is not None
         future: torch.futures.Future[Tensor] = work.get_future().then(lambda done: done.value()[0])
         return future
+
+    def count_all_reduce(self, size: int, content: str) -> None:
+        """Count an all-reduce of `size` bytes, for one that is not performed here."""
+        share = 2 * (self.world_size - 1) * size // self.world_size
+        self._count(content, sent=share, received=share, upload=size)
 
     def all_gather(self, tensor: Tensor, content: str) -> Tensor:
         """The tensors of all ranks, which must have one shape and dtype: shape (K, *shape)."""

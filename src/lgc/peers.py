@@ -1,0 +1,65 @@
+"""PowerSGD as torch has it, to compare with: its own hook, counted and kept from hanging."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState, powerSGD_hook
+
+from lgc.schedule import Phase
+from lgc.schemes import PowerSGD
+from lgc.transport import Transport
+
+MB = 2**20
+
+
+class PowerSGDHook:
+    """One rank's side of `PowerSGD`. Source: Vogels et al., NeurIPS 2019, arXiv 1905.13727.
+
+    torch performs the collectives; the bytes are computed from the shapes of what it sends: content `values` is the
+    uncompressed start, `factors` are P, Q and the tensors that are not worth factors.
+    """
+
+    def __init__(self, scheme: PowerSGD, transport: Transport) -> None:
+        self._transport = transport
+        self._state = PowerSGDState(
+            process_group=transport.group,
+            matrix_approximation_rank=scheme.rank,
+            start_powerSGD_iter=scheme.start_steps,
+        )
+
+    @property
+    def phase(self) -> Phase:
+        """Of the next round."""
+        return Phase.DENSE if self._state.iter < self._state.start_powerSGD_iter else Phase.COMPRESSED
+
+    def reduce(self, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+        """The mean of the bucket over the ranks, in its buffer.
+
+        Raises:
+            RuntimeError: on gloo, if this is not the only bucket.
+        """
+        buffer = bucket.buffer()
+        if dist.get_backend(self._transport.group) == "gloo" and not (bucket.index() == 0 and bucket.is_last()):
+            raise RuntimeError(
+                "PowerSGD: DDP has several buckets, with which torch's hook hangs on gloo; build the model as "
+                "DistributedDataParallel(model, bucket_cap_mb=...) with room for all gradients "
+                "(lgc.peers.one_bucket_mb(model)), and in one dtype."
+            )
+        if self.phase is Phase.DENSE:
+            self._transport.count_all_reduce(buffer.numel() * buffer.element_size(), "values")
+            return powerSGD_hook(self._state, bucket)
+        before = self._state.total_numel_after_compression
+        future = powerSGD_hook(self._state, bucket)
+        numbers = self._state.total_numel_after_compression - before
+        self._transport.count_all_reduce(numbers * buffer.element_size(), "factors")
+        return future
+
+
+def one_bucket_mb(model: nn.Module) -> int:
+    """A `bucket_cap_mb` with which DDP has all gradients of `model` in one bucket, if they are of one dtype."""
+    size = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    return math.ceil(size / MB) + 1
