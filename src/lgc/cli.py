@@ -13,6 +13,7 @@ import click
 
 from lgc.analysis.command import analyze
 from lgc.bench.codec import codec
+from lgc.bench.link import link
 from lgc.launch import RankFailedError, run_in_job, run_locally, under_torchrun
 from lgc.recipes import RECIPES
 from lgc.report import Link, find_runs, format_table, write_report
@@ -157,10 +158,12 @@ def bench() -> None:
 
     \b
     lgc bench codec    bits per index and per entry, time per million, of every coder
+    lgc bench link     time and bytes a step of every scheme on links of several speeds
     """
 
 
 bench.add_command(codec)
+bench.add_command(link)
 main.add_command(analyze)
 
 

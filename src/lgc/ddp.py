@@ -4,6 +4,7 @@
 import json
 import logging
 import sys
+import time
 import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -116,6 +117,16 @@ class _Pending(NamedTuple):
     future: torch.futures.Future[Tensor]
 
 
+class RoundTime(NamedTuple):
+    """Seconds of this rank in one round, from the last gradient to the mean.
+
+    `communication` is that in collectives, waiting for other ranks included; `compression` is the rest.
+    """
+
+    compression: float
+    communication: float
+
+
 class Handle:
     """An attached scheme: what it is doing, what it has sent, and its state.
 
@@ -124,6 +135,7 @@ class Handle:
         step: number of rounds done; each synchronised backward pass is one.
         phase: of the last round; before the first one, of the first.
         wire: bytes of this rank by phase.
+        round_time: of the last round; None for the schemes that reduce bucket by bucket, amid the backward pass.
         aggregator: the parts at work; None for the schemes that reduce bucket by bucket (dense, fp16, bf16, powersgd).
     """
 
@@ -138,6 +150,7 @@ class Handle:
         self.scheme = scheme
         self.policy = policy
         self.step = 0
+        self.round_time: RoundTime | None = None
         self.transport = transport
         self._grad_scaler = grad_scaler
         self._parameters = dict(_trained(ddp))
@@ -275,6 +288,7 @@ class Handle:
         future: torch.futures.Future[Tensor] = torch.futures.Future(devices=devices)
         self._pending.append(_Pending(bucket.buffer(), gradients, future))
         if bucket.is_last():
+            started, communicated = time.perf_counter(), self.transport.seconds
             pending, self._pending = self._pending, []
             try:
                 mean = self._aggregate()
@@ -284,6 +298,8 @@ class Handle:
                 self.transport.announce(error)
                 raise
             self._deliver(mean, pending)
+            communication = self.transport.seconds - communicated
+            self.round_time = RoundTime(time.perf_counter() - started - communication, communication)
         return future
 
     def _check_replicas(self) -> None:

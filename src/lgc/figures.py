@@ -12,9 +12,9 @@ import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+from matplotlib.ticker import LogLocator, NullFormatter, NullLocator, StrMethodFormatter
 
-from lgc.report import Line, Link, Run, Series
+from lgc.report import UNITS, Line, Link, Run, Series
 from lgc.schedule import Phase
 from lgc.wire import SETUP
 
@@ -53,6 +53,49 @@ def draw_figures(lines: list[Line], links: list[Link]) -> list[dict[str, str]]:
         }
         for drawing in _drawings(lines, links)
     ]
+
+
+class Panel(NamedTuple):
+    """One pair of axes over the speeds of links: the unit, and values by label, None where there is none."""
+
+    ylabel: str
+    values: dict[str, list[float | None]]
+
+
+def draw_against_links(name: str, speeds: list[float | None], panels: list[Panel]) -> str:
+    """SVG of one panel below the other, both axes logarithmic.
+
+    Args:
+        name: the figure's, for its ids.
+        speeds: bits per second of the links, ascending; None is a link that is not limited, drawn at the right.
+        panels: with one value a speed for every label.
+    """
+    known = [speed for speed in speeds if speed is not None]
+    limitless = 10 * max(known, default=1e9)
+    xs = [limitless if speed is None else speed for speed in speeds]
+    labels = list(panels[0].values)
+    rows = math.ceil(len(labels) / 2)
+    with mpl.rc_context({**STYLE, "svg.hashsalt": name}):
+        size = (WIDTH, HEIGHT * len(panels) + LEGEND_ROW * rows)
+        figure = Figure(figsize=size, layout="constrained")
+        for axes, panel in zip(figure.subplots(len(panels), sharex=True, squeeze=False)[:, 0], panels, strict=True):
+            for label, values in panel.values.items():
+                axes.plot(xs, [math.nan if value is None else value for value in values], marker="o", label=label)
+            axes.set(ylabel=panel.ylabel, xscale="log", yscale="log")
+            axes.yaxis.set_minor_formatter(NullFormatter())
+        axes.set_xticks(xs, ["unlimited" if speed is None else _speed(speed) for speed in speeds])
+        axes.set_xlabel("link")
+        axes.xaxis.set_minor_locator(NullLocator())
+        figure.legend(*axes.get_legend_handles_labels(), loc="outside lower left", ncols=2, handlelength=1.4)
+        text = io.StringIO()
+        figure.savefig(text, format="svg", metadata={"Date": None})
+    svg = text.getvalue()
+    return svg[svg.index("<svg") :]
+
+
+def _speed(bits_per_second: float) -> str:
+    unit, size = next((unit, size) for unit, size in reversed(UNITS.items()) if bits_per_second >= size or size == 1e3)
+    return f"{bits_per_second / size:g} {unit.capitalize()}/s"
 
 
 def _drawings(lines: list[Line], links: list[Link]) -> list[Drawing]:

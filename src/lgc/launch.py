@@ -14,8 +14,11 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from lgc.bench.network import Network
 from lgc.run_folder import claim
 from lgc.train import Output, Settings, notify, train
+
+STORE_PORT = 29500  # in a namespace of its own, where nobody else listens
 
 
 class RankFailedError(Exception):
@@ -93,16 +96,24 @@ def preload(module: str) -> None:
     forkserver.ensure_running()
 
 
-def start_ranks(function: Callable[..., None], *arguments: Any, world_size: int, timeout: timedelta) -> None:
+def start_ranks(
+    function: Callable[..., None],
+    *arguments: Any,
+    world_size: int,
+    timeout: timedelta,
+    network: Network | None = None,
+) -> None:
     """Run `function(*arguments, device)` in so many ranks of a process group on this machine, until all are done.
+
+    They talk over loopback or, where there is a network, each from its own namespace.
 
     Raises:
         RankFailedError: if a rank failed; the others have been stopped.
     """
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) if network is None else None
     ranks = mp.start_processes(
         _local_rank,
-        (function, arguments, world_size, timeout, store.port),
+        (function, arguments, world_size, timeout, store.port if store else network),
         nprocs=world_size,
         join=False,
         start_method="forkserver",
@@ -125,15 +136,20 @@ def _local_rank(
     arguments: tuple[Any, ...],
     world_size: int,
     timeout: timedelta,
-    port: int,
+    place: int | Network,
 ) -> None:
+    """One rank; `place` is the port of the launcher's store, or the network whose rank 0 has the store."""
     threading.Thread(target=_end_with_launcher, daemon=True).start()
+    if isinstance(place, Network):
+        os.environ["GLOO_SOCKET_IFNAME"] = place.enter(rank)
+        store = dist.TCPStore(place.address(0), STORE_PORT, is_master=rank == 0, wait_for_workers=False)
+    else:
+        if sys.platform == "linux":
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        store = dist.TCPStore("127.0.0.1", place, is_master=False)
     device, backend = _pick_device(rank, world_size)
-    if sys.platform == "linux":
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     if device.type == "cpu":
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // world_size))
-    store = dist.TCPStore("127.0.0.1", port, is_master=False)
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
     try:
         function(*arguments, device)

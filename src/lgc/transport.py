@@ -59,6 +59,10 @@ class Transport:
 
     Tensors may be on any device: they are staged through the host where the backend (gloo) needs it. At world size
     1 nothing is sent.
+
+    Attributes:
+        wire: bytes of this rank by phase.
+        seconds: that this rank has spent in collectives, waiting for other ranks included; but for asynchronous ones.
     """
 
     def __init__(self, group: dist.ProcessGroup) -> None:
@@ -66,6 +70,7 @@ class Transport:
         self.rank = dist.get_rank(group)
         self.world_size = dist.get_world_size(group)
         self.wire = Wire()
+        self.seconds = 0.0
         self._on_host = dist.get_backend(group) == "gloo"
         if self._on_host:
             _release_at_exit()
@@ -140,7 +145,7 @@ class Transport:
         self._count(content, sent=others, received=others, upload=_bytes(tensor))
         staged = self._stage(tensor)
         gathered = [torch.empty_like(staged) for _ in range(self.world_size)]
-        with self._explained():
+        with self._timed():
             dist.all_gather(gathered, staged, group=self.group)
         return torch.stack(gathered).to(tensor.device)
 
@@ -162,12 +167,12 @@ class Transport:
         staged = self._stage(tensor)
         if self.rank != SERVER:
             self._count(content, sent=size, received=0, upload=size)
-            with self._explained():
+            with self._timed():
                 dist.gather(staged, None, group_dst=SERVER, group=self.group)
             return None
         self._count(content, sent=0, received=(self.world_size - 1) * size, upload=size)
         gathered = [torch.empty_like(staged) for _ in range(self.world_size)]
-        with self._explained():
+        with self._timed():
             dist.gather(staged, gathered, group_dst=SERVER, group=self.group)
         return torch.stack(gathered).to(tensor.device)
 
@@ -204,7 +209,7 @@ class Transport:
         size = _bytes(tensor)
         if source != SERVER and self.rank == source:
             self._count(content, sent=size, received=0, upload=size)
-            with self._explained():
+            with self._timed():
                 dist.send(self._stage(tensor), group_dst=SERVER, group=self.group)
         elif source != SERVER and self.rank == SERVER:
             self._count(content, sent=0, received=size, upload=0)
@@ -213,18 +218,21 @@ class Transport:
 
     def _run(self, tensor: Tensor, collective: Callable[[Tensor], object]) -> Tensor:
         buffer = self._stage(tensor)
-        with self._explained():
+        with self._timed():
             collective(buffer)
         return buffer.to(tensor.device)
 
     @contextlib.contextmanager
-    def _explained(self) -> Iterator[None]:
-        """Raise the error that another rank has announced in place of the lost connection that it causes."""
+    def _timed(self) -> Iterator[None]:
+        """A collective: its time, and in place of a lost connection the error that another rank has announced."""
+        started = time.perf_counter()
         try:
             yield
         except RuntimeError as error:
             reason = self._announced() or f"rank {self.rank}: an exchange with the other ranks has failed: {error}"
             raise RankError(f"lgc: {reason}") from error
+        finally:
+            self.seconds += time.perf_counter() - started
 
     def _announced(self) -> str | None:
         deadline = time.monotonic() + ANNOUNCEMENT_WAIT_S

@@ -3,7 +3,7 @@
 from lgc.recipes.camvid import CAMVID_PSPNET
 from lgc.recipes.cifar10 import CIFAR10_RESNET20, CIFAR10_RESNET50, CIFAR10_RESNET101
 from lgc.recipes.data import Data, Split
-from lgc.recipes.digits import DIGITS
+from lgc.recipes.digits import DIGITS, DIGITS_MLP
 from lgc.recipes.imagenet import IMAGENET_RESNET50
 from lgc.recipes.recipe import Metric, Recipe
 from lgc.recipes.text import TEXT_GPT
@@ -12,6 +12,7 @@ RECIPES: dict[str, Recipe] = {
     recipe.name: recipe
     for recipe in (
         DIGITS,
+        DIGITS_MLP,
         CIFAR10_RESNET20,
         CIFAR10_RESNET50,
         CIFAR10_RESNET101,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -40,6 +42,14 @@ def small_resnet() -> nn.Module:
         nn.AdaptiveAvgPool2d(1),
         nn.Flatten(),
         nn.Linear(256, 10),
+    )
+
+
+def wide_mlp() -> nn.Module:
+    """Two hidden layers of 3,200: (batch, 1, 8, 8) -> (batch, 10), 10.5 million parameters."""
+    width = 3200
+    return nn.Sequential(
+        nn.Flatten(), nn.Linear(64, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 10)
     )
 
 
@@ -87,3 +97,11 @@ DIGITS = Recipe(
         "refresh_steps": 30,
     },
 )
+
+DIGITS_MLP = replace(
+    DIGITS,
+    name="digits-mlp",
+    summary="scikit-learn's digits, a wide MLP of 10.5 million parameters that computes little for their number",
+    model=wide_mlp,
+)
+"""A step computes for a few ten milliseconds and has 42 MB of gradients: for the time on links."""
