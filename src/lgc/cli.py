@@ -15,6 +15,7 @@ from lgc.analysis.command import analyze
 from lgc.bench.codec import codec
 from lgc.bench.link import link
 from lgc.launch import RankFailedError, run_in_job, run_locally, under_torchrun
+from lgc.plan.command import plan
 from lgc.recipes import RECIPES
 from lgc.report import Link, find_runs, format_table, write_report
 from lgc.run_folder import SUMMARY, OtherRunError
@@ -165,6 +166,7 @@ def bench() -> None:
 bench.add_command(codec)
 bench.add_command(link)
 main.add_command(analyze)
+main.add_command(plan)
 
 
 @main.command()

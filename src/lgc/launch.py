@@ -48,7 +48,7 @@ def run_in_job(settings: Settings, output: Output, timeout: timedelta, *, overwr
     overwrite = overwrite and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
     if os.environ["RANK"] == "0":
         _warn_of_stale_store()
-    device, backend = _pick_device(local_rank, local_world_size)
+    device, backend = pick_device(local_rank, local_world_size)
     if local_rank == 0:
         settings.load_data()  # decodes into the cache that the other ranks of this machine map
     unfinished = torch.ones((), dtype=torch.int64, device=device)
@@ -147,7 +147,7 @@ def _local_rank(
         if sys.platform == "linux":
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
         store = dist.TCPStore("127.0.0.1", place, is_master=False)
-    device, backend = _pick_device(rank, world_size)
+    device, backend = pick_device(rank, world_size)
     if device.type == "cpu":
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // world_size))
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
@@ -165,8 +165,8 @@ def _end_with_launcher() -> None:
     os._exit(1)
 
 
-def _pick_device(local_rank: int, local_world_size: int) -> tuple[torch.device, str]:
-    """NCCL where every rank has a GPU of its own, else gloo: on shared GPUs or on the CPU."""
+def pick_device(local_rank: int, local_world_size: int) -> tuple[torch.device, str]:
+    """A rank's device and backend: NCCL where every rank has a GPU of its own, else gloo: on shared GPUs or on the CPU."""
     gpus = torch.cuda.device_count()
     if gpus == 0:
         return torch.device("cpu"), "gloo"

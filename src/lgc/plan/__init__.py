@@ -1,0 +1,1 @@
+"""What a training step would take under each scheme, and which scheme to choose for it."""

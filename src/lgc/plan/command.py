@@ -1,0 +1,278 @@
+"""`lgc plan`: measure here, predict for a link, and recommend."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+import torch.distributed as dist
+
+from lgc.launch import RankFailedError, pick_device, preload, start_ranks, under_torchrun
+from lgc.plan.cost import TOLERANCE, Arm, Collective, Link, Prediction, Profile, Stage, choose, predict
+from lgc.plan.measure import FunctionJob, JobSource, RecipeJob, measure
+from lgc.plan.rehearsal import probe
+from lgc.recipes import RECIPES
+from lgc.schemes import PowerSGD, Scheme, SparseScheme, parse_scheme
+from lgc.train import Settings
+from lgc.transport import Transport
+
+SCHEMES = "dense,bf16,powersgd:rank=1,powersgd:rank=2,powersgd:rank=4,dgc,topk,scalecom,lgc-ring,lgc-ps"
+MEASURED = "measured"
+TIMEOUT = timedelta(seconds=600)  # ranks wait for the one that trains an autoencoder
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is asked, to be sent to the ranks that measure."""
+
+    source: JobSource
+    schemes: list[Scheme]
+    world_size: int
+
+
+@click.command()
+@click.option("--recipe", type=click.Choice(list(RECIPES)), help="The model, with its data.")
+@click.option(
+    "--model",
+    metavar="MODULE:FUNCTION",
+    help="The model, from Python: a function without arguments that returns it and its loss on one batch.",
+)
+@click.option("--workers", type=click.IntRange(2), help="Ranks that will train; not under torchrun.  [4]")
+@click.option(
+    "--ranks-per-machine",
+    type=click.IntRange(1),
+    default=1,
+    show_default=True,
+    help="Ranks that share a machine; so many measure here at once. A divisor of --workers; not under torchrun.",
+)
+@click.option(
+    "--bandwidth",
+    "bandwidths",
+    multiple=True,
+    help="Of each rank's link (kbit, mbit, gbit); several give a table each.  [measured under torchrun, else 100mbit]",
+)
+@click.option("--latency", default="0ms", show_default=True, help="Of a message (us, ms, s).")
+@click.option("--schemes", default=SCHEMES, show_default=True, help="In the order in which equals are preferred.")
+@click.option("--batch-size", type=click.IntRange(1), help="Samples per rank and step.  [the recipe's]")
+@click.option("--data", help="Folder in the hub's layout, or name on the Hugging Face hub.  [the recipe's]")
+@click.option("--backbone", help="For recipes that offer several.  [the recipe's first]")
+@click.option("--bf16", is_flag=True, help="Compute in bfloat16 by autocast.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
+def plan(
+    workers: int | None,
+    ranks_per_machine: int,
+    bandwidths: tuple[str, ...],
+    latency: str,
+    as_json: bool,
+    **run: Any,
+) -> None:
+    """Predict a step's time under every scheme, and recommend one for your link.
+
+    Measures a model's computation and every scheme's own on this machine, counts what would be sent, and adds what
+    that takes on the link:
+
+    \b
+    lgc plan --recipe digits --workers 4 --bandwidth 100mbit --latency 1ms
+    lgc plan --model train:job --workers 16 --bandwidth 1gbit
+    torchrun --nnodes 2 --nproc-per-node 1 --rdzv-backend c10d --rdzv-endpoint HOST:29500 \\
+        -m lgc plan --model train:job
+
+    Under torchrun the link is measured between its ranks, unless --bandwidth is given. The function of --model:
+
+    \b
+    def job():
+        model, x, y = Net(), torch.randn(32, 3, 32, 32), torch.randint(10, (32,))
+        return model, lambda model: cross_entropy(model(x), y)
+
+    Says nothing about accuracy: lgc compare does.
+    """
+    world_size = workers or 4
+    if under_torchrun():
+        world_size = int(os.environ["WORLD_SIZE"])
+        if workers not in (None, world_size) or ranks_per_machine != 1:
+            raise click.UsageError("torchrun has started the ranks: leave out --workers and --ranks-per-machine.")
+    elif world_size % ranks_per_machine:
+        raise click.UsageError(f"--ranks-per-machine {ranks_per_machine} must divide --workers {world_size}.")
+    try:
+        question = _question(world_size, **run)
+        given = [Link.parse(bandwidth, latency) for bandwidth in bandwidths]
+    except (ValueError, OSError) as error:
+        raise click.UsageError(str(error)) from None
+    if under_torchrun():
+        profile, measured = _measure_in_job(question)
+        if os.environ["RANK"] != "0":
+            return
+        links = dict(zip(bandwidths, given, strict=True)) or {MEASURED: measured}
+    else:
+        profile = _measure_here(question, ranks_per_machine)
+        links = dict(zip(bandwidths, given, strict=True)) or {"100mbit": Link.parse("100mbit", latency)}
+    answers = {name: predict(profile, link) for name, link in links.items()}
+    if as_json:
+        click.echo(json.dumps([_as_json(name, links[name], profile, rows) for name, rows in answers.items()], indent=1))
+    else:
+        click.echo("\n\n".join(_as_text(name, links[name], profile, rows) for name, rows in answers.items()))
+
+
+def _question(world_size: int, *, recipe: str | None, model: str | None, schemes: str, **run: Any) -> Question:
+    if (recipe is None) == (model is None):
+        raise ValueError("one of --recipe and --model must be given.")
+    texts = schemes.split(",")
+    if recipe is not None:
+        settings = [Settings(recipe=recipe, scheme=text, world_size=world_size, **run) for text in texts]
+        settings[0].load_data()  # decodes into the cache that the ranks map
+        return Question(RecipeJob(settings[0]), [one.resolve_scheme() for one in settings], world_size)
+    assert model is not None
+    if any(run.values()):
+        raise ValueError("--batch-size, --data, --backbone and --bf16 are for recipes.")
+    job = FunctionJob(model)
+    job.find()
+    return Question(job, [parse_scheme(text) for text in texts], world_size)
+
+
+def _measure_here(question: Question, ranks: int) -> Profile:
+    """With so many ranks on this machine."""
+    preload("lgc.plan.command")
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "profile.json"
+        try:
+            start_ranks(_measure_and_write, question, path, world_size=ranks, timeout=TIMEOUT)
+        except RankFailedError as error:
+            click.echo(error.details, err=True)
+            raise click.ClickException(str(error)) from None
+        return _read(path.read_text(encoding="utf-8"))
+
+
+def _measure_and_write(question: Question, path: Path, device: torch.device) -> None:
+    """Run in every rank of the default process group; rank 0 writes the profile."""
+    group = dist.group.WORLD
+    assert group is not None
+    profile = measure(question.source, question.schemes, question.world_size, Transport(group), device, _tell())
+    if dist.get_rank() == 0:
+        path.write_text(json.dumps(profile), encoding="utf-8")
+
+
+def _measure_in_job(question: Question) -> tuple[Profile, Link]:
+    """As one rank of a torchrun job: the ranks of a machine measure together, and all of them the link."""
+    on_machine = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    device, backend = pick_device(int(os.environ.get("LOCAL_RANK", "0")), on_machine)
+    dist.init_process_group(backend, timeout=TIMEOUT)
+    try:
+        assert dist.group.WORLD is not None
+        link = probe(Transport(dist.group.WORLD), device)
+        local, _ = dist.new_subgroups(group_size=on_machine)
+        profile = measure(question.source, question.schemes, question.world_size, Transport(local), device, _tell())
+        dist.barrier()
+        return profile, link
+    finally:
+        dist.destroy_process_group()
+
+
+def _tell() -> Callable[[str], object]:
+    def tell(what: str) -> None:
+        click.echo(f"measuring {what}", err=True)
+
+    return tell if dist.get_rank() == 0 else lambda _: None
+
+
+def _read(text: str) -> Profile:
+    """A profile from its JSON, in which every tuple is a list."""
+    world_size, compute, arms = json.loads(text)
+    return Profile(
+        world_size,
+        compute,
+        [
+            Arm(
+                scheme,
+                [
+                    Stage(phase, steps, seconds, [Collective(*collective) for collective in collectives])
+                    for phase, steps, seconds, collectives in stages
+                ],
+            )
+            for scheme, stages in arms
+        ],
+    )
+
+
+HEADER = ("scheme", "sent", "compute", "compression", "communication", "step", "vs dense", "ahead from")
+
+
+def _as_text(name: str, link: Link, profile: Profile, rows: Sequence[Prediction]) -> str:
+    table = [HEADER]
+    for row in rows:
+        seconds = [f"{1e3 * value:,.1f} ms" for value in (row.compute, row.compression, row.communication, row.step)]
+        ahead = "-" if row.pays_from is None else f"step {row.pays_from:,}"
+        table.append((row.scheme, _bytes(row.sent_bytes), *seconds, f"{row.speedup:.2f} x", ahead))
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    lines = ["  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]).rstrip() for line in table]
+    title = f"{profile.world_size} ranks, {name}: {link}"
+    if name != MEASURED and link.latency:
+        title += "; what the latency adds is predicted, not validated"
+    return "\n".join([title, "", *lines, "", *_advice(rows)])
+
+
+def _advice(rows: Sequence[Prediction]) -> list[str]:
+    best = choose(rows)
+    if best == rows[0]:
+        return [f"Dense is best here: nothing is more than {TOLERANCE:.0%} faster. Use plain DDP."]
+    lines = [f"{best.scheme} is best here, {best.speedup:.1f} times as fast as dense:", "", f"    {_attach(best)}"]
+    if best.early:
+        steps = sum(stage.steps for stage in best.early)
+        mean = sum(stage.steps * stage.step for stage in best.early) / steps
+        phases = ", ".join(dict.fromkeys(stage.phase for stage in best.early))
+        lines += [
+            "",
+            f"Its first {steps} steps ({phases}) take {1e3 * mean:,.1f} ms on average; the run as a whole is ahead of "
+            f"dense from step {best.pays_from} on.",
+        ]
+    scheme = parse_scheme(best.scheme)
+    if isinstance(scheme, SparseScheme) and scheme.momentum:
+        lines += ["", "It has the momentum: give the optimizer none, or the scheme momentum=0."]
+    if isinstance(scheme, PowerSGD):
+        lines += [
+            "",
+            "On gloo it needs all gradients in one bucket: DistributedDataParallel(model, bucket_cap_mb=...).",
+        ]
+    return lines
+
+
+def _attach(best: Prediction) -> str:
+    return f'handle = lgc.attach(model, "{best.scheme}", optimizer)'
+
+
+def _as_json(name: str, link: Link, profile: Profile, rows: Sequence[Prediction]) -> dict[str, Any]:
+    best = choose(rows)
+    return {
+        "link": {"name": name, "bytes_per_s": link.bandwidth, "latency_s": link.latency, "measured": name == MEASURED},
+        "workers": profile.world_size,
+        "schemes": [
+            {
+                "scheme": row.scheme,
+                "sent_bytes": round(row.sent_bytes),
+                "compute_s": row.compute,
+                "compression_s": row.compression,
+                "communication_s": row.communication,
+                "step_s": row.step,
+                "speedup": row.speedup,
+                "early": [{"phase": stage.phase, "steps": stage.steps, "step_s": stage.step} for stage in row.early],
+                "ahead_from_step": row.pays_from,
+            }
+            for row in rows
+        ],
+        "recommended": best.scheme,
+        "attach": _attach(best) if best != rows[0] else None,
+    }
+
+
+def _bytes(count: float) -> str:
+    for unit, size in (("MB", 1e6), ("kB", 1e3)):
+        if count >= size:
+            return f"{count / size:,.1f} {unit}"
+    return f"{count:.0f} B"

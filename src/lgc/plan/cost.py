@@ -1,0 +1,216 @@
+"""The cost of a step on a link: t = compute + compression + the collectives that the backward pass does not hide.
+
+A collective of K ranks takes (messages in sequence) * latency + (bytes in sequence) / bandwidth:
+
+| collective | messages        | bytes, for a buffer of b a rank | algorithm                     |
+|------------|-----------------|---------------------------------|-------------------------------|
+| all-reduce | 2 (K-1)         | 2 (K-1)/K b                     | ring                          |
+| all-gather | K-1             | (K-1) b                         | ring                          |
+| broadcast  | ceil(log2 K)    | ceil(log2 K) b                  | binomial tree                 |
+| gather     | 1               | (K-1) b                         | direct, into one rank's link  |
+| relay      | as a message to the server, unless it is the source, and a broadcast                |
+
+but never less than it took where it was measured. Every rank has a link of its own, the same in both directions.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from typing import Literal, NamedTuple, Self
+
+FRAME_PAYLOAD = 1448 / 1514  # of an Ethernet frame with IPv4 and TCP with timestamps
+RATE_UNITS = {"kbit": 1e3, "mbit": 1e6, "gbit": 1e9}
+TIME_UNITS = {"us": 1e-6, "ms": 1e-3, "s": 1.0}
+TOLERANCE = 0.03
+
+Kind = Literal["all-reduce", "all-gather", "broadcast", "gather", "relay"]
+
+
+class Link(NamedTuple):
+    """What joins the ranks: payload bytes per second each way, and seconds that a message takes on top."""
+
+    bandwidth: float
+    latency: float = 0.0
+
+    @classmethod
+    def parse(cls, bandwidth: str, latency: str = "0ms") -> Self:
+        """A link from its line rate (kbit, mbit, gbit per second) and latency (us, ms, s): "100mbit", "1ms".
+
+        4.4 % of the line rate go to the headers of TCP/IP and Ethernet.
+
+        Raises:
+            ValueError: if one is not that.
+        """
+        rate = _quantity("bandwidth", bandwidth, RATE_UNITS, "100mbit")
+        if rate == 0:
+            raise ValueError(f"bandwidth must be above 0, got {bandwidth!r}.")
+        return cls(rate / 8 * FRAME_PAYLOAD, _quantity("latency", latency, TIME_UNITS, "1ms"))
+
+    def __str__(self) -> str:
+        return f"{self.bandwidth * 8e-6:.3g} Mbit/s of payload, {self.latency * 1e3:.3g} ms"
+
+
+class Collective(NamedTuple):
+    """One collective of a round.
+
+    Attributes:
+        size: bytes of one rank's buffer.
+        seconds: what it took between the ranks that measured it, from the arrival of the last one on.
+        lead: how many seconds before the end of the backward pass it can start.
+    """
+
+    kind: Kind
+    size: int
+    seconds: float = 0.0
+    lead: float = 0.0
+
+    def sent_bytes(self, world_size: int) -> float:
+        """What a rank sends of it, on average over the ranks and over the possible sources."""
+        share = (world_size - 1) / world_size
+        factor = {
+            "all-reduce": 2 * share,
+            "all-gather": world_size - 1,
+            "broadcast": share,
+            "gather": share,
+            "relay": share + share / world_size,
+        }
+        return factor[self.kind] * self.size
+
+    def time(self, link: Link, world_size: int) -> float:
+        """Seconds from the arrival of the last rank on."""
+        others = world_size - 1
+        depth = math.ceil(math.log2(world_size))
+        messages, copies = {
+            "all-reduce": (2 * others, 2 * others / world_size),
+            "all-gather": (others, others),
+            "broadcast": (depth, depth),
+            "gather": (min(others, 1), others),
+            "relay": (depth + others / world_size, depth + others / world_size),
+        }[self.kind]
+        return max(self.seconds, messages * link.latency + copies * self.size / link.bandwidth)
+
+
+class Stage(NamedTuple):
+    """Steps of one scheme that cost the same.
+
+    Attributes:
+        phase: of the schedule.
+        steps: how many there are; None for those that go on to the end.
+        seconds: of a rank's own work on top of the forward and backward pass.
+        collectives: in their order.
+    """
+
+    phase: str
+    steps: int | None
+    seconds: float
+    collectives: list[Collective]
+
+    def communication(self, link: Link, world_size: int) -> float:
+        """Seconds for which a rank waits for the link, after its backward pass."""
+        end = -math.inf
+        for collective in self.collectives:
+            end = max(end, -collective.lead) + collective.time(link, world_size)
+        return max(0.0, end)
+
+    def sent_bytes(self, world_size: int) -> float:
+        """What a rank sends per step, on average."""
+        return sum(collective.sent_bytes(world_size) for collective in self.collectives)
+
+
+class Arm(NamedTuple):
+    """A scheme, as text, and its stages; the last one goes on to the end."""
+
+    scheme: str
+    stages: list[Stage]
+
+
+class Profile(NamedTuple):
+    """What has been measured. The first arm is dense.
+
+    Attributes:
+        world_size: K, the number of ranks that the arms are for.
+        compute: seconds of a step that communicates nothing.
+    """
+
+    world_size: int
+    compute: float
+    arms: list[Arm]
+
+
+class Early(NamedTuple):
+    """A stage before the last one: what a step of it takes."""
+
+    phase: str
+    steps: int
+    step: float
+
+
+class Prediction(NamedTuple):
+    """A step under one scheme on one link, once its early stages are over; seconds and bytes.
+
+    Attributes:
+        speedup: how many times faster than dense.
+        pays_from: the step from which on the run as a whole is ahead of dense, None if it never is.
+    """
+
+    scheme: str
+    sent_bytes: float
+    compute: float
+    compression: float
+    communication: float
+    step: float
+    speedup: float
+    early: list[Early]
+    pays_from: int | None
+
+
+def predict(profile: Profile, link: Link) -> list[Prediction]:
+    """What a step takes on `link`, by arm."""
+
+    def step(stage: Stage) -> float:
+        return profile.compute + stage.seconds + stage.communication(link, profile.world_size)
+
+    dense = step(profile.arms[0].stages[-1])
+    predictions = []
+    for scheme, stages in profile.arms:
+        last = stages[-1]
+        early = [Early(stage.phase, stage.steps or 0, step(stage)) for stage in stages[:-1]]
+        predictions.append(
+            Prediction(
+                scheme,
+                last.sent_bytes(profile.world_size),
+                profile.compute,
+                last.seconds,
+                last.communication(link, profile.world_size),
+                step(last),
+                dense / step(last),
+                early,
+                _pays_from(early, step(last), dense),
+            )
+        )
+    return predictions
+
+
+def choose(predictions: Sequence[Prediction]) -> Prediction:
+    """The first one that is within 3 % of the fastest: what comes first in the list is simpler."""
+    fastest = min(prediction.step for prediction in predictions)
+    return next(prediction for prediction in predictions if prediction.step <= fastest * (1 + TOLERANCE))
+
+
+def _pays_from(early: list[Early], step: float, dense: float) -> int | None:
+    done, lost = 0, 0.0
+    for stage in early:
+        done += stage.steps
+        lost += stage.steps * (stage.step - dense)
+    if step >= dense:
+        return None
+    return done + max(0, math.ceil(lost / (dense - step)))
+
+
+def _quantity(name: str, text: str, units: dict[str, float], example: str) -> float:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([a-z]+)", text.lower())
+    if match is None or match[2] not in units:
+        raise ValueError(f"{name} must be a number with {', '.join(units)}, as in {example}, got {text!r}.")
+    return float(match[1]) * units[match[2]]

@@ -1,0 +1,221 @@
+"""What a model's step costs on this machine: the backward pass, DDP's buckets in it, and every scheme's rounds."""
+
+# No `from __future__ import annotations`: DDP compares the hook's annotations by identity.
+import importlib
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from statistics import median
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch._C._distributed_c10d import GradBucket
+from torch.nn.parallel import DistributedDataParallel
+
+from lgc.peers import PowerSGDHook, one_bucket_mb
+from lgc.plan.cost import Arm, Collective, Profile, Stage
+from lgc.plan.rehearsal import Bucket, Rehearsal, agree, before_end, clock, rehearse, rehearse_dense
+from lgc.schedule import Phase
+from lgc.schemes import Dense, PowerSGD, Scheme, SparseScheme
+from lgc.train import Settings, make_optimizer
+from lgc.transport import Transport
+
+WARMUP_STEPS = 3
+STEPS = 5
+FACTOR_COLLECTIVES = 3  # of a PowerSGD round: P, Q, and what is not worth factors
+
+
+class Job(NamedTuple):
+    """What is trained: a model, its loss on one batch, given the model, and its optimizer."""
+
+    model: nn.Module
+    loss: Callable[[nn.Module], Tensor]
+    optimizer: torch.optim.Optimizer
+
+
+class JobSource(Protocol):
+    """Makes the job, in every rank."""
+
+    def __call__(self, device: torch.device) -> Job: ...
+
+
+@dataclass(frozen=True)
+class RecipeJob:
+    """A recipe with the first batch of its data."""
+
+    settings: Settings
+
+    def __call__(self, device: torch.device) -> Job:
+        recipe = self.settings.resolve_recipe()
+        model = recipe.model().to(device)
+        train = self.settings.load_data().train
+        batch = train.batch(torch.arange(recipe.batch_size), torch.Generator().manual_seed(0))
+        inputs, targets = (tensor.to(device) for tensor in batch)
+
+        def loss(model: nn.Module) -> Tensor:
+            with torch.autocast(device.type, dtype=torch.bfloat16, enabled=self.settings.bf16):
+                return recipe.loss(model(inputs), targets)
+
+        return Job(model, loss, make_optimizer(recipe, model, Dense()))
+
+
+@dataclass(frozen=True)
+class FunctionJob:
+    """A function `module:name` without arguments that returns a model and its loss on one batch.
+
+    The loss is a function of the model, which is on the device that `torch.get_default_device()` has in there.
+    """
+
+    text: str
+
+    def __call__(self, device: torch.device) -> Job:
+        function = self.find()
+        with device:
+            model, loss = function()
+        return Job(model.to(device), loss, torch.optim.SGD(model.parameters(), lr=0.0, momentum=0.9))
+
+    def find(self) -> Callable[[], tuple[nn.Module, Callable[[nn.Module], Tensor]]]:
+        """The function.
+
+        Raises:
+            ValueError: if there is none.
+        """
+        module, _, name = self.text.partition(":")
+        sys.path.insert(0, os.getcwd())
+        try:
+            function: Callable[[], tuple[nn.Module, Callable[[nn.Module], Tensor]]]
+            function = getattr(importlib.import_module(module), name)
+        except (ImportError, AttributeError, ValueError) as error:
+            raise ValueError(f"model must be module:function, got {self.text!r}: {error}.") from error
+        finally:
+            sys.path.pop(0)
+        return function
+
+
+class _Watch:
+    """A hook of DDP that notes when the buckets are complete, keeps the gradients, and may exchange them."""
+
+    def __init__(self, model: nn.Module, transport: Transport, device: torch.device) -> None:
+        self.communicate = False
+        self.gradients: dict[str, Tensor] = {}  # of the last step that did not communicate, by name
+        self._transport = transport
+        self._device = device
+        self._names = {id(parameter): name for name, parameter in model.named_parameters()}
+        self._complete: list[Bucket] = []
+
+    def hook(self, _: object, bucket: GradBucket) -> torch.futures.Future[torch.Tensor]:
+        """What DDP calls for every bucket."""
+        buffer = bucket.buffer()
+        if bucket.index() == 0:
+            self._complete = []
+        self._complete.append(Bucket(clock(self._device), buffer.numel(), buffer.dtype))
+        if self.communicate:
+            return self._transport.all_reduce_async(buffer.mul_(1 / self._transport.world_size), "values")
+        for parameter, gradient in zip(bucket.parameters(), bucket.gradients(), strict=True):
+            self.gradients[self._names[id(parameter)]] = gradient
+        devices: list[int | str | torch.device] = [self._device] if self._device.type == "cuda" else []
+        future: torch.futures.Future[Tensor] = torch.futures.Future(devices=devices)
+        future.set_result(buffer)
+        return future
+
+    def buckets(self) -> list[Bucket]:
+        """Those of the last step; a collective."""
+        return before_end(self._complete, self._transport)
+
+
+def measure(
+    source: JobSource,
+    schemes: list[Scheme],
+    world_size: int,
+    local: Transport,
+    device: torch.device,
+    tell: Callable[[str], object] = lambda _: None,
+) -> Profile:
+    """The costs of a job under dense and under these schemes; a collective of the ranks in `local`.
+
+    Args:
+        source: of the job.
+        schemes: what to measure, in the order in which equals are preferred.
+        world_size: how many ranks it is for, a multiple of those that are here.
+        local: the ranks that share this machine.
+        device: that the model is on.
+        tell: is told what is being measured.
+
+    Returns:
+        The same on every rank.
+    """
+    job = source(device)
+    ddp = _wrap(job, local)
+    watch = _Watch(ddp.module, local, device)
+    ddp.register_comm_hook(None, watch.hook)
+    tell("compute")
+    compute = _step_seconds(ddp, job, local, device)
+    gradients = {name: gradient.clone() for name, gradient in watch.gradients.items()}
+    buckets = watch.buckets()
+    visible = 0.0
+    if local.world_size > 1:
+        watch.communicate = True
+        visible = max(0.0, _step_seconds(ddp, job, local, device) - compute)
+    del ddp, watch
+    arms = [rehearse_dense(Dense(), gradients, buckets, visible, local)]
+    for scheme in schemes:
+        if scheme == Dense():
+            continue
+        tell(str(scheme))
+        if isinstance(scheme, SparseScheme):
+            arm = rehearse(scheme, gradients, local, world_size, early=True)
+            assert arm is not None
+            arms.append(arm)
+        elif isinstance(scheme, Dense):
+            arms.append(rehearse_dense(scheme, gradients, buckets, visible, local))
+        elif isinstance(scheme, PowerSGD):
+            arms.append(_rehearse_power_sgd(scheme, source, compute, world_size, local, device))
+        else:
+            raise ValueError(f"{scheme.name} cannot be planned with.")
+    return Profile(world_size, compute, arms)
+
+
+def _rehearse_power_sgd(
+    scheme: PowerSGD, source: JobSource, compute: float, world_size: int, local: Transport, device: torch.device
+) -> Arm:
+    job = source(device)
+    ddp = _wrap(job, local, bucket_cap_mb=one_bucket_mb(job.model))
+    transport = Rehearsal(local, world_size)
+    hook = PowerSGDHook(PowerSGD(rank=scheme.rank, start_steps=2), transport)
+    ddp.register_comm_hook(None, lambda _, bucket: hook.reduce(bucket))
+    seconds = _step_seconds(ddp, job, local, device) - compute
+    factors = transport.collectives[-1].size
+    values = transport.collectives[0].size
+    collectives = [Collective("all-reduce", factors), *[Collective("all-reduce", 0)] * (FACTOR_COLLECTIVES - 1)]
+    return Arm(
+        str(scheme),
+        [
+            Stage(Phase.DENSE.value, scheme.start_steps, 0.0, [Collective("all-reduce", values)]),
+            Stage(Phase.COMPRESSED.value, None, max(0.0, seconds), collectives),
+        ],
+    )
+
+
+def _wrap(job: Job, local: Transport, bucket_cap_mb: int | None = None) -> DistributedDataParallel:
+    ddp = DistributedDataParallel(job.model, process_group=local.group, bucket_cap_mb=bucket_cap_mb)
+    ddp.broadcast_buffers = False
+    return ddp
+
+
+def _step_seconds(ddp: DistributedDataParallel, job: Job, local: Transport, device: torch.device) -> float:
+    """The median time of a step; every step's is that of the slowest rank."""
+
+    def step() -> float:
+        agree(local, [0.0])  # all start together
+        started = clock(device)
+        loss = job.loss(ddp)
+        job.optimizer.zero_grad()
+        torch.autograd.backward(loss)
+        job.optimizer.step()
+        return max(row[0] for row in agree(local, [clock(device) - started]))
+
+    for _ in range(WARMUP_STEPS):
+        step()
+    return median([step() for _ in range(STEPS)])

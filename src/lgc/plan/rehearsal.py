@@ -1,0 +1,256 @@
+"""Rounds of a scheme with fewer ranks than it is meant for, to see what they cost."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from statistics import fmean, median
+from typing import NamedTuple, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lgc import schedule
+from lgc.plan.cost import Arm, Collective, Kind, Link, Stage
+from lgc.schedule import Phase, Schedule
+from lgc.schemes import Dense, SparseScheme
+from lgc.transport import SERVER, Transport
+
+ROUNDS = 3
+PROBE_BYTES = (2**18, 2**26)
+PROBE_SECONDS = 0.1
+PROBE_MESSAGES = 5
+
+Result = TypeVar("Result")
+
+
+class Rehearsal(Transport):
+    """A transport of K ranks of which only some are there: each of them stands in for K / R ranks.
+
+    What they exchange goes through `local`; to the others they have sent the same. So every rank does the work of one
+    of K, without the time on the link. In rounds whose number is a multiple of K, rank 0 is leader and server.
+
+    Attributes:
+        local: the ranks that are there; their number R divides K.
+        collectives: what has been performed, with this rank's own time in it.
+    """
+
+    def __init__(self, local: Transport, world_size: int) -> None:
+        super().__init__(local.group)
+        if world_size % local.world_size:
+            raise ValueError(f"{local.world_size} ranks cannot stand in for {world_size}: it is not a multiple.")
+        self.local = local
+        self.world_size = world_size
+        self.collectives: list[Collective] = []
+
+    def all_reduce(self, tensor: Tensor, content: str) -> Tensor:
+        total = self._perform("all-reduce", tensor, lambda: self.local.all_reduce(tensor, content))
+        return total * self._copies
+
+    def all_gather(self, tensor: Tensor, content: str) -> Tensor:
+        rows = self._perform("all-gather", tensor, lambda: self.local.all_gather(tensor, content))
+        return rows.repeat(self._copies, *[1] * tensor.dim())
+
+    def broadcast(self, tensor: Tensor, content: str, *, source: int) -> Tensor:
+        source %= self.local.world_size
+        return self._perform("broadcast", tensor, lambda: self.local.broadcast(tensor, content, source=source))
+
+    def gather(self, tensor: Tensor, content: str) -> Tensor | None:
+        rows = self._perform("gather", tensor, lambda: self.local.gather(tensor, content))
+        return None if rows is None else rows.repeat(self._copies, *[1] * tensor.dim())
+
+    def relay(self, tensor: Tensor, content: str, *, source: int) -> Tensor:
+        return self._perform("relay", tensor, lambda: self.local.broadcast(tensor, content, source=SERVER))
+
+    def count_all_reduce(self, size: int, content: str) -> None:
+        """Note one that torch has performed."""
+        self.collectives.append(Collective("all-reduce", size))
+
+    @property
+    def _copies(self) -> int:
+        return self.world_size // self.local.world_size
+
+    def _perform(self, kind: Kind, tensor: Tensor, action: Callable[[], Result]) -> Result:
+        started = clock(tensor.device)
+        result = action()
+        size = tensor.numel() * tensor.element_size()
+        self.collectives.append(Collective(kind, size, clock(tensor.device) - started))
+        return result
+
+
+class _Fixed(Schedule):
+    """Always the same stage."""
+
+    def __init__(self, rate: float, stage: schedule.Stage) -> None:
+        super().__init__(rate)
+        self.stage = stage
+
+    def at(self, step: int) -> schedule.Stage:
+        return self.stage
+
+
+class NonfiniteError(ArithmeticError):
+    """The gradient to rehearse with is not finite; raised on every rank."""
+
+
+def rehearse(
+    scheme: SparseScheme,
+    gradients: Mapping[str, Tensor],
+    local: Transport,
+    world_size: int,
+    *,
+    early: bool,
+    limit: float = float("inf"),
+) -> Arm | None:
+    """What rounds of `scheme` with these gradients cost; a collective of the ranks in `local`.
+
+    The scheme's real aggregator does them, with a residual of its own that is dropped afterwards. The last stage is
+    the median of several rounds after one that does not count, the early ones are single rounds.
+
+    Args:
+        scheme: what to rehearse.
+        gradients: this rank's, by parameter name; not changed.
+        local: the ranks that are there.
+        world_size: how many ranks the rounds are for.
+        early: whether to rehearse the stages before the last one too.
+        limit: give up if the round that does not count takes longer than this, in seconds.
+
+    Returns:
+        The costs, the same on every rank; None if it was given up.
+
+    Raises:
+        NonfiniteError: a gradient is not finite.
+    """
+    transport = Rehearsal(local, world_size)
+    device = next(iter(gradients.values())).device
+    layout = scheme.layout(gradients.items())
+    aggregator = scheme.build(layout, transport, device=device)
+    stages = _stages(aggregator.schedule)
+    flat = torch.zeros(layout.size, device=device)
+    numbers = iter(range(0, 2**31, world_size))  # multiples of K
+
+    def once(stage: schedule.Stage) -> tuple[float, list[Collective]]:
+        transport.collectives = []
+        aggregator.schedule = _Fixed(scheme.rate, stage)
+        agree(local, [0.0])  # all start together
+        started = clock(device)
+        for name, view in layout.by_name(flat).items():
+            view.copy_(gradients[name])
+        result = aggregator.aggregate(flat, next(numbers))
+        flat.copy_(result.mean)  # as it is copied back to DDP's buckets
+        seconds = clock(device) - started
+        if result.nonfinite_ranks:
+            raise NonfiniteError(f"the gradient is not finite on rank {result.nonfinite_ranks}.")
+        by_rank = agree(local, [seconds, *(collective.seconds for collective in transport.collectives)])
+        waits = [min(column) for column in list(zip(*by_rank, strict=True))[1:]]
+        own = max(row[0] for row in by_rank) - sum(waits)
+        collectives = [c._replace(seconds=wait) for c, wait in zip(transport.collectives, waits, strict=True)]
+        return max(0.0, own), collectives
+
+    *first, (last, _) = stages
+    costs = [Stage(stage.phase.value, steps, *once(stage)) for stage, steps in first] if early else []
+    seconds, collectives = once(last)
+    if seconds + sum(collective.seconds for collective in collectives) > limit:
+        return None
+    rounds = sorted((once(last) for _ in range(ROUNDS)), key=lambda cost: cost[0])
+    costs.append(Stage(last.phase.value, None, *rounds[ROUNDS // 2]))
+    return Arm(str(scheme), costs)
+
+
+class Bucket(NamedTuple):
+    """A bucket of DDP: when it is complete, in seconds, and the form of its tensor."""
+
+    time: float
+    elements: int
+    dtype: torch.dtype
+
+
+def before_end(buckets: Sequence[Bucket], transport: Transport) -> list[Bucket]:
+    """The buckets of a backward pass, with the seconds before its end as time, on average over the ranks."""
+    end = buckets[-1].time
+    by_rank = agree(transport, [end - bucket.time for bucket in buckets])
+    return [b._replace(time=fmean(leads)) for b, leads in zip(buckets, zip(*by_rank, strict=True), strict=True)]
+
+
+def rehearse_dense(
+    scheme: Dense, gradients: Mapping[str, Tensor], buckets: Sequence[Bucket], visible: float, local: Transport
+) -> Arm:
+    """What all-reduce of every bucket as soon as it is complete costs; a collective of the ranks in `local`.
+
+    Args:
+        scheme: dense, or one that converts what it sends.
+        gradients: this rank's, by parameter name; not changed.
+        buckets: in their order, with the seconds before the end of the backward pass.
+        visible: seconds that float32 all-reduce was seen to add to a step.
+        local: the ranks that are there.
+    """
+    collectives = [Collective("all-reduce", b.elements * (scheme.dtype or b.dtype).itemsize, lead=b.time) for b in buckets]
+    last = buckets[-1].dtype
+    collectives[-1] = collectives[-1]._replace(seconds=visible * (scheme.dtype or last).itemsize / last.itemsize)
+    seconds = _conversion_seconds(scheme.dtype, gradients, local) if scheme.dtype else 0.0
+    return Arm(str(scheme), [Stage(Phase.DENSE.value, None, seconds, collectives)])
+
+
+def _conversion_seconds(dtype: torch.dtype, gradients: Mapping[str, Tensor], local: Transport) -> float:
+    flat = torch.cat([gradient.flatten() for gradient in gradients.values()])
+    rounds = []
+    for _ in range(ROUNDS + 1):
+        agree(local, [0.0])  # all start together
+        started = clock(flat.device)
+        flat.copy_(flat.to(dtype).div_(2))
+        rounds.append(clock(flat.device) - started)
+    return max(row[0] for row in agree(local, [median(rounds[1:])]))
+
+
+def probe(transport: Transport, device: torch.device) -> Link:
+    """Latency and bandwidth between the ranks of a group, from a few all-reduces; a collective, well under a second.
+
+    The larger ones double in size until one takes a tenth of a second. The same result on every rank.
+    """
+    others, world_size = transport.world_size - 1, transport.world_size
+    if not others:
+        raise ValueError("probe(transport=...) must have at least 2 ranks, got 1.")
+
+    def seconds(size: int) -> float:
+        tensor = torch.zeros(size // 4, device=device)
+        agree(transport, [0.0])
+        started = clock(device)
+        transport.all_reduce(tensor, "probe")
+        return min(row[0] for row in agree(transport, [clock(device) - started]))
+
+    small = median([seconds(4 * world_size) for _ in range(PROBE_MESSAGES + 1)][1:])
+    size, most = PROBE_BYTES
+    large = seconds(size)
+    while large < PROBE_SECONDS and size < most:
+        size *= 2
+        large = seconds(size)
+    return Link(2 * others / world_size * size / max(large - small, 1e-9), small / (2 * others))
+
+
+def agree(transport: Transport, numbers: list[float]) -> list[list[float]]:
+    """The numbers of all ranks, by rank; all pass the same count of them."""
+    device = torch.device("cpu") if dist.get_backend(transport.group) == "gloo" else torch.device("cuda")
+    rows: list[list[float]] = transport.all_gather(
+        torch.tensor(numbers, dtype=torch.float64, device=device), "plan"
+    ).tolist()
+    return rows
+
+
+def clock(device: torch.device) -> float:
+    """Seconds, once the device has computed what it was given; collectives that go on beside that are not waited for."""
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).synchronize()
+    return time.perf_counter()
+
+
+def _stages(of: Schedule) -> list[tuple[schedule.Stage, int]]:
+    """The stages of a schedule and how many steps each has, the last one 0 for no end."""
+    stages: list[tuple[schedule.Stage, int]] = []
+    for step in range(of.train_end):
+        stage = of.at(step)
+        if stages and stages[-1][0] == stage:
+            stages[-1] = (stage, stages[-1][1] + 1)
+        else:
+            stages.append((stage, 1))
+    return [*stages, (of.at(of.train_end), 0)]

@@ -1,0 +1,129 @@
+"""`scheme="auto"`: watch dense steps, rehearse the candidates on the same link, and choose."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping
+from statistics import median
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lgc.plan.cost import TOLERANCE, Link, Prediction, Profile, choose, predict
+from lgc.plan.rehearsal import Bucket, NonfiniteError, agree, before_end, clock, rehearse, rehearse_dense
+from lgc.schemes import Auto, Dense, Scheme, SparseScheme
+from lgc.transport import SERVER, Transport
+from lgc.wire import SETUP
+
+logger = logging.getLogger("lgc")
+
+SETTLING_STEPS = 3  # DDP orders its buckets anew after the first
+PATIENCE = 2.0  # a first round that takes so many times what there is to win ends a candidate's rehearsal
+
+
+class _Step(NamedTuple):
+    """Seconds from the end of the last step's communication to that of this one's, and what of it was waiting."""
+
+    whole: float
+    waiting: float
+
+
+class Selection:
+    """One rank's side of the decision.
+
+    Attributes:
+        scheme: whose candidates are to be chosen from.
+    """
+
+    def __init__(self, scheme: Auto, transport: Transport, device: torch.device) -> None:
+        self.scheme = scheme
+        self._transport = transport
+        self._device = device
+        self._buckets: list[Bucket] = []
+        self._exchanges: list[torch.futures.Future[Tensor]] = []
+        self._ended = math.nan
+        self._steps: list[_Step] = []
+
+    @property
+    def is_due(self) -> bool:
+        """Whether enough steps have been seen; on all ranks alike."""
+        return len(self._steps) >= self.scheme.after
+
+    def observe(self, buffer: Tensor, exchanged: torch.futures.Future[Tensor], *, last: bool) -> None:
+        """Note a bucket whose all-reduce has started; with the last one, wait for all of them, as DDP would now do."""
+        if not self._exchanges:
+            self._buckets = []
+        self._buckets.append(Bucket(clock(self._device), buffer.numel(), buffer.dtype))
+        self._exchanges.append(exchanged)
+        if not last:
+            return
+        for future in self._exchanges:
+            future.wait()
+        self._exchanges = []
+        ended = clock(self._device)
+        self._steps.append(_Step(ended - self._ended, ended - self._buckets[-1].time))
+        self._ended = ended
+
+    def choose(self, gradients: Mapping[str, Tensor]) -> Scheme | None:
+        """The scheme to go on with, the same on every rank; a collective.
+
+        Args:
+            gradients: of this step and rank, by parameter name; not changed.
+
+        Returns:
+            Dense or a candidate; None if a gradient is not finite, so that nothing can be tried with it.
+        """
+        self._transport.begin(SETUP, steps=0)
+        steps = self._steps[SETTLING_STEPS:]
+        by_rank = agree(self._transport, [seconds for step in steps for seconds in step])
+        columns = list(zip(*by_rank, strict=True))
+        whole = median([max(column) for column in columns[::2]])
+        waiting = median([min(column) for column in columns[1::2]])  # the others wait for the last rank as well
+        link = Link(math.inf) if self.scheme.bandwidth is None else Link.parse(self.scheme.bandwidth, self.scheme.latency)
+        buckets = before_end(self._buckets, self._transport)
+        dense = rehearse_dense(Dense(), gradients, buckets, waiting, self._transport)
+        profile = Profile(self._transport.world_size, max(whole - waiting, 1e-9), [dense])
+        to_win = predict(profile, link)[0].communication
+        candidates: dict[str, Scheme] = {str(Dense()): Dense()}
+        if to_win > TOLERANCE * profile.compute:
+            try:
+                for candidate in self.scheme.candidates:
+                    if isinstance(candidate, SparseScheme):
+                        arm = rehearse(
+                            candidate,
+                            gradients,
+                            self._transport,
+                            self._transport.world_size,
+                            early=False,
+                            limit=PATIENCE * to_win,
+                        )
+                    else:
+                        assert isinstance(candidate, Dense)
+                        arm = rehearse_dense(candidate, gradients, buckets, waiting, self._transport)
+                    if arm is not None:
+                        profile.arms.append(arm)
+                        candidates[arm.scheme] = candidate
+            except NonfiniteError:
+                return None
+        predictions = predict(profile, link)
+        chosen = choose(predictions)
+        if self._transport.rank == SERVER:
+            self._log(chosen, predictions)
+        return candidates[chosen.scheme]
+
+    def _log(self, chosen: Prediction, predictions: list[Prediction]) -> None:
+        dense = predictions[0]
+        rehearsed = ", ".join(f"{prediction.scheme} {prediction.step:.3g} s" for prediction in predictions)
+        dropped = len(self.scheme.candidates) + 1 - len(predictions)
+        reason = f"per step: {rehearsed}; {dropped} candidates are slower than dense"
+        if len(predictions) == 1:
+            reason = "there is nothing to win" if dense.communication <= TOLERANCE * dense.compute else reason
+        logger.info(
+            "auto: %s from here on. A dense step takes %.3g s, %.3g s of it for the exchange; %s.",
+            chosen.scheme,
+            dense.step,
+            dense.communication,
+            reason,
+        )
