@@ -18,9 +18,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lgc.aggregators import Aggregator
 from lgc.peers import PowerSGDHook
+from lgc.plan.selection import Selection
 from lgc.replicas import ReplicaError, find_differences, require_agreement, synchronise
 from lgc.schedule import Phase
-from lgc.schemes import Dense, PowerSGD, Scheme, SparseScheme, parse_scheme
+from lgc.schemes import Auto, Dense, PowerSGD, Scheme, SparseScheme, parse_scheme
 from lgc.transport import RankError, Transport
 from lgc.version import __version__
 from lgc.wire import Traffic, Wire, summarise
@@ -131,7 +132,7 @@ class Handle:
     """An attached scheme: what it is doing, what it has sent, and its state.
 
     Attributes:
-        scheme: as attached.
+        scheme: as attached; in place of `Auto`, what it has chosen, once it has.
         step: number of rounds done; each synchronised backward pass is one.
         phase: of the last round; before the first one, of the first.
         wire: bytes of this rank by phase.
@@ -148,6 +149,7 @@ class Handle:
         policy: Policy,
     ) -> None:
         self.scheme = scheme
+        self._attached = scheme
         self.policy = policy
         self.step = 0
         self.round_time: RoundTime | None = None
@@ -159,20 +161,32 @@ class Handle:
         self._unused_possible = ddp.find_unused_parameters or ddp.static_graph
         self._pending: list[_Pending] = []
         self._delivered = False
+        self.phase = Phase.DENSE
         self.aggregator: Aggregator | None = None
-        if isinstance(scheme, SparseScheme):
-            self.layout = scheme.layout(self._parameters.items())
-            self.aggregator = scheme.build(self.layout, transport, device=self._device)
-            self.phase = self.aggregator.schedule.at(0).phase
-            self._flat = torch.zeros(self.layout.size, device=self._device)
-            ddp.register_comm_hook(None, self._collect_bucket)
+        self._power_sgd = PowerSGDHook(scheme, transport) if isinstance(scheme, PowerSGD) else None
+        self._selection = Selection(scheme, transport, self._device) if isinstance(scheme, Auto) else None
+        self._chosen_at = 0
+        self._install(scheme, self._build(scheme))
+        ddp.register_comm_hook(None, self._exchange_bucket)
+        if isinstance(scheme, SparseScheme | Auto):
             self._guard = torch.autograd.graph.register_multi_grad_hook(
                 list(self._parameters.values()), self._require_fresh_gradients, mode="any"
             )
-        else:
-            self.phase = Phase.DENSE
-            self._power_sgd = PowerSGDHook(scheme, transport) if isinstance(scheme, PowerSGD) else None
-            ddp.register_comm_hook(None, self._reduce_bucket)
+
+    def _build(self, scheme: Scheme, start: int = 0) -> Aggregator | None:
+        """A new aggregator whose schedule begins at step `start`; None if the scheme needs none."""
+        if not isinstance(scheme, SparseScheme):
+            return None
+        aggregator = scheme.build(scheme.layout(self._parameters.items()), self.transport, device=self._device)
+        aggregator.schedule.delay(start)
+        return aggregator
+
+    def _install(self, scheme: Scheme, aggregator: Aggregator | None) -> None:
+        self.scheme, self.aggregator = scheme, aggregator
+        if aggregator is not None:
+            self.layout = aggregator.layout
+            self.phase = aggregator.schedule.at(self.step).phase
+            self._flat = torch.zeros(self.layout.size, device=self._device)
 
     @property
     def wire(self) -> Wire:
@@ -215,7 +229,9 @@ class Handle:
         """
         return {
             "version": STATE_VERSION,
-            "scheme": str(self.scheme),
+            "scheme": str(self._attached),
+            "chosen": str(self.scheme) if self.scheme is not self._attached else "",
+            "chosen_at": self._chosen_at,
             "world_size": self.transport.world_size,
             "rank": self.transport.rank,
             "step": self.step,
@@ -240,67 +256,117 @@ class Handle:
         if type(step) is not int or step < 0:
             raise ValueError(f"state_dict: step must be an integer of at least 0, got {step!r}.")
         phases = _read_wire(state.get("wire"))
-        aggregator = state.get("aggregator")
-        if "resharded_from" in state and self.aggregator is not None:
+        scheme, aggregator, chosen_at = self._scheme_of(state)
+        saved = state.get("aggregator")
+        if "resharded_from" in state and aggregator is not None:
             if self.step:
                 raise ValueError(
                     f"state_dict: resharded, goes into a new handle only, this one is at step {self.step}."
                 )
             try:
-                aggregator = self.aggregator.adapt_state(state["aggregator"], step)
+                saved = aggregator.adapt_state(state["aggregator"], step)
             except (KeyError, TypeError, AttributeError) as error:
                 raise ValueError(f"state_dict: aggregator, resharded, is not in its three parts: {error!r}.") from None
-        _require_same_form(here["aggregator"], aggregator, "aggregator")
-        if self.aggregator is not None:
-            assert isinstance(aggregator, Mapping)
-            self.aggregator.load_state_dict(aggregator)
-            self.phase = self.aggregator.schedule.at(max(step - 1, 0)).phase
+        _require_same_form(aggregator.state_dict() if aggregator else {}, saved, "aggregator")
+        self._chosen_at = chosen_at
+        self._selection = Selection(scheme, self.transport, self._device) if isinstance(scheme, Auto) else None
+        self._install(scheme, aggregator)
+        if aggregator is not None:
+            assert isinstance(saved, Mapping)
+            aggregator.load_state_dict(saved)
+            self.phase = aggregator.schedule.at(max(step - 1, 0)).phase
         self.step = step
         self.transport.wire.phases = phases
 
-    def _reduce_bucket(self, _: object, bucket: GradBucket) -> torch.futures.Future[torch.Tensor]:
+    def _scheme_of(self, state: Mapping[str, Any]) -> tuple[Scheme, Aggregator | None, int]:
+        """What a state goes on with: its scheme, an aggregator for it, and the step at which it was chosen."""
+        chosen, chosen_at = state.get("chosen"), state.get("chosen_at")
+        if type(chosen_at) is not int or chosen_at < 0:
+            raise ValueError(f"state_dict: chosen_at must be an integer of at least 0, got {chosen_at!r}.")
+        if not isinstance(self._attached, Auto):
+            if chosen != "":
+                raise ValueError(f"state_dict: chosen is {chosen!r}, {self._attached.name} has nothing to choose.")
+            return self.scheme, self.aggregator, chosen_at
+        options = {"": self._attached} | {str(scheme): scheme for scheme in (Dense(), *self._attached.candidates)}
+        if chosen not in options:
+            raise ValueError(f"state_dict: chosen is {chosen!r}, here it may be {', '.join(filter(None, options))}.")
+        return options[chosen], self._build(options[chosen], chosen_at), chosen_at
+
+    def _exchange_bucket(self, _: object, bucket: GradBucket) -> torch.futures.Future[torch.Tensor]:
+        if self.aggregator is not None or (self._selection is not None and self._selection.is_due):
+            return self._collect_bucket(bucket)
+        return self._reduce_bucket(bucket)
+
+    def _reduce_bucket(self, bucket: GradBucket) -> torch.futures.Future[torch.Tensor]:
         """What DDP itself or its hooks do, counted."""
         if bucket.index() == 0:
-            self.phase = self._power_sgd.phase if self._power_sgd else Phase.DENSE
-            self.transport.begin(self.phase)
-            self._check_replicas()
+            self._begin_dense()
         if bucket.is_last():
             self.step += 1
         if self._power_sgd:
             return self._power_sgd.reduce(bucket)
-        assert isinstance(self.scheme, Dense)
-        buffer, dtype = bucket.buffer(), self.scheme.dtype
+        future = self._reduce(bucket.buffer())
+        if self._selection is not None:
+            self._selection.observe(bucket.buffer(), future, last=bucket.is_last())
+        return future
+
+    def _begin_dense(self) -> None:
+        self.phase = self._power_sgd.phase if self._power_sgd else Phase.DENSE
+        self.transport.begin(self.phase)
+        self._check_replicas()
+
+    def _reduce(self, buffer: Tensor) -> torch.futures.Future[torch.Tensor]:
+        """The mean over the ranks into `buffer`, in the background."""
+        dtype = self.scheme.dtype if isinstance(self.scheme, Dense) else None
         if dtype is None or dtype == buffer.dtype:
             return self.transport.all_reduce_async(buffer.mul_(1 / self.transport.world_size), "values")
         share = buffer.to(dtype).div_(self.transport.world_size)
         return self.transport.all_reduce_async(share, "values").then(lambda done: buffer.copy_(done.value()))
 
-    def _collect_bucket(self, _: object, bucket: GradBucket) -> torch.futures.Future[torch.Tensor]:
+    def _collect_bucket(self, bucket: GradBucket) -> torch.futures.Future[torch.Tensor]:
         """Keep the bucket until the last one is here; then one round makes the mean of all."""
         gradients = [
             (self._names[id(parameter)], gradient)
             for parameter, gradient in zip(bucket.parameters(), bucket.gradients(), strict=True)
         ]
-        flat = self.layout.by_name(self._flat)
-        for name, gradient in gradients:
-            flat[name].copy_(gradient)
         devices: list[int | str | torch.device] = [self._device] if self._device.type == "cuda" else []
         future: torch.futures.Future[Tensor] = torch.futures.Future(devices=devices)
         self._pending.append(_Pending(bucket.buffer(), gradients, future))
         if bucket.is_last():
-            started, communicated = time.perf_counter(), self.transport.seconds
             pending, self._pending = self._pending, []
             try:
-                mean = self._aggregate()
+                if self.aggregator is None:
+                    self._decide(dict(named for kept in pending for named in kept.gradients))
+                self._finish(pending)
             except (RankError, ReplicaError, FloatingPointError):  # raised on every rank
                 raise
             except Exception as error:
                 self.transport.announce(error)
                 raise
-            self._deliver(mean, pending)
+        return future
+
+    def _decide(self, gradients: dict[str, Tensor]) -> None:
+        """Go on with what `Auto` chooses."""
+        assert self._selection is not None
+        chosen = self._selection.choose(gradients)
+        if chosen is not None:
+            self._selection = None
+            self._chosen_at = self.step
+            self._install(chosen, self._build(chosen, self.step))
+
+    def _finish(self, pending: list[_Pending]) -> None:
+        """One round for all buckets."""
+        if self.aggregator is not None:
+            started, communicated = time.perf_counter(), self.transport.seconds
+            self._deliver(self._aggregate(pending), pending)
             communication = self.transport.seconds - communicated
             self.round_time = RoundTime(time.perf_counter() - started - communication, communication)
-        return future
+            return
+        self._begin_dense()
+        self.step += 1
+        for bucket in pending:
+            self._reduce(bucket.buffer).wait()
+            bucket.future.set_result(bucket.buffer)
 
     def _check_replicas(self) -> None:
         """Compare what all ranks must have the same of, as it is before this round."""
@@ -320,8 +386,12 @@ class Handle:
             logger.warning("%s; taking rank 0's.", message)
         synchronise(self.transport, {name: replicas[name] for name in differences})
 
-    def _aggregate(self) -> Tensor:
+    def _aggregate(self, pending: list[_Pending]) -> Tensor:
         assert self.aggregator is not None
+        flat = self.layout.by_name(self._flat)
+        for bucket in pending:
+            for name, gradient in bucket.gradients:
+                flat[name].copy_(gradient)
         scale = self._grad_scaler.get_scale() if self._grad_scaler is not None else 1.0
         if scale != 1.0:
             self._flat /= scale

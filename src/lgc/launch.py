@@ -166,7 +166,7 @@ def _end_with_launcher() -> None:
 
 
 def pick_device(local_rank: int, local_world_size: int) -> tuple[torch.device, str]:
-    """A rank's device and backend: NCCL where every rank has a GPU of its own, else gloo: on shared GPUs or on the CPU."""
+    """A rank's device and backend: NCCL where every rank has a GPU, else gloo: on shared GPUs or on the CPU."""
     gpus = torch.cuda.device_count()
     if gpus == 0:
         return torch.device("cpu"), "gloo"

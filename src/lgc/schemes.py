@@ -30,6 +30,7 @@ from lgc.coding import (
 from lgc.feedback import Feedback
 from lgc.layout import Layout, Role, Unit, plan_layout
 from lgc.lgc import Refresh, RingAggregator, ServerAggregator
+from lgc.plan.cost import Link
 from lgc.schedule import Schedule
 from lgc.selection import Region
 from lgc.transport import Transport
@@ -64,6 +65,12 @@ class Scheme(ABC):
         """The name and the arguments that are not at their default, in the form that `parse_scheme` reads."""
         changed = [item.name for item in fields(self) if getattr(self, item.name) != _default(item)]
         return ":".join([self.name, *(f"{name}={text}" for name, text in self.arguments().items() if name in changed)])
+
+    @classmethod
+    def _adopt(cls, defaults: Mapping[str, Any]) -> dict[str, Any]:
+        """Those of the arguments that this scheme takes."""
+        known = {item.name for item in fields(cls)}
+        return {name: value for name, value in defaults.items() if name in known}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -401,8 +408,50 @@ class LGCServer(LGCScheme):
         return super()._raw() | {"latent": Float32()}
 
 
+@dataclass(frozen=True, kw_only=True)
+class Auto(Scheme):
+    """Dense at first, then what was fastest of dense and the candidates when they were tried on this model and link.
+
+    The decision is for speed alone, and for the phase that a scheme stays in. No candidate has momentum of its own: the
+    optimizer keeps it, whatever is chosen.
+
+    Args:
+        after: dense steps before the decision, at least 5.
+        bandwidth, latency: of each rank's link, such as "100mbit" and "1ms", to decide as if it were no faster than
+            that; None is as it is.
+        candidates: to choose from, in the order in which equals are preferred; dense comes first.
+    """
+
+    name: ClassVar[str] = "auto"
+    after: int = 20
+    bandwidth: str | None = None
+    latency: str = "0ms"
+    candidates: tuple[Scheme, ...] = (
+        BF16(),
+        DGC(momentum=0.0),
+        ScaleCom(momentum=0.0),
+        LGCRing(momentum=0.0),
+        LGCServer(momentum=0.0),
+    )
+
+    def __post_init__(self) -> None:
+        _within(self, "after", "at least 5", _integer(self, "after") >= 5)
+        if self.bandwidth is not None:
+            Link.parse(self.bandwidth, self.latency)
+        for candidate in self.candidates:
+            if not isinstance(candidate, Dense | SparseScheme) or getattr(candidate, "momentum", 0.0):
+                raise ValueError(
+                    "Auto(candidates=...) must be able to take over from dense: bf16, fp16, or a sparse scheme with "
+                    f"momentum=0, since the optimizer keeps its own; got {candidate}."
+                )
+
+    @classmethod
+    def _adopt(cls, defaults: Mapping[str, Any]) -> dict[str, Any]:
+        return {"candidates": tuple(parse_scheme(str(candidate), defaults) for candidate in cls.candidates)}
+
+
 SCHEMES: dict[str, type[Scheme]] = {
-    scheme.name: scheme for scheme in (Dense, FP16, BF16, PowerSGD, TopK, DGC, ScaleCom, LGCRing, LGCServer)
+    scheme.name: scheme for scheme in (Dense, FP16, BF16, PowerSGD, TopK, DGC, ScaleCom, LGCRing, LGCServer, Auto)
 }
 
 
@@ -422,7 +471,7 @@ def parse_scheme(text: str, defaults: Mapping[str, Any] | None = None) -> Scheme
     scheme = SCHEMES[name]
     hints = get_type_hints(scheme)
     known = {item.name for item in fields(scheme)}
-    arguments = {key: value for key, value in (defaults or {}).items() if key in known}
+    arguments = scheme._adopt(defaults or {})
     if settings[:1] == ["paper"] and issubclass(scheme, SparseScheme):
         settings = settings[1:]
         arguments |= scheme._raw()
@@ -446,6 +495,8 @@ def _parse(where: str, text: str, hint: Any) -> Any:
         (hint,) = (option for option in get_args(hint) if option is not type(None))
     if origin is Literal or hint is Role:
         return text  # the scheme checks it
+    if hint is str:
+        return text
     if hint is bool:
         if text.lower() not in ("true", "false"):
             raise ValueError(f"{where} must be true or false, got {text!r}.")
@@ -494,6 +545,8 @@ def _text(value: object) -> str:
     """As `parse_scheme` reads it."""
     if isinstance(value, Uniform):
         return f"uniform{value.bits}" + ("" if value.block is None else f"x{value.block}")
+    if isinstance(value, tuple):
+        return "+".join(map(str, value))
     for name, codec in (INDEX_CODERS | VALUE_CODECS).items():
         if type(value) is codec:
             return name

@@ -34,7 +34,7 @@ class Question:
     """What is asked, to be sent to the ranks that measure."""
 
     source: JobSource
-    schemes: list[Scheme]
+    schemes: dict[str, Scheme]  # as asked for, with what comes from the recipe
     world_size: int
 
 
@@ -205,7 +205,7 @@ HEADER = ("scheme", "sent", "compute", "compression", "communication", "step", "
 
 
 def _as_text(name: str, link: Link, profile: Profile, rows: Sequence[Prediction]) -> str:
-    table = [HEADER]
+    table: list[tuple[str, ...]] = [HEADER]
     for row in rows:
         seconds = [f"{1e3 * value:,.1f} ms" for value in (row.compute, row.compression, row.communication, row.step)]
         ahead = "-" if row.pays_from is None else f"step {row.pays_from:,}"

@@ -185,7 +185,9 @@ def rehearse_dense(
         visible: seconds that float32 all-reduce was seen to add to a step.
         local: the ranks that are there.
     """
-    collectives = [Collective("all-reduce", b.elements * (scheme.dtype or b.dtype).itemsize, lead=b.time) for b in buckets]
+    collectives = [
+        Collective("all-reduce", b.elements * (scheme.dtype or b.dtype).itemsize, lead=b.time) for b in buckets
+    ]
     last = buckets[-1].dtype
     collectives[-1] = collectives[-1]._replace(seconds=visible * (scheme.dtype or last).itemsize / last.itemsize)
     seconds = _conversion_seconds(scheme.dtype, gradients, local) if scheme.dtype else 0.0
@@ -238,7 +240,7 @@ def agree(transport: Transport, numbers: list[float]) -> list[list[float]]:
 
 
 def clock(device: torch.device) -> float:
-    """Seconds, once the device has computed what it was given; collectives that go on beside that are not waited for."""
+    """Seconds, once the device has computed what it was given; what is sent meanwhile is not waited for."""
     if device.type == "cuda":
         torch.cuda.current_stream(device).synchronize()
     return time.perf_counter()

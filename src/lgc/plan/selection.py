@@ -81,7 +81,9 @@ class Selection:
         columns = list(zip(*by_rank, strict=True))
         whole = median([max(column) for column in columns[::2]])
         waiting = median([min(column) for column in columns[1::2]])  # the others wait for the last rank as well
-        link = Link(math.inf) if self.scheme.bandwidth is None else Link.parse(self.scheme.bandwidth, self.scheme.latency)
+        link = (
+            Link(math.inf) if self.scheme.bandwidth is None else Link.parse(self.scheme.bandwidth, self.scheme.latency)
+        )
         buckets = before_end(self._buckets, self._transport)
         dense = rehearse_dense(Dense(), gradients, buckets, waiting, self._transport)
         profile = Profile(self._transport.world_size, max(whole - waiting, 1e-9), [dense])
