@@ -6,7 +6,7 @@ import re
 import types
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, ClassVar, Literal, Self, Union, get_args, get_origin, get_type_hints
 
 import torch
@@ -426,12 +426,14 @@ class Auto(Scheme):
     after: int = 20
     bandwidth: str | None = None
     latency: str = "0ms"
-    candidates: tuple[Scheme, ...] = (
-        BF16(),
-        DGC(momentum=0.0),
-        ScaleCom(momentum=0.0),
-        LGCRing(momentum=0.0),
-        LGCServer(momentum=0.0),
+    candidates: tuple[Scheme, ...] = field(
+        default_factory=lambda: (
+            BF16(),
+            DGC(momentum=0.0),
+            ScaleCom(momentum=0.0),
+            LGCRing(momentum=0.0),
+            LGCServer(momentum=0.0),
+        )
     )
 
     def __post_init__(self) -> None:
@@ -439,7 +441,8 @@ class Auto(Scheme):
         if self.bandwidth is not None:
             Link.parse(self.bandwidth, self.latency)
         for candidate in self.candidates:
-            if not isinstance(candidate, Dense | SparseScheme) or getattr(candidate, "momentum", 0.0):
+            momentum = candidate.momentum if isinstance(candidate, SparseScheme) else 0.0
+            if not isinstance(candidate, Dense | SparseScheme) or momentum:
                 raise ValueError(
                     "Auto(candidates=...) must be able to take over from dense: bf16, fp16, or a sparse scheme with "
                     f"momentum=0, since the optimizer keeps its own; got {candidate}."
@@ -447,7 +450,7 @@ class Auto(Scheme):
 
     @classmethod
     def _adopt(cls, defaults: Mapping[str, Any]) -> dict[str, Any]:
-        return {"candidates": tuple(parse_scheme(str(candidate), defaults) for candidate in cls.candidates)}
+        return {"candidates": tuple(parse_scheme(str(candidate), defaults) for candidate in cls().candidates)}
 
 
 SCHEMES: dict[str, type[Scheme]] = {
@@ -554,7 +557,7 @@ def _text(value: object) -> str:
 
 
 def _default(item: Any) -> Any:
-    return {} if item.name == "roles" else item.default
+    return item.default if item.default_factory is MISSING else item.default_factory()
 
 
 def _class(scheme: Scheme) -> str:

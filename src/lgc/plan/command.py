@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -118,7 +118,8 @@ def plan(
     if as_json:
         click.echo(json.dumps([_as_json(name, links[name], profile, rows) for name, rows in answers.items()], indent=1))
     else:
-        click.echo("\n\n".join(_as_text(name, links[name], profile, rows) for name, rows in answers.items()))
+        labels = {str(scheme): text for text, scheme in question.schemes.items()}
+        click.echo("\n\n".join(_as_text(name, links[name], profile, rows, labels) for name, rows in answers.items()))
 
 
 def _question(world_size: int, *, recipe: str | None, model: str | None, schemes: str, **run: Any) -> Question:
@@ -128,13 +129,14 @@ def _question(world_size: int, *, recipe: str | None, model: str | None, schemes
     if recipe is not None:
         settings = [Settings(recipe=recipe, scheme=text, world_size=world_size, **run) for text in texts]
         settings[0].load_data()  # decodes into the cache that the ranks map
-        return Question(RecipeJob(settings[0]), [one.resolve_scheme() for one in settings], world_size)
+        schemes_by_text = {one.scheme: one.resolve_scheme() for one in settings}
+        return Question(RecipeJob(settings[0]), schemes_by_text, world_size)
     assert model is not None
     if any(run.values()):
         raise ValueError("--batch-size, --data, --backbone and --bf16 are for recipes.")
     job = FunctionJob(model)
     job.find()
-    return Question(job, [parse_scheme(text) for text in texts], world_size)
+    return Question(job, {text: parse_scheme(text) for text in texts}, world_size)
 
 
 def _measure_here(question: Question, ranks: int) -> Profile:
@@ -154,7 +156,7 @@ def _measure_and_write(question: Question, path: Path, device: torch.device) -> 
     """Run in every rank of the default process group; rank 0 writes the profile."""
     group = dist.group.WORLD
     assert group is not None
-    profile = measure(question.source, question.schemes, question.world_size, Transport(group), device, _tell())
+    profile = _measure(question, Transport(group), device)
     if dist.get_rank() == 0:
         path.write_text(json.dumps(profile), encoding="utf-8")
 
@@ -168,18 +170,20 @@ def _measure_in_job(question: Question) -> tuple[Profile, Link]:
         assert dist.group.WORLD is not None
         link = probe(Transport(dist.group.WORLD), device)
         local, _ = dist.new_subgroups(group_size=on_machine)
-        profile = measure(question.source, question.schemes, question.world_size, Transport(local), device, _tell())
+        profile = _measure(question, Transport(local), device)
         dist.barrier()
         return profile, link
     finally:
         dist.destroy_process_group()
 
 
-def _tell() -> Callable[[str], object]:
+def _measure(question: Question, local: Transport, device: torch.device) -> Profile:
     def tell(what: str) -> None:
-        click.echo(f"measuring {what}", err=True)
+        if dist.get_rank() == 0:
+            click.echo(f"measuring {what}", err=True)
 
-    return tell if dist.get_rank() == 0 else lambda _: None
+    schemes = list(question.schemes.values())
+    return measure(question.source, schemes, question.world_size, local, device, tell)
 
 
 def _read(text: str) -> Profile:
@@ -204,25 +208,31 @@ def _read(text: str) -> Profile:
 HEADER = ("scheme", "sent", "compute", "compression", "communication", "step", "vs dense", "ahead from")
 
 
-def _as_text(name: str, link: Link, profile: Profile, rows: Sequence[Prediction]) -> str:
+def _as_text(name: str, link: Link, profile: Profile, rows: Sequence[Prediction], labels: Mapping[str, str]) -> str:
     table: list[tuple[str, ...]] = [HEADER]
     for row in rows:
         seconds = [f"{1e3 * value:,.1f} ms" for value in (row.compute, row.compression, row.communication, row.step)]
         ahead = "-" if row.pays_from is None else f"step {row.pays_from:,}"
-        table.append((row.scheme, _bytes(row.sent_bytes), *seconds, f"{row.speedup:.2f} x", ahead))
+        table.append(
+            (labels.get(row.scheme, row.scheme), _bytes(row.sent_bytes), *seconds, f"{row.speedup:.2f} x", ahead)
+        )
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     lines = ["  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]).rstrip() for line in table]
     title = f"{profile.world_size} ranks, {name}: {link}"
     if name != MEASURED and link.latency:
         title += "; what the latency adds is predicted, not validated"
-    return "\n".join([title, "", *lines, "", *_advice(rows)])
+    return "\n".join([title, "", *lines, "", *_advice(rows, labels)])
 
 
-def _advice(rows: Sequence[Prediction]) -> list[str]:
+def _advice(rows: Sequence[Prediction], labels: Mapping[str, str]) -> list[str]:
     best = choose(rows)
     if best == rows[0]:
         return [f"Dense is best here: nothing is more than {TOLERANCE:.0%} faster. Use plain DDP."]
-    lines = [f"{best.scheme} is best here, {best.speedup:.1f} times as fast as dense:", "", f"    {_attach(best)}"]
+    lines = [
+        f"{labels[best.scheme]} is best here, {best.speedup:.1f} times as fast as dense:",
+        "",
+        f"    {_attach(best)}",
+    ]
     if best.early:
         steps = sum(stage.steps for stage in best.early)
         mean = sum(stage.steps * stage.step for stage in best.early) / steps

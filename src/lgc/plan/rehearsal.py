@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from statistics import fmean, median
 from typing import NamedTuple, TypeVar
 
@@ -14,10 +15,11 @@ from torch import Tensor
 from lgc import schedule
 from lgc.plan.cost import Arm, Collective, Kind, Link, Stage
 from lgc.schedule import Phase, Schedule
-from lgc.schemes import Dense, SparseScheme
+from lgc.schemes import Dense, LGCScheme, SparseScheme
 from lgc.transport import SERVER, Transport
 
 ROUNDS = 3
+LONG_ROUND = 1.0  # seconds, of which one is enough
 PROBE_BYTES = (2**18, 2**26)
 PROBE_SECONDS = 0.1
 PROBE_MESSAGES = 5
@@ -125,7 +127,7 @@ def rehearse(
     transport = Rehearsal(local, world_size)
     device = next(iter(gradients.values())).device
     layout = scheme.layout(gradients.items())
-    aggregator = scheme.build(layout, transport, device=device)
+    aggregator = (scheme if early else _untrained(scheme)).build(layout, transport, device=device)
     stages = _stages(aggregator.schedule)
     flat = torch.zeros(layout.size, device=device)
     numbers = iter(range(0, 2**31, world_size))  # multiples of K
@@ -185,24 +187,33 @@ def rehearse_dense(
         visible: seconds that float32 all-reduce was seen to add to a step.
         local: the ranks that are there.
     """
-    collectives = [
-        Collective("all-reduce", b.elements * (scheme.dtype or b.dtype).itemsize, lead=b.time) for b in buckets
-    ]
-    last = buckets[-1].dtype
-    collectives[-1] = collectives[-1]._replace(seconds=visible * (scheme.dtype or last).itemsize / last.itemsize)
-    seconds = _conversion_seconds(scheme.dtype, gradients, local) if scheme.dtype else 0.0
+    seconds = 0.0
+    if scheme.dtype is not None:
+        flat = torch.cat([gradient.flatten() for gradient in gradients.values()])
+        seconds, narrow = _all_reduce_seconds(flat, scheme.dtype, local)
+        _, wide = _all_reduce_seconds(flat, flat.dtype, local)
+        visible = max(0.0, visible - (wide - narrow))
+    sizes = [bucket.elements * (scheme.dtype or bucket.dtype).itemsize for bucket in buckets]
+    collectives = [Collective("all-reduce", size, lead=b.time) for size, b in zip(sizes, buckets, strict=True)]
+    collectives[-1] = collectives[-1]._replace(seconds=visible)
     return Arm(str(scheme), [Stage(Phase.DENSE.value, None, seconds, collectives)])
 
 
-def _conversion_seconds(dtype: torch.dtype, gradients: Mapping[str, Tensor], local: Transport) -> float:
-    flat = torch.cat([gradient.flatten() for gradient in gradients.values()])
-    rounds = []
-    for _ in range(ROUNDS + 1):
+def _all_reduce_seconds(flat: Tensor, dtype: torch.dtype, local: Transport) -> tuple[float, float]:
+    """What converting there and back, and what all-reduce takes."""
+    rounds: list[tuple[float, float]] = []
+    while len(rounds) <= ROUNDS and (not rounds or sum(rounds[-1]) < LONG_ROUND):
         agree(local, [0.0])  # all start together
         started = clock(flat.device)
-        flat.copy_(flat.to(dtype).div_(2))
-        rounds.append(clock(flat.device) - started)
-    return max(row[0] for row in agree(local, [median(rounds[1:])]))
+        converted = flat.to(dtype)
+        sending = clock(flat.device)
+        total = local.all_reduce(converted, "plan")
+        received = clock(flat.device)
+        flat.copy_(total)
+        by_rank = agree(local, [sending - started + clock(flat.device) - received, received - sending])
+        rounds.append((max(row[0] for row in by_rank), min(row[1] for row in by_rank)))
+    counted = rounds[1:] or rounds
+    return median([own for own, _ in counted]), median([wait for _, wait in counted])
 
 
 def probe(transport: Transport, device: torch.device) -> Link:
@@ -244,6 +255,11 @@ def clock(device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.current_stream(device).synchronize()
     return time.perf_counter()
+
+
+def _untrained(scheme: SparseScheme) -> SparseScheme:
+    """The same, whose autoencoder, if it has one, goes without training, so that its weights need not be sent."""
+    return replace(scheme, train_steps=0) if isinstance(scheme, LGCScheme) else scheme
 
 
 def _stages(of: Schedule) -> list[tuple[schedule.Stage, int]]:
