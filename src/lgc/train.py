@@ -133,6 +133,9 @@ def train(settings: Settings, output: Output, device: torch.device) -> None:
 
     Goes on from the newest checkpoint that can be loaded, if the folder has one.
     """
+    if dist.get_rank() == 0:
+        logging.getLogger("lgc").addHandler(_NOTICES)
+        logging.getLogger("lgc").setLevel(logging.INFO)
     run = Training(settings, device)
     resume(run, output.folder / CHECKPOINTS)
     recorder = None
@@ -186,6 +189,16 @@ def resume(run: Training, directory: Path) -> None:
 def notify(text: str) -> None:
     """Tell the user, on stderr, around a progress bar."""
     tqdm.write(text, file=sys.stderr)
+
+
+class _Notices(logging.Handler):
+    """Tells the user what lgc logs."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        notify(record.getMessage())
+
+
+_NOTICES = _Notices()
 
 
 def _checkpoint_is_due(run: Training, every: int | None) -> bool:
@@ -371,6 +384,7 @@ class Training:
             "recipe": self.recipe.name,
             "scheme": self.scheme.name,
             "label": self.settings.scheme,
+            "chosen": str(self.handle.scheme),
             "world_size": self.settings.world_size,
             "world_sizes": self.world_sizes,
             "seed": self.settings.seed,

@@ -193,10 +193,10 @@ def predict(profile: Profile, link: Link) -> list[Prediction]:
     return predictions
 
 
-def choose(predictions: Sequence[Prediction]) -> Prediction:
-    """The first one that is within 3 % of the fastest: what comes first in the list is simpler."""
+def choose(predictions: Sequence[Prediction], tolerance: float = TOLERANCE) -> Prediction:
+    """The first one that is within `tolerance` of the fastest: what comes first in the list is simpler."""
     fastest = min(prediction.step for prediction in predictions)
-    return next(prediction for prediction in predictions if prediction.step <= fastest * (1 + TOLERANCE))
+    return next(prediction for prediction in predictions if prediction.step <= fastest * (1 + tolerance))
 
 
 def _pays_from(early: list[Early], step: float, dense: float) -> int | None:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lgc.plan.cost import TOLERANCE, Link, Prediction, Profile, choose, predict
+from lgc.plan.cost import Link, Prediction, Profile, choose, predict
 from lgc.plan.rehearsal import Bucket, NonfiniteError, agree, before_end, clock, rehearse, rehearse_dense
 from lgc.schemes import Auto, Dense, Scheme, SparseScheme
 from lgc.transport import SERVER, Transport
@@ -19,6 +19,7 @@ from lgc.wire import SETUP
 
 logger = logging.getLogger("lgc")
 
+TOLERANCE = 0.05  # below that, a measured difference may be chance
 SETTLING_STEPS = 3  # DDP orders its buckets anew after the first
 PATIENCE = 2.0  # a first round that takes so many times what there is to win ends a candidate's rehearsal
 
@@ -110,18 +111,18 @@ class Selection:
             except NonfiniteError:
                 return None
         predictions = predict(profile, link)
-        chosen = choose(predictions)
+        chosen = choose(predictions, TOLERANCE)
         if self._transport.rank == SERVER:
             self._log(chosen, predictions)
         return candidates[chosen.scheme]
 
     def _log(self, chosen: Prediction, predictions: list[Prediction]) -> None:
         dense = predictions[0]
-        rehearsed = ", ".join(f"{prediction.scheme} {prediction.step:.3g} s" for prediction in predictions)
-        dropped = len(self.scheme.candidates) + 1 - len(predictions)
-        reason = f"per step: {rehearsed}; {dropped} candidates are slower than dense"
+        reason = "per step: " + ", ".join(f"{one.scheme} {one.step:.3g} s" for one in predictions)
         if len(predictions) == 1:
-            reason = "there is nothing to win" if dense.communication <= TOLERANCE * dense.compute else reason
+            reason = "no candidate can win that back"
+        elif len(predictions) <= len(self.scheme.candidates):
+            reason += "; the others were slower at once"
         logger.info(
             "auto: %s from here on. A dense step takes %.3g s, %.3g s of it for the exchange; %s.",
             chosen.scheme,
