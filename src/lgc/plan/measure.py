@@ -16,14 +16,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lgc.peers import PowerSGDHook, one_bucket_mb
 from lgc.plan.cost import Arm, Collective, Profile, Stage
-from lgc.plan.rehearsal import Bucket, Rehearsal, agree, before_end, clock, rehearse, rehearse_dense
+from lgc.plan.rehearsal import Bucket, Rehearsal, agree, before_end, clock, rehearse, rehearse_dense, wants_more
 from lgc.schedule import Phase
 from lgc.schemes import Dense, PowerSGD, Scheme, SparseScheme
 from lgc.train import Settings, make_optimizer
 from lgc.transport import Transport
 
 WARMUP_STEPS = 3
-STEPS = 5
 FACTOR_COLLECTIVES = 3  # of a PowerSGD round: P, Q, and what is not worth factors
 
 
@@ -150,15 +149,23 @@ def measure(
     ddp = _wrap(job, local)
     watch = _Watch(ddp.module, local, device)
     ddp.register_comm_hook(None, watch.hook)
+
+    def plain_step(*, communicate: bool = False) -> float:
+        watch.communicate = communicate
+        return _step(ddp, job, local, device)
+
     tell("compute")
-    compute = _step_seconds(ddp, job, local, device)
-    gradients = {name: gradient.clone() for name, gradient in watch.gradients.items()}
+    for _ in range(WARMUP_STEPS):
+        plain_step(communicate=local.world_size > 1)
+    plain: list[float] = []
+    added: list[float] = []
+    while wants_more(plain):
+        plain.append(plain_step())
+        added.append(plain_step(communicate=True) - plain[-1] if local.world_size > 1 else 0.0)
+    plain_step()
+    compute, visible = median(plain), max(0.0, median(added))
     buckets = watch.buckets()
-    visible = 0.0
-    if local.world_size > 1:
-        watch.communicate = True
-        visible = max(0.0, _step_seconds(ddp, job, local, device) - compute)
-    del ddp, watch
+    gradients = {name: gradient.clone() for name, gradient in watch.gradients.items()}
     arms = [rehearse_dense(Dense(), gradients, buckets, visible, local)]
     for scheme in schemes:
         if scheme == Dense():
@@ -171,21 +178,32 @@ def measure(
         elif isinstance(scheme, Dense):
             arms.append(rehearse_dense(scheme, gradients, buckets, visible, local))
         elif isinstance(scheme, PowerSGD):
-            arms.append(_rehearse_power_sgd(scheme, source, compute, world_size, local, device))
+            arms.append(_rehearse_power_sgd(scheme, source, plain_step, world_size, local, device))
         else:
             raise ValueError(f"{scheme.name} cannot be planned with.")
     return Profile(world_size, compute, arms)
 
 
 def _rehearse_power_sgd(
-    scheme: PowerSGD, source: JobSource, compute: float, world_size: int, local: Transport, device: torch.device
+    scheme: PowerSGD,
+    source: JobSource,
+    plain_step: Callable[[], float],
+    world_size: int,
+    local: Transport,
+    device: torch.device,
 ) -> Arm:
     job = source(device)
     ddp = _wrap(job, local, bucket_cap_mb=one_bucket_mb(job.model))
     transport = Rehearsal(local, world_size)
     hook = PowerSGDHook(PowerSGD(rank=scheme.rank, start_steps=2), transport)
     ddp.register_comm_hook(None, lambda _, bucket: hook.reduce(bucket))
-    seconds = _step_seconds(ddp, job, local, device) - compute
+    for _ in range(WARMUP_STEPS):
+        _step(ddp, job, local, device)
+    seconds: list[float] = []
+    added: list[float] = []
+    while wants_more(seconds):
+        seconds.append(_step(ddp, job, local, device))
+        added.append(seconds[-1] - plain_step())
     factors = transport.collectives[-1].size
     values = transport.collectives[0].size
     collectives = [Collective("all-reduce", factors), *[Collective("all-reduce", 0)] * (FACTOR_COLLECTIVES - 1)]
@@ -193,7 +211,7 @@ def _rehearse_power_sgd(
         str(scheme),
         [
             Stage(Phase.DENSE.value, scheme.start_steps, 0.0, [Collective("all-reduce", values)]),
-            Stage(Phase.COMPRESSED.value, None, max(0.0, seconds), collectives),
+            Stage(Phase.COMPRESSED.value, None, max(0.0, median(added)), collectives),
         ],
     )
 
@@ -204,18 +222,12 @@ def _wrap(job: Job, local: Transport, bucket_cap_mb: int | None = None) -> Distr
     return ddp
 
 
-def _step_seconds(ddp: DistributedDataParallel, job: Job, local: Transport, device: torch.device) -> float:
-    """The median time of a step; every step's is that of the slowest rank."""
-
-    def step() -> float:
-        agree(local, [0.0])  # all start together
-        started = clock(device)
-        loss = job.loss(ddp)
-        job.optimizer.zero_grad()
-        torch.autograd.backward(loss)
-        job.optimizer.step()
-        return max(row[0] for row in agree(local, [clock(device) - started]))
-
-    for _ in range(WARMUP_STEPS):
-        step()
-    return median([step() for _ in range(STEPS)])
+def _step(ddp: DistributedDataParallel, job: Job, local: Transport, device: torch.device) -> float:
+    """The time of a step of the slowest rank."""
+    agree(local, [0.0])  # all start together
+    started = clock(device)
+    loss = job.loss(ddp)
+    job.optimizer.zero_grad()
+    torch.autograd.backward(loss)
+    job.optimizer.step()
+    return max(row[0] for row in agree(local, [clock(device) - started]))

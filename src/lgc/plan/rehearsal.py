@@ -18,8 +18,9 @@ from lgc.schedule import Phase, Schedule
 from lgc.schemes import Dense, LGCScheme, SparseScheme
 from lgc.transport import SERVER, Transport
 
-ROUNDS = 3
-LONG_ROUND = 1.0  # seconds, of which one is enough
+LEAST_ROUNDS, MOST_ROUNDS = 3, 15
+ROUNDS_SECONDS = 0.5
+LONG_ROUND = 1.0  # seconds; one such exchange of everything is enough
 PROBE_BYTES = (2**18, 2**26)
 PROBE_SECONDS = 0.1
 PROBE_MESSAGES = 5
@@ -155,8 +156,11 @@ def rehearse(
     seconds, collectives = once(last)
     if seconds + sum(collective.seconds for collective in collectives) > limit:
         return None
-    rounds = sorted((once(last) for _ in range(ROUNDS)), key=lambda cost: cost[0])
-    costs.append(Stage(last.phase.value, None, *rounds[ROUNDS // 2]))
+    rounds: list[tuple[float, list[Collective]]] = []
+    while wants_more([own for own, _ in rounds]):
+        rounds.append(once(last))
+    rounds.sort(key=lambda cost: cost[0])
+    costs.append(Stage(last.phase.value, None, *rounds[len(rounds) // 2]))
     return Arm(str(scheme), costs)
 
 
@@ -202,7 +206,7 @@ def rehearse_dense(
 def _all_reduce_seconds(flat: Tensor, dtype: torch.dtype, local: Transport) -> tuple[float, float]:
     """What converting there and back, and what all-reduce takes."""
     rounds: list[tuple[float, float]] = []
-    while len(rounds) <= ROUNDS and (not rounds or sum(rounds[-1]) < LONG_ROUND):
+    while len(rounds) <= LEAST_ROUNDS and (not rounds or sum(rounds[-1]) < LONG_ROUND):
         agree(local, [0.0])  # all start together
         started = clock(flat.device)
         converted = flat.to(dtype)
@@ -248,6 +252,11 @@ def agree(transport: Transport, numbers: list[float]) -> list[list[float]]:
         torch.tensor(numbers, dtype=torch.float64, device=device), "plan"
     ).tolist()
     return rows
+
+
+def wants_more(seconds: Sequence[float]) -> bool:
+    """Whether to measure once more; short measurements are repeated more often."""
+    return len(seconds) < LEAST_ROUNDS or (len(seconds) < MOST_ROUNDS and sum(seconds) < ROUNDS_SECONDS)
 
 
 def clock(device: torch.device) -> float:
