@@ -99,8 +99,8 @@ def await_moment(fault: Fault, happens: Callable[[], None]) -> None:
         reach("during", getattr(transport, "open_step", -1))
         count(transport, content, **counts)
 
-    def faulty_aggregate(handle: Handle) -> Any:
-        mean = aggregate(handle)
+    def faulty_aggregate(handle: Handle, *buckets: Any) -> Any:
+        mean = aggregate(handle, *buckets)
         reach("after", handle.step - 1)
         return mean
 

@@ -54,7 +54,7 @@ def attach(
     Args:
         model: a DistributedDataParallel model (also under torch.compile) that has no communication hook yet.
         scheme: a scheme, or its text form such as `"dgc:rate=0.01"`.
-        optimizer: the model's; checked for a momentum on top of the scheme's. It is not changed.
+        optimizer: the model's; checked, now and in every round, for a momentum on top of the scheme's, not changed.
         grad_scaler: the one that scales the loss, so that what is kept between steps is in unscaled units.
         timeout: seconds after which a rank that waits for another in the model's process group gives up; None leaves
             the group's as it is. Longer than anything that one rank does while the others wait, such as a checkpoint.
@@ -78,18 +78,24 @@ def attach(
     if isinstance(scheme, str):
         scheme = parse_scheme(scheme)
     if not isinstance(scheme, Scheme):
-        raise TypeError(f"attach(scheme=...) must be a scheme or its text form, got {type(scheme).__name__}.")
+        raise TypeError(f"attach(scheme=...) must be a scheme, such as lgc.DGC(), or its text form, got {scheme!r}.")
+    if not isinstance(optimizer, torch.optim.Optimizer | None):
+        raise TypeError(f"attach(optimizer=...) must be an optimizer or None, got {optimizer!r}.")
+    if not isinstance(grad_scaler, torch.amp.GradScaler | None):
+        raise TypeError(f"attach(grad_scaler=...) must be a GradScaler or None, got {grad_scaler!r}.")
     policy = Policy(check_every, on_difference, on_nonfinite)
-    if timeout is not None and not timeout > 0:
-        raise ValueError(f"attach(timeout=...) must be positive, got {timeout!r}.")
+    if timeout is not None and not (isinstance(timeout, int | float) and timeout > 0):
+        raise ValueError(f"attach(timeout=...) must be a positive number or None, got {timeout!r}.")
     transport = Transport(ddp.process_group)
     if timeout is not None:
         transport.set_timeout(timeout)
-    _require_single_momentum(scheme, optimizer)
+    if optimizer is not None:
+        _require_optimizer_of(ddp, optimizer)
+        _require_single_momentum(scheme, optimizer)
     require_agreement(transport, _describe(ddp, scheme, policy, transport.world_size))
     if transport.rank == 0:
         _advise(ddp, scheme, optimizer)
-    handle = Handle(ddp, scheme, transport, grad_scaler, policy)
+    handle = Handle(ddp, scheme, transport, optimizer, grad_scaler, policy)
     _attached[ddp] = handle
     return handle
 
@@ -145,6 +151,7 @@ class Handle:
         ddp: DistributedDataParallel,
         scheme: Scheme,
         transport: Transport,
+        optimizer: torch.optim.Optimizer | None,
         grad_scaler: torch.amp.GradScaler | None,
         policy: Policy,
     ) -> None:
@@ -154,6 +161,7 @@ class Handle:
         self.step = 0
         self.round_time: RoundTime | None = None
         self.transport = transport
+        self._optimizer = optimizer
         self._grad_scaler = grad_scaler
         self._parameters = dict(_trained(ddp))
         self._names = {id(parameter): name for name, parameter in self._parameters.items()}
@@ -388,6 +396,8 @@ class Handle:
 
     def _aggregate(self, pending: list[_Pending]) -> Tensor:
         assert self.aggregator is not None
+        if self._optimizer is not None:  # a scheduler or load_state_dict may have given it momentum since attach
+            _require_single_momentum(self.scheme, self._optimizer)
         flat = self.layout.by_name(self._flat)
         for bucket in pending:
             for name, gradient in bucket.gradients:
@@ -473,8 +483,14 @@ def _trained(ddp: DistributedDataParallel) -> list[tuple[str, nn.Parameter]]:
     ]
 
 
-def _require_single_momentum(scheme: Scheme, optimizer: torch.optim.Optimizer | None) -> None:
-    if not isinstance(scheme, SparseScheme) or scheme.momentum == 0 or optimizer is None:
+def _require_optimizer_of(ddp: DistributedDataParallel, optimizer: torch.optim.Optimizer) -> None:
+    optimized = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    if not any(id(parameter) in optimized for _, parameter in _trained(ddp)):
+        raise ValueError("attach(optimizer=...) has none of the model's parameters.")
+
+
+def _require_single_momentum(scheme: Scheme, optimizer: torch.optim.Optimizer) -> None:
+    if not isinstance(scheme, SparseScheme) or scheme.momentum == 0:
         return
     for group in optimizer.param_groups:
         own = group.get("momentum", 0) or (group["betas"][0] if "betas" in group else 0)
@@ -482,7 +498,8 @@ def _require_single_momentum(scheme: Scheme, optimizer: torch.optim.Optimizer | 
             raise ValueError(
                 f"{type(scheme).__name__}(momentum={scheme.momentum}) corrects the momentum before sending, and the "
                 f"{type(optimizer).__name__} has one of its own ({own}): it would act twice. Give the optimizer none "
-                "(SGD: momentum=0, weight_decay divided by 1 - momentum), or the scheme momentum=0 (Adam)."
+                "(SGD: momentum=0, weight_decay divided by 1 - momentum; also after load_state_dict, and under a "
+                "scheduler that cycles it), or the scheme momentum=0 (Adam)."
             )
 
 
@@ -498,11 +515,12 @@ def _advise(ddp: DistributedDataParallel, scheme: Scheme, optimizer: torch.optim
         decay = max(group.get("weight_decay", 0) for group in optimizer.param_groups)
         if decay:
             logging.getLogger("lgc.advice").warning(
-                "weight_decay=%g acts without momentum under %s, 1/(1 - momentum) = %.3g times weaker than with it in "
-                "the optimizer; scale it by that for the same effect.",
+                "weight_decay=%g under %s, which has the momentum, does what weight_decay=%.3g does beside momentum=%g "
+                "in the optimizer.",
                 decay,
                 scheme.name,
-                1 / (1 - scheme.momentum),
+                decay * (1 - scheme.momentum),
+                scheme.momentum,
             )
 
 

@@ -176,8 +176,18 @@ class LGCAggregator(Aggregator):
         if phase is Phase.COMPRESSED:
             self._compressed_steps += 1
             due = self.refresh.every > 0 and self._compressed_steps >= self.refresh.every
-            if due or self._failed or 2 * sum(votes) > len(votes):
+            stale = 2 * sum(votes) > len(votes)
+            if due or stale or self._failed:
                 self.schedule.retrain(step + 1, self.refresh.steps)
+            if stale and self.transport.rank == SERVER:
+                logger.warning(
+                    "step %d: the autoencoder explains %.0f %% of the values' energy, %.0f %% when it was frozen; "
+                    "training it again for %d steps.",
+                    step,
+                    100 * self._explained,
+                    100 * self._explained_fresh,
+                    self.refresh.steps,
+                )
             self._failed = False
 
     def _observe(self, x: Tensor, y: Tensor) -> None:

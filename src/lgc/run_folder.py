@@ -57,7 +57,8 @@ def require_same(there: Mapping[str, Any], wanted: Mapping[str, Any], where: str
 def claim(folder: Path, configuration: Mapping[str, Any], *, overwrite: bool) -> bool:
     """Make `folder` that of a run with this configuration; False if it has that run already, finished.
 
-    What an unfinished run of the same configuration has left stays, to go on from; its number of ranks may differ.
+    What an unfinished run of the same configuration has left stays, to go on from; its number of ranks may differ. One
+    that has not done a step is not in the way of another.
 
     Args:
         folder: of the run; need not exist.
@@ -73,7 +74,7 @@ def claim(folder: Path, configuration: Mapping[str, Any], *, overwrite: bool) ->
     if (folder / SUMMARY).exists():
         require_same(_read_json(folder / SUMMARY)["configuration"], configuration, f"{folder} has a finished run")
         return False
-    if (folder / SETTINGS).exists():
+    if (folder / SETTINGS).exists() and (folder / METRICS).exists():
         there = _read_json(folder / SETTINGS)
         require_same(there, configuration, f"{folder} has an unfinished run", but=("world_size",))
     else:

@@ -164,7 +164,8 @@ class SparseScheme(Scheme, ABC):
         _to_role(self, "small")
         if not isinstance(self.roles, Mapping):
             raise ValueError(f"{_class(self)}(roles=...) must map names to roles, got {self.roles!r}.")
-        object.__setattr__(self, "roles", {name: _role(self, "roles", role) for name, role in self.roles.items()})
+        roles = {name: _role(self, f"roles[{name!r}]", role) for name, role in self.roles.items()}
+        object.__setattr__(self, "roles", roles)
         _within(self, "rate", "in (0, 1]", 0 < _number(self, "rate") <= 1)
         if self.pooled_rate is not None:
             _within(self, "pooled_rate", "in (0, 1]", 0 < _number(self, "pooled_rate") <= 1)
@@ -172,9 +173,13 @@ class SparseScheme(Scheme, ABC):
         if self.clip_norm is not None:
             _within(self, "clip_norm", "positive", 0 < _number(self, "clip_norm") < float("inf"))
         _steps(self, "warmup_steps")
-        _within(self, "unit", 'at least 1, or "kernel"', self.unit == "kernel" or _integer(self, "unit") >= 1)
-        _within(self, "indices", "an index coder", isinstance(self.indices, IndexCoder))
-        _within(self, "values", "a value codec", isinstance(self.values, ValueCodec))
+        unit = self.unit
+        integral = isinstance(unit, int) and not isinstance(unit, bool)
+        _within(
+            self, "unit", 'an integer of at least 1, or "kernel"', unit == "kernel" or (integral and int(unit) >= 1)
+        )
+        _within(self, "indices", "an index coder, such as lgc.Rice()", isinstance(self.indices, IndexCoder))
+        _within(self, "values", "a value codec, such as lgc.Sign()", isinstance(self.values, ValueCodec))
 
     @abstractmethod
     def layout(self, parameters: Iterable[tuple[str, Tensor]]) -> Layout:

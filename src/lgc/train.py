@@ -24,9 +24,11 @@ from lgc.ddp import attach
 from lgc.peers import one_bucket_mb
 from lgc.recipes import Data, Recipe, find_recipe
 from lgc.run_folder import CHECKPOINTS, METRICS, SUMMARY, Recorder, require_same, write_json
+from lgc.schedule import Phase
 from lgc.schemes import PowerSGD, Scheme, parse_scheme
 from lgc.version import __version__
 
+EARLY_PHASES = ("dense_steps", "warmup_steps", "train_steps")
 ADAM_SECOND_BETA = 0.95  # as for GPT-3: Brown et al., arXiv 2005.14165, appendix B
 
 
@@ -140,6 +142,7 @@ def train(settings: Settings, output: Output, device: torch.device) -> None:
     resume(run, output.folder / CHECKPOINTS)
     recorder = None
     if dist.get_rank() == 0:
+        _warn_of_short_run(run)
         recorder = Recorder(
             output.folder,
             step=run.step,
@@ -166,6 +169,19 @@ def train(settings: Settings, output: Output, device: torch.device) -> None:
     if recorder:
         recorder.close()
         write_json(output.folder / SUMMARY, summary)
+
+
+def _warn_of_short_run(run: Training) -> None:
+    if run.handle.aggregator is None:
+        return
+    schedule = run.handle.aggregator.schedule
+    last = schedule.at(run.total - 1).phase
+    if last is not Phase.COMPRESSED:
+        names = [name for name in EARLY_PHASES if hasattr(run.scheme, name)]
+        notify(
+            f"WARNING: with {run.total} steps the run ends in phase {last}, before {run.scheme.name} sends what it is "
+            f"for, from step {schedule.train_end} on; set {', '.join(names)} of the scheme."
+        )
 
 
 def resume(run: Training, directory: Path) -> None:
