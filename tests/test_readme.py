@@ -27,7 +27,7 @@ def test_the_script_of_the_readme_trains(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     printed = re.fullmatch(
-        r"loss (.*), compressed since step 100, (.*) times fewer bytes", done.stdout.strip().splitlines()[-1]
+        r"loss (.*), (.*) times fewer bytes per compressed step", done.stdout.strip().splitlines()[-1]
     )
     assert printed, done.stdout
     assert float(printed[1]) < 0.2  # of three classes, log(3) = 1.1 before training
