@@ -486,6 +486,23 @@ def attach_with_two_momenta_in_groups(rank: int, world_size: int) -> None:
     lgc.attach(ddp, lgc.DGC(rate=0.1), optimizer)
 
 
+def attach_with_anothers_optimizer(rank: int, world_size: int) -> None:
+    lgc.attach(build("convolutional"), lgc.DGC(rate=0.1), torch.optim.SGD(nn.Linear(2, 2).parameters(), lr=0.1))
+
+
+def attach_with_arguments(rank: int, world_size: int, scheme: Any, arguments: dict[str, Any]) -> None:
+    lgc.attach(build("convolutional"), scheme, **arguments)
+
+
+def train_with_momentum_set_later(rank: int, world_size: int) -> None:
+    ddp = build("convolutional")
+    optimizer = torch.optim.SGD(ddp.parameters(), lr=0.1)
+    lgc.attach(ddp, lgc.DGC(rate=0.1), optimizer)
+    torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=10)
+    x, y = batch(rank, 0)
+    F.cross_entropy(ddp(x), y).backward()
+
+
 @pytest.mark.parametrize(
     ("function", "arguments", "kind", "words"),
     [
@@ -509,6 +526,12 @@ def attach_with_two_momenta_in_groups(rank: int, world_size: int) -> None:
         (attach_with_two_momenta_in_groups, (), ValueError, ("momentum", "0.5")),
         (attach_with, (lgc.DGC(rate=0.1), "Adam", {}), ValueError, ("Adam", "momentum")),
         (attach_with, (lgc.LGCServer(rate=0.1), "AdamW", {}), ValueError, ("AdamW", "momentum")),
+        (train_with_momentum_set_later, (), ValueError, ("momentum", "0.95", "scheduler")),
+        (attach_with_anothers_optimizer, (), ValueError, ("optimizer", "none of the model's parameters")),
+        (attach_with_arguments, (lgc.DGC, {}), TypeError, ("scheme", "such as lgc.DGC()")),
+        (attach_with_arguments, ("dgc", {"timeout": "60"}), ValueError, ("timeout", "positive number", "'60'")),
+        (attach_with_arguments, ("dgc", {"grad_scaler": 1}), TypeError, ("grad_scaler", "got 1")),
+        (attach_with_arguments, ("dgc", {"optimizer": "sgd"}), TypeError, ("optimizer", "got 'sgd'")),
     ],
 )
 def test_attach_refuses_on_every_rank_and_says_what_to_do(

@@ -127,6 +127,16 @@ def test_a_run_of_other_settings_is_not_continued_and_not_touched(interrupted: P
     assert (interrupted / "metrics.jsonl").read_bytes() == before
 
 
+def test_a_run_that_failed_before_its_first_step_is_not_in_the_way_of_a_corrected_one(tmp_path: Path) -> None:
+    command = ["train", *RUN, "--scheme", DGC, "--out", str(tmp_path / "run")]
+    failed = CliRunner().invoke(main, [*command, "--data", "not for digits"])
+    assert failed.exit_code == 1
+    assert "digits come with scikit-learn" in failed.output
+    done = train(tmp_path / "run", "--scheme", DGC, "--steps", "4")
+    assert "WARNING: with 4 steps the run ends in phase warmup" in done.stderr
+    assert "from step 11 on; set warmup_steps of the scheme" in done.stderr
+
+
 def test_a_damaged_checkpoint_is_set_aside_and_an_older_one_used(interrupted: Path) -> None:
     newest, older = checkpoint.available(interrupted / "checkpoints")
     file = newest / "rank-0001.safetensors"
