@@ -288,7 +288,7 @@ class Handle:
 
     def _scheme_of(self, state: Mapping[str, Any]) -> tuple[Scheme, Aggregator | None, int]:
         """What a state goes on with: its scheme, an aggregator for it, and the step at which it was chosen."""
-        chosen, chosen_at = state.get("chosen"), state.get("chosen_at")
+        chosen, chosen_at = state.get("chosen", ""), state.get("chosen_at", 0)
         if type(chosen_at) is not int or chosen_at < 0:
             raise ValueError(f"state_dict: chosen_at must be an integer of at least 0, got {chosen_at!r}.")
         if not isinstance(self._attached, Auto):

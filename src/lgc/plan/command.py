@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -15,6 +16,7 @@ import click
 import torch
 import torch.distributed as dist
 
+from lgc.bench.link import LOOPBACK, UNSHAPED, Results, aligned
 from lgc.launch import RankFailedError, pick_device, preload, start_ranks, under_torchrun
 from lgc.plan.cost import TOLERANCE, Arm, Collective, Link, Prediction, Profile, Stage, choose, predict
 from lgc.plan.measure import FunctionJob, JobSource, RecipeJob, measure
@@ -65,12 +67,19 @@ class Question:
 @click.option("--data", help="Folder in the hub's layout, or name on the Hugging Face hub.  [the recipe's]")
 @click.option("--backbone", help="For recipes that offer several.  [the recipe's first]")
 @click.option("--bf16", is_flag=True, help="Compute in bfloat16 by autocast.")
+@click.option(
+    "--check",
+    metavar="FOLDER",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="Of a finished lgc bench link: predict what was measured there, and print both.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
 def plan(
     workers: int | None,
     ranks_per_machine: int,
     bandwidths: tuple[str, ...],
     latency: str,
+    check: Path | None,
     as_json: bool,
     **run: Any,
 ) -> None:
@@ -94,6 +103,9 @@ def plan(
 
     Says nothing about accuracy: lgc compare does.
     """
+    if check is not None:
+        click.echo(_check(check))
+        return
     world_size = workers or 4
     if under_torchrun():
         world_size = int(os.environ["WORLD_SIZE"])
@@ -118,7 +130,7 @@ def plan(
     if as_json:
         click.echo(json.dumps([_as_json(name, links[name], profile, rows) for name, rows in answers.items()], indent=1))
     else:
-        labels = {str(scheme): text for text, scheme in question.schemes.items()}
+        labels = _labels(question)
         click.echo("\n\n".join(_as_text(name, links[name], profile, rows, labels) for name, rows in answers.items()))
 
 
@@ -205,6 +217,44 @@ def _read(text: str) -> Profile:
     )
 
 
+def _check(folder: Path) -> str:
+    """What was measured in a folder of `lgc bench link`, beside what is predicted for it here and now."""
+    try:
+        results = Results.load(folder)
+    except ValueError as error:
+        raise click.UsageError(str(error)) from None
+    run = {name: results.configuration[name] for name in ("recipe", "batch_size", "data")}
+    world_size, schemes = results.configuration["world_size"], ",".join(results.schemes)
+    question = _question(world_size, model=None, schemes=schemes, backbone=None, bf16=False, **run)
+    profile = _measure_here(question, world_size)
+    labels = _labels(question)
+    blocks = []
+    for rate in results.rates:
+        rows = [row for row in predict(profile, _link_of(rate)) if row.scheme in labels]
+        measured = [results.lasting(rate, labels[row.scheme]).split.step for row in rows]
+        table = [("scheme", "predicted", "measured", "error")]
+        for row, seconds in zip(rows, measured, strict=True):
+            difference = f"{100 * (row.step / seconds - 1):+.1f} %"
+            table.append((labels[row.scheme], f"{1e3 * row.step:,.1f} ms", f"{1e3 * seconds:,.1f} ms", difference))
+        advised = choose(rows)
+        loss = 100 * (measured[rows.index(advised)] / min(measured) - 1)
+        best = labels[rows[measured.index(min(measured))].scheme]
+        advice = (
+            f"advised {labels[advised.scheme]}; fastest when measured {best}; following the advice loses {loss:.1f} %"
+        )
+        blocks.append(f"{rate}\n\n{aligned(table)}\n\n{advice}")
+    return "\n\n".join(blocks)
+
+
+def _link_of(rate: str) -> Link:
+    return Link(math.inf) if rate in (UNSHAPED, LOOPBACK) else Link.parse(rate)
+
+
+def _labels(question: Question) -> dict[str, str]:
+    """The schemes as they were asked for, by their full text."""
+    return {str(scheme): text for text, scheme in question.schemes.items()}
+
+
 HEADER = ("scheme", "sent", "compute", "compression", "communication", "step", "vs dense", "ahead from")
 
 
@@ -216,12 +266,10 @@ def _as_text(name: str, link: Link, profile: Profile, rows: Sequence[Prediction]
         table.append(
             (labels.get(row.scheme, row.scheme), _bytes(row.sent_bytes), *seconds, f"{row.speedup:.2f} x", ahead)
         )
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    lines = ["  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]).rstrip() for line in table]
     title = f"{profile.world_size} ranks, {name}: {link}"
     if name != MEASURED and link.latency:
         title += "; what the latency adds is predicted, not validated"
-    return "\n".join([title, "", *lines, "", *_advice(rows, labels)])
+    return "\n".join([title, "", aligned(table), "", *_advice(rows, labels)])
 
 
 def _advice(rows: Sequence[Prediction], labels: Mapping[str, str]) -> list[str]:
