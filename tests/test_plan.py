@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -21,9 +22,13 @@ from ranks import Ranks
 from torch import Tensor
 
 import lgc
+from lgc.bench.link import Cell
 from lgc.cli import main
+from lgc.plan import command
 from lgc.plan.cost import Arm, Collective, Link, Profile, Stage, choose, predict
 from lgc.plan.rehearsal import probe, rehearse
+from lgc.recipes import find_recipe
+from lgc.schemes import parse_scheme
 from lgc.transport import Transport
 
 RankFactory = Callable[[int], Ranks]
@@ -60,7 +65,7 @@ def test_a_collective_takes_its_messages_and_its_bytes(kind: Any, seconds: float
 
 def test_a_link_is_read_with_its_headers_taken_off() -> None:
     link = Link.parse("100mbit", "2ms")
-    assert link.bandwidth == pytest.approx(12.5e6 * 1448 / 1514)
+    assert link.bandwidth == pytest.approx(12.5e6 * 1448 / 1547)
     assert link.latency == 0.002
     for bandwidth, latency, message in [
         ("fast", "1ms", r"bandwidth must be a number with kbit, mbit, gbit, as in 100mbit, got 'fast'\."),
@@ -248,7 +253,7 @@ def test_plan_of_a_function(tmp_path: Path) -> None:
     arguments = ("--model", "mine:job", "--workers", "8", "--latency", "5ms", "--schemes", "dense,topk")
     printed = run_plan(*arguments, "--bandwidth", "10gbit", cwd=tmp_path)
     assert (
-        "8 ranks, 10gbit: 9.56e+03 Mbit/s of payload, 5 ms; what the latency adds is predicted, not validated"
+        "8 ranks, 10gbit: 9.36e+03 Mbit/s of payload, 5 ms; what the latency adds is predicted, not validated"
         in printed
     )
     assert "Dense is best here" in printed or "topk is best here" in printed
@@ -272,6 +277,39 @@ def test_plan_refuses(arguments: list[str], message: str) -> None:
     result = CliRunner().invoke(main, ["plan", *arguments])
     assert result.exit_code == 2
     assert message in result.output
+
+
+def test_check_shows_how_far_off_the_predictions_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    of = profile(dgc=0.5)
+    scheme = str(parse_scheme("dgc", find_recipe("digits").scheme_defaults))
+    renamed = of._replace(arms=[of.arms[0], of.arms[1]._replace(scheme=scheme)])
+    monkeypatch.setattr(command, "_measure_here", lambda question, ranks: renamed)
+    seconds = {
+        "10mbit": {"compute": 1.0, "dense": 9.0, "dgc": 2.0},
+        "unshaped": {"compute": 1.0, "dense": 1.1, "dgc": 1.0},
+    }
+    cells = [
+        [rate, 0, arm, "dense", [[step, step / 2]], None, None, [1, 1], [1, 1], None, None, None, None]
+        for rate, steps in seconds.items()
+        for arm, step in steps.items()
+    ]
+    settings = {"recipe": "digits", "data": None, "batch_size": None, "world_size": 2}
+    content = {
+        "finished": True,
+        "configuration": settings,
+        "cells": [dict(zip(Cell._fields, cell, strict=True)) for cell in cells],
+    }
+    (tmp_path / "results.json").write_text(json.dumps(content))
+    printed = CliRunner().invoke(main, ["plan", "--check", str(tmp_path)]).output
+    transfer = 10**7 / (1.25e6 * 1448 / 1547)
+    assert re.search(
+        rf"^dense +{1e3 * (1 + transfer):,.1f} ms +9,000\.0 ms +\+{100 * ((1 + transfer) / 9 - 1):.1f} %$",
+        printed,
+        re.MULTILINE,
+    )
+    assert re.search(r"^dgc +1,508\.. ms +2,000\.0 ms +-24\.. %$", printed, re.MULTILINE)
+    assert "advised dgc; fastest when measured dgc; following the advice loses 0.0 %" in printed
+    assert "advised dense; fastest when measured dgc; following the advice loses 10.0 %" in printed
 
 
 # --- scheme="auto" ---
@@ -429,3 +467,25 @@ def test_auto_in_text_takes_a_recipes_arguments() -> None:
 def test_auto_refuses(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         lgc.Auto(**arguments)
+
+
+def test_a_run_of_a_recipe_goes_on_with_the_choice(tmp_path: Path) -> None:
+    arguments = [
+        "--recipe",
+        "digits",
+        "--scheme",
+        "auto:after=5:bandwidth=1mbit",
+        "--workers",
+        "2",
+        "--batch-size",
+        "4",
+    ]
+    command = [sys.executable, "-m", "lgc", "train", *arguments, "--steps", "8", "--out", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["scheme"] == "auto"
+    assert summary["chosen"].split(":")[0] in ("dgc", "scalecom", "lgc-ring", "lgc-ps")
+    assert f"auto: {summary['chosen']} from here on. " in done.stderr
+    phases = [json.loads(line).get("phase") for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert phases[:5] == ["dense"] * 5

@@ -20,7 +20,7 @@ import re
 from collections.abc import Sequence
 from typing import Literal, NamedTuple, Self
 
-FRAME_PAYLOAD = 1448 / 1514  # of an Ethernet frame with IPv4 and TCP with timestamps
+PAYLOAD = 1448 / (1514 + 66 / 2)  # of an Ethernet frame with IPv4 and TCP, and an acknowledgement for every other one
 RATE_UNITS = {"kbit": 1e3, "mbit": 1e6, "gbit": 1e9}
 TIME_UNITS = {"us": 1e-6, "ms": 1e-3, "s": 1.0}
 TOLERANCE = 0.03
@@ -38,7 +38,7 @@ class Link(NamedTuple):
     def parse(cls, bandwidth: str, latency: str = "0ms") -> Self:
         """A link from its line rate (kbit, mbit, gbit per second) and latency (us, ms, s): "100mbit", "1ms".
 
-        4.4 % of the line rate go to the headers of TCP/IP and Ethernet.
+        6.4 % of the line rate go to headers and acknowledgements of TCP/IP and Ethernet.
 
         Raises:
             ValueError: if one is not that.
@@ -46,7 +46,7 @@ class Link(NamedTuple):
         rate = _quantity("bandwidth", bandwidth, RATE_UNITS, "100mbit")
         if rate == 0:
             raise ValueError(f"bandwidth must be above 0, got {bandwidth!r}.")
-        return cls(rate / 8 * FRAME_PAYLOAD, _quantity("latency", latency, TIME_UNITS, "1ms"))
+        return cls(rate / 8 * PAYLOAD, _quantity("latency", latency, TIME_UNITS, "1ms"))
 
     def __str__(self) -> str:
         return f"{self.bandwidth * 8e-6:.3g} Mbit/s of payload, {self.latency * 1e3:.3g} ms"
