@@ -10,7 +10,7 @@ from typing import Any
 
 LGC = [sys.executable, "-m", "lgc"]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
-LIMIT_S = 240
+LIMIT_S = 600
 ENVIRONMENT = os.environ | {
     "OMP_NUM_THREADS": "1",
     "GLOO_SOCKET_IFNAME": "lo",

@@ -371,6 +371,19 @@ def test_ranks_at_different_steps_write_nothing(ranks: RankFactory, tmp_path: Pa
     assert checkpoint.load_rank(tmp_path / "step-0000000001", rank=1, world_size=2) == {"rank": 1}
 
 
+def save_to_own_folder(rank: int, world_size: int, directory: Path) -> None:
+    assert dist.group.WORLD is not None
+    (directory / str(rank) / "step-0000000001").mkdir(parents=True)
+    checkpoint.save(directory / str(rank), {"rank": rank}, step=1, group=dist.group.WORLD)
+
+
+def test_ranks_that_do_not_share_the_folder_are_told(ranks: RankFactory, tmp_path: Path) -> None:
+    for failure in ranks(2).exceptions(save_to_own_folder, tmp_path):
+        assert isinstance(failure, CheckpointError)
+        assert f"{tmp_path}/0/step-0000000001/rank-0001.safetensors cannot be read: No such file" in str(failure)
+    assert checkpoint.latest(tmp_path / "0") is None
+
+
 def load_damaged(rank: int, world_size: int, directory: Path) -> None:
     assert dist.group.WORLD is not None
     path = checkpoint.save(directory, {"rank": rank}, step=1, group=dist.group.WORLD)
@@ -407,9 +420,13 @@ def save_in_two_processes(directory: Path, victim: int, call: int) -> int | None
 
 
 def newest_step(directory: Path) -> int:
-    """Of the latest checkpoint, after both ranks' states in it have been verified."""
-    path = checkpoint.latest(directory)
-    assert path is not None
+    """Of the latest checkpoint, after both ranks' states in it have been verified.
+
+    Whatever has a manifest is complete: the manifest is the last file to come and the first to go.
+    """
+    available = checkpoint.available(directory)
+    assert {manifest.parent for manifest in directory.glob("step-*/manifest.json")} == set(available)
+    path = available[0]
     states = [checkpoint.load_rank(path, rank=rank, world_size=2) for rank in range(2)]
     for rank, state in enumerate(states):
         assert torch.equal(state["w"], torch.full((1000,), float(state["step"] + rank)))

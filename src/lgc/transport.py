@@ -51,7 +51,7 @@ class Opening(NamedTuple):
 
 
 class RankError(RuntimeError):
-    """A rank could not take part in a round; raised on every rank, with that rank's message."""
+    """A rank could not take part in a round, or does not answer; raised on every rank, with what is known of it."""
 
 
 class Transport:
