@@ -82,7 +82,7 @@ def draw_against_links(name: str, speeds: list[float | None], panels: list[Panel
             for label, values in panel.values.items():
                 axes.plot(xs, [math.nan if value is None else value for value in values], marker="o", label=label)
             axes.set(ylabel=panel.ylabel, xscale="log", yscale="log")
-            axes.yaxis.set_minor_formatter(NullFormatter())
+            _label_plainly(axes.yaxis)
         axes.set_xticks(xs, ["unlimited" if speed is None else _speed(speed) for speed in speeds])
         axes.set_xlabel("link")
         axes.xaxis.set_minor_locator(NullLocator())

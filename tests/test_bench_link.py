@@ -1,0 +1,438 @@
+"""`lgc bench link`: its network is gone whatever happens, and what it reports is what was sent."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from click.testing import CliRunner
+
+import lgc.bench.link as bench
+from lgc.bench.link import (
+    COMPUTE,
+    LOOPBACK,
+    RESULTS,
+    Plan,
+    Results,
+    full_text,
+    shortened,
+    times_to_target,
+)
+from lgc.bench.network import NAMESPACES, Network, NetworkError, read_counters, remove_stale, temporary_network
+from lgc.cli import main
+from lgc.launch import start_ranks
+from lgc.recipes import RECIPES
+from lgc.report import Run
+from lgc.schemes import SCHEMES, LGCServer, TopK, parse_scheme
+
+HERE = Path(__file__).parent
+LIMIT_S = 120
+RATE = "200mbit"
+TINY = ["--recipe", "digits", "--workers", "2", "--steps", "2", "--warm-up", "1", "--repeats", "2"]
+
+
+def _has_network() -> bool:
+    try:
+        with temporary_network(1):
+            return True
+    except NetworkError:
+        return False
+
+
+needs_root = pytest.mark.skipif(not _has_network(), reason="needs root, network namespaces and iproute2")
+
+
+def environment() -> dict[str, str]:
+    return os.environ | {"PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parent / "src")]), "OMP_NUM_THREADS": "1"}
+
+
+def command(*arguments: str) -> str:
+    path = f"{os.environ['PATH']}:/usr/sbin:/sbin"
+    return subprocess.run(
+        arguments, capture_output=True, text=True, check=True, env=os.environ | {"PATH": path}, timeout=LIMIT_S
+    ).stdout
+
+
+def machine() -> list[str]:
+    """Everything of the machine's own network that could have been changed."""
+    shown = [["ip", "-j", name] for name in ("link", "address", "route", "neighbour", "rule")]
+    texts = [command(*arguments) for arguments in [*shown[:3], shown[4], ["tc", "-j", "qdisc"]]]
+    forwarding = Path("/proc/sys/net/ipv4/ip_forward").read_text()
+    return [*texts, forwarding]
+
+
+def namespaces(pid: int) -> list[str]:
+    return sorted(path.name for path in NAMESPACES.glob(f"lgc-{pid}-*"))
+
+
+# --- the network ---
+
+
+@needs_root
+def test_a_network_has_shaped_links_and_leaves_nothing() -> None:
+    before = machine()
+    with temporary_network(3) as network:
+        assert namespaces(os.getpid()) == sorted([*map(network.namespace, range(3)), network.bridge])
+        assert machine() == before
+        network.shape(1e7)
+        for namespace, device in [(network.namespace(2), "lgc0"), (network.bridge, "port2")]:
+            (tbf,) = json.loads(command("tc", "-n", namespace, "-j", "qdisc", "show", "dev", device))
+            assert tbf["kind"] == "tbf"
+            assert tbf["options"]["rate"] == 1e7 / 8
+        network.shape(None)
+        assert "tbf" not in command("tc", "-n", network.bridge, "qdisc")
+    assert namespaces(os.getpid()) == []
+    assert machine() == before
+
+
+@needs_root
+def test_a_network_is_removed_when_the_block_raises() -> None:
+    with pytest.raises(KeyboardInterrupt), temporary_network(2):
+        raise KeyboardInterrupt
+    assert namespaces(os.getpid()) == []
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_a_network_has_an_address_for_every_rank() -> None:
+    with (
+        pytest.raises(ValueError, match=r"temporary_network\(world_size\) must be in 1 \.\. 250, got 251"),
+        temporary_network(251),
+    ):
+        pass
+
+
+@contextmanager
+def refuse(world_size: int) -> Iterator[Network]:
+    raise NetworkError("ip netns add lgc-1-bridge: Operation not permitted")
+    yield
+
+
+def test_without_rights_the_ranks_talk_over_loopback(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(bench, "temporary_network", refuse)
+    with bench._network(2, loopback=False) as network:
+        assert network is None
+    notes = capsys.readouterr().err
+    assert "need root" in notes
+    assert "ip netns add lgc-1-bridge: Operation not permitted" in notes
+    assert "NOT SHAPED" in notes
+
+
+# --- ranks in it, as a program of its own ---
+
+
+def job(folder: Path, fate: str) -> None:
+    """Two ranks in a network that meet, and then raise or wait to be stopped."""
+    with temporary_network(2) as network:
+        start_ranks(meet, folder, fate, world_size=2, timeout=timedelta(seconds=LIMIT_S), network=network)
+
+
+def meet(folder: Path, fate: str, device: torch.device) -> None:
+    rank = dist.get_rank()
+    before = read_counters()
+    total = torch.ones(100_000)
+    dist.all_reduce(total)
+    after = read_counters()
+    assert bool((total == 2).all())
+    assert after.sent - before.sent > 200_000  # of 400 kB, some may be on their way
+    (folder / f"{rank}.tmp").write_text(str(os.getpid()))
+    (folder / f"{rank}.tmp").rename(folder / str(rank))
+    if fate == "raise" and rank == 1:
+        raise RuntimeError("as told")
+    if fate != "end":
+        time.sleep(LIMIT_S)
+
+
+@contextmanager
+def started(folder: Path, fate: str) -> Iterator[tuple[subprocess.Popen[str], list[int]]]:
+    """The job, with its ranks in the network; their process ids."""
+    code = f"from pathlib import Path; from test_bench_link import job; job(Path({str(folder)!r}), {fate!r})"
+    arguments = [sys.executable, "-c", code]
+    with subprocess.Popen(
+        arguments, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as process:
+        try:
+            deadline = time.monotonic() + LIMIT_S
+            while not all((folder / str(rank)).exists() for rank in range(2)):
+                assert process.poll() is None, process.communicate()[0]
+                assert time.monotonic() < deadline
+                time.sleep(0.05)
+            yield process, [int((folder / str(rank)).read_text()) for rank in range(2)]
+        finally:
+            process.kill()
+            process.wait()
+            remove_stale()
+
+
+@needs_root
+@pytest.mark.parametrize("fate", ["end", "raise", "kill a rank", "SIGINT", "SIGTERM"])
+def test_nothing_is_left_whatever_ends_the_ranks(tmp_path: Path, fate: str) -> None:
+    before = machine()
+    with started(tmp_path, fate) as (process, ranks):
+        if fate == "kill a rank":
+            os.kill(ranks[1], signal.SIGKILL)
+        elif fate.startswith("SIG"):
+            process.send_signal(signal.Signals[fate])
+        output, _ = process.communicate(timeout=LIMIT_S)
+        assert namespaces(process.pid) == [], output
+        assert (process.returncode == 0) == (fate == "end"), output
+        assert not any(Path("/proc", str(rank)).exists() for rank in ranks)
+    assert machine() == before
+
+
+@needs_root
+def test_what_a_killed_program_leaves_is_removed_by_the_next_one(tmp_path: Path) -> None:
+    with started(tmp_path, "wait") as (process, ranks):
+        process.kill()
+        process.wait()
+        assert len(namespaces(process.pid)) == 3
+        with temporary_network(1) as network:
+            assert namespaces(process.pid) == []
+            assert namespaces(os.getpid()) == sorted([network.bridge, network.namespace(0)])
+        deadline = time.monotonic() + LIMIT_S
+        while any(Path("/proc", str(rank)).exists() for rank in ranks):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+
+
+# --- the measurement ---
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with results of two ranks on a slow link."""
+    out = tmp_path_factory.mktemp("link")
+    schemes = ["--schemes", "dense,bf16,powersgd,lgc-ring", "--rates", f"{RATE},unshaped"]
+    before = machine()
+    done = subprocess.run(
+        [sys.executable, "-m", "lgc", "bench", "link", *TINY, *schemes, "--out", str(out)],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=3 * LIMIT_S,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "lgc-ring" in done.stdout
+    assert "NOT SHAPED" not in done.stderr
+    assert machine() == before
+    return out
+
+
+def cells(folder: Path) -> list[bench.Cell]:
+    return [bench.Cell(**cell) for cell in json.loads((folder / RESULTS).read_text())["cells"]]
+
+
+@needs_root
+def test_counters_agree_with_the_count(measured: Path) -> None:
+    rows = {(row.rate, row.scheme, row.phase): row for row in Results.load(measured).rows}
+    for rate in (RATE, "unshaped"):
+        for scheme in ("dense", "bf16"):
+            row = rows[rate, scheme, "dense"]
+            assert row.payload is not None
+            assert row.payload == pytest.approx(row.counted, rel=0.02)
+        dense, ring = rows[rate, "dense", "dense"], rows[rate, "lgc-ring", "compressed"]
+        assert dense.counted == pytest.approx(2 * 4 * RECIPE_PARAMETERS, rel=0.001)
+        assert ring.payload is not None
+        assert ring.counted < ring.payload < ring.counted + 20_000  # of gloo's own messages
+    for cell in cells(measured):
+        assert cell.counter_sent is not None
+        assert cell.counter_received is not None
+        assert sum(cell.counted_sent) == sum(cell.counted_received)
+        assert sum(cell.counter_sent) == pytest.approx(sum(cell.counter_received), abs=20_000)
+
+
+RECIPE_PARAMETERS = 973_930
+
+
+@needs_root
+def test_no_link_is_faster_than_it_is_shaped(measured: Path) -> None:
+    for cell in cells(measured):
+        if cell.rate == RATE and cell.scheme == "dense":
+            seconds = sum(max(step) for step in cell.seconds)
+            assert seconds > 0.98 * 8 * max(cell.counted_sent) / 2e8
+
+
+@needs_root
+def test_every_phase_is_measured_and_split(measured: Path) -> None:
+    found = cells(measured)
+    assert {(cell.scheme, cell.phase) for cell in found} == {
+        (COMPUTE, "dense"),
+        ("dense", "dense"),
+        ("bf16", "dense"),
+        ("powersgd", "compressed"),
+        ("lgc-ring", "dense"),
+        ("lgc-ring", "warmup"),
+        ("lgc-ring", "train"),
+        ("lgc-ring", "compressed"),
+    }
+    lasting = [cell for cell in found if (cell.scheme, cell.phase) == ("lgc-ring", "compressed")]
+    assert [(cell.rate, cell.repeat) for cell in lasting] == [(RATE, 0), (RATE, 1), ("unshaped", 0), ("unshaped", 1)]
+    for cell in found:
+        assert (cell.compression is None) == (cell.scheme in (COMPUTE, "dense", "bf16", "powersgd"))
+    for row in Results.load(measured).rows:
+        parts = [row.split.compute, row.split.compression or 0.0, row.split.communication]
+        assert all(part >= 0 for part in parts)
+        assert sum(parts) == pytest.approx(row.split.step, rel=0.5)  # medians of each
+
+
+@needs_root
+def test_what_is_measured_is_not_measured_again(measured: Path) -> None:
+    before = (measured / RESULTS).read_bytes()
+    options = [*TINY, "--schemes", "dense,bf16,powersgd,lgc-ring", "--out", str(measured)]
+    again = CliRunner().invoke(main, ["bench", "link", *options, "--rates", f"{RATE},unshaped"])
+    assert again.exit_code == 0, again.output
+    assert (measured / RESULTS).read_bytes() == before
+    assert (measured / "link.svg").read_text().startswith("<svg")
+    other = CliRunner().invoke(main, ["bench", "link", *options, "--rates", RATE])
+    assert other.exit_code == 2
+    assert "rates" in other.output
+
+
+def test_loopback_says_that_the_link_is_not_shaped(tmp_path: Path) -> None:
+    options = [*TINY, "--schemes", "dense", "--loopback", "--out", str(tmp_path)]
+    done = subprocess.run(
+        [sys.executable, "-m", "lgc", "bench", "link", *options],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=3 * LIMIT_S,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "NOT SHAPED" in done.stderr
+    assert {(cell.rate, cell.counter_sent is None) for cell in cells(tmp_path)} == {(LOOPBACK, True)}
+    assert "loopback" in done.stdout
+
+
+# --- what is made of it ---
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_full_text_is_the_scheme_whatever_the_recipe(name: str, recipe: str) -> None:
+    scheme = parse_scheme(name)
+    assert parse_scheme(full_text(scheme), RECIPES[recipe].scheme_defaults) == scheme
+
+
+def test_shortened_phases_are_those_of_the_scheme() -> None:
+    server = shortened(LGCServer(rate=0.001))
+    assert isinstance(server, LGCServer)
+    assert (server.dense_steps, server.warmup_steps, server.train_steps) == (2, 4, 4)
+    assert (server.rate, server.refresh_below) == (0.001, 0.0)
+    assert shortened(TopK()) == TopK()
+    assert shortened(parse_scheme("bf16")) == parse_scheme("bf16")
+
+
+def plan(**changes: Any) -> Plan:
+    arguments: dict[str, Any] = {
+        "recipe": "digits",
+        "data": None,
+        "batch_size": None,
+        "world_size": 2,
+        "schemes": ("dense", "lgc-ring"),
+        "rates": ("10mbit", "unshaped"),
+        "steps": 2,
+        "warm_up": 1,
+        "seconds": 1.0,
+        "repeats": 2,
+    }
+    return Plan(**(arguments | changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rates": ("fast",)}, "a link must be"),
+        ({"schemes": ("dgc:rate=2",)}, r"DGC\(rate=\.\.\.\) must be in \(0, 1\], got 2"),
+        ({"schemes": ("dgc", "dgc")}, "schemes must differ, got dgc,dgc"),
+    ],
+)
+def test_plans_are_checked_before_anything_starts(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        plan(**changes)
+
+
+def made_up() -> Results:
+    """Two links, two repeats: dense takes 3 s and 0.3 s, the phases of LGC 1 s to 4 s or a tenth of that."""
+
+    def cell(rate: str, repeat: int, scheme: str, phase: str, step: float, waits: tuple[float, float] | None) -> Any:
+        rows = [[step, step], [step, step]]
+        split = None if waits is None else [[0.1, 0.2]] * 2
+        communication = None if waits is None else [list(waits)] * 2
+        sums = [10, 10]
+        of_interface = [sums, sums, [1, 1], [1, 1]]
+        values: list[Any] = [rate, repeat, scheme, phase, rows, split, communication, sums, sums, *of_interface]
+        return bench.Cell(*values)._asdict()
+
+    found = []
+    for rate, factor in (("10mbit", 1.0), ("unshaped", 0.1)):
+        for repeat in range(2):
+            found.append(cell(rate, repeat, COMPUTE, "dense", 0.05, None))
+            found.append(cell(rate, repeat, "dense", "dense", factor * (3.0 + 0.2 * repeat), None))
+            for number, phase in enumerate(("dense", "warmup", "train", "compressed"), 1):
+                found.append(cell(rate, repeat, "lgc-ring", phase, factor * number, (0.05, 0.02)))
+    return Results(
+        {
+            "configuration": plan().configuration(),
+            "parameters": 1,
+            "machine": {"cores": 2},
+            "schemes": {"dense": "dense", "lgc-ring": "lgc-ring"},
+            "cells": found,
+        }
+    )
+
+
+def test_rows_are_medians_with_the_range_of_the_repeats() -> None:
+    rows = {(row.rate, row.scheme, row.phase): row for row in made_up().rows}
+    dense = rows["10mbit", "dense", "dense"]
+    assert dense.split == pytest.approx((3.1, 0.05, None, 3.05))
+    assert dense.spread == pytest.approx(0.1)
+    compressed = rows["unshaped", "lgc-ring", "compressed"]
+    assert compressed.split == pytest.approx((0.4, 0.4 - 0.2 - 0.02, 0.2, 0.02))  # of rank 1, which waits less
+    assert (compressed.counted, compressed.headers, compressed.payload) == (10, 66, 10 - 66)
+
+
+def trained(scheme: str, phases: list[str], reached: int) -> Run:
+    rows: list[dict[str, Any]] = []
+    for step, phase in enumerate(phases):
+        rows.append({"step": step, "phase": phase})
+        if step % 2:
+            rows.append({"step": step, "accuracy": 99.0 if step >= reached else 50.0})
+    summary = {
+        "metric": {"name": "accuracy", "better": "higher"},
+        "configuration": {"recipe": "digits", "world_size": 2, "batch_size": 16, "scheme": scheme},
+    }
+    return Run(Path(scheme), summary, rows)
+
+
+def test_time_to_target_weighs_every_phase() -> None:
+    ring = str(parse_scheme("lgc-ring", RECIPES["digits"].scheme_defaults))
+    phases = ["dense"] * 2 + ["warmup"] * 2 + ["train"] * 2 + ["compressed"] * 4
+    runs = [trained("dense", ["dense"] * 10, 3), trained("dense", ["dense"] * 10, 5), trained(ring, phases, 6)]
+    times = {(each.rate, each.scheme): each for each in times_to_target(made_up(), runs, 98.0)}
+    assert times["10mbit", "dense"].steps == 5
+    assert times["10mbit", "dense"].seconds == pytest.approx(5 * 3.1)
+    assert times["unshaped", "lgc-ring"].steps == 8
+    assert times["unshaped", "lgc-ring"].seconds == pytest.approx(0.1 * (2 * 1 + 2 * 2 + 2 * 3 + 2 * 4))
+    never = times_to_target(made_up(), [trained("dense", ["dense"] * 10, 99), *runs], 98.0)
+    assert (never[0].steps, never[0].seconds) == (None, None)
+    with pytest.raises(ValueError, match="no finished run of lgc-ring"):
+        times_to_target(made_up(), runs[:2], 98.0)
+
+
+def test_target_and_runs_go_together(tmp_path: Path) -> None:
+    result = CliRunner().invoke(main, ["bench", "link", "--target", "98", "--out", str(tmp_path)])
+    assert result.exit_code == 2
+    assert "--target and --runs go together" in result.output
