@@ -207,6 +207,7 @@ def test_only_a_backbone_of_the_recipe_is_taken() -> None:
 
 SMALL: dict[str, tuple[int, int, int, Callable[[Path], str] | None]] = {
     "digits": (64, 16, 10, None),
+    "digits-mlp": (64, 16, 10, None),
     "cifar10-resnet20": (16, 8, 10, cifar10_folder),
     "cifar10-resnet50": (4, 4, 3, cifar10_folder),
     "cifar10-resnet101": (4, 4, 2, cifar10_folder),

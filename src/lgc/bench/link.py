@@ -8,6 +8,7 @@ else the machine does hits them alike. docs/links.md has the conventions.
 from __future__ import annotations
 
 import json
+import math
 import multiprocessing
 import os
 import statistics
@@ -45,7 +46,8 @@ SCHEMES = "dense,bf16,powersgd:rank=1,powersgd:rank=2,powersgd:rank=4,dgc,scalec
 START_STEPS = 2
 TRAIN_STEPS = 4
 SETTLED_STEPS = 2  # compressed ones before anything is measured
-ENDLESS = 1_000_000  # epochs; the learning rate stays at the start of its warm-up
+ENDLESS = 1_000_000  # epochs
+LEARNING_RATE = 1e-4  # so low that no scheme diverges: a round whose gradient is not finite is cut short
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,11 +163,19 @@ class Arm:
 
     def __init__(self, settings: Settings, device: torch.device) -> None:
         self.run = Training(settings, device)
+        self.run.recipe = replace(self.run.recipe, learning_rate=LEARNING_RATE)
+        self.run.handle.policy = replace(self.run.handle.policy, check_every=0)  # not every first step of a phase
         self.batches = self.run.batches()
 
     def step(self) -> None:
-        """One update."""
-        self.run.update(*next(self.batches))
+        """One update.
+
+        Raises:
+            FloatingPointError: if the loss is not finite.
+        """
+        row = self.run.update(*next(self.batches))
+        if not math.isfinite(row["loss"]):
+            raise FloatingPointError(f"{self.run.scheme}: the loss is {row['loss']} after {self.run.step} steps.")
 
     def seconds(self) -> tuple[float, float]:
         """Compression and communication of the last step; NaN where they cannot be told."""
