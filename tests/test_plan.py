@@ -26,6 +26,7 @@ from lgc.bench.link import Cell
 from lgc.cli import main
 from lgc.plan import command
 from lgc.plan.cost import Arm, Collective, Link, Profile, Stage, choose, predict
+from lgc.plan.measure import Job, measure
 from lgc.plan.rehearsal import probe, rehearse
 from lgc.recipes import find_recipe
 from lgc.schemes import parse_scheme
@@ -191,6 +192,24 @@ def test_the_bytes_are_those_of_the_transport(ranks: RankFactory) -> None:
     *early, last = everyone[0].sent_bytes
     rounds = everyone[0].preamble_bytes / (3 * 32)
     assert counted == pytest.approx(sum(early) + (rounds - len(early)) * last, rel=1e-6)
+
+
+def measured(rank: int, world_size: int, scheme: Any, of: int) -> list[list[tuple[str, int]]]:
+    def job(device: torch.device) -> Job:
+        ddp = build("convolutional")
+        x, y = batch(rank, 0)
+        return Job(ddp.module, lambda model: F.cross_entropy(model(x), y), torch.optim.SGD(ddp.parameters(), lr=0.0))
+
+    dense, arm = measure(job, [scheme], of, world(), torch.device("cpu")).arms
+    assert dense.scheme == "dense"
+    return [[(one.kind, one.size) for one in stage.collectives] for stage in arm.stages]
+
+
+@pytest.mark.parametrize("scheme", ["scalecom", "lgc-ring"])
+def test_a_model_is_measured_as_it_is_attached_to(ranks: RankFactory, scheme: str) -> None:
+    (alone,) = ranks(1).run(rehearsed, EXACT[scheme], 4)
+    for sent in ranks(2).run(measured, EXACT[scheme], 4):
+        assert sent == alone.sent  # whatever the order of DDP's buckets
 
 
 def probed(rank: int, world_size: int) -> Link:
@@ -361,6 +380,24 @@ def train_auto(
     }
     setup = handle.wire.phases["setup"].sent_bytes
     return Chosen(str(handle.scheme), phases, parameters(ddp), messages, everything, setup)
+
+
+def names_at_the_choice(rank: int, world_size: int) -> tuple[list[str], list[str]]:
+    ddp = build("wide", bucket_cap_mb=1)
+    handle = lgc.attach(ddp, lgc.Auto(after=5))
+    seen: list[str] = []
+    selection: Any = handle._selection
+    selection.choose = lambda gradients: seen.extend(gradients)
+    for step in range(6):
+        x, y = batch(rank, step)
+        ddp.zero_grad()
+        F.cross_entropy(ddp(x), y).backward()
+    return seen, list(parameters(ddp))
+
+
+def test_the_choice_sees_the_models_order(ranks: RankFactory) -> None:
+    for seen, names in ranks(2).run(names_at_the_choice):
+        assert seen == names
 
 
 def test_auto_compresses_on_a_slow_link(ranks: RankFactory) -> None:

@@ -344,7 +344,7 @@ class Handle:
             pending, self._pending = self._pending, []
             try:
                 if self.aggregator is None:
-                    self._decide(dict(named for kept in pending for named in kept.gradients))
+                    self._decide(pending)
                 self._finish(pending)
             except (RankError, ReplicaError, FloatingPointError):  # raised on every rank
                 raise
@@ -353,10 +353,11 @@ class Handle:
                 raise
         return future
 
-    def _decide(self, gradients: dict[str, Tensor]) -> None:
+    def _decide(self, pending: list[_Pending]) -> None:
         """Go on with what `Auto` chooses."""
         assert self._selection is not None
-        chosen = self._selection.choose(gradients)
+        gradients = dict(named for bucket in pending for named in bucket.gradients)
+        chosen = self._selection.choose({name: gradients[name] for name in self._parameters})
         if chosen is not None:
             self._selection = None
             self._chosen_at = self.step

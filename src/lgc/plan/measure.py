@@ -165,7 +165,9 @@ def measure(
     plain_step()
     compute, visible = median(plain), max(0.0, median(added))
     buckets = watch.buckets()
-    gradients = {name: gradient.clone() for name, gradient in watch.gradients.items()}
+    gradients = {
+        name: watch.gradients[name].clone() for name, _ in ddp.module.named_parameters() if name in watch.gradients
+    }
     arms = [rehearse_dense(Dense(), gradients, buckets, visible, local)]
     for scheme in schemes:
         if scheme == Dense():

@@ -113,7 +113,7 @@ def rehearse(
 
     Args:
         scheme: what to rehearse.
-        gradients: this rank's, by parameter name; not changed.
+        gradients: this rank's, by parameter name, in the model's order; not changed.
         local: the ranks that are there.
         world_size: how many ranks the rounds are for.
         early: whether to rehearse the stages before the last one too.
@@ -186,7 +186,7 @@ def rehearse_dense(
 
     Args:
         scheme: dense, or one that converts what it sends.
-        gradients: this rank's, by parameter name; not changed.
+        gradients: this rank's, by parameter name, in the model's order; not changed.
         buckets: in their order, with the seconds before the end of the backward pass.
         visible: seconds that float32 all-reduce was seen to add to a step.
         local: the ranks that are there.

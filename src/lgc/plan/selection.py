@@ -71,7 +71,7 @@ class Selection:
         """The scheme to go on with, the same on every rank; a collective.
 
         Args:
-            gradients: of this step and rank, by parameter name; not changed.
+            gradients: of this step and rank, by parameter name, in the model's order; not changed.
 
         Returns:
             Dense or a candidate; None if a gradient is not finite, so that nothing can be tried with it.
