@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import re
 import statistics
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -22,6 +23,7 @@ SMOOTHING = 10
 LATE = 0.5  # fraction of a run's evaluations from which on the metric's axis shows all
 MARGIN = 0.06
 WIDTH, HEIGHT, LEGEND_ROW = 4.6, 3.0, 0.21  # inches; text keeps its size on a phone's screen
+LEGEND_WIDTH, TICK_WIDTH = 52, 26  # characters
 STYLE: dict[Any, Any] = {
     "axes.grid": True,
     "axes.spines.right": False,
@@ -133,8 +135,9 @@ def _drawings(lines: list[Line], links: list[Link]) -> list[Drawing]:
 def _svg(name: str, drawing: Drawing, lines: list[Line]) -> str:
     longest = max(len(line.label) for line in lines)
     columns = 3 if longest <= 12 else 2 if longest <= 24 else 1
+    rows = sum(_wrapped(line.label, LEGEND_WIDTH).count("\n") + 1 for line in lines)
     with mpl.rc_context({**STYLE, "svg.hashsalt": name}):
-        figure = Figure(figsize=(WIDTH, HEIGHT + LEGEND_ROW * math.ceil(len(lines) / columns)), layout="constrained")
+        figure = Figure(figsize=(WIDTH, HEIGHT + LEGEND_ROW * math.ceil(rows / columns)), layout="constrained")
         axes = figure.subplots()
         drawing.draw(axes, lines)
         handles, labels = axes.get_legend_handles_labels()
@@ -146,6 +149,16 @@ def _svg(name: str, drawing: Drawing, lines: list[Line]) -> str:
     return svg[svg.index("<svg") :]
 
 
+def _wrapped(label: str, width: int) -> str:
+    """A label on as many lines as it takes, broken between the arguments of the scheme."""
+    rows = [""]
+    for part in re.split(r"(?<=[:,])", label):
+        if rows[-1] and len(rows[-1]) + len(part) > width:
+            rows.append("")
+        rows[-1] += part
+    return "\n".join(rows)
+
+
 def _plot(axes: Axes, lines: list[Line], series: Callable[[Run], Series]) -> None:
     for number, line in enumerate(lines):
         color = f"C{number}"
@@ -155,7 +168,7 @@ def _plot(axes: Axes, lines: list[Line], series: Callable[[Run], Series]) -> Non
                 axes.plot(xs, ys, color=color, linewidth=0.7, alpha=0.5)
         if all_series:
             xs, ys = _mean(all_series)
-            axes.plot(xs, ys, color=color, linewidth=1.8, label=line.label)
+            axes.plot(xs, ys, color=color, linewidth=1.8, label=_wrapped(line.label, LEGEND_WIDTH))
 
 
 def _mean(all_series: list[Series]) -> Series:
@@ -231,7 +244,7 @@ def _phases(axes: Axes, lines: list[Line]) -> None:
         axes.barh(places, widths, height=thickness, label=name)
     axes.set(xlabel="MB, all ranks", xscale="log")
     _label_plainly(axes.xaxis)
-    axes.set_yticks(range(len(lines)), [line.label for line in lines], fontsize=9)
+    axes.set_yticks(range(len(lines)), [_wrapped(line.label, TICK_WIDTH) for line in lines], fontsize=8)
     axes.invert_yaxis()
     axes.grid(visible=False, axis="y")
 
