@@ -16,7 +16,7 @@ from fault_job import Fault, read
 from fault_runs import SCHEMES, arguments, faulty, log_of, results, run_undisturbed
 from runs import ENVIRONMENT, LIMIT_S, TORCHRUN, measured, rows
 
-TIMEOUT_S = 10.0
+TIMEOUT_S = 20.0
 PATIENCE_S = 60.0  # with a busy machine
 ADDRESSES = ("192.0.2.1", "192.0.2.2")
 
