@@ -162,7 +162,12 @@ def started(folder: Path, fate: str) -> Iterator[tuple[subprocess.Popen[str], li
     code = f"from pathlib import Path; from test_bench_link import job; job(Path({str(folder)!r}), {fate!r})"
     arguments = [sys.executable, "-c", code]
     with subprocess.Popen(
-        arguments, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        arguments,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
     ) as process:
         try:
             deadline = time.monotonic() + LIMIT_S
@@ -184,8 +189,10 @@ def test_nothing_is_left_whatever_ends_the_ranks(tmp_path: Path, fate: str) -> N
     with started(tmp_path, fate) as (process, ranks):
         if fate == "kill a rank":
             os.kill(ranks[1], signal.SIGKILL)
-        elif fate.startswith("SIG"):
-            process.send_signal(signal.Signals[fate])
+        elif fate == "SIGINT":
+            os.killpg(process.pid, signal.SIGINT)  # as a terminal does: the ranks get it too
+        elif fate == "SIGTERM":
+            process.terminate()
         output, _ = process.communicate(timeout=LIMIT_S)
         assert namespaces(process.pid) == [], output
         assert (process.returncode == 0) == (fate == "end"), output
