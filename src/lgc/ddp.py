@@ -53,7 +53,7 @@ def attach(
 
     Args:
         model: a DistributedDataParallel model (also under torch.compile) that has no communication hook yet.
-        scheme: a scheme, or its text form such as `"dgc:rate=0.01"`.
+        scheme: a scheme, or its text form such as `"dgc:rate=0.01"`; `"auto"` tries several and stays with the fastest.
         optimizer: the model's; checked, now and in every round, for a momentum on top of the scheme's, not changed.
         grad_scaler: the one that scales the loss, so that what is kept between steps is in unscaled units.
         timeout: seconds after which a rank that waits for another in the model's process group gives up; None leaves
