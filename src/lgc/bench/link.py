@@ -457,9 +457,11 @@ class Results:
     def text(self) -> str:
         """All rows as an aligned table, a block a link."""
         blocks = []
+        unlimited = {(row.scheme, row.phase): row.split.step for row in self.rows if row.rate == UNSHAPED}
         for rate in self.rates:
-            dense = [row for row in self.rows if row.rate == rate and row.scheme == Dense.name]
-            lines = [_cells(row, dense[0].split.step if dense else None) for row in self.rows if row.rate == rate]
+            rows = [row for row in self.rows if row.rate == rate]
+            dense = next((row.split.step for row in rows if row.scheme == Dense.name), None)
+            lines = [_cells(row, dense, unlimited.get((row.scheme, row.phase))) for row in rows]
             compute = statistics.median(value for (of, _), value in self.compute.items() if of == rate)
             blocks.append(f"{rate}, compute alone {compute * 1e3:.1f} ms\n{aligned([COLUMNS, *lines])}")
         settings = self.configuration
@@ -479,6 +481,7 @@ COLUMNS = [
     "compute",
     "compression",
     "communication",
+    "link",
     "against dense",
     "kB a step",
     "headers",
@@ -486,7 +489,7 @@ COLUMNS = [
 ]
 
 
-def _cells(row: Row, dense: float | None) -> list[str]:
+def _cells(row: Row, dense: float | None, unlimited: float | None) -> list[str]:
     split = row.split
     compression = "-" if split.compression is None else f"{split.compression * 1e3:.1f}"
     of_interface = ["-", "-"]
@@ -501,6 +504,7 @@ def _cells(row: Row, dense: float | None) -> list[str]:
         f"{split.compute * 1e3:.1f}",
         compression,
         f"{split.communication * 1e3:.1f}",
+        "-" if unlimited is None else f"{(split.step - unlimited) * 1e3:.1f}",
         "-" if dense is None else f"{dense / split.step:.2f}x",
         f"{row.counted / 1e3:,.1f}",
         *of_interface,
