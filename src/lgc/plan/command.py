@@ -22,7 +22,7 @@ from lgc.plan.cost import TOLERANCE, Arm, Collective, Link, Prediction, Profile,
 from lgc.plan.measure import FunctionJob, JobSource, RecipeJob, measure
 from lgc.plan.rehearsal import probe
 from lgc.recipes import RECIPES
-from lgc.schemes import PowerSGD, Scheme, SparseScheme, parse_scheme
+from lgc.schemes import Auto, PowerSGD, Scheme, SparseScheme, parse_scheme
 from lgc.train import Settings
 from lgc.transport import Transport
 
@@ -104,7 +104,10 @@ def plan(
     Says nothing about accuracy: lgc compare does.
     """
     if check is not None:
-        click.echo(_check(check))
+        try:
+            click.echo(_check(check))
+        except (ValueError, OSError) as error:
+            raise click.UsageError(str(error)) from None
         return
     world_size = workers or 4
     if under_torchrun():
@@ -138,17 +141,22 @@ def _question(world_size: int, *, recipe: str | None, model: str | None, schemes
     if (recipe is None) == (model is None):
         raise ValueError("one of --recipe and --model must be given.")
     texts = schemes.split(",")
+    source: JobSource
     if recipe is not None:
-        settings = [Settings(recipe=recipe, scheme=text, world_size=world_size, **run) for text in texts]
-        settings[0].load_data()  # decodes into the cache that the ranks map
-        schemes_by_text = {one.scheme: one.resolve_scheme() for one in settings}
-        return Question(RecipeJob(settings[0]), schemes_by_text, world_size)
-    assert model is not None
-    if any(run.values()):
-        raise ValueError("--batch-size, --data, --backbone and --bf16 are for recipes.")
-    job = FunctionJob(model)
-    job.find()
-    return Question(job, {text: parse_scheme(text) for text in texts}, world_size)
+        settings = {text: Settings(recipe=recipe, scheme=text, world_size=world_size, **run) for text in texts}
+        planned = {text: one.resolve_scheme() for text, one in settings.items()}
+        source = RecipeJob(settings[texts[0]])
+        settings[texts[0]].load_data()  # decodes into the cache that the ranks map
+    else:
+        assert model is not None
+        if any(run.values()):
+            raise ValueError("--batch-size, --data, --backbone and --bf16 are for recipes.")
+        planned = {text: parse_scheme(text) for text in texts}
+        source = FunctionJob(model)
+        source.find()
+    if any(isinstance(scheme, Auto) for scheme in planned.values()):
+        raise ValueError("--schemes must be what auto could choose, not auto itself.")
+    return Question(source, planned, world_size)
 
 
 def _measure_here(question: Question, ranks: int) -> Profile:
@@ -219,10 +227,7 @@ def _read(text: str) -> Profile:
 
 def _check(folder: Path) -> str:
     """What was measured in a folder of `lgc bench link`, beside what is predicted for it here and now."""
-    try:
-        results = Results.load(folder)
-    except ValueError as error:
-        raise click.UsageError(str(error)) from None
+    results = Results.load(folder)
     run = {name: results.configuration[name] for name in ("recipe", "batch_size", "data")}
     world_size, schemes = results.configuration["world_size"], ",".join(results.schemes)
     question = _question(world_size, model=None, schemes=schemes, backbone=None, bf16=False, **run)

@@ -179,10 +179,9 @@ def measure(
             arms.append(arm)
         elif isinstance(scheme, Dense):
             arms.append(rehearse_dense(scheme, gradients, buckets, visible, local))
-        elif isinstance(scheme, PowerSGD):
-            arms.append(_rehearse_power_sgd(scheme, source, plain_step, world_size, local, device))
         else:
-            raise ValueError(f"{scheme.name} cannot be planned with.")
+            assert isinstance(scheme, PowerSGD)
+            arms.append(_rehearse_power_sgd(scheme, source, plain_step, world_size, local, device))
     return Profile(world_size, compute, arms)
 
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from statistics import median
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from lgc.plan.cost import Link, Prediction, Profile, choose, predict
+from lgc.plan.cost import Arm, Link, Prediction, Profile, choose, predict
 from lgc.plan.rehearsal import Bucket, NonfiniteError, agree, before_end, clock, rehearse, rehearse_dense
 from lgc.schemes import Auto, Dense, Scheme, SparseScheme
 from lgc.transport import SERVER, Transport
@@ -21,6 +21,7 @@ logger = logging.getLogger("lgc")
 
 TOLERANCE = 0.05  # below that, a measured difference may be chance
 SETTLING_STEPS = 3  # DDP orders its buckets anew after the first
+LEAST_SECONDS = 1e-9  # of computation
 PATIENCE = 2.0  # a first round that takes so many times what there is to win ends a candidate's rehearsal
 
 
@@ -77,44 +78,56 @@ class Selection:
             Dense or a candidate; None if a gradient is not finite, so that nothing can be tried with it.
         """
         self._transport.begin(SETUP, steps=0)
+        whole, waiting = self._watched()
+        buckets = before_end(self._buckets, self._transport)
+        dense = rehearse_dense(Dense(), gradients, buckets, waiting, self._transport)
+        profile = Profile(self._transport.world_size, max(whole - waiting, LEAST_SECONDS), [dense])
+        link = self._link()
+        to_win = predict(profile, link)[0].communication
+        schemes: dict[str, Scheme] = {dense.scheme: Dense()}
+        for candidate in self.scheme.candidates if to_win > TOLERANCE * profile.compute else ():
+            try:
+                arm = self._rehearse(candidate, gradients, buckets, waiting, limit=PATIENCE * to_win)
+            except NonfiniteError:
+                return None
+            if arm is not None:
+                profile.arms.append(arm)
+                schemes[arm.scheme] = candidate
+        predictions = predict(profile, link)
+        chosen = choose(predictions, TOLERANCE)
+        if self._transport.rank == SERVER:
+            self._log(chosen, predictions)
+        return schemes[chosen.scheme]
+
+    def _watched(self) -> tuple[float, float]:
+        """Seconds of a dense step, and of those that it waited for the link; a collective."""
         steps = self._steps[SETTLING_STEPS:]
         by_rank = agree(self._transport, [seconds for step in steps for seconds in step])
         columns = list(zip(*by_rank, strict=True))
         whole = median([max(column) for column in columns[::2]])
         waiting = median([min(column) for column in columns[1::2]])  # the others wait for the last rank as well
-        link = (
-            Link(math.inf) if self.scheme.bandwidth is None else Link.parse(self.scheme.bandwidth, self.scheme.latency)
-        )
-        buckets = before_end(self._buckets, self._transport)
-        dense = rehearse_dense(Dense(), gradients, buckets, waiting, self._transport)
-        profile = Profile(self._transport.world_size, max(whole - waiting, 1e-9), [dense])
-        to_win = predict(profile, link)[0].communication
-        candidates: dict[str, Scheme] = {str(Dense()): Dense()}
-        if to_win > TOLERANCE * profile.compute:
-            try:
-                for candidate in self.scheme.candidates:
-                    if isinstance(candidate, SparseScheme):
-                        arm = rehearse(
-                            candidate,
-                            gradients,
-                            self._transport,
-                            self._transport.world_size,
-                            early=False,
-                            limit=PATIENCE * to_win,
-                        )
-                    else:
-                        assert isinstance(candidate, Dense)
-                        arm = rehearse_dense(candidate, gradients, buckets, waiting, self._transport)
-                    if arm is not None:
-                        profile.arms.append(arm)
-                        candidates[arm.scheme] = candidate
-            except NonfiniteError:
-                return None
-        predictions = predict(profile, link)
-        chosen = choose(predictions, TOLERANCE)
-        if self._transport.rank == SERVER:
-            self._log(chosen, predictions)
-        return candidates[chosen.scheme]
+        return whole, waiting
+
+    def _link(self) -> Link:
+        """As given; else one that adds nothing to what is measured."""
+        if self.scheme.bandwidth is None:
+            return Link(math.inf)
+        return Link.parse(self.scheme.bandwidth, self.scheme.latency)
+
+    def _rehearse(
+        self,
+        candidate: Scheme,
+        gradients: Mapping[str, Tensor],
+        buckets: Sequence[Bucket],
+        waiting: float,
+        *,
+        limit: float,
+    ) -> Arm | None:
+        if isinstance(candidate, SparseScheme):
+            world_size = self._transport.world_size
+            return rehearse(candidate, gradients, self._transport, world_size, early=False, limit=limit)
+        assert isinstance(candidate, Dense)
+        return rehearse_dense(candidate, gradients, buckets, waiting, self._transport)
 
     def _log(self, chosen: Prediction, predictions: list[Prediction]) -> None:
         dense = predictions[0]
