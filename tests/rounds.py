@@ -63,6 +63,7 @@ class Step(NamedTuple):
     sent: Tensor
     residual: Tensor  # after the round
     momentum: Tensor | None  # after the round
+    loss: float | None  # of the autoencoder, at rank 0
 
 
 class Run(NamedTuple):
@@ -141,6 +142,7 @@ def run_rounds(rank: int, world_size: int, scheme: Any, shapes: Shapes, gradient
                 in_order(result.sent_dense()),
                 in_order(aggregator.feedback.residual),
                 None if momentum is None else in_order(momentum),
+                aggregator.metrics.get("autoencoder_loss"),
             )
         )
     order = sorted(shapes, key=lambda name: (layout.slices[name].start, layout.slices[name].stop))

@@ -147,34 +147,22 @@ def test_the_autoencoder_is_trained_as_in_the_reference(
     assert real[0].initial is not None
     assert real[0].frozen is not None
     decoders = decoders_of(config, world_size)
-    reference, nudged = (
-        Reference(config, SHAPES, world_size, initial=Weights.of(real[0].initial, decoders)) for _ in range(2)
-    )
+    reference = Reference(config, SHAPES, world_size, initial=Weights.of(real[0].initial, decoders))
     assert reference.weights is not None
-    assert nudged.weights is not None
     losses = []
     for t in range(steps):
-        gradients = [gradient(SHAPES, k, t) for k in range(world_size)]
-        expected = reference.step(gradients)
-        nudged.step(
-            [{name: g * (1 + 2**-22 * torch.randn_like(g)) for name, g in parts.items()} for parts in gradients]
-        )
+        expected = reference.step([gradient(SHAPES, k, t) for k in range(world_size)])
         losses.append(expected.loss)
+        assert real[0].steps[t].loss == (None if expected.loss is None else pytest.approx(expected.loss, rel=1e-3))
         assert_close(real[0].steps[t].mean, joined(expected.mean), f"mean, step {t}", tolerance=1e-3)
     assert [loss is not None for loss in losses] == [False] * 3 + [True] * 12 + [False] * 5
-    initial, trained, expected_weights, nudged_weights = (
+    initial, trained, expected_weights = (
         torch.cat([tensor.detach().flatten() for tensor in weights.tensors()])
-        for weights in (
-            Weights.of(real[0].initial, decoders),
-            Weights.of(real[0].frozen, decoders),
-            reference.weights,
-            nudged.weights,
-        )
+        for weights in (Weights.of(real[0].initial, decoders), Weights.of(real[0].frozen, decoders), reference.weights)
     )
-    # Adam moves a weight whose gradient is mere rounding as far as any other: so they are compared as a whole, and
-    # with how far the reference itself moves when the gradients change in their last bits.
-    rounding = (nudged_weights - expected_weights).norm()
-    assert (trained - expected_weights).norm() < 0.02 * (expected_weights - initial).norm() + 2 * rounding
+    # Adam moves a weight whose gradient is mere rounding as far as any other, and rounding decides which way.
+    tolerance = 0.2 if optimizer == "adam" else 1e-3
+    assert (trained - expected_weights).norm() < tolerance * (expected_weights - initial).norm()
 
 
 @every_world_size
