@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -12,6 +13,10 @@ from ranks import RankPool, Ranks
 torch.set_num_threads(1)
 settings.register_profile("lgc", print_blob=True)  # a failure prints what reproduces it, beside the example
 settings.load_profile("lgc")
+
+
+# In a suite that a shell has started in the background SIGINT is ignored, and what it starts inherits that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

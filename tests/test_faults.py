@@ -312,7 +312,7 @@ def flip_without_check(rank: int, world_size: int) -> dict[str, torch.Tensor]:
         ("check_every", -1, "attach(check_every=...) must be an integer of at least 0, got -1"),
         ("on_difference", "ignore", "attach(on_difference=...) must be raise or synchronise, got 'ignore'"),
         ("on_nonfinite", "skip", "attach(on_nonfinite=...) must be propagate or raise, got 'skip'"),
-        ("timeout", 0.0, "attach(timeout=...) must be positive, got 0.0"),
+        ("timeout", 0.0, "attach(timeout=...) must be a positive number or None, got 0.0"),
     ],
 )
 def test_wrong_policies_are_refused(ranks: RankFactory, argument: str, value: Any, words: str) -> None:

@@ -46,5 +46,5 @@ def test_commands_in_the_documents_have_arguments_that_exist(document: Path) -> 
     pattern = r"lgc (train|compare|report|plan)((?: [^`\n\\]+|\\\n)*)"
     for command, arguments in re.findall(pattern, document.read_text()):
         help_text = CliRunner().invoke(main, [command, "--help"]).output
-        for option in re.findall(r"--[a-z-]+", arguments):
+        for option in re.findall(r"--[a-z0-9-]+", arguments):
             assert f"{option} " in help_text, f"lgc {command} {option}"

@@ -33,7 +33,7 @@ from lgc.recipes import RECIPES
 from lgc.report import Link, Run, find_runs
 from lgc.run_folder import OtherRunError, require_same, write_json
 from lgc.schedule import Phase, Schedule
-from lgc.schemes import Dense, LGCScheme, PowerSGD, Scheme, SparseScheme, parse_scheme
+from lgc.schemes import Auto, Dense, LGCScheme, PowerSGD, Scheme, SparseScheme, parse_scheme
 from lgc.train import Settings, Training, notify
 from lgc.version import __version__
 
@@ -81,7 +81,8 @@ class Plan:
             if text != UNSHAPED:
                 Link.parse(text)
         for text in self.schemes:
-            self.scheme(text)
+            if isinstance(self.scheme(text), Auto):
+                raise ValueError("schemes must not have auto: it chooses once, on the first link that it sees.")
         if len(set(self.schemes)) < len(self.schemes):
             raise ValueError(f"schemes must differ, got {','.join(self.schemes)}.")
 
