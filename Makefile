@@ -25,7 +25,7 @@ check: $(INSTALLED)
 audit: $(INSTALLED)
 	$(BIN)/python tools/audit.py
 
-# All cells of the fault grid, about an hour; nine of them are in the suite.
+# All cells of the fault grid, up to an hour; nine of them are in the suite.
 faults: $(INSTALLED)
 	$(BIN)/pytest --numprocesses 2 -m "long or not long" -k "not soak" tests/test_fault_grid.py
 
