@@ -30,9 +30,9 @@ from lgc.bench.link import (
     shortened,
     times_to_target,
 )
-from lgc.bench.network import NAMESPACES, Network, NetworkError, read_counters, remove_stale, temporary_network
 from lgc.cli import main
 from lgc.launch import start_ranks
+from lgc.network import NAMESPACES, Network, NetworkError, read_counters, remove_stale, temporary_network
 from lgc.recipes import RECIPES
 from lgc.report import Run
 from lgc.schemes import SCHEMES, LGCServer, TopK, parse_scheme

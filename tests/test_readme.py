@@ -43,8 +43,8 @@ def test_links_within_the_project_lead_somewhere(document: Path) -> None:
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.name))
 def test_commands_in_the_documents_have_arguments_that_exist(document: Path) -> None:
-    pattern = r"lgc (train|compare|report|plan)((?: [^`\n\\]+|\\\n)*)"
+    pattern = r"lgc (train|compare|report|analyze|plan|bench link)((?: [^`\n\\]+|\\\n)*)"
     for command, arguments in re.findall(pattern, document.read_text()):
-        help_text = CliRunner().invoke(main, [command, "--help"]).output
+        help_text = CliRunner().invoke(main, [*command.split(), "--help"]).output
         for option in re.findall(r"--[a-z0-9-]+", arguments):
             assert f"{option} " in help_text, f"lgc {command} {option}"

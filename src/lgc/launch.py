@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from lgc.bench.network import Network
+from lgc.network import Network
 from lgc.run_folder import claim
 from lgc.train import Output, Settings, notify, train
 

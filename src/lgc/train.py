@@ -172,7 +172,7 @@ def train(settings: Settings, output: Output, device: torch.device) -> None:
 
 
 def _warn_of_short_run(run: Training) -> None:
-    if run.handle.aggregator is None:
+    if run.step or run.handle.aggregator is None:
         return
     schedule = run.handle.aggregator.schedule
     last = schedule.at(run.total - 1).phase

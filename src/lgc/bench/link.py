@@ -27,8 +27,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lgc.aggregators import Aggregator
-from lgc.bench.network import HEADER_BYTES, Counters, Network, NetworkError, read_counters, temporary_network
 from lgc.launch import RankFailedError, preload, start_ranks
+from lgc.network import HEADER_BYTES, Counters, Network, NetworkError, read_counters, temporary_network
 from lgc.recipes import RECIPES
 from lgc.report import Link, Run, find_runs
 from lgc.run_folder import OtherRunError, require_same, write_json
