@@ -61,6 +61,11 @@ def run_options(command: Command) -> Command:
             click.option("--backbone", help="For recipes that offer several.  [the recipe's first]"),
             click.option("--bf16", is_flag=True, help="Compute in bfloat16 by autocast, on the CPU and the GPU."),
             click.option(
+                "--compile",
+                is_flag=True,
+                help="Compile the model by torch.compile: a minute at the start, faster steps; on CPUs needs a C++ compiler.",
+            ),
+            click.option(
                 "--checkpoint-every",
                 metavar="STEPS",
                 type=click.IntRange(0),

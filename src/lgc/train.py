@@ -49,6 +49,7 @@ class Settings:
         limit_test: evaluate on this many samples only, at least one a rank; None is all.
         backbone: one of the recipe's; None is its first.
         bf16: whether the model computes in bfloat16 where autocast has it do so.
+        compile: whether the model is compiled for training, by torch.compile.
     """
 
     recipe: str
@@ -63,6 +64,7 @@ class Settings:
     limit_test: int | None = None
     backbone: str | None = None
     bf16: bool = False
+    compile: bool = False
 
     def __post_init__(self) -> None:
         for name in ("world_size", "seed", "epochs", "steps", "batch_size", "limit_train"):
@@ -251,6 +253,7 @@ class Training:
         self.optimizer = make_optimizer(self.recipe, self.model, self.scheme)
         logging.getLogger("lgc.advice").setLevel(logging.ERROR)  # make_optimizer has followed it
         self.handle = attach(self.ddp, self.scheme, self.optimizer, timeout=None)  # the launcher has set it
+        self.forward = torch.compile(self.ddp) if settings.compile else self.ddp
         self.data = Data(*(split.to(device) for split in settings.load_data()))
         self.per_epoch = steps_per_epoch(self.recipe, self.data, settings)
         self.step = 0
@@ -309,7 +312,7 @@ class Training:
             group["lr"] = learning_rate
         self.ddp.train()
         with self._autocast():
-            loss = self.recipe.loss(self.ddp(inputs), targets)
+            loss = self.recipe.loss(self.forward(inputs), targets)
         self.optimizer.zero_grad()
         torch.autograd.backward(loss)
         self.optimizer.step()
