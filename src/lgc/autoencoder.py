@@ -48,9 +48,26 @@ class Encoder(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         h = _pad(x).unsqueeze(1)
         for down in self.downs:
-            h = F.leaky_relu(down(h), SLOPE)
+            h = F.leaky_relu(down(h), SLOPE, inplace=True)
         z: Tensor = self.out(h)
         return z
+
+
+class Doubling(nn.ConvTranspose1d):
+    """A transposed convolution of stride 2 and kernel 3, as one convolution that makes the even and the odd outputs.
+
+    The result is that of the base class but for rounding; on CPUs that has no fast kernel for it.
+    """
+
+    def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
+        first, middle, last = self.weight.unbind(2)
+        even = torch.stack([middle, torch.zeros_like(middle)], dim=2)  # y[2i] = middle x[i]
+        odd = torch.stack([last, first], dim=2)  # y[2i + 1] = last x[i] + first x[i + 1]
+        weight = torch.stack([even, odd], dim=2).permute(1, 2, 0, 3).flatten(0, 1)
+        assert self.bias is not None
+        both = F.conv1d(x, weight, self.bias.repeat_interleave(2), padding=1)[..., 1:]
+        y: Tensor = both.unflatten(1, (-1, 2)).transpose(2, 3).flatten(2)
+        return y
 
 
 class Decoder(nn.Module):
@@ -66,7 +83,7 @@ class Decoder(nn.Module):
         super().__init__()
         channels = (LATENT_CHANNELS, 32, 64, 128, 32)
         self.ups = nn.ModuleList(
-            _skip_init(nn.ConvTranspose1d, inputs, outputs, 3, stride=2, padding=1, output_padding=1)
+            _skip_init(Doubling, inputs, outputs, 3, stride=2, padding=1, output_padding=1)
             for inputs, outputs in pairwise(channels)
         )
         self.hidden_channels = channels[-1]
@@ -75,7 +92,7 @@ class Decoder(nn.Module):
     def forward(self, z: Tensor, length: int, innovation: Tensor | None = None) -> Tensor:
         h = z
         for up in self.ups:
-            h = F.leaky_relu(up(h), SLOPE)
+            h = F.leaky_relu(up(h), SLOPE, inplace=True)
         if innovation is not None:
             h = torch.cat([h, _pad(innovation).unsqueeze(1)], dim=1)
         y: Tensor = self.out(h)

@@ -52,6 +52,7 @@ def run_options(command: Command) -> Command:
             click.option("--epochs", type=click.IntRange(1), help="Passes over the training data.  [the recipe's]"),
             click.option("--steps", type=click.IntRange(1), help="Stop after so many.  [at the end of the epochs]"),
             click.option("--batch-size", type=click.IntRange(1), help="Samples per rank and step.  [the recipe's]"),
+            click.option("--learning-rate", type=float, help="Before the schedule's factor.  [the recipe's]"),
             click.option(
                 "--data",
                 help="Folder in the hub's layout, or name on the Hugging Face hub.  [the recipe's, if it has one]",
@@ -63,7 +64,7 @@ def run_options(command: Command) -> Command:
             click.option(
                 "--compile",
                 is_flag=True,
-                help="Compile the model by torch.compile: a minute at the start, faster steps; on CPUs needs a C++ compiler.",
+                help="Run the model through torch.compile: a slower start, faster steps. CPUs need a C++ compiler.",
             ),
             click.option(
                 "--checkpoint-every",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -44,6 +45,7 @@ class Settings:
         epochs: at least 1; None is the recipe's.
         steps: stop after this many, at least 1; None is at the end of the epochs.
         batch_size: per rank, at least 1; None is the recipe's.
+        learning_rate: before the schedule's factor, above 0; None is the recipe's.
         data: folder or name of the data set; None is the recipe's own.
         limit_train: train on this many samples only, at least 1; None is all.
         limit_test: evaluate on this many samples only, at least one a rank; None is all.
@@ -59,6 +61,7 @@ class Settings:
     epochs: int | None = None
     steps: int | None = None
     batch_size: int | None = None
+    learning_rate: float | None = None
     data: str | None = None
     limit_train: int | None = None
     limit_test: int | None = None
@@ -71,6 +74,8 @@ class Settings:
             value, least = getattr(self, name), 0 if name == "seed" else 1
             if value is not None and value < least:
                 raise ValueError(f"{name} must be at least {least}, got {value}.")
+        if self.learning_rate is not None and not 0 < self.learning_rate < math.inf:
+            raise ValueError(f"learning_rate must be above 0 and finite, got {self.learning_rate}.")
         if self.limit_test is not None and self.limit_test < self.world_size:
             raise ValueError(f"limit_test must be at least {self.world_size}, one a rank, got {self.limit_test}.")
         backbones = find_recipe(self.recipe).backbones
@@ -88,6 +93,7 @@ class Settings:
             model=model,
             epochs=self.epochs or recipe.epochs,
             batch_size=self.batch_size or recipe.batch_size,
+            learning_rate=self.learning_rate or recipe.learning_rate,
         )
 
     def load_data(self) -> Data:
@@ -109,7 +115,8 @@ class Settings:
         """What must be equal for two runs to be the same run, as JSON values."""
         recipe = self.resolve_recipe()
         backbone = self.backbone or next(iter(recipe.backbones), None)
-        resolved = {"epochs": recipe.epochs, "batch_size": recipe.batch_size, "backbone": backbone}
+        resolved = {name: getattr(recipe, name) for name in ("epochs", "batch_size", "learning_rate")}
+        resolved["backbone"] = backbone
         return asdict(self) | resolved | {"scheme": str(self.resolve_scheme()), "version": __version__}
 
 
