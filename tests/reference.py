@@ -28,6 +28,7 @@ class Config:
     pooled_rate: float | None = None
     momentum: float = 0.0
     clip_norm: float | None = None
+    low_pass: float = 1.0
     server: bool = False
     dense_steps: int = 0
     warmup_steps: int = 0
@@ -274,7 +275,9 @@ class Reference:
     def step(self, gradients: Sequence[Mapping[str, Tensor]]) -> Outcome:
         """One round of every rank."""
         phase = phase_at(self.config, self.t)
+        before = [dict(v_k) for v_k in self.v]
         self.accumulate(gradients)
+        momenta = [{name: u.clone() for name, u in u_k.items()} for u_k in self.u]
         mean = self.zeros()
         sent = [self.zeros() for _ in range(self.K)]
         loss = None
@@ -284,8 +287,19 @@ class Reference:
             self.exchange_dense(self.layout.dense, mean, sent)
             self.exchange_own(mean, sent)
             loss = self.exchange_shared(phase, mean, sent)
+        if self.config.low_pass < 1:
+            self.filter(before, momenta, self.layout.order if phase == "dense" else self.layout.dense)
         self.t += 1
         return Outcome(mean, sent, phase, loss)
+
+    def filter(self, before: list[Vectors], momenta: list[Vectors], sent_whole: Sequence[str]) -> None:
+        """Section "Feedback", the low-pass filter."""
+        for k in range(self.K):
+            for name in self.shapes:
+                self.u[k][name] = momenta[k][name]
+                if name not in sent_whole:
+                    change = self.v[k][name] - before[k][name]
+                    self.v[k][name] = before[k][name] + self.config.low_pass * change
 
     def exchange_dense(self, names: Sequence[str], mean: Vectors, sent: list[Vectors]) -> None:
         for name in names:

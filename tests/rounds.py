@@ -81,6 +81,7 @@ def scheme_of(config: Config) -> Any:
     common: dict[str, Any] = {
         "rate": config.rate,
         "momentum": config.momentum,
+        "low_pass": config.low_pass,
         "warmup_steps": config.warmup_steps,
         "unit": config.unit,
         "values": CODECS[config.values],

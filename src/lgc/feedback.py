@@ -27,6 +27,10 @@ class Feedback:
     A round works on pending copies: `accumulate`, then `settle` for everything that is sent, then `commit`.
     A round that is abandoned before `commit` has changed nothing. With `keep_loss=False` the residual of what was
     sent is zero, and what the codec lost of it is lost (the paper's way). Source: DGC, sections 3.1 and 3.2.
+
+    With `low_pass=b` below 1 the residual takes only a part b of every change, v = v_before + b * (v - v_before), so
+    that what has accumulated at a coordinate leaves over several rounds and not in one; momentum is then never
+    masked. Source of the filter: ScaleCom, section 3, arXiv 2104.11125, there without momentum.
     """
 
     def __init__(
@@ -36,19 +40,23 @@ class Feedback:
         momentum: float,
         clip_norm: float | None,
         keep_loss: bool,
+        low_pass: float,
         world_size: int,
         device: torch.device,
     ) -> None:
         self.momentum = momentum
         self.clip_norm = None if clip_norm is None else clip_norm / math.sqrt(world_size)
         self.keep_loss = keep_loss
+        self.low_pass = low_pass
         self.residual = torch.zeros(size, device=device)
         self.momentum_buffer = torch.zeros(size, device=device) if momentum else None
         self._pending_residual = torch.empty_like(self.residual)
+        self._sent_whole: list[slice] = []
         self._pending_momentum = None if self.momentum_buffer is None else torch.empty_like(self.residual)
 
     def accumulate(self, gradient: Tensor) -> Tensor:
         """The pending residual v after taking in the local gradient, shape (N,); it may be read until `settle`."""
+        self._sent_whole = []
         scale = 1.0
         if self.clip_norm is not None:
             scale = min(1.0, self.clip_norm / max(float(torch.linalg.vector_norm(gradient)), 1e-30))
@@ -63,16 +71,21 @@ class Feedback:
         Selected coordinates lose their momentum (factor masking), dense ones keep it.
         """
         if isinstance(piece.where, slice):
+            self._sent_whole.append(piece.where)
             self._pending_residual[piece.where] = 0
             return
         if self.keep_loss:
             self._pending_residual[piece.where] -= piece.values
         else:
             self._pending_residual[piece.where] = 0
-        if self._pending_momentum is not None:
+        if self._pending_momentum is not None and self.low_pass == 1:
             self._pending_momentum[piece.where] = 0
 
     def commit(self) -> None:
         """Make the pending state the state."""
+        if self.low_pass < 1:
+            torch.lerp(self.residual, self._pending_residual, self.low_pass, out=self._pending_residual)
+            for where in self._sent_whole:
+                self._pending_residual[where] = 0
         self.residual, self._pending_residual = self._pending_residual, self.residual
         self.momentum_buffer, self._pending_momentum = self._pending_momentum, self.momentum_buffer

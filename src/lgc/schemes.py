@@ -131,6 +131,8 @@ class SparseScheme(Scheme, ABC):
         momentum: of the momentum correction, in [0, 1); 0 is plain error feedback. The optimizer must then
             have none of its own.
         clip_norm: clip the local gradient's norm to this times K^-1/2; None is off.
+        low_pass: the residual takes this part of every change, in (0, 1]; 1 is plain error feedback with momentum
+            factor masking, 0.1 lets what has accumulated leave over some ten rounds, without masking.
         warmup_steps: steps of the rate warm-up.
         unit: elements that are selected together by their norm: 1, a number (a run of a row) or "kernel" (of a
             convolution); one index then pays for all of them. Weights that do not divide into units, and the pool,
@@ -144,6 +146,7 @@ class SparseScheme(Scheme, ABC):
     pooled_rate: float | None = None
     momentum: float = 0.9
     clip_norm: float | None = None
+    low_pass: float = 1.0
     warmup_steps: int = 100
     unit: Unit = 1
     indices: IndexCoder = Rice()
@@ -172,6 +175,7 @@ class SparseScheme(Scheme, ABC):
         _within(self, "momentum", "in [0, 1)", 0 <= _number(self, "momentum") < 1)
         if self.clip_norm is not None:
             _within(self, "clip_norm", "positive", 0 < _number(self, "clip_norm") < float("inf"))
+        _within(self, "low_pass", "in (0, 1]", 0 < _number(self, "low_pass") <= 1)
         _steps(self, "warmup_steps")
         unit = self.unit
         integral = isinstance(unit, int) and not isinstance(unit, bool)
@@ -214,6 +218,7 @@ class SparseScheme(Scheme, ABC):
             momentum=self.momentum,
             clip_norm=self.clip_norm,
             keep_loss=keep_loss,
+            low_pass=self.low_pass,
             world_size=transport.world_size,
             device=device,
         )
