@@ -273,7 +273,8 @@ class DGC(TopK):
 class ScaleCom(SparseScheme):
     """A rotating leader's indices for all ranks, values all-reduced.
 
-    Source: Chen et al., NeurIPS 2020, arXiv 2104.11125; here with momentum correction in place of its low-pass filter.
+    Source: Chen et al., NeurIPS 2020, arXiv 2104.11125; here with momentum correction;
+    its low-pass filter is the argument `low_pass`, off by default.
     """
 
     name: ClassVar[str] = "scalecom"

@@ -16,7 +16,17 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lgc.peers import PowerSGDHook, one_bucket_mb
 from lgc.plan.cost import Arm, Collective, Profile, Stage
-from lgc.plan.rehearsal import Bucket, Rehearsal, agree, before_end, clock, rehearse, rehearse_dense, wants_more
+from lgc.plan.rehearsal import (
+    THOROUGH,
+    Bucket,
+    Rehearsal,
+    agree,
+    before_end,
+    clock,
+    rehearse,
+    rehearse_dense,
+    wants_more,
+)
 from lgc.schedule import Phase
 from lgc.schemes import Dense, PowerSGD, Scheme, SparseScheme
 from lgc.train import Settings, make_optimizer
@@ -159,7 +169,7 @@ def measure(
         plain_step(communicate=local.world_size > 1)
     plain: list[float] = []
     added: list[float] = []
-    while wants_more(plain):
+    while wants_more(plain, THOROUGH):
         plain.append(plain_step())
         added.append(plain_step(communicate=True) - plain[-1] if local.world_size > 1 else 0.0)
     plain_step()
@@ -174,7 +184,7 @@ def measure(
             continue
         tell(str(scheme))
         if isinstance(scheme, SparseScheme):
-            arm = rehearse(scheme, gradients, local, world_size, early=True)
+            arm = rehearse(scheme, gradients, local, world_size, early=True, enough=THOROUGH)
             assert arm is not None
             arms.append(arm)
         elif isinstance(scheme, Dense):
@@ -202,7 +212,7 @@ def _rehearse_power_sgd(
         _step(ddp, job, local, device)
     seconds: list[float] = []
     added: list[float] = []
-    while wants_more(seconds):
+    while wants_more(seconds, THOROUGH):
         seconds.append(_step(ddp, job, local, device))
         added.append(seconds[-1] - plain_step())
     factors = transport.collectives[-1].size

@@ -19,7 +19,8 @@ from lgc.schemes import Dense, LGCScheme, SparseScheme
 from lgc.transport import SERVER, Transport
 
 LEAST_ROUNDS, MOST_ROUNDS = 3, 15
-ROUNDS_SECONDS = 0.5
+BRIEF = 0.5  # seconds of repeated measuring
+THOROUGH = 3.0
 LONG_ROUND = 1.0  # seconds; one such exchange of everything is enough
 PROBE_BYTES = (2**18, 2**26)
 PROBE_SECONDS = 0.1
@@ -104,6 +105,7 @@ def rehearse(
     world_size: int,
     *,
     early: bool,
+    enough: float = BRIEF,
     limit: float = float("inf"),
 ) -> Arm | None:
     """What rounds of `scheme` with these gradients cost; a collective of the ranks in `local`.
@@ -117,6 +119,7 @@ def rehearse(
         local: the ranks that are there.
         world_size: how many ranks the rounds are for.
         early: whether to rehearse the stages before the last one too.
+        enough: seconds after which the last one is not repeated any more.
         limit: give up if the round that does not count takes longer than this, in seconds.
 
     Returns:
@@ -157,7 +160,7 @@ def rehearse(
     if seconds + sum(collective.seconds for collective in collectives) > limit:
         return None
     rounds: list[tuple[float, list[Collective]]] = []
-    while wants_more([own for own, _ in rounds]):
+    while wants_more([own for own, _ in rounds], enough):
         rounds.append(once(last))
     rounds.sort(key=lambda cost: cost[0])
     costs.append(Stage(last.phase.value, None, *rounds[len(rounds) // 2]))
@@ -254,9 +257,9 @@ def agree(transport: Transport, numbers: list[float]) -> list[list[float]]:
     return rows
 
 
-def wants_more(seconds: Sequence[float]) -> bool:
+def wants_more(seconds: Sequence[float], enough: float) -> bool:
     """Whether to measure once more; short measurements are repeated more often."""
-    return len(seconds) < LEAST_ROUNDS or (len(seconds) < MOST_ROUNDS and sum(seconds) < ROUNDS_SECONDS)
+    return len(seconds) < LEAST_ROUNDS or (len(seconds) < MOST_ROUNDS and sum(seconds) < enough)
 
 
 def clock(device: torch.device) -> float:
