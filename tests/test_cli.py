@@ -198,6 +198,18 @@ def test_train_runs_under_torchrun_and_equals_a_local_run(compared: Path, tmp_pa
     assert {"lr", "rank0_sent_bytes", "sent_bytes", "reconstruction_error"} <= set(events.Tags()["scalars"])
 
 
+def test_a_compiled_model_and_another_learning_rate_are_settings_of_a_run(compared: Path, tmp_path: Path) -> None:
+    arguments = ["train", *SHORT, "--scheme", "dense", "--learning-rate", "0.02", "--compile", "--out", str(tmp_path)]
+    done = run(*arguments)
+    assert done.returncode == 0, done.stderr
+    plain, compiled = rows(compared / "dense"), rows(tmp_path)
+    assert compiled[0]["loss"] == pytest.approx(plain[0]["loss"], rel=1e-3)
+    lr = [row["lr"] for row in compiled if "lr" in row]
+    assert lr == pytest.approx([0.02 / 0.05 * row["lr"] for row in plain if "lr" in row])
+    result = CliRunner().invoke(main, [*arguments[:7], "--scheme", "dense", "--compile", "--out", str(tmp_path)])
+    assert "learning_rate: 0.02, now 0.05" in result.output
+
+
 def test_events_without_tensorboard_are_an_error_that_names_the_extra(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -252,6 +264,8 @@ def test_ctrl_c_stops_every_rank_and_leaves_what_is_finished(tmp_path: Path) -> 
     ("arguments", "words"),
     [
         (["--scheme", "dgc:rate=2"], "DGC(rate=...) must be in (0, 1], got 2.0"),
+        (["--scheme", "dgc:low_pass=0"], "DGC(low_pass=...) must be in (0, 1], got 0.0"),
+        (["--scheme", "dense", "--learning-rate", "0"], "learning_rate must be above 0 and finite, got 0.0"),
         (["--scheme", "dgc:ration=0.1"], "dgc has no argument 'ration'"),
         (["--scheme", "zip"], "unknown scheme 'zip'"),
         (["--scheme", "lgc-ring:dense_steps=-1"], "LGCRing(dense_steps=...) must be at least 0, got -1"),
