@@ -219,6 +219,7 @@ def test_command_writes_recording_rows_and_page(tmp_path: Path) -> None:
     [
         (["--scheme=lgc-ring"], "scheme must be topk, dgc or scalecom, got lgc-ring"),
         (["--scheme=dense"], "scheme must be topk, dgc or scalecom, got dense"),
+        (["--scheme=dgc:low_pass=0.1"], "scheme must have low_pass=1, got 0.1"),
         (["--scheme=scalecom:rate=2"], "ScaleCom(rate=...) must be in (0, 1], got 2"),
         (["--every=50", "--steps=60"], "--every 50 leaves fewer than 2 records in 60 steps"),
         (["--data=/nowhere"], "digits"),

@@ -206,7 +206,7 @@ def test_a_compiled_model_and_another_learning_rate_are_settings_of_a_run(compar
     assert compiled[0]["loss"] == pytest.approx(plain[0]["loss"], rel=1e-3)
     lr = [row["lr"] for row in compiled if "lr" in row]
     assert lr == pytest.approx([0.02 / 0.05 * row["lr"] for row in plain if "lr" in row])
-    result = CliRunner().invoke(main, [*arguments[:7], "--scheme", "dense", "--compile", "--out", str(tmp_path)])
+    result = CliRunner().invoke(main, ["train", *SHORT, "--scheme", "dense", "--compile", "--out", str(tmp_path)])
     assert "learning_rate: 0.02, now 0.05" in result.output
 
 

@@ -14,7 +14,7 @@ from rounds import SHAPES, Run, Shapes, gradient, joined, run_rounds, scheme_of
 from torch import Tensor
 
 import lgc
-from lgc.autoencoder import RingAutoencoder, ServerAutoencoder, latent_shape
+from lgc.autoencoder import Doubling, RingAutoencoder, ServerAutoencoder, latent_shape
 from lgc.selection import LONG, SAMPLES, largest
 
 RankFactory = Callable[[int], Ranks]
@@ -197,6 +197,19 @@ def test_gradients_of_any_magnitude_stay_finite(ranks: RankFactory, scheme: str)
 
 
 # --- the autoencoder by itself ---
+
+
+@pytest.mark.parametrize("length", [1, 2, 7, 100])
+def test_doubling_is_the_transposed_convolution(length: int) -> None:
+    torch.manual_seed(0)
+    layer, x = Doubling(3, 5, device="cpu"), torch.randn(2, 3, length)
+    plain = torch.nn.ConvTranspose1d(3, 5, 3, stride=2, padding=1, output_padding=1)
+    plain.load_state_dict(layer.state_dict())
+    torch.testing.assert_close(layer(x), plain(x))
+    layer(x).square().sum().backward()
+    plain(x).square().sum().backward()
+    for ours, theirs in zip(layer.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad)
 
 
 @pytest.mark.parametrize("length", range(1, 201))

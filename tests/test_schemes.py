@@ -55,7 +55,10 @@ CASES: dict[str, Config] = {
     "lgc-ring-coded": Config(scheme="lgc-ring", rate=0.1, unit="kernel", values="sign", latent="uniform4", **LEARNED),
     "topk-low-pass": Config(scheme="topk", rate=0.02, warmup_steps=4, low_pass=0.3, values="sign"),
     "scalecom-low-pass": Config(scheme="scalecom", rate=0.02, momentum=0.9, warmup_steps=6, low_pass=0.1),
+    "dgc-server-low-pass": Config(scheme="dgc", rate=0.02, momentum=0.9, warmup_steps=6, low_pass=0.6, server=True),
     "lgc-ring-low-pass": Config(scheme="lgc-ring", rate=0.1, low_pass=0.2, **LEARNED),
+    "lgc-ring-paper-low-pass": Config(scheme="lgc-ring", rate=0.1, feedback="paper", low_pass=0.2, **LEARNED),
+    "lgc-ps-low-pass": Config(scheme="lgc-ps", rate=0.1, clip_norm=3.0, low_pass=0.5, **LEARNED),
     "lgc-ps-coded": Config(scheme="lgc-ps", rate=0.1, values="sign", latent="uniform8", **LEARNED),
 }
 LINEAR = [name for name, config in CASES.items() if not config.learned and not config.server]
@@ -99,6 +102,13 @@ def accumulated(config: Config, run: Run, rank: int, world_size: int, step: int)
     before = run.steps[step - 1]
     u = g if before.momentum is None else config.momentum * before.momentum + g
     return u, before.residual + u
+
+
+def unfiltered(config: Config, run: Run, step: int) -> Tensor:
+    """What the residual of a rank would be after a step without its low-pass filter."""
+    after = run.steps[step].residual
+    before = run.steps[step - 1].residual if step else torch.zeros_like(after)
+    return before + (after - before) / config.low_pass
 
 
 def decoders_of(config: Config, world_size: int) -> int:
@@ -197,13 +207,10 @@ def test_sent_plus_residual_equals_what_came_in(runs: Runs, case: str, world_siz
     """Of what came in and was not sent, the residual takes the part `low_pass`; by default that is all."""
     config = CASES[case]
     for rank, run in enumerate(runs(case, world_size)):
-        before = torch.zeros_like(run.steps[0].residual)
         for t in range(STEPS):
             _, v = accumulated(config, run, rank, world_size, t)
-            change = (run.steps[t].residual - before) / config.low_pass
-            where = f"step {t}, rank {rank}"
-            assert_close(run.steps[t].sent + before + change, v, where, tolerance=1e-6 / config.low_pass)
-            before = run.steps[t].residual
+            kept = unfiltered(config, run, t)
+            assert_close(run.steps[t].sent + kept, v, f"step {t}, rank {rank}", tolerance=1e-6 / config.low_pass)
 
 
 @every_world_size
@@ -233,8 +240,10 @@ def test_in_paper_mode_exactly_the_loss_of_the_codec_is_lost(runs: Runs, case: s
                     y = decode(weights, rank, z, len(x), codec.innovation(x / scale))
                 expected[positions] = x - scale * y
                 assert expected[positions].norm() > 0.05 * x.norm()  # the codec does lose something
-            lost = before[rank] - (run.steps[t].sent + run.steps[t].residual)
-            assert (lost - expected).abs().max() <= 1e-5 * before[rank].abs().max(), f"step {t}, rank {rank}"
+            lost = before[rank] - (run.steps[t].sent + unfiltered(config, run, t))
+            assert (lost - expected).abs().max() <= 1e-5 / config.low_pass * before[rank].abs().max(), (
+                f"step {t}, rank {rank}"
+            )
 
 
 @every_world_size

@@ -54,10 +54,14 @@ class Encoder(nn.Module):
 
 
 class Doubling(nn.ConvTranspose1d):
-    """A transposed convolution of stride 2 and kernel 3, as one convolution that makes the even and the odd outputs.
+    """The decoder's transposed convolution, as one convolution that makes the even and the odd outputs.
 
-    The result is that of the base class but for rounding; on CPUs that has no fast kernel for it.
+    The result is that of the base class but for rounding. torch has no fast kernel for the base class on CPUs: decoding
+    31,000 values takes 2.5 times as long with it.
     """
+
+    def __init__(self, inputs: int, outputs: int, *, device: str) -> None:
+        super().__init__(inputs, outputs, 3, stride=2, padding=1, output_padding=1, device=device)
 
     def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
         first, middle, last = self.weight.unbind(2)
@@ -82,10 +86,7 @@ class Decoder(nn.Module):
     def __init__(self, *, innovation: bool = False) -> None:
         super().__init__()
         channels = (LATENT_CHANNELS, 32, 64, 128, 32)
-        self.ups = nn.ModuleList(
-            _skip_init(Doubling, inputs, outputs, 3, stride=2, padding=1, output_padding=1)
-            for inputs, outputs in pairwise(channels)
-        )
+        self.ups = nn.ModuleList(_skip_init(Doubling, inputs, outputs) for inputs, outputs in pairwise(channels))
         self.hidden_channels = channels[-1]
         self.out = _skip_init(nn.Conv1d, self.hidden_channels + innovation, 1, 1)
 

@@ -25,8 +25,8 @@ class Feedback:
         u = m * u + g;  v = v + u
 
     A round works on pending copies: `accumulate`, then `settle` for everything that is sent, then `commit`.
-    A round that is abandoned before `commit` has changed nothing. With `keep_loss=False` the residual of what was
-    sent is zero, and what the codec lost of it is lost (the paper's way). Source: DGC, sections 3.1 and 3.2.
+    A round that is abandoned before `commit` has changed nothing. With `keep_loss=False` what the codec lost of what
+    was sent is lost (the paper's way). Source: DGC, sections 3.1 and 3.2.
 
     With `low_pass=b` below 1 the residual takes only a part b of every change, v = v_before + b * (v - v_before), so
     that what has accumulated at a coordinate leaves over several rounds and not in one; momentum is then never
@@ -51,12 +51,10 @@ class Feedback:
         self.residual = torch.zeros(size, device=device)
         self.momentum_buffer = torch.zeros(size, device=device) if momentum else None
         self._pending_residual = torch.empty_like(self.residual)
-        self._sent_whole: list[slice] = []
         self._pending_momentum = None if self.momentum_buffer is None else torch.empty_like(self.residual)
 
     def accumulate(self, gradient: Tensor) -> Tensor:
         """The pending residual v after taking in the local gradient, shape (N,); it may be read until `settle`."""
-        self._sent_whole = []
         scale = 1.0
         if self.clip_norm is not None:
             scale = min(1.0, self.clip_norm / max(float(torch.linalg.vector_norm(gradient)), 1e-30))
@@ -68,10 +66,9 @@ class Feedback:
     def settle(self, piece: Piece) -> None:
         """Take what was sent off the pending residual.
 
-        Selected coordinates lose their momentum (factor masking), dense ones keep it.
+        Selected coordinates lose their momentum (factor masking) unless `low_pass` is below 1, dense ones keep it.
         """
         if isinstance(piece.where, slice):
-            self._sent_whole.append(piece.where)
             self._pending_residual[piece.where] = 0
             return
         if self.keep_loss:
@@ -85,7 +82,5 @@ class Feedback:
         """Make the pending state the state."""
         if self.low_pass < 1:
             torch.lerp(self.residual, self._pending_residual, self.low_pass, out=self._pending_residual)
-            for where in self._sent_whole:
-                self._pending_residual[where] = 0
         self.residual, self._pending_residual = self._pending_residual, self.residual
         self.momentum_buffer, self._pending_momentum = self._pending_momentum, self.momentum_buffer

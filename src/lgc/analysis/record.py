@@ -229,6 +229,8 @@ def require_lossless(scheme: Scheme) -> SparseScheme:
     """
     if not isinstance(scheme, TopK | ScaleCom):
         raise ValueError(f"analyze: scheme must be {TopK.name}, dgc or {ScaleCom.name}, got {scheme.name}.")
+    if scheme.low_pass < 1:
+        raise ValueError(f"analyze: scheme must have low_pass=1, got {scheme.low_pass}.")
     return scheme
 
 

@@ -19,8 +19,8 @@ from lgc.schemes import Dense, LGCScheme, SparseScheme
 from lgc.transport import SERVER, Transport
 
 LEAST_ROUNDS, MOST_ROUNDS = 3, 15
-BRIEF = 0.5  # seconds of repeated measuring
-THOROUGH = 3.0
+BRIEF = 0.5  # seconds of repeated measuring within a run, by `auto`
+THOROUGH = 3.0  # by `lgc plan`
 LONG_ROUND = 1.0  # seconds; one such exchange of everything is enough
 PROBE_BYTES = (2**18, 2**26)
 PROBE_SECONDS = 0.1
