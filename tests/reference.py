@@ -288,18 +288,17 @@ class Reference:
             self.exchange_own(mean, sent)
             loss = self.exchange_shared(phase, mean, sent)
         if self.config.low_pass < 1:
-            self.filter(before, momenta, self.layout.order if phase == "dense" else self.layout.dense)
+            self.filter(before, momenta)
         self.t += 1
         return Outcome(mean, sent, phase, loss)
 
-    def filter(self, before: list[Vectors], momenta: list[Vectors], sent_whole: Sequence[str]) -> None:
+    def filter(self, before: list[Vectors], momenta: list[Vectors]) -> None:
         """Section "Feedback", the low-pass filter."""
         for k in range(self.K):
             for name in self.shapes:
                 self.u[k][name] = momenta[k][name]
-                if name not in sent_whole:
-                    change = self.v[k][name] - before[k][name]
-                    self.v[k][name] = before[k][name] + self.config.low_pass * change
+                change = self.v[k][name] - before[k][name]
+                self.v[k][name] = before[k][name] + self.config.low_pass * change
 
     def exchange_dense(self, names: Sequence[str], mean: Vectors, sent: list[Vectors]) -> None:
         for name in names:

@@ -241,9 +241,8 @@ def test_in_paper_mode_exactly_the_loss_of_the_codec_is_lost(runs: Runs, case: s
                 expected[positions] = x - scale * y
                 assert expected[positions].norm() > 0.05 * x.norm()  # the codec does lose something
             lost = before[rank] - (run.steps[t].sent + unfiltered(config, run, t))
-            assert (lost - expected).abs().max() <= 1e-5 / config.low_pass * before[rank].abs().max(), (
-                f"step {t}, rank {rank}"
-            )
+            tolerance = 1e-5 / config.low_pass * before[rank].abs().max()
+            assert (lost - expected).abs().max() <= tolerance, f"step {t}, rank {rank}"
 
 
 @every_world_size
