@@ -373,10 +373,14 @@ def test_plans_are_checked_before_anything_starts(changes: dict[str, Any], messa
 
 
 def made_up() -> Results:
-    """Two links, two repeats: dense takes 3 s and 0.3 s, the phases of LGC 1 s to 4 s or a tenth of that."""
+    """Two links, two repeats: dense takes 3 s and 0.3 s, the phases of LGC 1 s to 4 s or a tenth of that.
+
+    In every step another rank is late, but rank 0 alone trains the autoencoder, and sends it in the second step.
+    """
 
     def cell(rate: str, repeat: int, scheme: str, phase: str, step: float, waits: tuple[float, float] | None) -> Any:
-        rows = [[step, step], [step, step]]
+        late, early = step + 0.01, step - 0.01
+        rows = [[step, early], [9.0, 9.0]] if phase == "train" else [[late, early], [early, late]]
         split = None if waits is None else [[0.1, 0.2]] * 2
         communication = None if waits is None else [list(waits)] * 2
         sums = [10, 10]

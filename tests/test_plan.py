@@ -310,7 +310,7 @@ def test_check_shows_how_far_off_the_predictions_are(tmp_path: Path, monkeypatch
         "unshaped": {"compute": 1.0, "dense": 1.1, "dgc": 1.0},
     }
     cells = [
-        [rate, 0, arm, "dense", [[step, step / 2]], None, None, [1, 1], [1, 1], None, None, None, None]
+        [rate, 0, arm, "dense", [[1.5 * step, step / 2]], None, None, [1, 1], [1, 1], None, None, None, None]
         for rate, steps in seconds.items()
         for arm, step in steps.items()
     ]

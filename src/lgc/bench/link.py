@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime, timedelta
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import click
 import torch
@@ -247,7 +247,8 @@ def _measure(plan: Plan, folder: Path, network: Network | None, barrier: Barrier
             for text, arm in arms.items():
                 for phase, samples in meter.phases(arm, early=repeat == 0):
                     cells.append(meter.cell(rate, repeat, text, phase, samples))
-                    _say(f"{rate}, {repeat + 1} of {plan.repeats}, {text}, {phase}: {_step(cells[-1]) * 1e3:.1f} ms")
+                    step_ms = 1e3 * _split(cells[-1:], 0.0).step
+                    _say(f"{rate}, {repeat + 1} of {plan.repeats}, {text}, {phase}: {step_ms:.1f} ms")
         if rank == 0:
             _write(folder, plan, arms, cells, finished=rate == rates[-1])
 
@@ -360,10 +361,12 @@ def _say(text: str) -> None:
 
 
 class Split(NamedTuple):
-    """Seconds of a step and what they went into, of the rank that waited least for the others.
+    """Seconds of a step and what they went into.
 
-    Where the exchange goes on amid the backward pass, `compression` is None and `communication` has both: the step
-    less what it takes without any exchange.
+    The step is the median over all steps, on average over the ranks. It is not that of the slowest rank of each step:
+    another one is late every time, but in the end all take equally long. Compression and communication are those of
+    the rank that waits least in a step. Where the exchange goes on amid the backward pass, `compression` is None and
+    `communication` has both: the step less what it takes without any exchange.
     """
 
     step: float
@@ -375,7 +378,7 @@ class Split(NamedTuple):
 class Row(NamedTuple):
     """One scheme in one phase on one link.
 
-    `spread` is half of the range of the repeats' medians. Bytes are those that all ranks together have sent, a step:
+    `spread` is half of the range over the repeats. Bytes are those that all ranks together have sent, a step:
     `counted` by the transport, `headers` and `payload` by the interfaces, None without a network.
     """
 
@@ -396,12 +399,13 @@ class Results:
         self.configuration: dict[str, Any] = content["configuration"]
         self.content = content
         cells = [Cell(**cell) for cell in content["cells"]]
-        self.compute = {(cell.rate, cell.repeat): _step(cell) for cell in cells if cell.scheme == COMPUTE}
         grouped: dict[tuple[str, str, str], list[Cell]] = {}
         for cell in cells:
-            if cell.scheme != COMPUTE:
-                grouped.setdefault((cell.rate, cell.scheme, cell.phase), []).append(cell)
-        self.rows = [self._row(group) for group in grouped.values()]
+            grouped.setdefault((cell.rate, cell.scheme, cell.phase), []).append(cell)
+        self.compute = {
+            rate: _split(group, 0.0).step for (rate, scheme, _), group in grouped.items() if scheme == COMPUTE
+        }
+        self.rows = [self._row(group) for (_, scheme, _), group in grouped.items() if scheme != COMPUTE]
 
     @classmethod
     def load(cls, folder: Path) -> Results:
@@ -434,10 +438,8 @@ class Results:
         return [row for row in self.rows if (row.rate, row.scheme) == (rate, scheme)][-1]
 
     def _row(self, cells: list[Cell]) -> Row:
-        splits = [split for cell in cells for split in _splits(cell, self.compute[cell.rate, cell.repeat])]
-        if cells[0].phase == Phase.TRAIN:
-            splits = splits[:-1] or splits  # the last step is the only one that sends the autoencoder to all
-        of_repeats = [_step(cell) for cell in cells]
+        rate = cells[0].rate
+        of_turns = [_split([cell], self.compute[rate]).step for cell in cells]
         steps = sum(len(cell.seconds) for cell in cells)
         counted = sum(sum(cell.counted_sent) for cell in cells) / steps
         headers = payload = None
@@ -445,11 +447,11 @@ class Results:
             headers = HEADER_BYTES * sum(sum(cell.packets_sent or []) for cell in cells) / steps
             payload = sum(sum(cell.counter_sent or []) for cell in cells) / steps - headers
         return Row(
-            cells[0].rate,
+            rate,
             cells[0].scheme,
             cells[0].phase,
-            _median(splits) if cells[0].phase != Phase.WARMUP else _mean(splits),
-            (max(of_repeats) - min(of_repeats)) / 2,
+            _split(cells, self.compute[rate]),
+            (max(of_turns) - min(of_turns)) / 2,
             counted,
             headers,
             payload,
@@ -463,8 +465,7 @@ class Results:
             rows = [row for row in self.rows if row.rate == rate]
             dense = next((row.split.step for row in rows if row.scheme == Dense.name), None)
             lines = [_cells(row, dense, unlimited.get((row.scheme, row.phase))) for row in rows]
-            compute = statistics.median(value for (of, _), value in self.compute.items() if of == rate)
-            blocks.append(f"{rate}, compute alone {compute * 1e3:.1f} ms\n{aligned([COLUMNS, *lines])}")
+            blocks.append(f"{rate}, compute alone {self.compute[rate] * 1e3:.1f} ms\n{aligned([COLUMNS, *lines])}")
         settings = self.configuration
         machine = self.content["machine"]
         title = (
@@ -518,33 +519,30 @@ def aligned(table: Sequence[Sequence[str]]) -> str:
     return "\n".join("  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in table)
 
 
-def _splits(cell: Cell, compute: float) -> Iterator[Split]:
-    for number, seconds in enumerate(cell.seconds):
-        step = max(seconds)
-        if cell.compression is None or cell.communication is None:
-            yield Split(step, min(compute, step), None, max(0.0, step - compute))
-            continue
-        communication = min(cell.communication[number])
-        compression = cell.compression[number][cell.communication[number].index(communication)]
-        yield Split(step, step - compression - communication, compression, communication)
+def _split(cells: Sequence[Cell], compute: float) -> Split:
+    """Of one scheme in one phase, from all turns; `compute` is that of steps without any exchange."""
+    phase = cells[0].phase
+    typical = statistics.mean if phase == Phase.WARMUP else statistics.median  # its rates differ
+    by_rank = [typical(of_rank) for of_rank in zip(*_rows(cells, "seconds"), strict=True)]
+    # One rank trains the autoencoder, and in the end all run at its pace.
+    ranks = [by_rank.index(max(by_rank))] if phase == Phase.TRAIN else range(len(by_rank))
+    step = statistics.mean(by_rank[rank] for rank in ranks)
+    if cells[0].communication is None:
+        return Split(step, min(compute, step), None, max(0.0, step - compute))
+    waits, own = _rows(cells, "communication"), _rows(cells, "compression")
+    first = [min(ranks, key=wait.__getitem__) for wait in waits]
+    communication = typical(wait[rank] for wait, rank in zip(waits, first, strict=True))
+    compression = typical(work[rank] for work, rank in zip(own, first, strict=True))
+    return Split(step, max(0.0, step - compression - communication), compression, communication)
 
 
-def _median(splits: list[Split]) -> Split:
-    return _combined(splits, statistics.median)
-
-
-def _mean(splits: list[Split]) -> Split:
-    return _combined(splits, statistics.mean)
-
-
-def _combined(splits: list[Split], combine: Any) -> Split:
-    step, compute, compression, communication = zip(*splits, strict=True)
-    known = None if None in compression else combine(compression)
-    return Split(combine(step), combine(compute), known, combine(communication))
-
-
-def _step(cell: Cell) -> float:
-    return statistics.median(max(seconds) for seconds in cell.seconds)
+def _rows(cells: Sequence[Cell], quantity: Literal["seconds", "compression", "communication"]) -> list[list[float]]:
+    """Of all turns, by step and rank; without the last step of training, the only one that sends the autoencoder."""
+    rows: list[list[float]] = []
+    for cell in cells:
+        steps = getattr(cell, quantity)
+        rows += steps[:-1] if cell.phase == Phase.TRAIN and len(steps) > 1 else steps
+    return rows
 
 
 class TimeToTarget(NamedTuple):

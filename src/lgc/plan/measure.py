@@ -5,7 +5,8 @@ import importlib
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from statistics import median
 from typing import NamedTuple, Protocol
 
@@ -20,11 +21,11 @@ from lgc.plan.rehearsal import (
     THOROUGH,
     Bucket,
     Rehearsal,
-    agree,
     before_end,
     clock,
     rehearse,
     rehearse_dense,
+    slowest,
     wants_more,
 )
 from lgc.schedule import Phase
@@ -67,7 +68,8 @@ class RecipeJob:
             with torch.autocast(device.type, dtype=torch.bfloat16, enabled=self.settings.bf16):
                 return recipe.loss(model(inputs), targets)
 
-        return Job(model, loss, make_optimizer(recipe, model, Dense()))
+        optimizer = make_optimizer(replace(recipe, learning_rate=0.0), model, Dense())
+        return Job(model, loss, optimizer)
 
 
 @dataclass(frozen=True)
@@ -160,9 +162,12 @@ def measure(
     watch = _Watch(ddp.module, local, device)
     ddp.register_comm_hook(None, watch.hook)
 
-    def plain_step(*, communicate: bool = False) -> float:
+    def step(*, communicate: bool = False) -> None:
         watch.communicate = communicate
-        return _step(ddp, job, local, device)
+        _step(ddp, job)
+
+    def plain_step(*, communicate: bool = False) -> float:
+        return slowest(partial(step, communicate=communicate), local, device)
 
     tell("compute")
     for _ in range(WARMUP_STEPS):
@@ -184,7 +189,7 @@ def measure(
             continue
         tell(str(scheme))
         if isinstance(scheme, SparseScheme):
-            arm = rehearse(scheme, gradients, local, world_size, early=True, enough=THOROUGH)
+            arm = rehearse(scheme, gradients, local, world_size, early=True, work=step, enough=THOROUGH)
             assert arm is not None
             arms.append(arm)
         elif isinstance(scheme, Dense):
@@ -209,11 +214,11 @@ def _rehearse_power_sgd(
     hook = PowerSGDHook(PowerSGD(rank=scheme.rank, start_steps=2), transport)
     ddp.register_comm_hook(None, lambda _, bucket: hook.reduce(bucket))
     for _ in range(WARMUP_STEPS):
-        _step(ddp, job, local, device)
+        _step(ddp, job)
     seconds: list[float] = []
     added: list[float] = []
     while wants_more(seconds, THOROUGH):
-        seconds.append(_step(ddp, job, local, device))
+        seconds.append(slowest(partial(_step, ddp, job), local, device))
         added.append(seconds[-1] - plain_step())
     factors = transport.collectives[-1].size
     values = transport.collectives[0].size
@@ -233,12 +238,8 @@ def _wrap(job: Job, local: Transport, bucket_cap_mb: int | None = None) -> Distr
     return ddp
 
 
-def _step(ddp: DistributedDataParallel, job: Job, local: Transport, device: torch.device) -> float:
-    """The time of a step of the slowest rank."""
-    agree(local, [0.0])  # all start together
-    started = clock(device)
+def _step(ddp: DistributedDataParallel, job: Job) -> None:
     loss = job.loss(ddp)
     job.optimizer.zero_grad()
     torch.autograd.backward(loss)
     job.optimizer.step()
-    return max(row[0] for row in agree(local, [clock(device) - started]))

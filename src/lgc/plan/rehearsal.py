@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from itertools import count
 from statistics import fmean, median
 from typing import NamedTuple, TypeVar
 
@@ -16,7 +17,7 @@ from lgc import schedule
 from lgc.plan.cost import Arm, Collective, Kind, Link, Stage
 from lgc.schedule import Phase, Schedule
 from lgc.schemes import Dense, LGCScheme, SparseScheme
-from lgc.transport import SERVER, Transport
+from lgc.transport import Transport
 
 LEAST_ROUNDS, MOST_ROUNDS = 3, 15
 BRIEF = 0.5  # seconds of repeated measuring within a run, by `auto`
@@ -33,7 +34,8 @@ class Rehearsal(Transport):
     """A transport of K ranks of which only some are there: each of them stands in for K / R ranks.
 
     What they exchange goes through `local`; to the others they have sent the same. So every rank does the work of one
-    of K, without the time on the link. In rounds whose number is a multiple of K, rank 0 is leader and server.
+    of K, without the time on the link. Rank 0 is the server, and the leader of round n
+    is rank n mod K, which must be there.
 
     Attributes:
         local: the ranks that are there; their number R divides K.
@@ -65,7 +67,8 @@ class Rehearsal(Transport):
         return None if rows is None else rows.repeat(self._copies, *[1] * tensor.dim())
 
     def relay(self, tensor: Tensor, content: str, *, source: int) -> Tensor:
-        return self._perform("relay", tensor, lambda: self.local.broadcast(tensor, content, source=SERVER))
+        source %= self.local.world_size
+        return self._perform("relay", tensor, lambda: self.local.relay(tensor, content, source=source))
 
     def count_all_reduce(self, size: int, content: str) -> None:
         """Note one that torch has performed."""
@@ -105,6 +108,7 @@ def rehearse(
     world_size: int,
     *,
     early: bool,
+    work: Callable[[], object] | None = None,
     enough: float = BRIEF,
     limit: float = float("inf"),
 ) -> Arm | None:
@@ -119,6 +123,8 @@ def rehearse(
         local: the ranks that are there.
         world_size: how many ranks the rounds are for.
         early: whether to rehearse the stages before the last one too.
+        work: what a rank does before every round, such as a forward and backward pass. Ranks that share cores share
+            them in both; what it takes on its own is taken off.
         enough: seconds after which the last one is not repeated any more.
         limit: give up if the round that does not count takes longer than this, in seconds.
 
@@ -134,13 +140,17 @@ def rehearse(
     aggregator = (scheme if early else _untrained(scheme)).build(layout, transport, device=device)
     stages = _stages(aggregator.schedule)
     flat = torch.zeros(layout.size, device=device)
-    numbers = iter(range(0, 2**31, world_size))  # multiples of K
+    # Each rank that is there leads in turn: the one that has just waited has processor time in hand.
+    numbers = (turn * world_size + leader for turn in count() for leader in range(local.world_size))
 
     def once(stage: schedule.Stage) -> tuple[float, list[Collective]]:
+        alone = slowest(work, local, device) if work else 0.0
         transport.collectives = []
         aggregator.schedule = _Fixed(scheme.rate, stage)
         agree(local, [0.0])  # all start together
         started = clock(device)
+        if work:
+            work()
         for name, view in layout.by_name(flat).items():
             view.copy_(gradients[name])
         result = aggregator.aggregate(flat, next(numbers))
@@ -150,7 +160,7 @@ def rehearse(
             raise NonfiniteError(f"the gradient is not finite on rank {result.nonfinite_ranks}.")
         by_rank = agree(local, [seconds, *(collective.seconds for collective in transport.collectives)])
         waits = [min(column) for column in list(zip(*by_rank, strict=True))[1:]]
-        own = max(row[0] for row in by_rank) - sum(waits)
+        own = max(row[0] for row in by_rank) - sum(waits) - alone
         collectives = [c._replace(seconds=wait) for c, wait in zip(transport.collectives, waits, strict=True)]
         return max(0.0, own), collectives
 
@@ -255,6 +265,14 @@ def agree(transport: Transport, numbers: list[float]) -> list[list[float]]:
         torch.tensor(numbers, dtype=torch.float64, device=device), "plan"
     ).tolist()
     return rows
+
+
+def slowest(action: Callable[[], object], transport: Transport, device: torch.device) -> float:
+    """Seconds of an action that all ranks start together, of the one that takes longest; a collective."""
+    agree(transport, [0.0])
+    started = clock(device)
+    action()
+    return max(row[0] for row in agree(transport, [clock(device) - started]))
 
 
 def wants_more(seconds: Sequence[float], enough: float) -> bool:
