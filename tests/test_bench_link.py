@@ -413,6 +413,8 @@ def test_rows_are_medians_with_the_range_of_the_repeats() -> None:
     assert dense.spread == pytest.approx(0.1)
     compressed = rows["unshaped", "lgc-ring", "compressed"]
     assert compressed.split == pytest.approx((0.4, 0.4 - 0.2 - 0.02, 0.2, 0.02))  # of rank 1, which waits less
+    train = rows["10mbit", "lgc-ring", "train"]
+    assert train.split == pytest.approx((3.0, 3.0 - 0.1 - 0.05, 0.1, 0.05))  # of rank 0, which trains
     assert (compressed.counted, compressed.headers, compressed.payload) == (10, 66, 10 - 66)
 
 

@@ -8,6 +8,7 @@ import math
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -192,6 +193,48 @@ def test_the_bytes_are_those_of_the_transport(ranks: RankFactory) -> None:
     *early, last = everyone[0].sent_bytes
     rounds = everyone[0].preamble_bytes / (3 * 32)
     assert counted == pytest.approx(sum(early) + (rounds - len(early)) * last, rel=1e-6)
+
+
+class Noting(Transport):
+    """Notes whose messages the server has relayed."""
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        super().__init__(group)
+        self.sources: set[int] = set()
+
+    def relay(self, tensor: Tensor, content: str, *, source: int) -> Tensor:
+        self.sources.add(source)
+        return super().relay(tensor, content, source=source)
+
+
+def led(rank: int, world_size: int, of: int) -> set[int]:
+    assert dist.group.WORLD is not None
+    transport = Noting(dist.group.WORLD)
+    rehearse(EXACT["lgc-ps"], gradients_of(rank), transport, of, early=False)
+    return transport.sources
+
+
+def test_the_ranks_that_are_there_lead_in_turn(ranks: RankFactory) -> None:
+    assert ranks(2).run(led, 4) == [{0, 1}, {0, 1}]
+
+
+def beside_work(rank: int, world_size: int) -> tuple[float, int]:
+    calls = 0
+
+    def work() -> None:
+        nonlocal calls
+        calls += 1
+        time.sleep(0.3)
+
+    arm = rehearse(EXACT["topk"], gradients_of(rank), world(), world_size, early=False, work=work)
+    assert arm is not None
+    return arm.stages[-1].seconds, calls
+
+
+def test_what_a_rank_does_besides_is_taken_off(ranks: RankFactory) -> None:
+    for seconds, calls in ranks(2).run(beside_work):
+        assert calls >= 2 * 4
+        assert seconds < 0.3
 
 
 def measured(rank: int, world_size: int, scheme: Any, of: int) -> list[list[tuple[str, int]]]:

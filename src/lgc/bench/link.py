@@ -35,6 +35,7 @@ from lgc.run_folder import OtherRunError, require_same, write_json
 from lgc.schedule import Phase, Schedule
 from lgc.schemes import Auto, Dense, LGCScheme, PowerSGD, Scheme, SparseScheme, parse_scheme
 from lgc.train import Settings, Training, notify
+from lgc.transport import SERVER
 from lgc.version import __version__
 
 RESULTS = "results.json"
@@ -247,7 +248,7 @@ def _measure(plan: Plan, folder: Path, network: Network | None, barrier: Barrier
             for text, arm in arms.items():
                 for phase, samples in meter.phases(arm, early=repeat == 0):
                     cells.append(meter.cell(rate, repeat, text, phase, samples))
-                    step_ms = 1e3 * _split(cells[-1:], 0.0).step
+                    step_ms = 1e3 * _step(cells[-1:])
                     _say(f"{rate}, {repeat + 1} of {plan.repeats}, {text}, {phase}: {step_ms:.1f} ms")
         if rank == 0:
             _write(folder, plan, arms, cells, finished=rate == rates[-1])
@@ -365,8 +366,9 @@ class Split(NamedTuple):
 
     The step is the median over all steps, on average over the ranks. It is not that of the slowest rank of each step:
     another one is late every time, but in the end all take equally long. Compression and communication are those of
-    the rank that waits least in a step. Where the exchange goes on amid the backward pass, `compression` is None and
-    `communication` has both: the step less what it takes without any exchange.
+    the rank that waits least in a step. While the autoencoder is trained, all are of the rank that does it. Where the
+    exchange goes on amid the backward pass, `compression` is None and `communication` has both: the step less what it
+    takes without any exchange.
     """
 
     step: float
@@ -439,7 +441,7 @@ class Results:
 
     def _row(self, cells: list[Cell]) -> Row:
         rate = cells[0].rate
-        of_turns = [_split([cell], self.compute[rate]).step for cell in cells]
+        of_turns = [_step([cell]) for cell in cells]
         steps = sum(len(cell.seconds) for cell in cells)
         counted = sum(sum(cell.counted_sent) for cell in cells) / steps
         headers = payload = None
@@ -521,28 +523,38 @@ def aligned(table: Sequence[Sequence[str]]) -> str:
 
 def _split(cells: Sequence[Cell], compute: float) -> Split:
     """Of one scheme in one phase, from all turns; `compute` is that of steps without any exchange."""
-    phase = cells[0].phase
-    typical = statistics.mean if phase == Phase.WARMUP else statistics.median  # its rates differ
-    by_rank = [typical(of_rank) for of_rank in zip(*_rows(cells, "seconds"), strict=True)]
-    # One rank trains the autoencoder, and in the end all run at its pace.
-    ranks = [by_rank.index(max(by_rank))] if phase == Phase.TRAIN else range(len(by_rank))
-    step = statistics.mean(by_rank[rank] for rank in ranks)
+    step = _step(cells)
     if cells[0].communication is None:
         return Split(step, min(compute, step), None, max(0.0, step - compute))
-    waits, own = _rows(cells, "communication"), _rows(cells, "compression")
-    first = [min(ranks, key=wait.__getitem__) for wait in waits]
-    communication = typical(wait[rank] for wait, rank in zip(waits, first, strict=True))
-    compression = typical(work[rank] for work, rank in zip(own, first, strict=True))
+    waits, own = _by_step(cells, "communication"), _by_step(cells, "compression")
+    last = [min(_ranks(cells), key=wait.__getitem__) for wait in waits]
+    communication = _typical(cells, [wait[rank] for wait, rank in zip(waits, last, strict=True)])
+    compression = _typical(cells, [work[rank] for work, rank in zip(own, last, strict=True)])
     return Split(step, max(0.0, step - compression - communication), compression, communication)
 
 
-def _rows(cells: Sequence[Cell], quantity: Literal["seconds", "compression", "communication"]) -> list[list[float]]:
-    """Of all turns, by step and rank; without the last step of training, the only one that sends the autoencoder."""
-    rows: list[list[float]] = []
+def _step(cells: Sequence[Cell]) -> float:
+    by_rank = [_typical(cells, of_rank) for of_rank in zip(*_by_step(cells, "seconds"), strict=True)]
+    return statistics.mean(by_rank[rank] for rank in _ranks(cells))
+
+
+def _ranks(cells: Sequence[Cell]) -> Sequence[int]:
+    """The ranks that count: one alone trains the autoencoder, and after a few steps all run at its pace."""
+    return [SERVER] if cells[0].phase == Phase.TRAIN else range(len(cells[0].seconds[0]))
+
+
+def _typical(cells: Sequence[Cell], of_steps: Sequence[float]) -> float:
+    """The median; of the warm-up, whose rates differ, the mean."""
+    return (statistics.mean if cells[0].phase == Phase.WARMUP else statistics.median)(of_steps)
+
+
+def _by_step(cells: Sequence[Cell], quantity: Literal["seconds", "compression", "communication"]) -> list[list[float]]:
+    """By step of all turns and rank; without the last step of training, the only one that sends the autoencoder."""
+    found: list[list[float]] = []
     for cell in cells:
         steps = getattr(cell, quantity)
-        rows += steps[:-1] if cell.phase == Phase.TRAIN and len(steps) > 1 else steps
-    return rows
+        found += steps[:-1] if cell.phase == Phase.TRAIN and len(steps) > 1 else steps
+    return found
 
 
 class TimeToTarget(NamedTuple):

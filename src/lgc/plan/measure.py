@@ -23,9 +23,9 @@ from lgc.plan.rehearsal import (
     Rehearsal,
     before_end,
     clock,
+    elapsed,
     rehearse,
     rehearse_dense,
-    slowest,
     wants_more,
 )
 from lgc.schedule import Phase
@@ -68,6 +68,7 @@ class RecipeJob:
             with torch.autocast(device.type, dtype=torch.bfloat16, enabled=self.settings.bf16):
                 return recipe.loss(model(inputs), targets)
 
+        # Without a learning rate, the gradients stay those of the start, however often they are computed.
         optimizer = make_optimizer(replace(recipe, learning_rate=0.0), model, Dense())
         return Job(model, loss, optimizer)
 
@@ -167,7 +168,7 @@ def measure(
         _step(ddp, job)
 
     def plain_step(*, communicate: bool = False) -> float:
-        return slowest(partial(step, communicate=communicate), local, device)
+        return elapsed(partial(step, communicate=communicate), local, device)
 
     tell("compute")
     for _ in range(WARMUP_STEPS):
@@ -218,7 +219,7 @@ def _rehearse_power_sgd(
     seconds: list[float] = []
     added: list[float] = []
     while wants_more(seconds, THOROUGH):
-        seconds.append(slowest(partial(_step, ddp, job), local, device))
+        seconds.append(elapsed(partial(_step, ddp, job), local, device))
         added.append(seconds[-1] - plain_step())
     factors = transport.collectives[-1].size
     values = transport.collectives[0].size

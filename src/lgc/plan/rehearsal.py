@@ -34,8 +34,7 @@ class Rehearsal(Transport):
     """A transport of K ranks of which only some are there: each of them stands in for K / R ranks.
 
     What they exchange goes through `local`; to the others they have sent the same. So every rank does the work of one
-    of K, without the time on the link. Rank 0 is the server, and the leader of round n
-    is rank n mod K, which must be there.
+    of K, without the time on the link. Whoever is a source must be there.
 
     Attributes:
         local: the ranks that are there; their number R divides K.
@@ -59,7 +58,6 @@ class Rehearsal(Transport):
         return rows.repeat(self._copies, *[1] * tensor.dim())
 
     def broadcast(self, tensor: Tensor, content: str, *, source: int) -> Tensor:
-        source %= self.local.world_size
         return self._perform("broadcast", tensor, lambda: self.local.broadcast(tensor, content, source=source))
 
     def gather(self, tensor: Tensor, content: str) -> Tensor | None:
@@ -67,7 +65,6 @@ class Rehearsal(Transport):
         return None if rows is None else rows.repeat(self._copies, *[1] * tensor.dim())
 
     def relay(self, tensor: Tensor, content: str, *, source: int) -> Tensor:
-        source %= self.local.world_size
         return self._perform("relay", tensor, lambda: self.local.relay(tensor, content, source=source))
 
     def count_all_reduce(self, size: int, content: str) -> None:
@@ -115,7 +112,8 @@ def rehearse(
     """What rounds of `scheme` with these gradients cost; a collective of the ranks in `local`.
 
     The scheme's real aggregator does them, with a residual of its own that is dropped afterwards. The last stage is
-    the median of several rounds after one that does not count, the early ones are single rounds.
+    measured several times after a round that does not count, each time with as many rounds in a row as there are
+    ranks, if there is time, so that each leads once; the early ones are single rounds.
 
     Args:
         scheme: what to rehearse.
@@ -138,43 +136,61 @@ def rehearse(
     device = next(iter(gradients.values())).device
     layout = scheme.layout(gradients.items())
     aggregator = (scheme if early else _untrained(scheme)).build(layout, transport, device=device)
-    stages = _stages(aggregator.schedule)
     flat = torch.zeros(layout.size, device=device)
-    # Each rank that is there leads in turn: the one that has just waited has processor time in hand.
     numbers = (turn * world_size + leader for turn in count() for leader in range(local.world_size))
 
-    def once(stage: schedule.Stage) -> tuple[float, list[Collective]]:
-        alone = slowest(work, local, device) if work else 0.0
-        transport.collectives = []
+    def rounds(stage: schedule.Stage, in_a_row: int) -> _Rounds:
+        alone = elapsed(work, local, device, in_a_row) if work else 0.0
         aggregator.schedule = _Fixed(scheme.rate, stage)
+        transport.collectives = []
         agree(local, [0.0])  # all start together
         started = clock(device)
-        if work:
-            work()
-        for name, view in layout.by_name(flat).items():
-            view.copy_(gradients[name])
-        result = aggregator.aggregate(flat, next(numbers))
-        flat.copy_(result.mean)  # as it is copied back to DDP's buckets
+        nonfinite: Sequence[int] = ()
+        for _ in range(in_a_row):
+            if work:
+                work()
+            for name, view in layout.by_name(flat).items():
+                view.copy_(gradients[name])
+            result = aggregator.aggregate(flat, next(numbers))
+            flat.copy_(result.mean)  # as it is copied back to DDP's buckets
+            nonfinite = nonfinite or result.nonfinite_ranks
         seconds = clock(device) - started
-        if result.nonfinite_ranks:
-            raise NonfiniteError(f"the gradient is not finite on rank {result.nonfinite_ranks}.")
-        by_rank = agree(local, [seconds, *(collective.seconds for collective in transport.collectives)])
-        waits = [min(column) for column in list(zip(*by_rank, strict=True))[1:]]
-        own = max(row[0] for row in by_rank) - sum(waits) - alone
-        collectives = [c._replace(seconds=wait) for c, wait in zip(transport.collectives, waits, strict=True)]
-        return max(0.0, own), collectives
+        if nonfinite:
+            raise NonfiniteError(f"the gradient is not finite on rank {nonfinite}.")
+        ends, *waits = zip(*agree(local, [seconds, *(one.seconds for one in transport.collectives)]), strict=True)
+        end = max(ends) if in_a_row == 1 else fmean(ends)  # in a row, a rank that is late does not hold up the others
+        least = [min(of_ranks) for of_ranks in waits]  # the others wait for the last rank as well
+        own = (end - sum(least)) / in_a_row - alone
+        length = len(least) // in_a_row
+        collectives = [
+            one._replace(seconds=fmean(least[position::length]))
+            for position, one in enumerate(transport.collectives[:length])
+        ]
+        return _Rounds(end + in_a_row * alone, max(0.0, own), collectives)
 
-    *first, (last, _) = stages
-    costs = [Stage(stage.phase.value, steps, *once(stage)) for stage, steps in first] if early else []
-    seconds, collectives = once(last)
-    if seconds + sum(collective.seconds for collective in collectives) > limit:
+    *first, (last, _) = _stages(aggregator.schedule)
+    costs = [Stage(stage.phase.value, steps, *rounds(stage, 1)[1:]) for stage, steps in first] if early else []
+    settling = rounds(last, 1)
+    if settling.own + sum(one.seconds for one in settling.collectives) > limit:
         return None
-    rounds: list[tuple[float, list[Collective]]] = []
-    while wants_more([own for own, _ in rounds], enough):
-        rounds.append(once(last))
-    rounds.sort(key=lambda cost: cost[0])
-    costs.append(Stage(last.phase.value, None, *rounds[len(rounds) // 2]))
+    in_a_row = local.world_size if local.world_size * settling.spent < enough else 1  # each rank leads once
+    found: list[_Rounds] = []
+    while wants_more([each.spent for each in found], enough):
+        found.append(rounds(last, in_a_row))
+    collectives = [
+        of_all[0]._replace(seconds=median([one.seconds for one in of_all]))
+        for of_all in zip(*(each.collectives for each in found), strict=True)
+    ]
+    costs.append(Stage(last.phase.value, None, median([each.own for each in found]), collectives))
     return Arm(str(scheme), costs)
+
+
+class _Rounds(NamedTuple):
+    """What some rounds cost: the seconds they took to measure, and for each a rank's own work and the collectives."""
+
+    spent: float
+    own: float
+    collectives: list[Collective]
 
 
 class Bucket(NamedTuple):
@@ -267,12 +283,13 @@ def agree(transport: Transport, numbers: list[float]) -> list[list[float]]:
     return rows
 
 
-def slowest(action: Callable[[], object], transport: Transport, device: torch.device) -> float:
-    """Seconds of an action that all ranks start together, of the one that takes longest; a collective."""
+def elapsed(action: Callable[[], object], transport: Transport, device: torch.device, times: int = 1) -> float:
+    """Seconds of an action, `times` in a row from a common start; the mean over the ranks. A collective."""
     agree(transport, [0.0])
     started = clock(device)
-    action()
-    return max(row[0] for row in agree(transport, [clock(device) - started]))
+    for _ in range(times):
+        action()
+    return fmean(row[0] for row in agree(transport, [(clock(device) - started) / times]))
 
 
 def wants_more(seconds: Sequence[float], enough: float) -> bool:

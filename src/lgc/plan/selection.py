@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from statistics import median
+from statistics import fmean, median
 from typing import NamedTuple
 
 import torch
@@ -104,7 +104,7 @@ class Selection:
         steps = self._steps[SETTLING_STEPS:]
         by_rank = agree(self._transport, [seconds for step in steps for seconds in step])
         columns = list(zip(*by_rank, strict=True))
-        whole = median([max(column) for column in columns[::2]])
+        whole = median([fmean(column) for column in columns[::2]])
         waiting = median([min(column) for column in columns[1::2]])  # the others wait for the last rank as well
         return whole, waiting
 
