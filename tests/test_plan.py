@@ -21,6 +21,7 @@ from click.testing import CliRunner
 from ddp_models import batch, build, optimizer_of, parameters, train
 from ranks import Ranks
 from torch import Tensor
+from torch.optim import SGD
 
 import lgc
 from lgc.bench.link import Cell
@@ -241,7 +242,7 @@ def measured(rank: int, world_size: int, scheme: Any, of: int) -> list[list[tupl
     def job(device: torch.device) -> Job:
         ddp = build("convolutional")
         x, y = batch(rank, 0)
-        return Job(ddp.module, lambda model: F.cross_entropy(model(x), y), torch.optim.SGD(ddp.parameters(), lr=0.0))
+        return Job(ddp.module, lambda model: F.cross_entropy(model(x), y), lambda _: SGD(ddp.parameters(), lr=0.0))
 
     dense, arm = measure(job, [scheme], of, world(), torch.device("cpu")).arms
     assert dense.scheme == "dense"

@@ -38,11 +38,14 @@ FACTOR_COLLECTIVES = 3  # of a PowerSGD round: P, Q, and what is not worth facto
 
 
 class Job(NamedTuple):
-    """What is trained: a model, its loss on one batch, given the model, and its optimizer."""
+    """What is trained: a model, its loss on one batch, given the model, and the optimizer that goes with a scheme.
+
+    The optimizers' learning rate is 0, so that the gradients stay those of the start, however often they are computed.
+    """
 
     model: nn.Module
     loss: Callable[[nn.Module], Tensor]
-    optimizer: torch.optim.Optimizer
+    make_optimizer: Callable[[Scheme], torch.optim.Optimizer]
 
 
 class JobSource(Protocol):
@@ -68,9 +71,7 @@ class RecipeJob:
             with torch.autocast(device.type, dtype=torch.bfloat16, enabled=self.settings.bf16):
                 return recipe.loss(model(inputs), targets)
 
-        # Without a learning rate, the gradients stay those of the start, however often they are computed.
-        optimizer = make_optimizer(replace(recipe, learning_rate=0.0), model, Dense())
-        return Job(model, loss, optimizer)
+        return Job(model, loss, partial(make_optimizer, replace(recipe, learning_rate=0.0), model))
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,12 @@ class FunctionJob:
         function = self.find()
         with device:
             model, loss = function()
-        return Job(model.to(device), loss, torch.optim.SGD(model.parameters(), lr=0.0, momentum=0.9))
+
+        def optimizer(scheme: Scheme) -> torch.optim.Optimizer:
+            momentum = 0.0 if getattr(scheme, "momentum", 0.0) else 0.9
+            return torch.optim.SGD(model.parameters(), lr=0.0, momentum=momentum)
+
+        return Job(model.to(device), loss, optimizer)
 
     def find(self) -> Callable[[], tuple[nn.Module, Callable[[nn.Module], Tensor]]]:
         """The function.
@@ -163,12 +169,13 @@ def measure(
     watch = _Watch(ddp.module, local, device)
     ddp.register_comm_hook(None, watch.hook)
 
-    def step(*, communicate: bool = False) -> None:
-        watch.communicate = communicate
-        _step(ddp, job)
+    step = partial(_step, ddp, job.loss, job.make_optimizer(Dense()))
 
     def plain_step(*, communicate: bool = False) -> float:
-        return elapsed(partial(step, communicate=communicate), local, device)
+        watch.communicate = communicate
+        seconds = elapsed(step, local, device)
+        watch.communicate = False
+        return seconds
 
     tell("compute")
     for _ in range(WARMUP_STEPS):
@@ -190,7 +197,10 @@ def measure(
             continue
         tell(str(scheme))
         if isinstance(scheme, SparseScheme):
-            arm = rehearse(scheme, gradients, local, world_size, early=True, work=step, enough=THOROUGH)
+            work = partial(_step, ddp, job.loss, job.make_optimizer(scheme))
+            arm = rehearse(
+                scheme, gradients, local, world_size, early=True, work=work, dense_work=step, enough=THOROUGH
+            )
             assert arm is not None
             arms.append(arm)
         elif isinstance(scheme, Dense):
@@ -214,12 +224,13 @@ def _rehearse_power_sgd(
     transport = Rehearsal(local, world_size)
     hook = PowerSGDHook(PowerSGD(rank=scheme.rank, start_steps=2), transport)
     ddp.register_comm_hook(None, lambda _, bucket: hook.reduce(bucket))
+    step = partial(_step, ddp, job.loss, job.make_optimizer(scheme))
     for _ in range(WARMUP_STEPS):
-        _step(ddp, job)
+        step()
     seconds: list[float] = []
     added: list[float] = []
     while wants_more(seconds, THOROUGH):
-        seconds.append(elapsed(partial(_step, ddp, job), local, device))
+        seconds.append(elapsed(step, local, device))
         added.append(seconds[-1] - plain_step())
     factors = transport.collectives[-1].size
     values = transport.collectives[0].size
@@ -239,8 +250,8 @@ def _wrap(job: Job, local: Transport, bucket_cap_mb: int | None = None) -> Distr
     return ddp
 
 
-def _step(ddp: DistributedDataParallel, job: Job) -> None:
-    loss = job.loss(ddp)
-    job.optimizer.zero_grad()
-    torch.autograd.backward(loss)
-    job.optimizer.step()
+def _step(ddp: DistributedDataParallel, loss: Callable[[nn.Module], Tensor], optimizer: torch.optim.Optimizer) -> None:
+    value = loss(ddp)
+    optimizer.zero_grad()
+    torch.autograd.backward(value)
+    optimizer.step()

@@ -106,6 +106,7 @@ def rehearse(
     *,
     early: bool,
     work: Callable[[], object] | None = None,
+    dense_work: Callable[[], object] | None = None,
     enough: float = BRIEF,
     limit: float = float("inf"),
 ) -> Arm | None:
@@ -121,8 +122,10 @@ def rehearse(
         local: the ranks that are there.
         world_size: how many ranks the rounds are for.
         early: whether to rehearse the stages before the last one too.
-        work: what a rank does before every round, such as a forward and backward pass. Ranks that share cores share
-            them in both; what it takes on its own is taken off.
+        work: what a rank does beside every round, a forward and backward pass and the optimizer's step. Ranks that
+            share cores share them in both.
+        dense_work: what is taken off for that, the same under dense, whose optimizer may have more to do; `work` by
+            default.
         enough: seconds after which the last one is not repeated any more.
         limit: give up if the round that does not count takes longer than this, in seconds.
 
@@ -140,7 +143,7 @@ def rehearse(
     numbers = (turn * world_size + leader for turn in count() for leader in range(local.world_size))
 
     def rounds(stage: schedule.Stage, in_a_row: int) -> _Rounds:
-        alone = elapsed(work, local, device, in_a_row) if work else 0.0
+        alone = elapsed(dense_work or work, local, device, in_a_row) if work else 0.0
         aggregator.schedule = _Fixed(scheme.rate, stage)
         transport.collectives = []
         agree(local, [0.0])  # all start together
