@@ -26,6 +26,7 @@ from lgc.plan.rehearsal import (
     elapsed,
     rehearse,
     rehearse_dense,
+    rounds_in_a_row,
     wants_more,
 )
 from lgc.schedule import Phase
@@ -171,21 +172,21 @@ def measure(
 
     step = partial(_step, ddp, job.loss, job.make_optimizer(Dense()))
 
-    def plain_step(*, communicate: bool = False) -> float:
-        watch.communicate = communicate
-        seconds = elapsed(step, local, device)
+    def exchanging_step() -> None:
+        watch.communicate = True
+        step()
         watch.communicate = False
-        return seconds
 
     tell("compute")
-    for _ in range(WARMUP_STEPS):
-        plain_step(communicate=local.world_size > 1)
+    settling = [elapsed(exchanging_step if local.world_size > 1 else step, local, device) for _ in range(WARMUP_STEPS)]
+    in_a_row = rounds_in_a_row(settling[-1], local, THOROUGH)
     plain: list[float] = []
     added: list[float] = []
-    while wants_more(plain, THOROUGH):
-        plain.append(plain_step())
-        added.append(plain_step(communicate=True) - plain[-1] if local.world_size > 1 else 0.0)
-    plain_step()
+    while wants_more([in_a_row * seconds for seconds in plain], THOROUGH):
+        plain.append(elapsed(step, local, device, in_a_row))
+        exchanging = elapsed(exchanging_step, local, device, in_a_row) if local.world_size > 1 else plain[-1]
+        added.append(exchanging - plain[-1])
+    step()
     compute, visible = median(plain), max(0.0, median(added))
     buckets = watch.buckets()
     gradients = {
@@ -207,14 +208,15 @@ def measure(
             arms.append(rehearse_dense(scheme, gradients, buckets, visible, local))
         else:
             assert isinstance(scheme, PowerSGD)
-            arms.append(_rehearse_power_sgd(scheme, source, plain_step, world_size, local, device))
+            arms.append(_rehearse_power_sgd(scheme, source, step, in_a_row, world_size, local, device))
     return Profile(world_size, compute, arms)
 
 
 def _rehearse_power_sgd(
     scheme: PowerSGD,
     source: JobSource,
-    plain_step: Callable[[], float],
+    dense_work: Callable[[], object],
+    in_a_row: int,
     world_size: int,
     local: Transport,
     device: torch.device,
@@ -229,9 +231,9 @@ def _rehearse_power_sgd(
         step()
     seconds: list[float] = []
     added: list[float] = []
-    while wants_more(seconds, THOROUGH):
-        seconds.append(elapsed(step, local, device))
-        added.append(seconds[-1] - plain_step())
+    while wants_more([in_a_row * each for each in seconds], THOROUGH):
+        seconds.append(elapsed(step, local, device, in_a_row))
+        added.append(seconds[-1] - elapsed(dense_work, local, device, in_a_row))
     factors = transport.collectives[-1].size
     values = transport.collectives[0].size
     collectives = [Collective("all-reduce", factors), *[Collective("all-reduce", 0)] * (FACTOR_COLLECTIVES - 1)]

@@ -176,7 +176,7 @@ def rehearse(
     settling = rounds(last, 1)
     if settling.own + sum(one.seconds for one in settling.collectives) > limit:
         return None
-    in_a_row = local.world_size if local.world_size * settling.spent < enough else 1  # each rank leads once
+    in_a_row = rounds_in_a_row(settling.spent, local, enough)
     found: list[_Rounds] = []
     while wants_more([each.spent for each in found], enough):
         found.append(rounds(last, in_a_row))
@@ -293,6 +293,11 @@ def elapsed(action: Callable[[], object], transport: Transport, device: torch.de
     for _ in range(times):
         action()
     return fmean(row[0] for row in agree(transport, [(clock(device) - started) / times]))
+
+
+def rounds_in_a_row(seconds: float, local: Transport, enough: float) -> int:
+    """How many rounds that take so long to measure together: one for each rank to lead, if there is time."""
+    return local.world_size if local.world_size * seconds < enough else 1
 
 
 def wants_more(seconds: Sequence[float], enough: float) -> bool:
