@@ -404,9 +404,7 @@ class Results:
         grouped: dict[tuple[str, str, str], list[Cell]] = {}
         for cell in cells:
             grouped.setdefault((cell.rate, cell.scheme, cell.phase), []).append(cell)
-        self.compute = {
-            rate: _split(group, 0.0).step for (rate, scheme, _), group in grouped.items() if scheme == COMPUTE
-        }
+        self.compute = {rate: _step(group) for (rate, scheme, _), group in grouped.items() if scheme == COMPUTE}
         self.rows = [self._row(group) for (_, scheme, _), group in grouped.items() if scheme != COMPUTE]
 
     @classmethod
