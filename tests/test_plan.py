@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -88,11 +89,12 @@ def test_the_backward_pass_hides_what_is_ready_before_its_end() -> None:
 
 
 def profile(**compression: float) -> Profile:
-    """1 s of computation, 10 MB dense, and schemes that send 10 kB after so many seconds of their own."""
+    """1 s of computation, 10 MB dense, and schemes that send 10 kB, 5 kB, ... after so many seconds of their own."""
     arms = [Arm("dense", [Stage("dense", None, 0.0, [Collective("all-reduce", 10**7)])])]
-    for name, seconds in compression.items():
+    for number, (name, seconds) in enumerate(compression.items()):
         first = Stage("warmup", 100, 2 * seconds, [Collective("all-reduce", 10**6)])
-        arms.append(Arm(name, [first, Stage("compressed", None, seconds, [Collective("all-reduce", 10**4)])]))
+        last = Stage("compressed", None, seconds, [Collective("all-reduce", 10**4 // 2**number)])
+        arms.append(Arm(name, [first, last]))
     return Profile(2, 1.0, arms)
 
 
@@ -108,10 +110,18 @@ def test_dense_is_best_on_a_fast_link_and_compression_on_a_slow_one() -> None:
     assert choose([dense, topk]) == topk
 
 
-def test_of_equals_the_first_is_chosen() -> None:
-    rows = predict(profile(simple=0.52, fast=0.5, slow=0.9), SLOW)
-    assert choose(rows).scheme == "simple"  # 1.3 % slower than the fastest
-    assert choose(rows, tolerance=0.01).scheme == "fast"
+def test_of_equals_the_one_that_sends_least_is_chosen() -> None:
+    rows = predict(profile(most=0.5, less=0.52, least=0.9), SLOW)
+    assert choose(rows).scheme == "less"  # 1 % slower than the fastest
+    assert choose(rows, tolerance=0.001).scheme == "most"
+
+
+def test_of_equals_one_that_compresses_nothing_is_chosen_before_all() -> None:
+    of = profile(less=0.0)
+    of.arms.insert(1, Arm("bf16", [Stage("dense", None, 0.0, [Collective("all-reduce", 10**7 // 2)])]))
+    assert choose(predict(of, Link(2e8))).scheme == "dense"  # 1.05, 1.025 and 1.0 s
+    assert choose(predict(of, Link(1e8))).scheme == "bf16"  # 1.1, 1.05 and 1.0 s
+    assert choose(predict(of, Link(5e7))).scheme == "less"  # 1.2, 1.1 and 1.0 s
 
 
 def test_a_run_is_ahead_once_what_it_lost_at_first_is_won_back() -> None:
@@ -219,7 +229,7 @@ def test_the_ranks_that_are_there_lead_in_turn(ranks: RankFactory) -> None:
     assert ranks(2).run(led, 4) == [{0, 1}, {0, 1}]
 
 
-def beside_work(rank: int, world_size: int) -> tuple[float, int]:
+def beside_work(rank: int, world_size: int, dense_work: Callable[[], object] | None) -> tuple[float, int]:
     calls = 0
 
     def work() -> None:
@@ -227,15 +237,21 @@ def beside_work(rank: int, world_size: int) -> tuple[float, int]:
         calls += 1
         time.sleep(0.3)
 
-    arm = rehearse(EXACT["topk"], gradients_of(rank), world(), world_size, early=False, work=work)
+    scheme, gradients = EXACT["topk"], gradients_of(rank)
+    arm = rehearse(scheme, gradients, world(), world_size, early=False, work=work, dense_work=dense_work)
     assert arm is not None
     return arm.stages[-1].seconds, calls
 
 
 def test_what_a_rank_does_besides_is_taken_off(ranks: RankFactory) -> None:
-    for seconds, calls in ranks(2).run(beside_work):
+    for seconds, calls in ranks(2).run(beside_work, None):
         assert calls >= 2 * 4
         assert seconds < 0.3
+
+
+def test_what_is_taken_off_is_what_dense_does_besides(ranks: RankFactory) -> None:
+    for seconds, _ in ranks(2).run(beside_work, partial(time.sleep, 0.01)):
+        assert seconds > 0.15
 
 
 def measured(rank: int, world_size: int, scheme: Any, of: int) -> list[list[tuple[str, int]]]:

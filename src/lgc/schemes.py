@@ -430,7 +430,7 @@ class Auto(Scheme):
         after: dense steps before the decision, at least 5.
         bandwidth, latency: of each rank's link, such as "100mbit" and "1ms", to decide as if it were no faster than
             that; None is as it is.
-        candidates: to choose from, in the order in which equals are preferred; dense comes first.
+        candidates: to choose from, beside dense.
     """
 
     name: ClassVar[str] = "auto"

@@ -62,7 +62,7 @@ class Question:
     help="Of each rank's link (kbit, mbit, gbit); several give a table each.  [measured under torchrun, else 100mbit]",
 )
 @click.option("--latency", default="0ms", show_default=True, help="Of a message (us, ms, s).")
-@click.option("--schemes", default=SCHEMES, show_default=True, help="In the order in which equals are preferred.")
+@click.option("--schemes", default=SCHEMES, show_default=True, help="To choose from, beside dense.")
 @click.option("--batch-size", type=click.IntRange(1), help="Samples per rank and step.  [the recipe's]")
 @click.option("--data", help="Folder in the hub's layout, or name on the Hugging Face hub.  [the recipe's]")
 @click.option("--backbone", help="For recipes that offer several.  [the recipe's first]")

@@ -20,10 +20,12 @@ import re
 from collections.abc import Sequence
 from typing import Literal, NamedTuple, Self
 
+from lgc.schedule import Phase
+
 PAYLOAD = 1448 / (1514 + 66 / 2)  # of an Ethernet frame with IPv4 and TCP, and an acknowledgement for every other one
 RATE_UNITS = {"kbit": 1e3, "mbit": 1e6, "gbit": 1e9}
 TIME_UNITS = {"us": 1e-6, "ms": 1e-3, "s": 1.0}
-TOLERANCE = 0.03
+TOLERANCE = 0.05  # below that, a difference between two predicted steps may be chance
 
 Kind = Literal["all-reduce", "all-gather", "broadcast", "gather", "relay"]
 
@@ -151,11 +153,13 @@ class Prediction(NamedTuple):
     """A step under one scheme on one link, once its early stages are over; seconds and bytes.
 
     Attributes:
+        phase: the one it stays in; "dense" also in 16 bits.
         speedup: how many times faster than dense.
         pays_from: the step from which on the run as a whole is ahead of dense, None if it never is.
     """
 
     scheme: str
+    phase: str
     sent_bytes: float
     compute: float
     compression: float
@@ -180,6 +184,7 @@ def predict(profile: Profile, link: Link) -> list[Prediction]:
         predictions.append(
             Prediction(
                 scheme,
+                last.phase,
                 last.sent_bytes(profile.world_size),
                 profile.compute,
                 last.seconds,
@@ -194,9 +199,14 @@ def predict(profile: Profile, link: Link) -> list[Prediction]:
 
 
 def choose(predictions: Sequence[Prediction], tolerance: float = TOLERANCE) -> Prediction:
-    """The first one that is within `tolerance` of the fastest: what comes first in the list is simpler."""
+    """The fastest; of those within `tolerance` of it the first that compresses nothing, else what sends least.
+
+    So small a difference in time may be chance. That everything arrives is certain, and so are bytes.
+    """
     fastest = min(prediction.step for prediction in predictions)
-    return next(prediction for prediction in predictions if prediction.step <= fastest * (1 + tolerance))
+    equals = [prediction for prediction in predictions if prediction.step <= fastest * (1 + tolerance)]
+    complete = [prediction for prediction in equals if prediction.phase == Phase.DENSE.value]
+    return complete[0] if complete else min(equals, key=lambda prediction: prediction.sent_bytes)
 
 
 def _pays_from(early: list[Early], step: float, dense: float) -> int | None:

@@ -156,7 +156,7 @@ def measure(
 
     Args:
         source: of the job.
-        schemes: what to measure, in the order in which equals are preferred.
+        schemes: what to measure.
         world_size: how many ranks it is for, a multiple of those that are here.
         local: the ranks that share this machine.
         device: that the model is on.

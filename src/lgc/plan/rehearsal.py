@@ -136,64 +136,101 @@ def rehearse(
         NonfiniteError: a gradient is not finite.
     """
     transport = Rehearsal(local, world_size)
-    device = next(iter(gradients.values())).device
-    layout = scheme.layout(gradients.items())
-    aggregator = (scheme if early else _untrained(scheme)).build(layout, transport, device=device)
-    flat = torch.zeros(layout.size, device=device)
-    numbers = (turn * world_size + leader for turn in count() for leader in range(local.world_size))
+    rounds = _Rounds(scheme if early else _untrained(scheme), gradients, transport, work, dense_work or work)
+    *first, (last, _) = rounds.stages
+    costs = [rounds.cost(stage).of(stage, steps) for stage, steps in first] if early else []
+    settling = rounds.cost(last)
+    if settling.seconds + sum(one.seconds for one in settling.collectives) > limit:
+        return None
+    in_a_row = rounds_in_a_row(settling.spent, local, enough)
+    found: list[_Cost] = []
+    while wants_more([each.spent for each in found], enough):
+        found.append(rounds.cost(last, in_a_row))
+    return Arm(str(scheme), [*costs, _median(found).of(last, None)])
 
-    def rounds(stage: schedule.Stage, in_a_row: int) -> _Rounds:
-        alone = elapsed(dense_work or work, local, device, in_a_row) if work else 0.0
-        aggregator.schedule = _Fixed(scheme.rate, stage)
-        transport.collectives = []
-        agree(local, [0.0])  # all start together
-        started = clock(device)
-        nonfinite: Sequence[int] = ()
-        for _ in range(in_a_row):
-            if work:
-                work()
-            for name, view in layout.by_name(flat).items():
-                view.copy_(gradients[name])
-            result = aggregator.aggregate(flat, next(numbers))
-            flat.copy_(result.mean)  # as it is copied back to DDP's buckets
-            nonfinite = nonfinite or result.nonfinite_ranks
-        seconds = clock(device) - started
+
+class _Cost(NamedTuple):
+    """What rounds of a stage cost: the seconds to measure them, and of each a rank's own work and the collectives."""
+
+    spent: float
+    seconds: float
+    collectives: list[Collective]
+
+    def of(self, stage: schedule.Stage, steps: int | None) -> Stage:
+        """As the cost of so many steps of that stage."""
+        return Stage(stage.phase.value, steps, self.seconds, self.collectives)
+
+
+def _median(costs: Sequence[_Cost]) -> _Cost:
+    """Of each part for itself."""
+    spent, seconds, of_each = zip(*costs, strict=True)
+    collectives = [
+        of_all[0]._replace(seconds=median([one.seconds for one in of_all])) for of_all in zip(*of_each, strict=True)
+    ]
+    return _Cost(median(spent), median(seconds), collectives)
+
+
+class _Rounds:
+    """Rounds of a scheme's aggregator, always with the same gradients, and what is done beside them.
+
+    Attributes:
+        stages: of the scheme's schedule, and how many steps each has, the last one 0 for no end.
+    """
+
+    def __init__(
+        self,
+        scheme: SparseScheme,
+        gradients: Mapping[str, Tensor],
+        transport: Rehearsal,
+        work: Callable[[], object] | None,
+        dense_work: Callable[[], object] | None,
+    ) -> None:
+        self._gradients = gradients
+        self._transport = transport
+        self._local = transport.local
+        self._work = work
+        self._dense_work = dense_work
+        self._device = next(iter(gradients.values())).device
+        self._layout = scheme.layout(gradients.items())
+        self._aggregator = scheme.build(self._layout, transport, device=self._device)
+        self._flat = torch.zeros(self._layout.size, device=self._device)
+        self._rate = scheme.rate
+        self.stages = _stages(self._aggregator.schedule)
+        there, meant = self._local.world_size, transport.world_size
+        self._steps = (turn * meant + leader for turn in count() for leader in range(there))  # whoever leads is there
+
+    def cost(self, stage: schedule.Stage, in_a_row: int = 1) -> _Cost:
+        """Time so many rounds of a stage; a collective."""
+        beside = elapsed(self._dense_work, self._local, self._device, in_a_row) if self._dense_work else 0.0
+        self._aggregator.schedule = _Fixed(self._rate, stage)
+        self._transport.collectives = []
+        agree(self._local, [0.0])  # all start together
+        started = clock(self._device)
+        nonfinite = [rank for _ in range(in_a_row) for rank in self._perform()]
+        seconds = clock(self._device) - started
         if nonfinite:
-            raise NonfiniteError(f"the gradient is not finite on rank {nonfinite}.")
-        ends, *waits = zip(*agree(local, [seconds, *(one.seconds for one in transport.collectives)]), strict=True)
+            raise NonfiniteError(f"the gradient is not finite on rank {nonfinite[0]}.")
+        waited = [one.seconds for one in self._transport.collectives]
+        ends, *waits = zip(*agree(self._local, [seconds, *waited]), strict=True)
         end = max(ends) if in_a_row == 1 else fmean(ends)  # in a row, a rank that is late does not hold up the others
         least = [min(of_ranks) for of_ranks in waits]  # the others wait for the last rank as well
-        own = (end - sum(least)) / in_a_row - alone
+        own = (end - sum(least)) / in_a_row - beside
         length = len(least) // in_a_row
         collectives = [
             one._replace(seconds=fmean(least[position::length]))
-            for position, one in enumerate(transport.collectives[:length])
+            for position, one in enumerate(self._transport.collectives[:length])
         ]
-        return _Rounds(end + in_a_row * alone, max(0.0, own), collectives)
+        return _Cost(end + in_a_row * beside, max(0.0, own), collectives)
 
-    *first, (last, _) = _stages(aggregator.schedule)
-    costs = [Stage(stage.phase.value, steps, *rounds(stage, 1)[1:]) for stage, steps in first] if early else []
-    settling = rounds(last, 1)
-    if settling.own + sum(one.seconds for one in settling.collectives) > limit:
-        return None
-    in_a_row = rounds_in_a_row(settling.spent, local, enough)
-    found: list[_Rounds] = []
-    while wants_more([each.spent for each in found], enough):
-        found.append(rounds(last, in_a_row))
-    collectives = [
-        of_all[0]._replace(seconds=median([one.seconds for one in of_all]))
-        for of_all in zip(*(each.collectives for each in found), strict=True)
-    ]
-    costs.append(Stage(last.phase.value, None, median([each.own for each in found]), collectives))
-    return Arm(str(scheme), costs)
-
-
-class _Rounds(NamedTuple):
-    """What some rounds cost: the seconds they took to measure, and for each a rank's own work and the collectives."""
-
-    spent: float
-    own: float
-    collectives: list[Collective]
+    def _perform(self) -> Sequence[int]:
+        """One round; the ranks whose gradient is not finite."""
+        if self._work:
+            self._work()
+        for name, view in self._layout.by_name(self._flat).items():
+            view.copy_(self._gradients[name])
+        result = self._aggregator.aggregate(self._flat, next(self._steps))
+        self._flat.copy_(result.mean)  # as it is copied back to DDP's buckets
+        return result.nonfinite_ranks
 
 
 class Bucket(NamedTuple):

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lgc.plan.cost import Arm, Link, Prediction, Profile, choose, predict
+from lgc.plan.cost import TOLERANCE, Arm, Link, Prediction, Profile, choose, predict
 from lgc.plan.rehearsal import Bucket, NonfiniteError, agree, before_end, clock, rehearse, rehearse_dense
 from lgc.schemes import Auto, Dense, Scheme, SparseScheme
 from lgc.transport import SERVER, Transport
@@ -19,7 +19,6 @@ from lgc.wire import SETUP
 
 logger = logging.getLogger("lgc")
 
-TOLERANCE = 0.05  # below that, a measured difference may be chance
 SETTLING_STEPS = 3  # DDP orders its buckets anew after the first
 LEAST_SECONDS = 1e-9  # of computation
 PATIENCE = 2.0  # a first round that takes so many times what there is to win ends a candidate's rehearsal
@@ -94,7 +93,7 @@ class Selection:
                 profile.arms.append(arm)
                 schemes[arm.scheme] = candidate
         predictions = predict(profile, link)
-        chosen = choose(predictions, TOLERANCE)
+        chosen = choose(predictions)
         if self._transport.rank == SERVER:
             self._log(chosen, predictions)
         return schemes[chosen.scheme]
