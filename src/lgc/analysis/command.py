@@ -12,7 +12,7 @@ import click
 
 from lgc.analysis.measure import measure
 from lgc.analysis.page import summarise, write_page
-from lgc.analysis.record import RECORDING, Recording, planned_steps, record, require_lossless
+from lgc.analysis.record import RECORDING, Recording, planned_steps, record, require_recordable
 from lgc.launch import RankFailedError, preload, start_ranks
 from lgc.recipes import RECIPES
 from lgc.train import Settings
@@ -71,7 +71,7 @@ def analyze(workers: int, every: int, samples: int, timeout: float, out: Path, o
         raise click.UsageError(f"{out} has an analysis; choose another --out, or --overwrite.")
     try:
         settings = Settings(world_size=workers, **run)
-        require_lossless(settings.resolve_scheme())
+        require_recordable(settings.resolve_scheme())
     except ValueError as error:
         raise click.UsageError(str(error)) from None
     try:

@@ -127,19 +127,24 @@ class Recorder:
         self._kept: dict[str, list[Tensor]] = {"samples": [], "own": [], "shared": []}
         self._sent: list[tuple[Tensor, Tensor]] = []
 
-    def observe(self, step: int, gradient: Tensor, result: Round) -> None:
-        """Take in one round; a collective at every recorded step."""
+    def sample(self, step: int, gradient: Tensor) -> None:
+        """Take in what a round is about to get; a collective at every recorded step."""
         started = time.perf_counter()
-        if self.transport.rank == SERVER and step >= self.aggregator.schedule.warmup_end:
-            where = result.mean.nonzero().flatten()
-            self._sent.append((where.to(torch.int32).cpu(), result.mean[where].cpu()))
         before, self._before = self._before, None
         if (step + 1) % self.every == 0 or step % self.every == 0:
-            v = self.aggregator.feedback.residual + result.sent_dense()
+            v = self.aggregator.feedback.accumulate(gradient)  # changes nothing, as the round does it again
             samples = torch.stack([gradient[self.coordinates], v[self.coordinates]])
             if step % self.every == 0 and before is not None:
                 self._record(step, torch.stack([before, samples]), v)
             self._before = samples
+        self.seconds += time.perf_counter() - started
+
+    def note_sent(self, step: int, result: Round) -> None:
+        """Take in what a round has given."""
+        started = time.perf_counter()
+        if self.transport.rank == SERVER and step >= self.aggregator.schedule.warmup_end:
+            where = result.mean.nonzero().flatten()
+            self._sent.append((where.to(torch.int32).cpu(), result.mean[where].cpu()))
         self.seconds += time.perf_counter() - started
 
     def save(self, file: Path, settings: dict[str, Any], losses: list[float], seconds: float) -> None:
@@ -185,7 +190,7 @@ class Recorder:
 def record(settings: Settings, out: Path, every: int, samples: int, device: torch.device) -> None:
     """Run in every rank of the default process group; rank 0 writes `out`/recording.safetensors."""
     recipe = settings.resolve_recipe()
-    scheme = require_lossless(settings.resolve_scheme())
+    scheme = require_recordable(settings.resolve_scheme())
     with torch.random.fork_rng():
         torch.manual_seed(settings.seed)
         model = recipe.model().to(device)
@@ -209,28 +214,27 @@ def record(settings: Settings, out: Path, every: int, samples: int, device: torc
         optimizer.zero_grad()
         torch.autograd.backward(loss)
         gradient = flatten_gradients(model, layout, device)
+        recorder.sample(step, gradient)
         result = aggregator.aggregate(gradient, step)
+        recorder.note_sent(step, result)
         for name, mean in layout.by_name(result.mean).items():
             model.get_parameter(name).grad = mean.clone()
         optimizer.step()
         losses.append(loss.item())
         if not math.isfinite(losses[-1]):
             raise RuntimeError(f"the training diverged: the loss of step {step} is {losses[-1]}.")
-        recorder.observe(step, gradient, result)
     if not hidden:
         recorder.save(out / RECORDING, settings.configuration(), losses, time.perf_counter() - started)
 
 
-def require_lossless(scheme: Scheme) -> SparseScheme:
-    """The scheme, if all of v can be told from what is sent and what is kept.
+def require_recordable(scheme: Scheme) -> SparseScheme:
+    """The scheme, if it sends values themselves and not what an autoencoder makes of them.
 
     Raises:
-        ValueError: if it cannot.
+        ValueError: if it does not.
     """
     if not isinstance(scheme, TopK | ScaleCom):
         raise ValueError(f"analyze: scheme must be {TopK.name}, dgc or {ScaleCom.name}, got {scheme.name}.")
-    if scheme.low_pass < 1:
-        raise ValueError(f"analyze: scheme must have low_pass=1, got {scheme.low_pass}.")
     return scheme
 
 
