@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 import click
 
+from lgc import options
 from lgc.analysis.command import analyze
 from lgc.bench.codec import codec
 from lgc.bench.link import link
@@ -49,18 +50,15 @@ def run_options(command: Command) -> Command:
     """What `train` and `compare` have in common."""
     for option in reversed(
         [
-            click.option("--epochs", type=click.IntRange(1), help="Passes over the training data.  [the recipe's]"),
-            click.option("--steps", type=click.IntRange(1), help="Stop after so many.  [at the end of the epochs]"),
-            click.option("--batch-size", type=click.IntRange(1), help="Samples per rank and step.  [the recipe's]"),
+            options.epochs,
+            options.steps,
+            options.batch_size,
             click.option("--learning-rate", type=float, help="Before the schedule's factor.  [the recipe's]"),
-            click.option(
-                "--data",
-                help="Folder in the hub's layout, or name on the Hugging Face hub.  [the recipe's, if it has one]",
-            ),
-            click.option("--limit-train", type=click.IntRange(1), help="Train on the first so many samples.  [all]"),
+            options.data,
+            options.limit_train,
             click.option("--limit-test", type=click.IntRange(1), help="Evaluate on the first so many samples.  [all]"),
-            click.option("--backbone", help="For recipes that offer several.  [the recipe's first]"),
-            click.option("--bf16", is_flag=True, help="Compute in bfloat16 by autocast, on the CPU and the GPU."),
+            options.backbone,
+            options.bf16,
             click.option(
                 "--compile",
                 is_flag=True,
@@ -73,16 +71,8 @@ def run_options(command: Command) -> Command:
                 help="Steps from one checkpoint to the next; 0 is never.  [an epoch]",
             ),
             click.option("--tensorboard", is_flag=True, help="Write TensorBoard events too; needs lgc[tensorboard]."),
-            click.option(
-                "--timeout",
-                type=click.FloatRange(1),
-                default=60.0,
-                show_default=True,
-                help="Seconds after which a rank that waits for another gives up.",
-            ),
-            click.option(
-                "--out", type=click.Path(file_okay=False, path_type=Path), required=True, help="Folder of the results."
-            ),
+            options.timeout,
+            options.out,
             click.option("--overwrite", is_flag=True, help="Start anew where there is a run already."),
         ]
     ):
@@ -98,7 +88,7 @@ def run_options(command: Command) -> Command:
     type=click.IntRange(1),
     help="Ranks to start on this machine; not under torchrun, which starts them itself.  [1]",
 )
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the model and the shuffling.")
+@options.seed
 @run_options
 def train(recipe: str, scheme: str, workers: int | None, seed: int, out: Path, **run: Any) -> None:
     """Train one recipe with one scheme.
@@ -126,7 +116,7 @@ def train(recipe: str, scheme: str, workers: int | None, seed: int, out: Path, *
 
 @main.command()
 @click.option("--recipe", "recipes", default="digits", show_default=True, help=f"One or more of {', '.join(RECIPES)}.")
-@click.option("--workers", type=click.IntRange(1), default=4, show_default=True, help="Ranks on this machine.")
+@options.workers
 @click.option("--schemes", default="dense,topk,dgc,scalecom,lgc-ring,lgc-ps", show_default=True, help=SCHEME_HELP)
 @click.option("--seeds", type=click.IntRange(1), default=1, show_default=True, help="Train with so many: 0, 1, 2, ...")
 @run_options
@@ -238,10 +228,10 @@ def _plan(
 
 def _launcher(run: dict[str, Any]) -> tuple[Callable[[Settings, Path], None], dict[str, Any]]:
     """What runs settings in a folder, and the options that are left for the settings."""
-    options = dict(run)
-    timeout = timedelta(seconds=options.pop("timeout"))
-    overwrite = options.pop("overwrite")
-    kept = {name: options.pop(name) for name in ("checkpoint_every", "tensorboard")}
+    settings_of_run = dict(run)
+    timeout = timedelta(seconds=settings_of_run.pop("timeout"))
+    overwrite = settings_of_run.pop("overwrite")
+    kept = {name: settings_of_run.pop(name) for name in ("checkpoint_every", "tensorboard")}
     if kept["tensorboard"] and importlib.util.find_spec("tensorboard") is None:
         raise click.UsageError("--tensorboard needs the package tensorboard: pip install 'lgc[tensorboard]'.")
 
@@ -261,4 +251,4 @@ def _launcher(run: dict[str, Any]) -> tuple[Callable[[Settings, Path], None], di
                 raise
             raise click.ClickException(str(error)) from None
 
-    return launch, options
+    return launch, settings_of_run

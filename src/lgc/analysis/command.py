@@ -10,6 +10,7 @@ from typing import Any
 
 import click
 
+from lgc import options
 from lgc.analysis.measure import measure
 from lgc.analysis.page import summarise, write_page
 from lgc.analysis.record import RECORDING, Recording, planned_steps, record, require_recordable
@@ -24,7 +25,7 @@ LEAST_RECORDS = 2
 
 @click.command()
 @click.option("--recipe", type=click.Choice(list(RECIPES)), required=True, help="What to train on what.")
-@click.option("--workers", type=click.IntRange(1), default=4, show_default=True, help="Ranks on this machine.")
+@options.workers
 @click.option("--every", type=click.IntRange(2), default=25, show_default=True, help="Steps from record to record.")
 @click.option(
     "--scheme",
@@ -39,21 +40,15 @@ LEAST_RECORDS = 2
     show_default=True,
     help="Coordinates of every layer that are recorded.",
 )
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the model and the shuffling.")
-@click.option("--epochs", type=click.IntRange(1), help="Passes over the training data.  [the recipe's]")
-@click.option("--steps", type=click.IntRange(1), help="Stop after so many.  [at the end of the epochs]")
-@click.option("--batch-size", type=click.IntRange(1), help="Samples per rank and step.  [the recipe's]")
-@click.option("--data", help="Folder in the hub's layout, or name on the Hugging Face hub.  [the recipe's own]")
-@click.option("--limit-train", type=click.IntRange(1), help="Train on the first so many samples.  [all]")
-@click.option("--backbone", help="For recipes that offer several.  [the recipe's first]")
-@click.option(
-    "--timeout",
-    type=click.FloatRange(1),
-    default=60.0,
-    show_default=True,
-    help="Seconds after which a rank that waits for another gives up.",
-)
-@click.option("--out", type=click.Path(file_okay=False, path_type=Path), required=True, help="Folder of the results.")
+@options.seed
+@options.epochs
+@options.steps
+@options.batch_size
+@options.data
+@options.limit_train
+@options.backbone
+@options.timeout
+@options.out
 @click.option("--overwrite", is_flag=True, help="Replace an analysis that is there.")
 def analyze(workers: int, every: int, samples: int, timeout: float, out: Path, overwrite: bool, **run: Any) -> None:
     """Measure what the workers' gradients have in common.

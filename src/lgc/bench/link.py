@@ -26,6 +26,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lgc import options
 from lgc.aggregators import Aggregator
 from lgc.launch import RankFailedError, preload, start_ranks
 from lgc.network import HEADER_BYTES, Counters, Network, NetworkError, read_counters, temporary_network
@@ -701,8 +702,8 @@ def _is_measured(folder: Path, plan: Plan) -> bool:
 
 @click.command()
 @click.option("--recipe", type=click.Choice(list(RECIPES)), default="digits", show_default=True, help="What to train.")
-@click.option("--data", help="Folder in the hub's layout, or name on the hub.  [the recipe's, if it has one]")
-@click.option("--batch-size", type=click.IntRange(1), help="Samples per rank and step.  [the recipe's]")
+@options.data
+@options.batch_size
 @click.option("--workers", "world_size", type=click.IntRange(2), default=4, show_default=True, help="Number of ranks.")
 @click.option("--schemes", default=SCHEMES, show_default=True, help="As for lgc compare.")
 @click.option(
@@ -730,10 +731,10 @@ def _is_measured(folder: Path, plan: Plan) -> bool:
     type=click.Path(exists=True, file_okay=False, path_type=Path),
     help="Folder of lgc compare with a finished run of every scheme.",
 )
-@click.option("--out", type=click.Path(file_okay=False, path_type=Path), required=True, help="Folder of the results.")
+@options.out
 @click.option("--overwrite", is_flag=True, help="Measure again what is there already.")
 def link(
-    target: float | None, runs: Path | None, loopback: bool, timeout: float, out: Path, overwrite: bool, **options: Any
+    target: float | None, runs: Path | None, loopback: bool, timeout: float, out: Path, overwrite: bool, **run: Any
 ) -> None:
     """Measure what a step costs on slow links.
 
@@ -751,9 +752,9 @@ def link(
     """
     if (target is None) != (runs is None):
         raise click.UsageError("--target and --runs go together.")
-    options["schemes"], options["rates"] = (tuple(options[name].split(",")) for name in ("schemes", "rates"))
+    run["schemes"], run["rates"] = (tuple(run[name].split(",")) for name in ("schemes", "rates"))
     try:
-        plan = Plan(**options)
+        plan = Plan(**run)
         if overwrite or not _is_measured(out, plan):
             with _network(plan.world_size, loopback) as network:
                 measure(plan, out, network, timedelta(seconds=timeout))

@@ -16,6 +16,7 @@ import click
 import torch
 import torch.distributed as dist
 
+from lgc import options
 from lgc.bench.link import LOOPBACK, UNSHAPED, Results, aligned
 from lgc.launch import RankFailedError, pick_device, preload, start_ranks, under_torchrun
 from lgc.plan.cost import TOLERANCE, Arm, Collective, Link, Prediction, Profile, Stage, choose, predict
@@ -63,10 +64,10 @@ class Question:
 )
 @click.option("--latency", default="0ms", show_default=True, help="Of a message (us, ms, s).")
 @click.option("--schemes", default=SCHEMES, show_default=True, help="To choose from, beside dense.")
-@click.option("--batch-size", type=click.IntRange(1), help="Samples per rank and step.  [the recipe's]")
-@click.option("--data", help="Folder in the hub's layout, or name on the Hugging Face hub.  [the recipe's]")
-@click.option("--backbone", help="For recipes that offer several.  [the recipe's first]")
-@click.option("--bf16", is_flag=True, help="Compute in bfloat16 by autocast.")
+@options.batch_size
+@options.data
+@options.backbone
+@options.bf16
 @click.option(
     "--check",
     metavar="FOLDER",

@@ -1,0 +1,31 @@
+"""Options that mean the same in several commands, as decorators."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+epochs = click.option("--epochs", type=click.IntRange(1), help="Passes over the training data.  [the recipe's]")
+steps = click.option("--steps", type=click.IntRange(1), help="Stop after so many.  [at the end of the epochs]")
+batch_size = click.option("--batch-size", type=click.IntRange(1), help="Samples per rank and step.  [the recipe's]")
+data = click.option(
+    "--data", help="Folder in the hub's layout, or name on the Hugging Face hub.  [the recipe's, if it has one]"
+)
+limit_train = click.option("--limit-train", type=click.IntRange(1), help="Train on the first so many samples.  [all]")
+backbone = click.option("--backbone", help="For recipes that offer several.  [the recipe's first]")
+bf16 = click.option("--bf16", is_flag=True, help="Compute in bfloat16 by autocast, on the CPU and the GPU.")
+workers = click.option("--workers", type=click.IntRange(1), default=4, show_default=True, help="Ranks on this machine.")
+seed = click.option(
+    "--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the model and the shuffling."
+)
+timeout = click.option(
+    "--timeout",
+    type=click.FloatRange(1),
+    default=60.0,
+    show_default=True,
+    help="Seconds after which a rank that waits for another gives up.",
+)
+out = click.option(
+    "--out", type=click.Path(file_okay=False, path_type=Path), required=True, help="Folder of the results."
+)
