@@ -361,7 +361,7 @@ def plan(**changes: Any) -> Plan:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"rates": ("fast",)}, "a link must be"),
+        ({"rates": ("fast",)}, "link must be a number with kbit, mbit, gbit"),
         ({"schemes": ("dgc:rate=2",)}, r"DGC\(rate=\.\.\.\) must be in \(0, 1\], got 2"),
         ({"schemes": ("dgc", "dgc")}, "schemes must differ, got dgc,dgc"),
         ({"schemes": ("dense", "auto")}, "schemes must not have auto"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import multiprocessing
@@ -23,7 +24,7 @@ from killed_save import IN_A_WRITE, save_and_die
 from ranks import Ranks
 
 from lgc import checkpoint
-from lgc.checkpoint import CheckpointError
+from lgc.checkpoint import CheckpointError, RefusedError
 
 RankFactory = Callable[[int], Ranks]
 
@@ -254,6 +255,10 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda p: rewrite(p, files=entry(p, name="../x")),
         r"files\[0\].name must be rank-0000.*, got '\.\./x'",
     ),
+    "tensor of no form": (
+        lambda p: rewrite(p, files=entry(p, tensors={"/w": [["float32"], [6]]})),
+        r"files\[0\].tensors\['/w'\] must be \[dtype, shape\]",
+    ),
     "field unknown": (lambda p: rewrite(p, files=entry(p, more=1)), r"files\[0\] must be an object of name, size"),
 }
 
@@ -271,11 +276,35 @@ def test_a_damaged_checkpoint_is_refused_by_file_and_field_and_the_previous_one_
     newest, previous = two
     apply, message = DAMAGE[damage]
     apply(newest)
-    with pytest.raises(CheckpointError, match=f"rank 0: .*{message}"):
+    with pytest.raises(RefusedError, match=f"rank 0: .*{message}"):
         checkpoint.load(newest, group=alone)
-    checkpoint.set_aside(newest)
+    checkpoint.set_aside(newest, group=alone)
     assert checkpoint.available(newest.parent) == [previous]
     assert checkpoint.load(previous, group=alone)["step"] == 1
+
+
+def test_a_step_can_be_set_aside_again(two: list[Path], alone: dist.ProcessGroup) -> None:
+    newest, _ = two
+    first = checkpoint.set_aside(newest, group=alone)
+    checkpoint.save(newest.parent, {"step": 2}, step=2, group=alone)
+    second = checkpoint.set_aside(newest, group=alone)
+    assert [first.name, second.name] == [f"{newest.name}.refused", f"{newest.name}.refused-2"]
+    assert first.is_dir()
+    assert second.is_dir()
+
+
+def test_a_file_that_cannot_be_read_is_not_taken_for_damaged(
+    two: list[Path], alone: dist.ProcessGroup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(path: Path) -> bytes:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_bytes", fail)
+        with pytest.raises(CheckpointError, match="cannot be read: Input/output error") as failure:
+            checkpoint.load(two[0], group=alone)
+    assert not isinstance(failure.value, RefusedError)
+    assert checkpoint.load(two[0], group=alone)["step"] == 2
 
 
 @pytest.mark.parametrize("damage", ["file missing", "file truncated", "manifest missing", "manifest truncated"])

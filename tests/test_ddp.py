@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
+import os
+import subprocess
+import sys
 import warnings
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -332,6 +337,96 @@ def test_uneven_inputs_under_join_work(ranks: RankFactory, scheme: str) -> None:
     for result in results:
         assert_same(result, results[0])
         assert all(torch.isfinite(tensor).all() for tensor in result.values())
+
+
+def uneven_and_checked(rank: int, world_size: int, scheme: Any, on_difference: Any) -> dict[str, Tensor]:
+    ddp = build("convolutional")
+    optimizer = optimizer_of(ddp, scheme)
+    lgc.attach(ddp, scheme, optimizer, check_every=1, on_difference=on_difference)
+    with ddp.join():
+        for step in range(4 + 3 * rank):
+            if rank == world_size - 1 and step == 12:
+                before = parameters(ddp)
+            x, y = batch(rank, step)
+            optimizer.zero_grad()
+            F.cross_entropy(ddp(x), y).backward()
+            if rank == world_size - 1 and step == 12:
+                assert_same(parameters(ddp), before)  # not those of a rank that is done
+            optimizer.step()
+    return parameters(ddp)
+
+
+@pytest.mark.parametrize("on_difference", ["raise", "synchronise"])
+@pytest.mark.parametrize("scheme", ["dense", "dgc", "lgc-ring"])
+def test_ranks_whose_inputs_have_run_out_are_not_compared(ranks: RankFactory, scheme: str, on_difference: str) -> None:
+    results = ranks(4).run(uneven_and_checked, SCHEMES[scheme], on_difference)
+    for result in results:
+        assert_same(result, results[0])
+
+
+# --- ranks that compute differently ---
+
+
+def decoding(rank: int, world_size: int, scheme: Any, alike: bool) -> tuple[dict[str, Tensor], bool | None]:
+    ddp = build("wide")
+    optimizer = optimizer_of(ddp, scheme)
+    handle = lgc.attach(ddp, scheme, optimizer, check_every=1)
+    torch.backends.mkldnn.set_flags(_enabled=alike or rank > 0)
+    try:
+        for step in range(STEPS):
+            x, y = batch(rank, step)
+            optimizer.zero_grad()
+            F.cross_entropy(ddp(x), y).backward()
+            optimizer.step()
+    finally:
+        torch.backends.mkldnn.set_flags(_enabled=True)
+    aggregator: Any = handle.aggregator
+    return parameters(ddp), aggregator._exact
+
+
+@pytest.mark.parametrize("alike", [True, False])
+@pytest.mark.parametrize("scheme", LGC)
+def test_ranks_with_other_hardware_decode_the_same(ranks: RankFactory, scheme: str, alike: bool) -> None:
+    (first, exact), *others = ranks(3).run(decoding, SCHEMES[scheme], alike)
+    assert exact is not alike
+    for other, _ in others:
+        assert_same(other, first)
+
+
+BACKEND_OF_TORCHS_CHOICE = """
+import torch, torch.distributed as dist, lgc
+dist.init_process_group()
+model = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(40, 3))
+handle = lgc.attach(model, lgc.LGCRing(rate=0.1, dense_steps=1, warmup_steps=2, train_steps=1))
+for _ in range(5):
+    model.zero_grad()
+    model(torch.ones(2, 40)).sum().backward()
+print(handle.phase, handle.wire_summary()["sent_bytes"])
+dist.destroy_process_group()
+"""
+
+
+def test_the_backend_may_be_left_to_torch() -> None:
+    environment = os.environ | {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    command = [sys.executable, "-c", BACKEND_OF_TORCHS_CHOICE]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
+    assert done.stdout == "compressed 0\n", done.stderr
+
+
+def used_after_ddp(rank: int, world_size: int) -> None:
+    ddp = build("convolutional")
+    handle = lgc.attach(ddp, SCHEMES["dgc"], optimizer_of(ddp, SCHEMES["dgc"]))
+    x, y = batch(rank, 0)
+    F.cross_entropy(ddp(x), y).backward()
+    module, left = ddp.module, weakref.ref(handle)
+    del ddp, handle
+    gc.collect()
+    assert left() is None
+    F.cross_entropy(module(x), y).backward()  # adds to the mean, as is usual without DDP
+
+
+def test_nothing_is_left_on_a_model_that_is_used_without_ddp(ranks: RankFactory) -> None:
+    ranks(2).run(used_after_ddp)
 
 
 def two_models(rank: int, world_size: int, first: Any, second: Any) -> list[Trained]:

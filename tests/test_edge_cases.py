@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -14,7 +14,7 @@ from rounds import SHAPES, Run, Shapes, gradient, joined, run_rounds, scheme_of
 from torch import Tensor
 
 import lgc
-from lgc.autoencoder import Doubling, RingAutoencoder, ServerAutoencoder, latent_shape
+from lgc.autoencoder import Decoder, Doubling, RingAutoencoder, ServerAutoencoder, latent_shape, replicated
 from lgc.selection import LONG, SAMPLES, largest
 
 RankFactory = Callable[[int], Ranks]
@@ -240,6 +240,51 @@ def test_the_server_autoencoder_returns_every_length(length: int) -> None:
     reference = Weights.of(autoencoder.state_dict(), world_size)
     for k in range(world_size):
         torch.testing.assert_close(y[k], decode(reference, k, z[0], length, innovations[k]))
+
+
+@pytest.fixture
+def kernels() -> Iterator[None]:
+    """The number of threads and the use of oneDNN are as before afterwards."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+    torch.backends.mkldnn.set_flags(_enabled=True)
+
+
+@pytest.mark.parametrize("length", [1, 100, 20_000])
+@pytest.mark.usefixtures("kernels")
+def test_what_is_decoded_exactly_is_the_same_with_other_kernels_and_near_the_usual(length: int) -> None:
+    generator = torch.Generator().manual_seed(1)
+    autoencoder = ServerAutoencoder(1, torch.Generator().manual_seed(0), lgc.Float32())
+    (decoder,) = autoencoder.decoders
+    assert isinstance(decoder, Decoder)
+    torch.nn.init.normal_(decoder.out.weight, std=0.3, generator=generator)
+    z = torch.randn(1, *latent_shape(length), generator=generator)
+    innovation = torch.randn(1, length, generator=generator)
+    results = []
+    with torch.no_grad():
+        usual = decoder(z, length, innovation)
+        for number, mkldnn in [(1, True), (2, True), (3, False)]:
+            torch.set_num_threads(number)
+            torch.backends.mkldnn.set_flags(_enabled=mkldnn)
+            results.append(decoder(z, length, innovation, exact=True))
+        others = torch.cat([z, 100 * z, torch.full_like(z, torch.inf)])
+        results.append(decoder(others, length, innovation, exact=True)[:1])  # whatever else is decoded with it
+    for result in results:
+        assert torch.equal(result, results[0])
+    assert (usual - results[0]).norm() < 0.03 * usual.norm()
+
+
+def test_the_precision_of_float32_may_be_set() -> None:
+    conv: Any = torch.backends.cudnn.conv  # type: ignore[attr-defined]
+    deterministic = torch.backends.cudnn.deterministic
+    conv.fp32_precision = "ieee"  # torch.backends.cudnn.flags() then fails
+    try:
+        with replicated(torch.device("cpu")):
+            assert torch.backends.cudnn.deterministic
+    finally:
+        conv.fp32_precision = "none"
+    assert torch.backends.cudnn.deterministic == deterministic
 
 
 def test_the_number_of_parameters_is_the_papers() -> None:

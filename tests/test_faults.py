@@ -74,6 +74,30 @@ def fail_while_preparing(rank: int, world_size: int, scheme: Any, failing: int, 
         training.step()
 
 
+def announce_too_much(rank: int, world_size: int, scheme: Any, length: int) -> None:
+    training = Training(rank, scheme)
+    transport: Any = training.handle.transport
+    open_round = transport.open_round
+
+    def exaggerate(*args: Any, **kwargs: Any) -> Any:
+        own, leader = kwargs["lengths"]
+        lengths = (length, length) if rank == 1 and training.handle.step == 9 else (own, leader)
+        return open_round(*args, **kwargs | {"lengths": lengths})
+
+    transport.open_round = exaggerate
+    for _ in range(STEPS):
+        training.step()
+
+
+@pytest.mark.parametrize("length", [2**40, -1])
+@every_scheme
+def test_a_payload_of_impossible_length_is_refused_before_memory_is_taken_for_it(
+    ranks: RankFactory, scheme: str, length: int
+) -> None:
+    for failure in ranks(2).exceptions(announce_too_much, SCHEMES[scheme], length):
+        assert f"bytes, as announced, got {length}" in str(failure)
+
+
 @pytest.mark.parametrize("at", [3, 5, 8])
 @every_scheme
 def test_a_rank_that_cannot_prepare_its_round_is_named_on_every_rank(ranks: RankFactory, scheme: str, at: int) -> None:

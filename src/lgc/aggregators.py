@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lgc.coding import Float32, IndexCoder, Kind, ValueCodec, pack, unpack
+from lgc.coding import Float32, IndexCoder, Kind, ValueCodec, pack, size_limit, unpack
 from lgc.feedback import Feedback, Piece
 from lgc.layout import Layout
 from lgc.schedule import Schedule, Stage
@@ -195,7 +195,8 @@ class OwnTopK:
         """Mean over the ranks of what each selected."""
         if not self.region.segments:
             return Exchange([], offer.piece)
-        payloads = self.transport.all_gather_bytes(offer.payload, "entries", lengths)
+        limit = size_limit(self._bounds(least_rate))
+        payloads = self.transport.all_gather_bytes(offer.payload, "entries", lengths, limit=limit)
         device = offer.piece.values.device
         pieces = [
             offer.piece if rank == self.transport.rank else self._unpack(payload, least_rate, step, device)
@@ -214,11 +215,15 @@ class OwnTopK:
 
     def _unpack(self, payload: Tensor, least_rate: float, step: int, device: torch.device) -> Piece:
         counts, value_counts = self.region.counts(least_rate), self.region.element_counts(least_rate)
-        bounds = [self.codecs.indices.bound(self.region.sizes, counts), self.codecs.values.size(value_counts)]
-        index_code, value_code = unpack(payload, kind=Kind.ENTRIES, step=step, bounds=bounds)
+        index_code, value_code = unpack(payload, kind=Kind.ENTRIES, step=step, bounds=self._bounds(least_rate))
         positions = self.codecs.indices.decode(index_code, self.region.sizes, counts)
         values = self.codecs.values.decode(value_code, value_counts)
         return Piece(self.region.elements(positions, least_rate).to(device), values.to(device))
+
+    def _bounds(self, least_rate: float) -> list[int]:
+        """The largest possible numbers of bytes of indices and values."""
+        counts, value_counts = self.region.counts(least_rate), self.region.element_counts(least_rate)
+        return [self.codecs.indices.bound(self.region.sizes, counts), self.codecs.values.size(value_counts)]
 
 
 class ServerTopK(OwnTopK):
@@ -237,14 +242,16 @@ class ServerTopK(OwnTopK):
         if not self.region.segments:
             return Exchange([], offer.piece)
         device = offer.piece.values.device
-        gathered = self.transport.gather_bytes(offer.payload, "entries", lengths)
+        limit = size_limit(self._bounds(least_rate))
+        gathered = self.transport.gather_bytes(offer.payload, "entries", lengths, limit=limit)
         reply = offer.payload
         if gathered is not None:
             for payload in gathered:
                 where, values = self._unpack(payload, least_rate, step, device)
                 self.residual[where] += values / self.transport.world_size
             reply = self._pack(self.region.select(self.residual, least_rate), self.residual, least_rate, step)
-        chosen = self._unpack(self.transport.broadcast_bytes(reply, "entries", source=SERVER), least_rate, step, device)
+        reply = self.transport.broadcast_bytes(reply, "entries", source=SERVER, limit=limit)
+        chosen = self._unpack(reply, least_rate, step, device)
         if gathered is not None:
             self.residual[chosen.where] -= chosen.values
         return Exchange([chosen], offer.piece)
@@ -284,10 +291,11 @@ class SharedTopK:
         if not self.region.segments:
             return torch.empty(0, dtype=torch.int64, device=device), torch.zeros(1, device=device)
         leader = self.leader(step)
-        payload = self.transport.broadcast_bytes(offer.payload, "indices", source=leader, length=lengths[leader])
-        index_code, scale_code = unpack(
-            payload, kind=Kind.INDICES, step=step, bounds=[self.index_bound(least_rate), Float32().size([1])]
+        bounds = [self.index_bound(least_rate), Float32().size([1])]
+        payload = self.transport.broadcast_bytes(
+            offer.payload, "indices", source=leader, length=lengths[leader], limit=size_limit(bounds)
         )
+        index_code, scale_code = unpack(payload, kind=Kind.INDICES, step=step, bounds=bounds)
         return self.decode_indices(index_code, least_rate, device), Float32().decode(scale_code, [1]).to(device)
 
     def index_bound(self, least_rate: float) -> int:
@@ -317,7 +325,7 @@ class SharedTopK:
         parts = [unpack(payload, kind=Kind.VALUES, step=step, bounds=bounds)[0] for payload in payloads]
         decoded = torch.stack([self.codecs.values.decode(part, counts) for part in parts]).to(x.device)
         sent = Piece(indices, decoded[self.transport.rank])
-        return Exchange([Piece(indices, decoded.sum(dim=0) / self.transport.world_size)], sent)
+        return Exchange([Piece(indices, sum_in_order(decoded) / self.transport.world_size)], sent)
 
 
 class OwnAggregator(Aggregator):
@@ -391,6 +399,14 @@ def root_mean_square(x: Tensor) -> Tensor:
     norm = torch.linalg.vector_norm(x, dtype=torch.float64)  # squares of float32 may vanish
     mean: Tensor = norm / math.sqrt(max(x.numel(), 1))
     return mean.float().view(1)
+
+
+def sum_in_order(rows: Tensor) -> Tensor:
+    """Sum over the first dimension, the same bits on any hardware."""
+    total = rows[0].clone()
+    for row in rows[1:]:
+        total += row
+    return total
 
 
 def _add_up(pieces: tuple[Piece, ...] | list[Piece], total: Tensor) -> Tensor:

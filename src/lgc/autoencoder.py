@@ -6,7 +6,7 @@ Source: LGC, section IV. E is shared by all ranks; the ring variant has one deco
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any, Literal, TypeVar
@@ -24,7 +24,10 @@ SLOPE = 0.01
 LATENT_RANGE = 2.5  # root mean squares; near the best for 16 levels and a Gaussian: Max, IRE Trans. IT-6, 1960
 LATENT_SCALE_DECAY = 0.9
 
+LEVELS = 127  # of exact convolutions; sums of up to 2^24 / 127^2 = 1040 products of such integers are exact in float32
+
 RingLatent = Float32 | Uniform
+Convolution = Callable[..., Tensor]  # as F.conv1d
 Optimizer = Literal["adam", "sgd"]
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -63,13 +66,13 @@ class Doubling(nn.ConvTranspose1d):
     def __init__(self, inputs: int, outputs: int, *, device: str) -> None:
         super().__init__(inputs, outputs, 3, stride=2, padding=1, output_padding=1, device=device)
 
-    def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
+    def forward(self, x: Tensor, output_size: list[int] | None = None, *, convolve: Convolution = F.conv1d) -> Tensor:
         first, middle, last = self.weight.unbind(2)
         even = torch.stack([middle, torch.zeros_like(middle)], dim=2)  # y[2i] = middle x[i]
         odd = torch.stack([last, first], dim=2)  # y[2i + 1] = last x[i] + first x[i + 1]
         weight = torch.stack([even, odd], dim=2).permute(1, 2, 0, 3).flatten(0, 1)
         assert self.bias is not None
-        both = F.conv1d(x, weight, self.bias.repeat_interleave(2), padding=1)[..., 1:]
+        both = convolve(x, weight, self.bias.repeat_interleave(2), padding=1)[..., 1:]
         y: Tensor = both.unflatten(1, (-1, 2)).transpose(2, 3).flatten(2)
         return y
 
@@ -77,8 +80,10 @@ class Doubling(nn.ConvTranspose1d):
 class Decoder(nn.Module):
     """y = D(z) or, with an innovation, y = D(z, e); the first `length` values, shape (batch, length).
 
-    The innovation e has shape (batch, length) and is one more channel of the last convolution.
+    The innovation e has shape (batch, length) and is one more channel of the last convolution, which is 1 wide.
     43,681 parameters, with an innovation 43,682.
+
+    With `exact` the result is the same bits on any hardware and with any number of threads, and a little coarser.
     """
 
     out: nn.Conv1d
@@ -90,14 +95,14 @@ class Decoder(nn.Module):
         self.hidden_channels = channels[-1]
         self.out = _skip_init(nn.Conv1d, self.hidden_channels + innovation, 1, 1)
 
-    def forward(self, z: Tensor, length: int, innovation: Tensor | None = None) -> Tensor:
+    def forward(self, z: Tensor, length: int, innovation: Tensor | None = None, *, exact: bool = False) -> Tensor:
+        convolve: Convolution = _exact_conv1d if exact else F.conv1d
         h = z
         for up in self.ups:
-            h = F.leaky_relu(up(h), SLOPE, inplace=True)
-        if innovation is not None:
-            h = torch.cat([h, _pad(innovation).unsqueeze(1)], dim=1)
-        y: Tensor = self.out(h)
-        return y[:, 0, :length]
+            h = F.leaky_relu(up(h, convolve=convolve), SLOPE, inplace=True)
+        of_hidden, of_innovation = self.out.weight.tensor_split([self.hidden_channels], dim=1)
+        y: Tensor = convolve(h, of_hidden, self.out.bias)[:, 0, :length]
+        return y if innovation is None else y + of_innovation.flatten() * innovation
 
 
 class RingAutoencoder(nn.Module):
@@ -152,11 +157,10 @@ class ServerAutoencoder(nn.Module):
         self.decoders = nn.ModuleList(Decoder(innovation=True) for _ in range(world_size))
         _initialise(self, generator)
 
-    def decode(self, z: Tensor, innovations: Tensor) -> Tensor:
+    def decode(self, z: Tensor, innovations: Tensor, *, exact: bool = False) -> Tensor:
         """y_k = D_k(z, e_k) for all k; z of shape (1, 4, ceil(mu / 16)), innovations and result (K, mu)."""
-        length = innovations.shape[1]
-        decoded = [decoder(z, length, e[None]) for decoder, e in zip(self.decoders, innovations, strict=True)]
-        return torch.cat(decoded)
+        pairs = zip(self.decoders, innovations, strict=True)
+        return torch.cat([decoder(z, innovations.shape[1], e[None], exact=exact) for decoder, e in pairs])
 
     def loss(self, x: Tensor, innovations: Tensor, leader: int) -> Tensor:
         """Reconstruction and similarity, for the scaled vectors of all ranks, shape (K, mu).
@@ -214,10 +218,15 @@ def unpack_weights(module: nn.Module, vector: Tensor) -> None:
 
 @contextmanager
 def replicated(device: torch.device) -> Iterator[None]:
-    """Inference whose result is the same on every rank: only deterministic float32 kernels."""
-    deterministic = torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False)
-    with torch.no_grad(), torch.autocast(device.type, enabled=False), deterministic:
-        yield
+    """Inference that gives the same bits again, on the same hardware: only deterministic kernels."""
+    cudnn = torch.backends.cudnn  # its flags() would fail where fp32_precision has been set
+    before = cudnn.deterministic, cudnn.benchmark
+    cudnn.deterministic, cudnn.benchmark = True, False
+    try:
+        with torch.no_grad(), torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        cudnn.deterministic, cudnn.benchmark = before
 
 
 @contextmanager
@@ -225,6 +234,25 @@ def trainable(device: torch.device) -> Iterator[None]:
     """Training inside a gradient hook, where torch has switched gradients off."""
     with torch.enable_grad(), torch.autocast(device.type, enabled=False):
         yield
+
+
+def _exact_conv1d(x: Tensor, weight: Tensor, bias: Tensor, padding: int = 0) -> Tensor:
+    """F.conv1d of x and the weight rounded to 8 bits, each relative to its largest value (x by sample).
+
+    The convolution then adds integers, without rounding whatever the order, and also where a kernel keeps only 8 bits
+    of its factors' mantissas (bfloat16, TF32). All else is element by element, as IEEE 754 has it.
+    """
+    assert weight[0].numel() <= 2**24 / LEVELS**2
+    x, x_step = _round(x, (1, 2))
+    weight, weight_step = _round(weight, (0, 1, 2))
+    return F.conv1d(x, weight, padding=padding).mul_(x_step * weight_step).add_(bias.unsqueeze(1))
+
+
+def _round(tensor: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """Integers in [-127, 127], as floats, and the step that they count."""
+    step = tensor.abs().amax(dim=dims, keepdim=True) / LEVELS
+    step = torch.where(step == 0, 1.0, step)
+    return (tensor / step).round_(), step
 
 
 def _skip_init(kind: type[Module], *args: int, **kwargs: Any) -> Module:

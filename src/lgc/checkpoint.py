@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import json
 import logging
 import math
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -53,7 +54,11 @@ State = Mapping[str, Any]
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that cannot be written, or is refused; the message names the file and what is wrong with it."""
+    """A checkpoint that cannot be written or read; the message names the file and what is wrong."""
+
+
+class RefusedError(CheckpointError):
+    """A checkpoint that is damaged or not understood; to try again would not help."""
 
 
 def save(directory: Path | str, state: State, *, step: int, group: dist.ProcessGroup, keep: int = 2) -> Path:
@@ -123,11 +128,21 @@ def latest(directory: Path | str) -> Path | None:
     return next(iter(available(directory)), None)
 
 
-def set_aside(path: Path) -> Path:
-    """Rename a checkpoint that `load` refused, so that it is not found any more; by one rank. Returns the new path."""
-    aside = path.with_name(path.name + ".refused")
-    path.rename(aside)
-    return aside
+def set_aside(path: Path, *, group: dist.ProcessGroup) -> Path:
+    """Rename a checkpoint that `load` refused, so that it is not found any more; a collective. Returns the new path.
+
+    Raises:
+        CheckpointError: on every rank, if it cannot be renamed.
+    """
+
+    def rename() -> str:
+        numbers = itertools.chain([""], (f"-{number}" for number in itertools.count(2)))
+        paths = (path.with_name(f"{path.name}.refused{number}") for number in numbers)
+        aside = next(path for path in paths if not path.exists())
+        path.rename(aside)
+        return aside.name
+
+    return path.with_name(_together(Transport(group), "checkpoint.set_aside", rename, rank=SERVER)[SERVER])
 
 
 def load(path: Path, *, group: dist.ProcessGroup) -> dict[str, Any]:
@@ -136,7 +151,8 @@ def load(path: Path, *, group: dist.ProcessGroup) -> dict[str, Any]:
     As `load_rank`, but a file that one rank refuses is refused by all.
 
     Raises:
-        CheckpointError: on every rank, naming each rank that refused, the file, and what is wrong with it.
+        RefusedError: on every rank, naming each rank that refused, the file, and what is wrong with it.
+        CheckpointError: the same, where a file could not be read, which may be no fault of the checkpoint.
     """
     transport = Transport(group)
     state: dict[str, Any] = {}
@@ -147,7 +163,7 @@ def load(path: Path, *, group: dist.ProcessGroup) -> dict[str, Any]:
 
     manifests = _together(transport, "checkpoint.load", read)
     if len(set(manifests)) != 1:
-        raise CheckpointError(f"checkpoint.load: the ranks have different checkpoints: {manifests} (sha256 by rank).")
+        raise RefusedError(f"checkpoint.load: the ranks have different checkpoints: {manifests} (sha256 by rank).")
     return state
 
 
@@ -160,7 +176,8 @@ def load_rank(path: Path, *, rank: int, world_size: int) -> dict[str, Any]:
     differs between ranks otherwise, such as a random generator, is for the caller to set.
 
     Raises:
-        CheckpointError: naming the file and the field, what was expected and what is there.
+        RefusedError: naming the file and the field, what was expected and what is there.
+        CheckpointError: naming the file that could not be read.
     """
     if not 0 <= rank < world_size:
         raise ValueError(f"checkpoint.load_rank(rank=...) must be in 0 .. {world_size - 1}, got {rank}.")
@@ -169,10 +186,12 @@ def load_rank(path: Path, *, rank: int, world_size: int) -> dict[str, Any]:
     state = _read_rank(path, manifest.files[rank % saved])
     if saved == world_size:
         return state
-    for keys in list(_handles(state)):
+
+    def resharded(keys: tuple[Any, ...]) -> dict[str, Any]:
         states = (_at(_read_rank(path, file), keys) for file in manifest.files)
-        _replace(state, keys, reshard(states, rank=rank, world_size=world_size))
-    return state
+        return reshard(states, rank=rank, world_size=world_size)
+
+    return dict(_with_handles(state, resharded))
 
 
 def reshard(states: Iterable[State], *, rank: int, world_size: int) -> dict[str, Any]:
@@ -226,7 +245,7 @@ class _Manifest(NamedTuple):
     files: list[_File]
 
 
-class _NewerSchemaError(CheckpointError):
+class _NewerSchemaError(RefusedError):
     pass
 
 
@@ -253,21 +272,19 @@ def _together(transport: Transport, what: str, action: Callable[[], Any], rank: 
     except Exception as exception:
         error = str(exception) if isinstance(exception, CheckpointError) else repr(exception)
         cause = exception
-    answers = _all_gather_json(transport, [result, error])
-    failures = [f"rank {number}: {error}" for number, (_, error) in enumerate(answers) if error is not None]
+    answers = _all_gather_json(transport, [result, error, isinstance(cause, RefusedError)])
+    failures = [(f"rank {number}: {error}", refused) for number, (_, error, refused) in enumerate(answers) if error]
     if failures:
-        raise CheckpointError(f"{what}: {'; '.join(failures)}") from cause
-    return [result for result, _ in answers]
+        kind = RefusedError if all(refused for _, refused in failures) else CheckpointError
+        raise kind(f"{what}: {'; '.join(text for text, _ in failures)}") from cause
+    return [result for result, *_ in answers]
 
 
 def _all_gather_json(transport: Transport, value: Any) -> list[Any]:
     """The JSON values of all ranks, by rank, exchanged as lengths and bytes."""
-    device = torch.device("cpu") if dist.get_backend(transport.group) == "gloo" else torch.device("cuda")
-    text = json.dumps(value).encode()
-    lengths = transport.all_gather(torch.tensor([len(text)], device=device), "checkpoint").flatten().tolist()
-    padded = torch.frombuffer(bytearray(text.ljust(max(lengths))), dtype=torch.uint8)
-    rows = transport.all_gather(padded.to(device), "checkpoint").cpu()
-    return [json.loads(row.numpy().tobytes()) for row in rows]
+    payload = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+    payloads = transport.all_gather_bytes(payload, "checkpoint", limit=MANIFEST_LIMIT)
+    return [json.loads(payload.numpy().tobytes()) for payload in payloads]
 
 
 def _prepare(path: Path) -> None:
@@ -380,12 +397,12 @@ def _parse_manifest(file: Path) -> tuple[dict[str, Any], str]:
         _require(file, "size", f"at most {MANIFEST_LIMIT}", size, size <= MANIFEST_LIMIT)
         text = file.read_bytes()
     except OSError as error:
-        raise CheckpointError(f"{file} cannot be read: {error.strerror}.") from error
+        raise _unreadable(file, error) from error
     try:
         content = dict(json.loads(text))
         return content, _content_digest({key: value for key, value in content.items() if key != "sha256"})
     except (ValueError, TypeError, RecursionError) as error:
-        raise CheckpointError(f"{file} is not a JSON object: {error}.") from error
+        raise RefusedError(f"{file} is not a JSON object: {error}.") from error
 
 
 def _read_entry(manifest: Path, rank: int, entry: Any) -> _File:
@@ -410,6 +427,7 @@ def _is_form(form: Any) -> bool:
     return (
         isinstance(form, list)
         and len(form) == 2
+        and isinstance(form[0], str)
         and form[0] in DTYPES
         and isinstance(form[1], list)
         and all(type(length) is int and length >= 0 for length in form[1])
@@ -423,7 +441,7 @@ def _read_rank(path: Path, entry: _File) -> dict[str, Any]:
     try:
         data = file.read_bytes()
     except OSError as error:
-        raise CheckpointError(f"{file} cannot be read: {error.strerror}.") from error
+        raise _unreadable(file, error) from error
     digest = hashlib.sha256(data).hexdigest()
     _require(file, "sha256", entry.sha256, digest, digest == entry.sha256)
     try:
@@ -431,7 +449,7 @@ def _read_rank(path: Path, entry: _File) -> dict[str, Any]:
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
         tree = json.loads(header["__metadata__"]["state"], parse_constant=_refuse_constant)
     except (safetensors.SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise CheckpointError(f"{file} cannot be understood: {error!r}.") from error
+        raise RefusedError(f"{file} cannot be understood: {error!r}.") from error
     forms = {name: [_dtype_name(tensor), list(tensor.shape)] for name, tensor in tensors.items()}
     for name in sorted({*forms, *entry.tensors}):
         expected, actual = entry.tensors.get(name), forms.get(name)
@@ -439,7 +457,7 @@ def _read_rank(path: Path, entry: _File) -> dict[str, Any]:
     try:
         state = _decode(tree, tensors)
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise CheckpointError(f"{file}: state cannot be understood: {error!r}.") from error
+        raise RefusedError(f"{file}: state cannot be understood: {error!r}.") from error
     _require(file, "state", "an object", type(state).__name__, isinstance(state, dict))
     return dict(state)
 
@@ -448,13 +466,18 @@ def _require_size(file: Path, entry: _File) -> None:
     try:
         size = file.stat().st_size
     except OSError as error:
-        raise CheckpointError(f"{file} cannot be read: {error.strerror}.") from error
+        raise _unreadable(file, error) from error
     _require(file, "size", entry.size, size, size == entry.size)
+
+
+def _unreadable(file: Path, error: OSError) -> CheckpointError:
+    kind = RefusedError if isinstance(error, FileNotFoundError) else CheckpointError
+    return kind(f"{file} cannot be read: {error.strerror}.")
 
 
 def _require(file: Path, field: str, expected: object, actual: object, holds: bool) -> None:
     if not holds:
-        raise CheckpointError(f"{file}: {field} must be {expected}, got {actual!r:.200}.")
+        raise RefusedError(f"{file}: {field} must be {expected}, got {actual!r:.200}.")
 
 
 def _refuse_constant(text: str) -> None:
@@ -525,32 +548,28 @@ def _is_handle(value: Any) -> bool:
     return isinstance(value, Mapping) and {"scheme", "rank", "world_size", "wire", "aggregator"} <= set(value)
 
 
-def _handles(value: Any, keys: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    """Where in a nested state the states of handles are."""
+def _with_handles(value: Any, replacement: Callable[[tuple[Any, ...]], Any], keys: tuple[Any, ...] = ()) -> Any:
+    """A nested state with another one in place of each handle's, given where that is."""
     if _is_handle(value):
-        yield keys
-    elif isinstance(value, Mapping):
-        for key, item in value.items():
-            yield from _handles(item, (*keys, key))
+        return replacement(keys)
+    if isinstance(value, Mapping):
+        return {key: _with_handles(item, replacement, (*keys, key)) for key, item in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(_with_handles(item, replacement, (*keys, index)) for index, item in enumerate(value))
+    return value
 
 
 def _scheme(state: State) -> str | None:
     """The scheme of the first handle in a nested state."""
-    return next((_at(state, keys)["scheme"] for keys in _handles(state)), None)
+    found: list[tuple[Any, ...]] = []
+    _with_handles(state, found.append)
+    return _at(state, found[0])["scheme"] if found else None
 
 
 def _at(state: Any, keys: tuple[Any, ...]) -> Any:
     for key in keys:
         state = state[key]
     return state
-
-
-def _replace(state: dict[str, Any], keys: tuple[Any, ...], value: dict[str, Any]) -> None:
-    if not keys:
-        state.clear()
-        state.update(value)
-    else:
-        _at(state, keys[:-1])[keys[-1]] = value
 
 
 def _overlap(old_rank: int, old_world_size: int, rank: int, world_size: int) -> Fraction:

@@ -18,7 +18,7 @@ from lgc.bench.link import link
 from lgc.launch import RankFailedError, run_in_job, run_locally, under_torchrun
 from lgc.plan.command import plan
 from lgc.recipes import RECIPES
-from lgc.report import Link, find_runs, format_table, write_report
+from lgc.report import LineRate, find_runs, format_table, write_report
 from lgc.run_folder import SUMMARY, OtherRunError
 from lgc.schemes import SCHEMES
 from lgc.train import Output, Settings
@@ -144,7 +144,7 @@ def compare(recipes: str, workers: int, schemes: str, seeds: int, out: Path, **r
     finally:
         runs = find_runs([folder for folder in planned if (folder / SUMMARY).exists()])
         if runs:
-            write_report(runs, out / "report.html", [Link.parse(LINK)])
+            write_report(runs, out / "report.html", [LineRate.parse(LINK)])
             click.echo(format_table(runs))
             click.echo(f"\n{out / 'report.html'}")
 
@@ -181,7 +181,7 @@ main.add_command(plan)
     callback=lambda _context, _parameter, values: _links(values),
     help="Speed (kbit, mbit, gbit) of a link to predict the time on; several give a figure each.",
 )
-def report(folders: tuple[Path, ...], out: Path | None, links: list[Link]) -> None:
+def report(folders: tuple[Path, ...], out: Path | None, links: list[LineRate]) -> None:
     """Write one page about all finished runs in FOLDERS and below.
 
     \b
@@ -198,9 +198,9 @@ def report(folders: tuple[Path, ...], out: Path | None, links: list[Link]) -> No
     click.echo(f"\n{page}")
 
 
-def _links(texts: tuple[str, ...]) -> list[Link]:
+def _links(texts: tuple[str, ...]) -> list[LineRate]:
     try:
-        return [Link.parse(text) for text in texts]
+        return [LineRate.parse(text) for text in texts]
     except ValueError as error:
         raise click.BadParameter(str(error)) from None
 

@@ -6,10 +6,10 @@ import logging
 import sys
 import time
 import warnings
+import weakref
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, NamedTuple, get_args
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from lgc.aggregators import Aggregator
 from lgc.peers import PowerSGDHook
 from lgc.plan.selection import Selection
-from lgc.replicas import ReplicaError, find_differences, require_agreement, synchronise
+from lgc.replicas import ReplicaError, compare, require_agreement, synchronise
 from lgc.schedule import Phase
 from lgc.schemes import Auto, Dense, PowerSGD, Scheme, SparseScheme, parse_scheme
 from lgc.transport import RankError, Transport
@@ -33,7 +33,7 @@ STATE_VERSION = 1
 OnDifference = Literal["raise", "synchronise"]
 OnNonfinite = Literal["propagate", "raise"]
 
-_attached: "WeakKeyDictionary[nn.Module, Handle]" = WeakKeyDictionary()
+_attached: "weakref.WeakKeyDictionary[nn.Module, Handle]" = weakref.WeakKeyDictionary()
 
 
 def attach(
@@ -59,7 +59,8 @@ def attach(
         timeout: seconds after which a rank that waits for another in the model's process group gives up; None leaves
             the group's as it is. Longer than anything that one rank does while the others wait, such as a checkpoint.
         check_every: compare parameters and replicated state across ranks every so many rounds; 0 is never.
-        on_difference: when they differ, "raise" ReplicaError, or "synchronise" them from rank 0 with a warning.
+        on_difference: when they differ, "raise" ReplicaError, or "synchronise" them from rank 0 (the first one that
+            still has inputs, under `join()`) with a warning.
         on_nonfinite: when a rank's gradient has a NaN or Inf, "propagate" NaN gradients to all ranks, as plain DDP
             does and a GradScaler needs, or "raise". No residual, momentum or autoencoder changes in that round.
 
@@ -86,7 +87,7 @@ def attach(
     policy = Policy(check_every, on_difference, on_nonfinite)
     if timeout is not None and not (isinstance(timeout, int | float) and timeout > 0):
         raise ValueError(f"attach(timeout=...) must be a positive number or None, got {timeout!r}.")
-    transport = Transport(ddp.process_group)
+    transport = Transport(ddp.process_group, _trained(ddp)[0][1].device)
     if timeout is not None:
         transport.set_timeout(timeout)
     if optimizer is not None:
@@ -177,9 +178,10 @@ class Handle:
         self._install(scheme, self._build(scheme))
         ddp.register_comm_hook(None, self._exchange_bucket)
         if isinstance(scheme, SparseScheme | Auto):
-            self._guard = torch.autograd.graph.register_multi_grad_hook(
+            guard = torch.autograd.graph.register_multi_grad_hook(
                 list(self._parameters.values()), self._require_fresh_gradients, mode="any"
             )
+            weakref.finalize(ddp, guard.remove)  # the module may be trained on without DDP
 
     def _build(self, scheme: Scheme, start: int = 0) -> Aggregator | None:
         """A new aggregator whose schedule begins at step `start`; None if the scheme needs none."""
@@ -222,7 +224,7 @@ class Handle:
         names = list(self.wire.phases)
         contents = sorted({content for traffic in self.wire.phases.values() for content in traffic.contents})
         table = torch.tensor([_row(self.wire.phases[name], contents) for name in names], dtype=torch.int64)
-        tables = Transport(self.transport.group).all_gather(table.to(self._device), "counts")
+        tables = Transport(self.transport.group, self._device).all_gather(table, "counts")
         ranks = [
             Wire({name: _traffic(row, contents) for name, row in zip(names, rows, strict=True)})
             for rows in tables.tolist()
@@ -308,7 +310,7 @@ class Handle:
     def _reduce_bucket(self, bucket: GradBucket) -> torch.futures.Future[torch.Tensor]:
         """What DDP itself or its hooks do, counted."""
         if bucket.index() == 0:
-            self._begin_dense()
+            self._begin_dense([bucket.buffer()])
         if bucket.is_last():
             self.step += 1
         if self._power_sgd:
@@ -318,10 +320,10 @@ class Handle:
             self._selection.observe(bucket.buffer(), future, last=bucket.is_last())
         return future
 
-    def _begin_dense(self) -> None:
+    def _begin_dense(self, gradients: list[Tensor]) -> None:
         self.phase = self._power_sgd.phase if self._power_sgd else Phase.DENSE
         self.transport.begin(self.phase)
-        self._check_replicas()
+        self._check_replicas(gradients)
 
     def _reduce(self, buffer: Tensor) -> torch.futures.Future[torch.Tensor]:
         """The mean over the ranks into `buffer`, in the background."""
@@ -371,20 +373,25 @@ class Handle:
             communication = self.transport.seconds - communicated
             self.round_time = RoundTime(time.perf_counter() - started - communication, communication)
             return
-        self._begin_dense()
+        self._begin_dense([bucket.buffer for bucket in pending])
         self.step += 1
         for bucket in pending:
             self._reduce(bucket.buffer).wait()
             bucket.future.set_result(bucket.buffer)
 
-    def _check_replicas(self) -> None:
-        """Compare what all ranks must have the same of, as it is before this round."""
+    def _check_replicas(self, gradients: list[Tensor]) -> None:
+        """Compare what all ranks must have the same of, as it is before this round.
+
+        A rank whose gradients are zero does not count: once its inputs have run out under `join()`, it goes on giving
+        zeros, without updates of its own.
+        """
         if not self.policy.check_every or self.step % self.policy.check_every or self.transport.world_size == 1:
             return
         replicas: dict[str, Tensor] = {f"parameter {name}": tensor for name, tensor in self._parameters.items()}
         if self.aggregator is not None:
             replicas |= self.aggregator.replicas()
-        differences = find_differences(self.transport, replicas)
+        counts = any(bool(gradient.any()) for gradient in gradients)
+        differences, first = compare(self.transport, replicas, counts=counts)
         if not differences:
             return
         found = "; ".join(f"{name} on rank {', '.join(map(str, ranks))}" for name, ranks in differences.items())
@@ -392,8 +399,8 @@ class Handle:
         if self.policy.on_difference == "raise":
             raise ReplicaError(f"{message}.")
         if self.transport.rank == 0:
-            logger.warning("%s; taking rank 0's.", message)
-        synchronise(self.transport, {name: replicas[name] for name in differences})
+            logger.warning("%s; taking rank %d's.", message, first)
+        synchronise(self.transport, {name: replicas[name] for name in differences}, source=first)
 
     def _aggregate(self, pending: list[_Pending]) -> Tensor:
         assert self.aggregator is not None
@@ -408,7 +415,7 @@ class Handle:
             self._flat /= scale
         self.phase = self.aggregator.schedule.at(self.step).phase
         self.transport.begin(self.phase, steps=0)
-        self._check_replicas()
+        self._check_replicas([self._flat])
         result = self.aggregator.aggregate(self._flat, self.step)
         self.step += 1
         if result.nonfinite_ranks and self.policy.on_nonfinite == "raise":

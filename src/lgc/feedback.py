@@ -57,7 +57,8 @@ class Feedback:
         """The pending residual v after taking in the local gradient, shape (N,); it may be read until `settle`."""
         scale = 1.0
         if self.clip_norm is not None:
-            scale = min(1.0, self.clip_norm / max(float(torch.linalg.vector_norm(gradient)), 1e-30))
+            norm = float(torch.linalg.vector_norm(gradient, dtype=torch.float64))  # squares of float32 may overflow
+            scale = min(1.0, self.clip_norm / max(norm, 1e-30))
         increment = gradient if scale == 1.0 else gradient * scale
         if self.momentum_buffer is not None and self._pending_momentum is not None:
             increment = torch.add(increment, self.momentum_buffer, alpha=self.momentum, out=self._pending_momentum)

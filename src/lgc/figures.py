@@ -15,7 +15,8 @@ from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter, NullLocator, StrMethodFormatter
 
-from lgc.report import UNITS, Line, Link, Run, Series
+from lgc.plan.cost import RATE_UNITS
+from lgc.report import Line, LineRate, Run, Series
 from lgc.schedule import Phase
 from lgc.wire import SETUP
 
@@ -45,7 +46,7 @@ class Drawing(NamedTuple):
     draw: Callable[[Axes, list[Line]], None]
 
 
-def draw_figures(lines: list[Line], links: list[Link]) -> list[dict[str, str]]:
+def draw_figures(lines: list[Line], links: list[LineRate]) -> list[dict[str, str]]:
     """All figures of one recipe: title, caption and svg."""
     return [
         {
@@ -96,11 +97,12 @@ def draw_against_links(name: str, speeds: list[float | None], panels: list[Panel
 
 
 def _speed(bits_per_second: float) -> str:
-    unit, size = next((unit, size) for unit, size in reversed(UNITS.items()) if bits_per_second >= size or size == 1e3)
+    units = reversed(RATE_UNITS.items())
+    unit, size = next((unit, size) for unit, size in units if bits_per_second >= size or size == 1e3)
     return f"{bits_per_second / size:g} {unit.capitalize()}/s"
 
 
-def _drawings(lines: list[Line], links: list[Link]) -> list[Drawing]:
+def _drawings(lines: list[Line], links: list[LineRate]) -> list[Drawing]:
     metric = lines[0].runs[0].metric
     several = any(len(line.runs) > 1 for line in lines)
     seeds = " Thick: mean over the seeds; thin: each seed." if several else ""
@@ -224,7 +226,7 @@ def _bytes(axes: Axes, lines: list[Line]) -> None:
     _plot_metric(axes, lines, series, "MB of rank 0", "log")
 
 
-def _time(link: Link) -> Callable[[Axes, list[Line]], None]:
+def _time(link: LineRate) -> Callable[[Axes, list[Line]], None]:
     def series(run: Run) -> Series:
         seconds, values = run.series("seconds", run.metric)
         sent, _ = run.series("rank0_sent_bytes", run.metric)

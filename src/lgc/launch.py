@@ -17,7 +17,9 @@ import torch.multiprocessing as mp
 from lgc.network import Network
 from lgc.run_folder import claim
 from lgc.train import Output, Settings, notify, train
+from lgc.transport import Transport
 
+MEETING_TIMEOUT = timedelta(hours=6)  # the first rank of each machine may have a data set to fetch and to decode
 STORE_PORT = 29500  # in a namespace of its own, where nobody else listens
 
 
@@ -54,8 +56,10 @@ def run_in_job(settings: Settings, output: Output, timeout: timedelta, *, overwr
     unfinished = torch.ones((), dtype=torch.int64, device=device)
     if os.environ["RANK"] == "0":  # before the others are met: if this raises, they end without an error of their own
         unfinished *= claim(output.folder, settings.configuration(), overwrite=overwrite)
-    dist.init_process_group(backend, timeout=timeout)
+    dist.init_process_group(backend, timeout=MEETING_TIMEOUT)
     dist.broadcast(unfinished, src=0)
+    assert dist.group.WORLD is not None
+    Transport(dist.group.WORLD, device).set_timeout(timeout.total_seconds())
     try:
         if unfinished:
             train(settings, output, device)

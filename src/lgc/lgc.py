@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -26,6 +26,7 @@ from lgc.aggregators import (
     Round,
     SharedTopK,
     root_mean_square,
+    sum_in_order,
 )
 from lgc.autoencoder import (
     Optimizer,
@@ -37,9 +38,10 @@ from lgc.autoencoder import (
     trainable,
     unpack_weights,
 )
-from lgc.coding import Float32, Kind, lane_width, pack, pack_lanes, unpack, unpack_lanes
+from lgc.coding import Float32, Kind, lane_width, pack, pack_lanes, size_limit, unpack, unpack_lanes
 from lgc.feedback import Feedback, Piece
 from lgc.layout import Layout, entries
+from lgc.replicas import digest
 from lgc.schedule import Phase, Schedule
 from lgc.selection import Region, largest
 from lgc.transport import SERVER, Transport
@@ -95,6 +97,7 @@ class LGCAggregator(Aggregator):
         self._explained_fresh = 0.0
         self._compressed_steps = 0
         self._failed = False  # in this round the autoencoder gave NaN or Inf, on every rank
+        self._exact: bool | None = None  # how to decode; None before it has been agreed on
         self._frozen = schedule.train_end == schedule.warmup_end  # never trained: all ranks have the same start
 
     def aggregate(self, gradient: Tensor, step: int) -> Round:
@@ -164,7 +167,22 @@ class LGCAggregator(Aggregator):
         weights = self.transport.broadcast(pack_weights(self.autoencoder), "weights", source=SERVER)
         unpack_weights(self.autoencoder, weights)
         self._frozen = True
+        self._exact = None
         self._compressed_steps = 0
+
+    def _decodes_exactly(self, decode: Callable[[], Tensor]) -> bool:
+        """Whether to decode exactly, which is slower: unless the usual way gives all ranks the same bits; a collective.
+
+        It does on the same hardware with the same number of threads. Found out in the first round of a frozen
+        autoencoder, by what it decodes there the usual way.
+        """
+        if self._exact is None:  # not counted, so that a run that was interrupted has sent what it would have
+            uncounted = Transport(self.transport.group, self.transport.device)
+            digests = uncounted.all_gather(digest(decode()), "agreement")
+            self._exact = bool((digests != digests[0]).any())
+            if self._exact and self.transport.rank == SERVER:
+                logger.info("the ranks' hardware or numbers of threads differ; decoding exactly, which takes longer.")
+        return self._exact
 
     def _finish(self, step: int, votes: list[bool]) -> None:
         """Freeze at the end of phase train, and go back to it when the autoencoder is due for a refresh."""
@@ -240,6 +258,7 @@ class LGCAggregator(Aggregator):
         replicated_state = state["replicated"]
         self.autoencoder.load_state_dict(replicated_state["autoencoder"])
         self._frozen = replicated_state["frozen"]
+        self._exact = None
         self._compressed_steps = replicated_state["compressed_steps"]
         self._explained = state["per_rank"]["explained"]
         self._explained_fresh = state["per_rank"]["explained_fresh"]
@@ -266,7 +285,8 @@ class RingAggregator(LGCAggregator):
         with replicated(x.device):
             z_k = self.autoencoder.encoder(_divide(x, scale)[None]).nan_to_num(0.0, 0.0, 0.0)
             z, z_k = self._average(z_k)
-            y, y_k = self.autoencoder.decoder(torch.cat([z, z_k]), x.numel()) * scale
+            decode = partial(self.autoencoder.decoder, torch.cat([z, z_k]), x.numel())
+            y, y_k = decode(exact=self._decodes_exactly(lambda: decode()[0])) * scale
         if not bool(torch.isfinite(y).all()):  # known to every rank, since y is the same on all
             return self._fall_back(v, indices, step)
         y_k = torch.where(torch.isfinite(y_k), y_k, y)
@@ -339,9 +359,10 @@ class ServerAggregator(LGCAggregator):
             empty = torch.empty(0, device=device)
             return empty.long(), empty, empty
         leader = self.shared.leader(step)
-        packet = offer.payload if self.shared.leads(step) else torch.zeros(lengths[leader], dtype=torch.uint8)
-        packet = self.transport.relay(packet, "indices and latents", source=leader)
         bounds = [self.shared.index_bound(0.0), Float32().size([1]), self.autoencoder.latent_size(mu)]
+        packet = self.transport.relay_bytes(
+            offer.payload, "indices and latents", source=leader, length=lengths[leader], limit=size_limit(bounds)
+        )
         index_code, scale_code, latent_code = unpack(packet, kind=Kind.LATENT, step=step, bounds=bounds)
         indices = self.shared.decode_indices(index_code, 0.0, device)
         z = self.autoencoder.decode_latent(latent_code, mu)
@@ -358,27 +379,31 @@ class ServerAggregator(LGCAggregator):
         codecs, counts = self.shared.codecs, [positions.numel()]
         parts = [codecs.indices.encode(positions, [x.numel()]), codecs.values.encode(scaled[positions], counts)]
         payload = pack(parts, kind=Kind.INNOVATION, step=step)
-        payloads = self._relay_all(payload)
         bounds = [codecs.indices.bound([x.numel()], counts), codecs.values.size(counts)]
+        payloads = self._relay_all(payload, size_limit(bounds))
         innovations = torch.zeros(len(payloads), x.numel(), device=x.device)
         for innovation, received in zip(innovations, payloads, strict=True):
             index_code, value_code = unpack(received, kind=Kind.INNOVATION, step=step, bounds=bounds)
             where = codecs.indices.decode(index_code, [x.numel()], counts).to(x.device)
             innovation[where] = codecs.values.decode(value_code, counts).to(x.device)
         with replicated(x.device):
-            y = self.autoencoder.decode(z, innovations) * scale
+            decode = partial(self.autoencoder.decode, z, innovations)
+            y = decode(exact=self._decodes_exactly(decode)) * scale
         if not bool(torch.isfinite(y).all()):  # known to every rank, since y is the same on all
             return self._fall_back(v, indices, step)
         self._observe(x, y[self.transport.rank])
-        return Exchange([Piece(indices, y.mean(dim=0))], Piece(indices, y[self.transport.rank]))
+        mean = sum_in_order(y) / self.transport.world_size
+        return Exchange([Piece(indices, mean)], Piece(indices, y[self.transport.rank]))
 
-    def _relay_all(self, payload: Tensor) -> list[Tensor]:
-        """The payloads of all ranks, by way of the server."""
+    def _relay_all(self, payload: Tensor, limit: int) -> list[Tensor]:
+        """The payloads of all ranks, none longer than `limit`, by way of the server."""
         own_length = torch.tensor([payload.numel()])
         lengths = self.transport.all_gather(own_length, "innovations").flatten().tolist()
-        gathered = self.transport.gather_bytes(payload, "innovations", lengths)
+        gathered = self.transport.gather_bytes(payload, "innovations", lengths, limit=limit)
         together = torch.cat(gathered) if gathered is not None else payload
-        together = self.transport.broadcast_bytes(together, "innovations", source=SERVER, length=sum(lengths))
+        together = self.transport.broadcast_bytes(
+            together, "innovations", source=SERVER, length=sum(lengths), limit=limit * len(lengths)
+        )
         return list(together.split(lengths))
 
     def _loss(self, x: Tensor, step: int) -> Tensor:

@@ -43,7 +43,7 @@ class PowerSGDHook:
             RuntimeError: on gloo, if this is not the only bucket.
         """
         buffer = bucket.buffer()
-        if dist.get_backend(self._transport.group) == "gloo" and not (bucket.index() == 0 and bucket.is_last()):
+        if self._transport.device.type == "cpu" and not (bucket.index() == 0 and bucket.is_last()):
             raise RuntimeError(
                 "PowerSGD: DDP has several buckets, with which torch's hook hangs on gloo; build the model as "
                 "DistributedDataParallel(model, bucket_cap_mb=...) with room for all gradients "

@@ -5,11 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from lgc.transport import Transport
+
+DESCRIPTION_LIMIT = 2**28  # bytes
 
 
 class ReplicaError(RuntimeError):
@@ -28,7 +31,8 @@ def require_agreement(transport: Transport, description: Mapping[str, object]) -
     if bool((digests == digests[0]).all()):
         return
     payload = torch.frombuffer(bytearray(text), dtype=torch.uint8)
-    ranks = [json.loads(bytes(row.tolist())) for row in transport.all_gather_bytes(payload, "agreement")]
+    payloads = transport.all_gather_bytes(payload, "agreement", limit=DESCRIPTION_LIMIT)
+    ranks = [json.loads(bytes(row.tolist())) for row in payloads]
     for key in dict.fromkeys(key for rank in ranks for key in rank):
         values = [rank.get(key, "missing") for rank in ranks]
         if any(value != values[0] for value in values):
@@ -36,29 +40,40 @@ def require_agreement(transport: Transport, description: Mapping[str, object]) -
             raise RuntimeError(f"attach: the ranks differ in {key}: {by_rank}.")
 
 
-def find_differences(transport: Transport, tensors: Mapping[str, Tensor]) -> dict[str, list[int]]:
-    """The ranks whose tensors differ from most ranks', by the tensor's name; a collective of 8 bytes a tensor.
+class Comparison(NamedTuple):
+    """What a comparison of all ranks' replicas has found.
 
-    Without a majority, all ranks that differ from rank 0.
+    Attributes:
+        differences: by the tensor's name, the ranks that differ from most; without a majority, from the first one.
+        first: the first of the ranks that were compared.
     """
-    digests = torch.stack([_digest(tensor) for tensor in tensors.values()]).cpu()
-    by_rank = transport.all_gather(digests, "replica check")
+
+    differences: dict[str, list[int]]
+    first: int
+
+
+def compare(transport: Transport, tensors: Mapping[str, Tensor], *, counts: bool) -> Comparison:
+    """Compare the tensors of the ranks that count; a collective of 8 bytes a tensor, and 8 more."""
+    digests = torch.stack([*(digest(tensor).cpu() for tensor in tensors.values()), torch.tensor(int(counts))])
+    *by_tensor, counting = transport.all_gather(digests, "replica check").T.tolist()
+    ranks = [rank for rank, each in enumerate(counting) if each]
     differences = {}
-    for name, values in zip(tensors, by_rank.T.tolist(), strict=True):
-        usual = max(values, key=lambda value: (values.count(value), value == values[0]))
+    for name, of_all in zip(tensors, by_tensor, strict=True):
+        values = [of_all[rank] for rank in ranks]
+        usual = max(values, key=lambda value: (values.count(value), value == values[0]), default=None)
         if values.count(usual) < len(values):
-            differences[name] = [rank for rank, value in enumerate(values) if value != usual]
-    return differences
+            differences[name] = [rank for rank in ranks if of_all[rank] != usual]
+    return Comparison(differences, ranks[0] if ranks else 0)
 
 
-def synchronise(transport: Transport, tensors: Mapping[str, Tensor]) -> None:
-    """Overwrite the tensors with rank 0's; a collective."""
+def synchronise(transport: Transport, tensors: Mapping[str, Tensor], *, source: int) -> None:
+    """Overwrite the tensors with those of rank `source`; a collective."""
     with torch.no_grad():
         for tensor in tensors.values():
-            tensor.copy_(transport.broadcast(tensor.detach(), "replica check", source=0))
+            tensor.copy_(transport.broadcast(tensor.detach(), "replica check", source=source))
 
 
-def _digest(tensor: Tensor) -> Tensor:
+def digest(tensor: Tensor) -> Tensor:
     """Sum of the tensor's 32-bit words times odd numbers of their places, modulo 2^64; int64, shape ().
 
     Any single changed word changes it.

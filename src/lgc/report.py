@@ -12,30 +12,29 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from lgc.plan.cost import parse_rate
 from lgc.run_folder import METRICS, SUMMARY
 
-UNITS = {"kbit": 1e3, "mbit": 1e6, "gbit": 1e9}
 ARROWS = {"higher": "↑", "lower": "↓"}
 Series = tuple[list[float], list[float]]
 
 
-class Link(NamedTuple):
-    """The speed of a network link, in each direction."""
+class LineRate(NamedTuple):
+    """The speed of a network link in each direction, headers and all."""
 
     text: str
     bits_per_second: float
 
     @classmethod
-    def parse(cls, text: str) -> Link:
-        """A link from a number with one of the units kbit, mbit, gbit (per second), such as "100mbit".
+    def parse(cls, text: str) -> LineRate:
+        """A rate from a number with one of the units kbit, mbit, gbit (per second), such as "100mbit".
 
         Raises:
             ValueError: if it is not that.
         """
-        match = re.fullmatch(r"(\d+(?:\.\d+)?)(kbit|mbit|gbit)", text.lower())
-        if match is None or float(match[1]) == 0:
-            raise ValueError(f"a link must be a number above 0 with kbit, mbit or gbit, as in 100mbit, got {text!r}.")
-        return cls(f"{float(match[1]):g} {match[2].capitalize()}/s", float(match[1]) * UNITS[match[2]])
+        rate = parse_rate("link", text)
+        number, unit = re.split("(?=[a-z])", text.lower(), maxsplit=1)
+        return cls(f"{float(number):g} {unit.capitalize()}/s", rate)
 
 
 @dataclass(frozen=True)
@@ -190,7 +189,7 @@ def format_table(runs: Sequence[Run]) -> str:
     return "\n\n".join(blocks)
 
 
-def write_report(runs: Sequence[Run], page: Path, links: Sequence[Link] = ()) -> None:
+def write_report(runs: Sequence[Run], page: Path, links: Sequence[LineRate] = ()) -> None:
     """One HTML page that holds everything it shows; opens without a network.
 
     Args:

@@ -198,9 +198,9 @@ def resume(run: Training, directory: Path) -> None:
     for path in checkpoint.available(directory):
         try:
             state = checkpoint.load(path, group=run.group)
-        except checkpoint.CheckpointError as error:
+        except checkpoint.RefusedError as error:
+            aside = checkpoint.set_aside(path, group=run.group)
             if dist.get_rank() == 0:
-                aside = checkpoint.set_aside(path)
                 notify(f"WARNING: {error}\nThis checkpoint is now {aside}; going on from the one before it, if any.")
             continue
         run.load_state_dict(state)

@@ -29,6 +29,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lgc.coding import PayloadError
 from lgc.wire import SETUP, Traffic, Wire
 
 SERVER = 0
@@ -57,22 +58,26 @@ class RankError(RuntimeError):
 class Transport:
     """Counted collectives of one process group.
 
-    Tensors may be on any device: they are staged through the host where the backend (gloo) needs it. At world size
-    1 nothing is sent.
+    Tensors may be on any device: they are staged where the backend takes them. At world size 1 nothing is sent.
+
+    Args:
+        group: whose collectives.
+        device: that this rank computes on; None is what the group is for.
 
     Attributes:
+        device: where the collectives take tensors: the host under gloo, else this rank's GPU.
         wire: bytes of this rank by phase.
         seconds: that this rank has spent in collectives, waiting for other ranks included; but for asynchronous ones.
     """
 
-    def __init__(self, group: dist.ProcessGroup) -> None:
+    def __init__(self, group: dist.ProcessGroup, device: torch.device | None = None) -> None:
         self.group = group
+        self.device = _staging_device(group, device)
         self.rank = dist.get_rank(group)
         self.world_size = dist.get_world_size(group)
         self.wire = Wire()
         self.seconds = 0.0
-        self._on_host = dist.get_backend(group) == "gloo"
-        if self._on_host:
+        if self.device.type == "cpu":
             _release_at_exit()
         self.begin(SETUP, steps=0)
 
@@ -111,7 +116,8 @@ class Transport:
         failed = [rank for rank, row in enumerate(rows) if row[1] & 4]
         if failed:
             message_lengths = [row[2] if rank in failed else 0 for rank, row in enumerate(rows)]
-            messages = self.all_gather_bytes(torch.tensor(list(message), dtype=torch.uint8), "errors", message_lengths)
+            payload = torch.tensor(list(message), dtype=torch.uint8)
+            messages = self.all_gather_bytes(payload, "errors", message_lengths, limit=MESSAGE_LIMIT)
             texts = [f"rank {rank}: {bytes(messages[rank].tolist()).decode(errors='replace')}" for rank in failed]
             raise RankError(f"lgc: step {step}: {'; '.join(texts)}") from error
         steps = [row[0] for row in rows]
@@ -176,33 +182,51 @@ class Transport:
             dist.gather(staged, gathered, group_dst=SERVER, group=self.group)
         return torch.stack(gathered).to(tensor.device)
 
-    def all_gather_bytes(self, payload: Tensor, content: str, lengths: Sequence[int] | None = None) -> list[Tensor]:
+    def all_gather_bytes(
+        self, payload: Tensor, content: str, lengths: Sequence[int] | None = None, *, limit: int
+    ) -> list[Tensor]:
         """The payloads of all ranks, uint8 of any lengths; padded to the longest on the way.
 
         Args:
             payload: this rank's, uint8, shape (bytes,).
             content: what the bytes are counted as.
             lengths: by rank, where they are known; else they are exchanged first.
+            limit: the greatest length that is possible.
+
+        Raises:
+            PayloadError: on every rank, if one announces more; before memory for it is taken.
         """
         if lengths is None:
             lengths = self.all_gather(torch.tensor([payload.numel()]), content).flatten().tolist()
+        _require_possible(lengths, limit)
         gathered = self.all_gather(_padded(payload, max(lengths)), content)
         return [row[:length] for row, length in zip(gathered, lengths, strict=True)]
 
-    def gather_bytes(self, payload: Tensor, content: str, lengths: Sequence[int]) -> list[Tensor] | None:
-        """At rank 0 the payloads of all ranks, whose lengths are known; None elsewhere."""
+    def gather_bytes(self, payload: Tensor, content: str, lengths: Sequence[int], *, limit: int) -> list[Tensor] | None:
+        """At rank 0 the payloads of all ranks, whose lengths are known; None elsewhere. Raises as all_gather_bytes."""
+        _require_possible(lengths, limit)
         gathered = self.gather(_padded(payload, max(lengths)), content)
         if gathered is None:
             return None
         return [row[:length] for row, length in zip(gathered, lengths, strict=True)]
 
-    def broadcast_bytes(self, payload: Tensor, content: str, *, source: int, length: int | None = None) -> Tensor:
-        """The payload of rank `source`; its length goes first where it is not known."""
+    def broadcast_bytes(
+        self, payload: Tensor, content: str, *, source: int, length: int | None = None, limit: int
+    ) -> Tensor:
+        """The payload of rank `source`; its length goes first where it is not known. Raises as all_gather_bytes."""
         if length is None:
             length = int(self.broadcast(torch.tensor([payload.numel()]), content, source=source))
+        _require_possible([length], limit)
         if self.rank != source:
             payload = torch.empty(length, dtype=torch.uint8)
         return self.broadcast(payload, content, source=source)
+
+    def relay_bytes(self, payload: Tensor, content: str, *, source: int, length: int, limit: int) -> Tensor:
+        """The payload of rank `source`, of known length, by way of rank 0. Raises as all_gather_bytes."""
+        _require_possible([length], limit)
+        if self.rank != source:
+            payload = torch.empty(length, dtype=torch.uint8)
+        return self.relay(payload, content, source=source)
 
     def relay(self, tensor: Tensor, content: str, *, source: int) -> Tensor:
         """The tensor of rank `source`, which sends it to rank 0, which sends it to all."""
@@ -228,6 +252,8 @@ class Transport:
         started = time.perf_counter()
         try:
             yield
+            if self.device.type == "cuda":  # else NCCL would only have been told to
+                torch.cuda.current_stream(self.device).synchronize()
         except RuntimeError as error:
             reason = self._announced() or f"rank {self.rank}: an exchange with the other ranks has failed: {error}"
             raise RankError(f"lgc: {reason}") from error
@@ -256,8 +282,7 @@ class Transport:
         return f"lgc/{self.group.group_name}/error/{rank}"
 
     def _stage(self, tensor: Tensor) -> Tensor:
-        tensor = tensor.contiguous()
-        return tensor.cpu() if self._on_host else tensor.cuda()
+        return tensor.contiguous().to(self.device)
 
     def _count(self, content: str, *, sent: int, received: int, upload: int) -> None:
         alone = self.world_size == 1
@@ -265,6 +290,22 @@ class Transport:
         self._traffic.received_bytes += received
         self._traffic.upload_bytes += 0 if alone else upload
         self._traffic.contents[content] = self._traffic.contents.get(content, 0) + sent
+
+
+def _staging_device(group: dist.ProcessGroup, device: torch.device | None) -> torch.device:
+    host = torch.device("cpu")
+    backends = dict(pair.split(":") for pair in dist.get_backend_config(group).split(","))  # by type of device
+    if device is None:
+        if host.type in backends:
+            return host
+        device = group.bound_device_id or torch.device("cuda", torch.cuda.current_device())
+    return host if backends.get(device.type, "gloo") == "gloo" else device
+
+
+def _require_possible(lengths: Sequence[int], limit: int) -> None:
+    for length in lengths:
+        if not 0 <= length <= limit:
+            raise PayloadError("length", f"0 to {limit} bytes, as announced", length)
 
 
 @functools.cache

@@ -197,8 +197,8 @@ def record(settings: Settings, out: Path, every: int, samples: int, device: torc
     group = dist.group.WORLD
     assert group is not None
     layout = scheme.layout(model.named_parameters())
-    aggregator = scheme.build(layout, Transport(group), device=device)
-    recorder = Recorder(aggregator, Transport(group), every=every, samples=samples, seed=settings.seed)
+    aggregator = scheme.build(layout, Transport(group, device), device=device)
+    recorder = Recorder(aggregator, Transport(group, device), every=every, samples=samples, seed=settings.seed)
     optimizer = make_optimizer(recipe, model, scheme)
     data = Data(*(split.to(device) for split in settings.load_data()))
     total = planned_steps(settings, data)

@@ -31,7 +31,7 @@ from lgc.aggregators import Aggregator
 from lgc.launch import RankFailedError, preload, start_ranks
 from lgc.network import HEADER_BYTES, Counters, Network, NetworkError, read_counters, temporary_network
 from lgc.recipes import RECIPES
-from lgc.report import Link, Run, find_runs
+from lgc.report import LineRate, Run, find_runs
 from lgc.run_folder import OtherRunError, require_same, write_json
 from lgc.schedule import Phase, Schedule
 from lgc.schemes import Auto, Dense, LGCScheme, PowerSGD, Scheme, SparseScheme, parse_scheme
@@ -60,7 +60,7 @@ class Plan:
         recipe, data, batch_size: see `lgc.train.Settings`.
         world_size: number of ranks, at least 2.
         schemes: text forms; lengths of phases are set to a few steps.
-        rates: of the links, as `Link.parse` reads them, or "unshaped".
+        rates: of the links, as `LineRate.parse` reads them, or "unshaped".
         steps: at most so many a cell, at least 1.
         warm_up: steps of a cell before those that count.
         seconds: stop a cell after about so long; a step that takes longer counts although it is the first.
@@ -81,7 +81,7 @@ class Plan:
     def __post_init__(self) -> None:
         for text in self.rates:
             if text != UNSHAPED:
-                Link.parse(text)
+                LineRate.parse(text)
         for text in self.schemes:
             if isinstance(self.scheme(text), Auto):
                 raise ValueError("schemes must not have auto: it chooses once, on the first link that it sees.")
@@ -256,7 +256,7 @@ def _measure(plan: Plan, folder: Path, network: Network | None, barrier: Barrier
 
 
 def _bits_per_second(rate: str) -> float | None:
-    return None if rate in (UNSHAPED, LOOPBACK) else Link.parse(rate).bits_per_second
+    return None if rate in (UNSHAPED, LOOPBACK) else LineRate.parse(rate).bits_per_second
 
 
 class Meter:

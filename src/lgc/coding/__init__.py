@@ -1,7 +1,7 @@
 """Bytes for indices, values and payloads. Nothing here communicates."""
 
 from lgc.coding.indices import EliasFano, IndexCoder, RangeCoder, RawIndices, Rice
-from lgc.coding.payload import Kind, PayloadError, header_size, pack, unpack
+from lgc.coding.payload import Kind, PayloadError, header_size, pack, size_limit, unpack
 from lgc.coding.values import (
     BFloat16,
     Float16,
@@ -34,6 +34,7 @@ __all__ = [
     "lane_words",
     "pack",
     "pack_lanes",
+    "size_limit",
     "unpack",
     "unpack_lanes",
 ]

@@ -68,6 +68,11 @@ def header_size(parts: int) -> int:
     return _START + 4 * parts
 
 
+def size_limit(bounds: Sequence[int]) -> int:
+    """The largest possible payload of parts with these largest possible lengths, in bytes."""
+    return header_size(len(bounds)) + sum(bounds)
+
+
 def pack(parts: Sequence[Tensor | bytes], *, kind: int, step: int) -> Tensor:
     """One payload of these parts, a uint8 tensor on the CPU.
 
@@ -111,8 +116,8 @@ def unpack(data: Tensor | bytes, *, kind: int, step: int, bounds: Sequence[int])
     payload = octets(data)
     if payload.size < header_size(len(bounds)):
         raise PayloadError("length", f"at least {header_size(len(bounds))} bytes", payload.size)
-    if payload.size > header_size(len(bounds)) + sum(bounds):
-        raise PayloadError("length", f"at most {header_size(len(bounds)) + sum(bounds)} bytes", payload.size)
+    if payload.size > size_limit(bounds):
+        raise PayloadError("length", f"at most {size_limit(bounds)} bytes", payload.size)
     magic, version, its_kind, parts, reserved, its_step = _FIXED.unpack(payload[: _FIXED.size].tobytes())
     expected = {
         "magic": MAGIC,

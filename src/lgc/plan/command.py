@@ -177,7 +177,7 @@ def _measure_and_write(question: Question, path: Path, device: torch.device) -> 
     """Run in every rank of the default process group; rank 0 writes the profile."""
     group = dist.group.WORLD
     assert group is not None
-    profile = _measure(question, Transport(group), device)
+    profile = _measure(question, Transport(group, device), device)
     if dist.get_rank() == 0:
         path.write_text(json.dumps(profile), encoding="utf-8")
 
@@ -189,9 +189,9 @@ def _measure_in_job(question: Question) -> tuple[Profile, Link]:
     dist.init_process_group(backend, timeout=TIMEOUT)
     try:
         assert dist.group.WORLD is not None
-        link = probe(Transport(dist.group.WORLD), device)
+        link = probe(Transport(dist.group.WORLD, device), device)
         local, _ = dist.new_subgroups(group_size=on_machine)
-        profile = _measure(question, Transport(local), device)
+        profile = _measure(question, Transport(local, device), device)
         dist.barrier()
         return profile, link
     finally:

@@ -45,10 +45,8 @@ class Link(NamedTuple):
         Raises:
             ValueError: if one is not that.
         """
-        rate = _quantity("bandwidth", bandwidth, RATE_UNITS, "100mbit")
-        if rate == 0:
-            raise ValueError(f"bandwidth must be above 0, got {bandwidth!r}.")
-        return cls(rate / 8 * PAYLOAD, _quantity("latency", latency, TIME_UNITS, "1ms"))
+        seconds = _quantity("latency", latency, TIME_UNITS, "1ms")
+        return cls(parse_rate("bandwidth", bandwidth) / 8 * PAYLOAD, seconds)
 
     def __str__(self) -> str:
         return f"{self.bandwidth * 8e-6:.3g} Mbit/s of payload, {self.latency * 1e3:.3g} ms"
@@ -217,6 +215,18 @@ def _pays_from(early: list[Early], step: float, dense: float) -> int | None:
     if step >= dense:
         return None
     return done + max(0, math.ceil(lost / (dense - step)))
+
+
+def parse_rate(name: str, text: str) -> float:
+    """Bits per second, above 0, from a number with kbit, mbit or gbit.
+
+    Raises:
+        ValueError: if it is not that, of the argument `name`.
+    """
+    rate = _quantity(name, text, RATE_UNITS, "100mbit")
+    if rate == 0:
+        raise ValueError(f"{name} must be above 0, got {text!r}.")
+    return rate
 
 
 def _quantity(name: str, text: str, units: dict[str, float], example: str) -> float:

@@ -10,7 +10,6 @@ from statistics import fmean, median
 from typing import NamedTuple, TypeVar
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from lgc import schedule
@@ -42,7 +41,7 @@ class Rehearsal(Transport):
     """
 
     def __init__(self, local: Transport, world_size: int) -> None:
-        super().__init__(local.group)
+        super().__init__(local.group, local.device)
         if world_size % local.world_size:
             raise ValueError(f"{local.world_size} ranks cannot stand in for {world_size}: it is not a multiple.")
         self.local = local
@@ -316,10 +315,7 @@ def probe(transport: Transport, device: torch.device) -> Link:
 
 def agree(transport: Transport, numbers: list[float]) -> list[list[float]]:
     """The numbers of all ranks, by rank; all pass the same count of them."""
-    device = torch.device("cpu") if dist.get_backend(transport.group) == "gloo" else torch.device("cuda")
-    rows: list[list[float]] = transport.all_gather(
-        torch.tensor(numbers, dtype=torch.float64, device=device), "plan"
-    ).tolist()
+    rows: list[list[float]] = transport.all_gather(torch.tensor(numbers, dtype=torch.float64), "plan").tolist()
     return rows
 
 
