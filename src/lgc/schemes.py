@@ -131,8 +131,8 @@ class SparseScheme(Scheme, ABC):
         momentum: of the momentum correction, in [0, 1); 0 is plain error feedback. The optimizer must then
             have none of its own.
         clip_norm: clip the local gradient's norm to this times K^-1/2; None is off.
-        low_pass: the residual takes this part of every change, in (0, 1]; 1 is plain error feedback with momentum
-            factor masking, 0.1 lets what has accumulated leave over some ten rounds, without masking.
+        low_pass: the residual takes this part of every change, in (0, 1]: with 0.1 what has accumulated leaves over
+            some ten rounds. 1 is plain error feedback, with momentum factor masking.
         warmup_steps: steps of the rate warm-up.
         unit: elements that are selected together by their norm: 1, a number (a run of a row) or "kernel" (of a
             convolution); one index then pays for all of them. Weights that do not divide into units, and the pool,
@@ -146,7 +146,7 @@ class SparseScheme(Scheme, ABC):
     pooled_rate: float | None = None
     momentum: float = 0.9
     clip_norm: float | None = None
-    low_pass: float = 1.0
+    low_pass: float = 0.1
     warmup_steps: int = 100
     unit: Unit = 1
     indices: IndexCoder = Rice()
@@ -156,12 +156,12 @@ class SparseScheme(Scheme, ABC):
 
     @classmethod
     def paper(cls, **arguments: Any) -> Self:
-        """The scheme with the raw settings of its paper: int32 indices and float32 values, where not set otherwise."""
+        """With the raw settings of its paper: int32, float32, plain feedback, where not set otherwise."""
         return cls(**(cls._raw() | arguments))
 
     @classmethod
     def _raw(cls) -> dict[str, Any]:
-        return {"indices": RawIndices(), "values": Float32()}
+        return {"indices": RawIndices(), "values": Float32(), "low_pass": 1.0}
 
     def __post_init__(self) -> None:
         _to_role(self, "small")
@@ -273,8 +273,8 @@ class DGC(TopK):
 class ScaleCom(SparseScheme):
     """A rotating leader's indices for all ranks, values all-reduced.
 
-    Source: Chen et al., NeurIPS 2020, arXiv 2104.11125; here with momentum correction;
-    its low-pass filter is the argument `low_pass`, off by default.
+    Source: Chen et al., NeurIPS 2020, arXiv 2104.11125, and with it the filter `low_pass`; here with momentum
+    correction.
     """
 
     name: ClassVar[str] = "scalecom"
