@@ -29,6 +29,7 @@ class Config:
     momentum: float = 0.0
     clip_norm: float | None = None
     low_pass: float = 1.0
+    second_moment: float = 0.0
     server: bool = False
     dense_steps: int = 0
     warmup_steps: int = 0
@@ -252,6 +253,7 @@ class Reference:
             kind = {"adam": torch.optim.Adam, "sgd": torch.optim.SGD}[config.autoencoder_optimizer]
             self.optimizer = kind(trained, lr=config.autoencoder_lr)
         self.u = [self.zeros() for _ in range(world_size)]
+        self.s = [self.zeros() for _ in range(world_size)]
         self.v = [self.zeros() for _ in range(world_size)]
         self.server_residual = self.zeros()
         self.t = 0
@@ -269,8 +271,19 @@ class Reference:
                     factor = min(1.0, self.config.clip_norm / (math.sqrt(self.K) * norm))
                     g = {name: g[name] * factor for name in g}
             for name in g:
-                self.u[k][name] = self.config.momentum * self.u[k][name] + g[name]
-                self.v[k][name] = self.v[k][name] + self.u[k][name]
+                self.v[k][name] = self.v[k][name] + self.update(k, name, g[name])
+
+    def update(self, k: int, name: str, g: Tensor) -> Tensor:
+        """SGD's momentum, or Adam's step."""
+        first, second = self.config.momentum, self.config.second_moment
+        if second == 0:
+            self.u[k][name] = first * self.u[k][name] + g
+            return self.u[k][name]
+        self.u[k][name] = first * self.u[k][name] + (1 - first) * g
+        self.s[k][name] = second * self.s[k][name] + (1 - second) * g**2
+        mean = self.u[k][name] / (1 - first ** (self.t + 1))
+        square = self.s[k][name] / (1 - second ** (self.t + 1))
+        return mean / (square.sqrt() + 1e-8)
 
     def step(self, gradients: Sequence[Mapping[str, Tensor]]) -> Outcome:
         """One round of every rank."""
@@ -288,15 +301,16 @@ class Reference:
             self.exchange_own(mean, sent)
             loss = self.exchange_shared(phase, mean, sent)
         if self.config.low_pass < 1:
-            self.filter(before, momenta)
+            self.filter(before)
+        if self.config.low_pass < 1 or self.config.second_moment:
+            self.u = momenta
         self.t += 1
         return Outcome(mean, sent, phase, loss)
 
-    def filter(self, before: list[Vectors], momenta: list[Vectors]) -> None:
+    def filter(self, before: list[Vectors]) -> None:
         """Section "Feedback", the low-pass filter."""
         for k in range(self.K):
             for name in self.shapes:
-                self.u[k][name] = momenta[k][name]
                 change = self.v[k][name] - before[k][name]
                 self.v[k][name] = before[k][name] + self.config.low_pass * change
 

@@ -82,6 +82,7 @@ def scheme_of(config: Config) -> Any:
         "rate": config.rate,
         "momentum": config.momentum,
         "low_pass": config.low_pass,
+        "second_moment": config.second_moment,
         "warmup_steps": config.warmup_steps,
         "unit": config.unit,
         "values": CODECS[config.values],

@@ -34,6 +34,7 @@ LEARNED: dict[str, Any] = {
 SCHEMES: dict[str, Any] = {
     "dense": lgc.Dense(),
     "dgc": lgc.DGC(rate=0.02, warmup_steps=6, clip_norm=1.0),
+    "dgc-adam": lgc.DGC(rate=0.02, warmup_steps=6, second_moment=0.95),
     "dgc-server": lgc.DGC(rate=0.02, warmup_steps=6, server=True),
     "scalecom": lgc.ScaleCom(rate=0.02, momentum=0.9, warmup_steps=6),
     "lgc-ring": lgc.LGCRing(**LEARNED),

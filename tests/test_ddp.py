@@ -529,6 +529,34 @@ def test_what_is_owed_to_a_parameter_without_gradient_is_delivered(
         assert_same(results[1][0], results[0][0])
 
 
+# --- Adam ---
+
+
+def same_data(rank: int, world_size: int, scheme: Any) -> dict[str, Tensor]:
+    """AdamW after the exchange without a scheme; with one SGD, as the scheme makes Adam's step."""
+    ddp = build("wide")
+    if scheme is None:
+        adamw = torch.optim.AdamW(ddp.parameters(), lr=0.01, betas=(0.9, 0.95), weight_decay=0.1)
+        optimizer: torch.optim.Optimizer = adamw
+    else:
+        optimizer = torch.optim.SGD(ddp.parameters(), lr=0.01, weight_decay=0.1)
+        lgc.attach(ddp, scheme, optimizer)
+    for step in range(STEPS):
+        x, y = batch(0, step)
+        optimizer.zero_grad()
+        F.cross_entropy(ddp(x), y).backward()
+        optimizer.step()
+    return parameters(ddp)
+
+
+def test_adams_step_before_the_exchange_is_adamw_where_all_is_sent(ranks: RankFactory) -> None:
+    everything = lgc.TopK(rate=1.0, values=lgc.Float32(), momentum=0.9, second_moment=0.95)
+    plain = ranks(2).run(same_data, None)[0]
+    for result in ranks(2).run(same_data, everything):
+        for name, parameter in plain.items():
+            torch.testing.assert_close(result[name], parameter, rtol=1e-3, atol=1e-4)
+
+
 # --- what attach refuses, and what it warns of ---
 
 
@@ -620,6 +648,7 @@ def train_with_momentum_set_later(rank: int, world_size: int) -> None:
         ),
         (attach_with_two_momenta_in_groups, (), ValueError, ("momentum", "0.5")),
         (attach_with, (lgc.DGC(rate=0.1), "Adam", {}), ValueError, ("Adam", "momentum")),
+        (attach_with, (lgc.DGC(second_moment=0.9), "Adam", {}), ValueError, ("makes Adam's step", "Train with SGD")),
         (attach_with, (lgc.LGCServer(rate=0.1), "AdamW", {}), ValueError, ("AdamW", "momentum")),
         (train_with_momentum_set_later, (), ValueError, ("momentum", "0.95", "scheduler")),
         (attach_with_anothers_optimizer, (), ValueError, ("optimizer", "none of the model's parameters")),

@@ -560,6 +560,7 @@ def test_auto_in_text_takes_a_recipes_arguments() -> None:
         ({"after": 4}, r"Auto\(after=\.\.\.\) must be at least 5, got 4\."),
         ({"bandwidth": "fast"}, r"bandwidth must be a number with kbit, mbit, gbit, as in 100mbit, got 'fast'\."),
         ({"candidates": (lgc.DGC(),)}, r"sparse scheme with momentum=0, since the optimizer keeps its own; got dgc\."),
+        ({"candidates": (lgc.TopK(second_moment=0.9),)}, r"its own; got topk:second_moment=0.9\."),
         ({"candidates": (lgc.PowerSGD(),)}, r"Auto\(candidates=\.\.\.\) must be able to take over from dense"),
     ],
 )

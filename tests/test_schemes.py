@@ -56,6 +56,8 @@ CASES: dict[str, Config] = {
     "topk-low-pass": Config(scheme="topk", rate=0.02, warmup_steps=4, low_pass=0.3, values="sign"),
     "scalecom-low-pass": Config(scheme="scalecom", rate=0.02, momentum=0.9, warmup_steps=6, low_pass=0.1),
     "dgc-server-low-pass": Config(scheme="dgc", rate=0.02, momentum=0.9, warmup_steps=6, low_pass=0.6, server=True),
+    "lgc-ring-adam": Config(scheme="lgc-ring", rate=0.1, second_moment=0.95, **LEARNED),
+    "lgc-ps-adam": Config(scheme="lgc-ps", rate=0.1, second_moment=0.9, low_pass=0.3, **LEARNED),
     "lgc-ring-low-pass": Config(scheme="lgc-ring", rate=0.1, low_pass=0.2, **LEARNED),
     "lgc-ring-paper-low-pass": Config(scheme="lgc-ring", rate=0.1, feedback="paper", low_pass=0.2, **LEARNED),
     "lgc-ps-low-pass": Config(scheme="lgc-ps", rate=0.1, clip_norm=3.0, low_pass=0.5, **LEARNED),
@@ -92,16 +94,35 @@ def assert_close(actual: Tensor, expected: Tensor, what: str, tolerance: float =
     assert error <= tolerance * scale + 1e-12, f"{what}: differs by {error:.3g} at a scale of {scale:.3g}"
 
 
-def accumulated(config: Config, run: Run, rank: int, world_size: int, step: int) -> tuple[Tensor, Tensor]:
-    """The momentum and the residual of a rank after the gradient came in and before anything was sent."""
-    g = joined(gradient(SHAPES, rank, step))
-    if config.clip_norm is not None:
-        g = g * min(1.0, config.clip_norm / (math.sqrt(world_size) * g.double().norm().item()))
-    if step == 0:
-        return g, g
-    before = run.steps[step - 1]
-    u = g if before.momentum is None else config.momentum * before.momentum + g
-    return u, before.residual + u
+def accumulated(config: Config, run: Run, rank: int, world_size: int, step: int) -> Tensor:
+    """The residual of a rank after the gradient came in and before anything was sent."""
+
+    def clipped(t: int) -> Tensor:
+        g = joined(gradient(SHAPES, rank, t))
+        if config.clip_norm is None:
+            return g
+        scaled: Tensor = g * min(1.0, config.clip_norm / (math.sqrt(world_size) * g.double().norm().item()))
+        return scaled
+
+    before = run.steps[step - 1] if step else None
+    if config.second_moment:
+        u = adam_step([clipped(t) for t in range(step + 1)], config.momentum, config.second_moment)
+    elif before is None or before.momentum is None:
+        u = clipped(step)
+    else:
+        u = config.momentum * before.momentum + clipped(step)
+    return u if before is None else before.residual + u
+
+
+def adam_step(gradients: list[Tensor], *betas: float) -> Tensor:
+    """What torch's Adam subtracts at the last of these gradients, at a learning rate of 1."""
+    parameter = torch.zeros_like(gradients[0])
+    optimizer = torch.optim.Adam([parameter], lr=1.0, betas=betas)  # type: ignore[arg-type]
+    for g in gradients:
+        parameter.zero_()
+        parameter.grad = g
+        optimizer.step()
+    return -parameter
 
 
 def unfiltered(config: Config, run: Run, step: int) -> Tensor:
@@ -208,7 +229,7 @@ def test_sent_plus_residual_equals_what_came_in(runs: Runs, case: str, world_siz
     config = CASES[case]
     for rank, run in enumerate(runs(case, world_size)):
         for t in range(STEPS):
-            _, v = accumulated(config, run, rank, world_size, t)
+            v = accumulated(config, run, rank, world_size, t)
             kept = unfiltered(config, run, t)
             assert_close(run.steps[t].sent + kept, v, f"step {t}, rank {rank}", tolerance=1e-6 / config.low_pass)
 
@@ -227,7 +248,7 @@ def test_in_paper_mode_exactly_the_loss_of_the_codec_is_lost(runs: Runs, case: s
     for t in range(STEPS):
         leader = t % world_size
         positions = torch.nonzero(shared & (real[leader].steps[t].sent != 0)).flatten()
-        before = [accumulated(config, run, rank, world_size, t)[1] for rank, run in enumerate(real)]
+        before = [accumulated(config, run, rank, world_size, t) for rank, run in enumerate(real)]
         scale = before[leader][positions].square().mean().sqrt()
         for rank, run in enumerate(real):
             expected = torch.zeros_like(before[rank])

@@ -100,13 +100,19 @@ class Aggregator(ABC):
         per_rank = {"residual": self._by_name(self.feedback.residual)}
         if self.feedback.momentum_buffer is not None:
             per_rank["momentum"] = self._by_name(self.feedback.momentum_buffer)
-        return {"per_rank": per_rank, "replicated": {"train_end": self.schedule.train_end}, "server": {}}
+        if self.feedback.second_moment_buffer is not None:
+            per_rank["second_moment"] = self._by_name(self.feedback.second_moment_buffer)
+        replicated = {"train_end": self.schedule.train_end, "updates": self.feedback.updates}
+        return {"per_rank": per_rank, "replicated": replicated, "server": {}}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Set this rank's state; names, types and shapes have been checked against `state_dict()`."""
         self._set_by_name(self.feedback.residual, state["per_rank"]["residual"])
         if self.feedback.momentum_buffer is not None:
             self._set_by_name(self.feedback.momentum_buffer, state["per_rank"]["momentum"])
+        if self.feedback.second_moment_buffer is not None:
+            self._set_by_name(self.feedback.second_moment_buffer, state["per_rank"]["second_moment"])
+        self.feedback.updates = state["replicated"]["updates"]
         self.schedule.train_end = state["replicated"]["train_end"]
 
     def replicas(self) -> dict[str, Tensor]:

@@ -498,10 +498,16 @@ def _require_optimizer_of(ddp: DistributedDataParallel, optimizer: torch.optim.O
 
 
 def _require_single_momentum(scheme: Scheme, optimizer: torch.optim.Optimizer) -> None:
-    if not isinstance(scheme, SparseScheme) or scheme.momentum == 0:
+    if not isinstance(scheme, SparseScheme) or scheme.momentum == scheme.second_moment == 0:
         return
     for group in optimizer.param_groups:
         own = group.get("momentum", 0) or (group["betas"][0] if "betas" in group else 0)
+        if own and scheme.second_moment:
+            raise ValueError(
+                f"{type(scheme).__name__}(second_moment={scheme.second_moment}) makes Adam's step before sending, and "
+                f"the {type(optimizer).__name__} has a momentum of its own ({own}): it would act twice. Train with SGD "
+                "without momentum, with Adam's learning rate, or give the scheme second_moment=0 and momentum=0."
+            )
         if own:
             raise ValueError(
                 f"{type(scheme).__name__}(momentum={scheme.momentum}) corrects the momentum before sending, and the "
@@ -519,7 +525,7 @@ def _advise(ddp: DistributedDataParallel, scheme: Scheme, optimizer: torch.optim
             "attach, and broadcast them before evaluation and checkpoints.",
             stacklevel=3,
         )
-    if isinstance(scheme, SparseScheme) and scheme.momentum and optimizer is not None:
+    if isinstance(scheme, SparseScheme) and scheme.momentum and not scheme.second_moment and optimizer is not None:
         decay = max(group.get("weight_decay", 0) for group in optimizer.param_groups)
         if decay:
             logging.getLogger("lgc.advice").warning(

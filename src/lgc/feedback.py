@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+EPSILON = 1e-8  # of Adam, as in its paper and in torch
+
 
 class Piece(NamedTuple):
     """Values that a rank contributed at some places of the flat vector, as the other ranks decode them.
@@ -24,6 +26,11 @@ class Feedback:
 
         u = m * u + g;  v = v + u
 
+    With `second_moment` the step is Adam's (Kingma and Ba, arXiv 1412.6980) instead of SGD's, from this rank's own
+    moments: after t updates
+
+        m = m_1 m + (1 - m_1) g;  s = m_2 s + (1 - m_2) g^2;  u = m / (1 - m_1^t) / (sqrt(s / (1 - m_2^t)) + 1e-8)
+
     A round works on pending copies: `accumulate`, then `settle` for everything that is sent, then `commit`.
     A round that is abandoned before `commit` has changed nothing. With `keep_loss=False` what the codec lost of what
     was sent is lost (the paper's way). Source: DGC, sections 3.1 and 3.2.
@@ -38,6 +45,7 @@ class Feedback:
         size: int,
         *,
         momentum: float,
+        second_moment: float,
         clip_norm: float | None,
         keep_loss: bool,
         low_pass: float,
@@ -45,13 +53,17 @@ class Feedback:
         device: torch.device,
     ) -> None:
         self.momentum = momentum
+        self.second_moment = second_moment
         self.clip_norm = None if clip_norm is None else clip_norm / math.sqrt(world_size)
         self.keep_loss = keep_loss
         self.low_pass = low_pass
         self.residual = torch.zeros(size, device=device)
         self.momentum_buffer = torch.zeros(size, device=device) if momentum else None
+        self.second_moment_buffer = torch.zeros(size, device=device) if second_moment else None
+        self.updates = 0
         self._pending_residual = torch.empty_like(self.residual)
         self._pending_momentum = None if self.momentum_buffer is None else torch.empty_like(self.residual)
+        self._pending_second_moment = None if self.second_moment_buffer is None else torch.empty_like(self.residual)
 
     def accumulate(self, gradient: Tensor) -> Tensor:
         """The pending residual v after taking in the local gradient, shape (N,); it may be read until `settle`."""
@@ -59,15 +71,30 @@ class Feedback:
         if self.clip_norm is not None:
             norm = float(torch.linalg.vector_norm(gradient, dtype=torch.float64))  # squares of float32 may overflow
             scale = min(1.0, self.clip_norm / max(norm, 1e-30))
-        increment = gradient if scale == 1.0 else gradient * scale
+        gradient = gradient if scale == 1.0 else gradient * scale
+        step = self._adam(gradient) if self.second_moment else self._sgd(gradient)
+        return torch.add(self.residual, step, out=self._pending_residual)
+
+    def _sgd(self, gradient: Tensor) -> Tensor:
+        if self.momentum_buffer is None or self._pending_momentum is None:
+            return gradient
+        return torch.add(gradient, self.momentum_buffer, alpha=self.momentum, out=self._pending_momentum)
+
+    def _adam(self, gradient: Tensor) -> Tensor:
+        first, number = gradient, self.updates + 1
         if self.momentum_buffer is not None and self._pending_momentum is not None:
-            increment = torch.add(increment, self.momentum_buffer, alpha=self.momentum, out=self._pending_momentum)
-        return torch.add(self.residual, increment, out=self._pending_residual)
+            first = torch.lerp(self.momentum_buffer, gradient, 1 - self.momentum, out=self._pending_momentum)
+        assert self.second_moment_buffer is not None
+        assert self._pending_second_moment is not None
+        second = torch.mul(self.second_moment_buffer, self.second_moment, out=self._pending_second_moment)
+        second.addcmul_(gradient, gradient, value=1 - self.second_moment)
+        deviation = (second / (1 - self.second_moment**number)).sqrt_().add_(EPSILON)
+        return torch.div(first, deviation, out=deviation).div_(1 - self.momentum**number)
 
     def settle(self, piece: Piece) -> None:
         """Take what was sent off the pending residual.
 
-        Selected coordinates lose their momentum (factor masking) unless `low_pass` is below 1, dense ones keep it.
+        Selected coordinates lose SGD's momentum (factor masking) unless `low_pass` is below 1, dense ones keep it.
         """
         if isinstance(piece.where, slice):
             self._pending_residual[piece.where] = 0
@@ -76,7 +103,7 @@ class Feedback:
             self._pending_residual[piece.where] -= piece.values
         else:
             self._pending_residual[piece.where] = 0
-        if self._pending_momentum is not None and self.low_pass == 1:
+        if self._pending_momentum is not None and self.low_pass == 1 and not self.second_moment:
             self._pending_momentum[piece.where] = 0
 
     def commit(self) -> None:
@@ -85,3 +112,6 @@ class Feedback:
             torch.lerp(self.residual, self._pending_residual, self.low_pass, out=self._pending_residual)
         self.residual, self._pending_residual = self._pending_residual, self.residual
         self.momentum_buffer, self._pending_momentum = self._pending_momentum, self.momentum_buffer
+        pending = self._pending_second_moment
+        self.second_moment_buffer, self._pending_second_moment = pending, self.second_moment_buffer
+        self.updates += 1

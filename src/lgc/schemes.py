@@ -130,6 +130,9 @@ class SparseScheme(Scheme, ABC):
         pooled_rate: the same for the pool of all small tensors; by default four times `rate`, at most 1.
         momentum: of the momentum correction, in [0, 1); 0 is plain error feedback. The optimizer must then
             have none of its own.
+        second_moment: Adam's second beta, in [0, 1); 0 is SGD. Every rank then makes Adam's step (with `momentum` as
+            the first beta) of its own gradient, and that is what is sent; the optimizer must be SGD without momentum,
+            with the learning rate and weight decay of AdamW.
         clip_norm: clip the local gradient's norm to this times K^-1/2; None is off.
         low_pass: the residual takes this part of every change, in (0, 1]: with 0.1 what has accumulated leaves over
             some ten rounds. 1 is plain error feedback, with momentum factor masking.
@@ -145,6 +148,7 @@ class SparseScheme(Scheme, ABC):
     rate: float = 1e-3
     pooled_rate: float | None = None
     momentum: float = 0.9
+    second_moment: float = 0.0
     clip_norm: float | None = None
     low_pass: float = 0.1
     warmup_steps: int = 100
@@ -172,7 +176,8 @@ class SparseScheme(Scheme, ABC):
         _within(self, "rate", "in (0, 1]", 0 < _number(self, "rate") <= 1)
         if self.pooled_rate is not None:
             _within(self, "pooled_rate", "in (0, 1]", 0 < _number(self, "pooled_rate") <= 1)
-        _within(self, "momentum", "in [0, 1)", 0 <= _number(self, "momentum") < 1)
+        for name in ("momentum", "second_moment"):
+            _within(self, name, "in [0, 1)", 0 <= _number(self, name) < 1)
         if self.clip_norm is not None:
             _within(self, "clip_norm", "positive", 0 < _number(self, "clip_norm") < float("inf"))
         _within(self, "low_pass", "in (0, 1]", 0 < _number(self, "low_pass") <= 1)
@@ -216,6 +221,7 @@ class SparseScheme(Scheme, ABC):
         return Feedback(
             layout.size,
             momentum=self.momentum,
+            second_moment=self.second_moment,
             clip_norm=self.clip_norm,
             keep_loss=keep_loss,
             low_pass=self.low_pass,
@@ -452,7 +458,7 @@ class Auto(Scheme):
         if self.bandwidth is not None:
             Link.parse(self.bandwidth, self.latency)
         for candidate in self.candidates:
-            momentum = candidate.momentum if isinstance(candidate, SparseScheme) else 0.0
+            momentum = max(candidate.momentum, candidate.second_moment) if isinstance(candidate, SparseScheme) else 0.0
             if not isinstance(candidate, Dense | SparseScheme) or momentum:
                 raise ValueError(
                     "Auto(candidates=...) must be able to take over from dense: bf16, fp16, or a sparse scheme with "

@@ -297,7 +297,9 @@ def _advice(rows: Sequence[Prediction], labels: Mapping[str, str]) -> list[str]:
             f"dense from step {best.pays_from} on.",
         ]
     scheme = parse_scheme(best.scheme)
-    if isinstance(scheme, SparseScheme) and scheme.momentum:
+    if isinstance(scheme, SparseScheme) and scheme.second_moment:
+        lines += ["", "It makes Adam's step: train with SGD without momentum."]
+    elif isinstance(scheme, SparseScheme) and scheme.momentum:
         lines += ["", "It has the momentum: give the optimizer none, or the scheme momentum=0."]
     if isinstance(scheme, PowerSGD):
         lines += [

@@ -90,7 +90,8 @@ class FunctionJob:
             model, loss = function()
 
         def optimizer(scheme: Scheme) -> torch.optim.Optimizer:
-            momentum = 0.0 if getattr(scheme, "momentum", 0.0) else 0.9
+            in_scheme = getattr(scheme, "momentum", 0.0) or getattr(scheme, "second_moment", 0.0)
+            momentum = 0.0 if in_scheme else 0.9
             return torch.optim.SGD(model.parameters(), lr=0.0, momentum=momentum)
 
         return Job(model.to(device), loss, optimizer)
