@@ -197,14 +197,15 @@ def predict(profile: Profile, link: Link) -> list[Prediction]:
 
 
 def choose(predictions: Sequence[Prediction], tolerance: float = TOLERANCE) -> Prediction:
-    """The fastest; of those within `tolerance` of it the first that compresses nothing, else what sends least.
+    """The fastest; of those within `tolerance` of it the first that compresses nothing, else the best on half the link.
 
-    So small a difference in time may be chance. That everything arrives is certain, and so are bytes.
+    So small a difference may be chance. That everything arrives is certain, and the link may be slower than it is taken
+    to be.
     """
     fastest = min(prediction.step for prediction in predictions)
     equals = [prediction for prediction in predictions if prediction.step <= fastest * (1 + tolerance)]
     complete = [prediction for prediction in equals if prediction.phase == Phase.DENSE.value]
-    return complete[0] if complete else min(equals, key=lambda prediction: prediction.sent_bytes)
+    return complete[0] if complete else min(equals, key=lambda one: one.step + one.communication)
 
 
 def _pays_from(early: list[Early], step: float, dense: float) -> int | None:
