@@ -28,7 +28,7 @@ from lgc.wire import Traffic, Wire, summarise
 
 logger = logging.getLogger("lgc")
 
-STATE_VERSION = 1
+STATE_VERSION = 2
 
 OnDifference = Literal["raise", "synchronise"]
 OnNonfinite = Literal["propagate", "raise"]
