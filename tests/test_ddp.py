@@ -384,6 +384,7 @@ def decoding(rank: int, world_size: int, scheme: Any, alike: bool) -> tuple[dict
     return parameters(ddp), aggregator._exact
 
 
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="needs two kinds of kernels")
 @pytest.mark.parametrize("alike", [True, False])
 @pytest.mark.parametrize("scheme", LGC)
 def test_ranks_with_other_hardware_decode_the_same(ranks: RankFactory, scheme: str, alike: bool) -> None:
@@ -649,6 +650,7 @@ def train_with_momentum_set_later(rank: int, world_size: int) -> None:
         (attach_with_two_momenta_in_groups, (), ValueError, ("momentum", "0.5")),
         (attach_with, (lgc.DGC(rate=0.1), "Adam", {}), ValueError, ("Adam", "momentum")),
         (attach_with, (lgc.DGC(second_moment=0.9), "Adam", {}), ValueError, ("makes Adam's step", "Train with SGD")),
+        (attach_with, (lgc.TopK(second_moment=0.9), "RMSprop", {}), ValueError, ("RMSprop would make another one",)),
         (attach_with, (lgc.LGCServer(rate=0.1), "AdamW", {}), ValueError, ("AdamW", "momentum")),
         (train_with_momentum_set_later, (), ValueError, ("momentum", "0.95", "scheduler")),
         (attach_with_anothers_optimizer, (), ValueError, ("optimizer", "none of the model's parameters")),

@@ -81,7 +81,9 @@ def announce_too_much(rank: int, world_size: int, scheme: Any, length: int) -> N
 
     def exaggerate(*args: Any, **kwargs: Any) -> Any:
         own, leader = kwargs["lengths"]
-        lengths = (length, length) if rank == 1 and training.handle.step == 9 else (own, leader)
+        lengths = (own, leader)
+        if rank == 1 and training.handle.step == 9:  # compressed, and led by rank 1
+            lengths = (length, leader) if isinstance(scheme, lgc.DGC) else (own, length)
         return open_round(*args, **kwargs | {"lengths": lengths})
 
     transport.open_round = exaggerate

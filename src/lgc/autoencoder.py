@@ -250,7 +250,7 @@ def _exact_conv1d(x: Tensor, weight: Tensor, bias: Tensor, padding: int = 0) -> 
 
 def _round(tensor: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     """Integers in [-127, 127], as floats, and the step that they count."""
-    step = tensor.abs().amax(dim=dims, keepdim=True) / LEVELS
+    step = tensor.abs().amax(dim=dims, keepdim=True) * (1 / LEVELS)
     step = torch.where(step == 0, 1.0, step)
     return (tensor / step).round_(), step
 

@@ -102,12 +102,26 @@ def save(directory: Path | str, state: State, *, step: int, group: dist.ProcessG
     return path
 
 
-def available(directory: Path | str) -> list[Path]:
+def available(directory: Path | str, *, group: dist.ProcessGroup | None = None) -> list[Path]:
     """The complete checkpoints of a folder, newest first.
 
     Complete is one that has a valid manifest and all its files in their full size; what is in them is for `load` to
     check. One of a newer schema is in the list, and `load` refuses it.
+
+    Args:
+        directory: holds the checkpoints of one run.
+        group: whose ranks all get what the first of them finds, as a collective; None is by oneself.
+
+    Raises:
+        CheckpointError: a manifest is there and cannot be read, which may be no fault of the checkpoint.
     """
+    if group is not None:
+
+        def names() -> list[str]:
+            return [path.name for path in available(directory)]
+
+        found = _together(Transport(group), "checkpoint.available", names, rank=SERVER)[SERVER]
+        return [Path(directory) / name for name in found]
     paths = []
     for path in _step_folders(Path(directory)):
         try:
@@ -116,7 +130,7 @@ def available(directory: Path | str) -> list[Path]:
                 _require_size(path / file.name, file)
         except _NewerSchemaError:
             paths.append(path)
-        except CheckpointError as error:
+        except RefusedError as error:
             logger.warning("%s is not a complete checkpoint: %s", path, error)
         else:
             paths.append(path)
@@ -163,7 +177,7 @@ def load(path: Path, *, group: dist.ProcessGroup) -> dict[str, Any]:
 
     manifests = _together(transport, "checkpoint.load", read)
     if len(set(manifests)) != 1:
-        raise RefusedError(f"checkpoint.load: the ranks have different checkpoints: {manifests} (sha256 by rank).")
+        raise CheckpointError(f"checkpoint.load: the ranks have different checkpoints: {manifests} (sha256 by rank).")
     return state
 
 

@@ -29,6 +29,7 @@ from lgc.wire import Traffic, Wire, summarise
 logger = logging.getLogger("lgc")
 
 STATE_VERSION = 2
+ADAPTIVE = {"betas", "alpha", "rho", "lr_decay"}  # what Adam, RMSprop, Adadelta and Adagrad have
 
 OnDifference = Literal["raise", "synchronise"]
 OnNonfinite = Literal["propagate", "raise"]
@@ -170,6 +171,7 @@ class Handle:
         self._unused_possible = ddp.find_unused_parameters or ddp.static_graph
         self._pending: list[_Pending] = []
         self._delivered = False
+        self._has_gradient = False  # in this round
         self.phase = Phase.DENSE
         self.aggregator: Aggregator | None = None
         self._power_sgd = PowerSGDHook(scheme, transport) if isinstance(scheme, PowerSGD) else None
@@ -310,8 +312,11 @@ class Handle:
     def _reduce_bucket(self, bucket: GradBucket) -> torch.futures.Future[torch.Tensor]:
         """What DDP itself or its hooks do, counted."""
         if bucket.index() == 0:
-            self._begin_dense([bucket.buffer()])
+            self._begin_dense()
+        if self._check_is_due:
+            self._has_gradient |= bool(bucket.buffer().any())
         if bucket.is_last():
+            self._check_replicas()
             self.step += 1
         if self._power_sgd:
             return self._power_sgd.reduce(bucket)
@@ -320,10 +325,10 @@ class Handle:
             self._selection.observe(bucket.buffer(), future, last=bucket.is_last())
         return future
 
-    def _begin_dense(self, gradients: list[Tensor]) -> None:
+    def _begin_dense(self) -> None:
         self.phase = self._power_sgd.phase if self._power_sgd else Phase.DENSE
         self.transport.begin(self.phase)
-        self._check_replicas(gradients)
+        self._has_gradient = False
 
     def _reduce(self, buffer: Tensor) -> torch.futures.Future[torch.Tensor]:
         """The mean over the ranks into `buffer`, in the background."""
@@ -373,25 +378,31 @@ class Handle:
             communication = self.transport.seconds - communicated
             self.round_time = RoundTime(time.perf_counter() - started - communication, communication)
             return
-        self._begin_dense([bucket.buffer for bucket in pending])
+        self._begin_dense()
+        self._has_gradient = any(bool(bucket.buffer.any()) for bucket in pending)
+        self._check_replicas()
         self.step += 1
         for bucket in pending:
             self._reduce(bucket.buffer).wait()
             bucket.future.set_result(bucket.buffer)
 
-    def _check_replicas(self, gradients: list[Tensor]) -> None:
-        """Compare what all ranks must have the same of, as it is before this round.
+    @property
+    def _check_is_due(self) -> bool:
+        every = self.policy.check_every
+        return every > 0 and self.step % every == 0 and self.transport.world_size > 1
 
-        A rank whose gradients are zero does not count: once its inputs have run out under `join()`, it goes on giving
+    def _check_replicas(self) -> None:
+        """If it is due, compare what all ranks must have the same of, as it is before this round.
+
+        A rank whose gradient is zero does not count: once its inputs have run out under `join()`, it goes on giving
         zeros, without updates of its own.
         """
-        if not self.policy.check_every or self.step % self.policy.check_every or self.transport.world_size == 1:
+        if not self._check_is_due:
             return
         replicas: dict[str, Tensor] = {f"parameter {name}": tensor for name, tensor in self._parameters.items()}
         if self.aggregator is not None:
             replicas |= self.aggregator.replicas()
-        counts = any(bool(gradient.any()) for gradient in gradients)
-        differences, first = compare(self.transport, replicas, counts=counts)
+        differences, first = compare(self.transport, replicas, counts=self._has_gradient)
         if not differences:
             return
         found = "; ".join(f"{name} on rank {', '.join(map(str, ranks))}" for name, ranks in differences.items())
@@ -415,7 +426,8 @@ class Handle:
             self._flat /= scale
         self.phase = self.aggregator.schedule.at(self.step).phase
         self.transport.begin(self.phase, steps=0)
-        self._check_replicas([self._flat])
+        self._has_gradient = not self._check_is_due or bool(self._flat.any())
+        self._check_replicas()
         result = self.aggregator.aggregate(self._flat, self.step)
         self.step += 1
         if result.nonfinite_ranks and self.policy.on_nonfinite == "raise":
@@ -502,11 +514,11 @@ def _require_single_momentum(scheme: Scheme, optimizer: torch.optim.Optimizer) -
         return
     for group in optimizer.param_groups:
         own = group.get("momentum", 0) or (group["betas"][0] if "betas" in group else 0)
-        if own and scheme.second_moment:
+        if scheme.second_moment and (own or ADAPTIVE & set(group)):
             raise ValueError(
                 f"{type(scheme).__name__}(second_moment={scheme.second_moment}) makes Adam's step before sending, and "
-                f"the {type(optimizer).__name__} has a momentum of its own ({own}): it would act twice. Train with SGD "
-                "without momentum, with Adam's learning rate, or give the scheme second_moment=0 and momentum=0."
+                f"the {type(optimizer).__name__} would make another one of it. Train with SGD without momentum, with "
+                "Adam's learning rate, or give the scheme second_moment=0 and momentum=0."
             )
         if own:
             raise ValueError(

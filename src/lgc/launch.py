@@ -19,7 +19,7 @@ from lgc.run_folder import claim
 from lgc.train import Output, Settings, notify, train
 from lgc.transport import Transport
 
-MEETING_TIMEOUT = timedelta(hours=6)  # the first rank of each machine may have a data set to fetch and to decode
+DATA_TIMEOUT = timedelta(hours=6)  # the first rank of each machine may have a data set to fetch and to decode
 STORE_PORT = 29500  # in a namespace of its own, where nobody else listens
 
 
@@ -51,21 +51,33 @@ def run_in_job(settings: Settings, output: Output, timeout: timedelta, *, overwr
     if os.environ["RANK"] == "0":
         _warn_of_stale_store()
     device, backend = pick_device(local_rank, local_world_size)
-    if local_rank == 0:
-        settings.load_data()  # decodes into the cache that the other ranks of this machine map
     unfinished = torch.ones((), dtype=torch.int64, device=device)
     if os.environ["RANK"] == "0":  # before the others are met: if this raises, they end without an error of their own
         unfinished *= claim(output.folder, settings.configuration(), overwrite=overwrite)
-    dist.init_process_group(backend, timeout=MEETING_TIMEOUT)
-    dist.broadcast(unfinished, src=0)
+    dist.init_process_group(backend, timeout=timeout)
     assert dist.group.WORLD is not None
-    Transport(dist.group.WORLD, device).set_timeout(timeout.total_seconds())
+    transport = Transport(dist.group.WORLD, device)
     try:
+        transport.set_timeout(DATA_TIMEOUT.total_seconds())
+        _load_data_of_machine(settings, transport, local_rank)
+        unfinished = transport.broadcast(unfinished, "agreement", source=0)
+        transport.set_timeout(timeout.total_seconds())
         if unfinished:
             train(settings, output, device)
     finally:
         dist.destroy_process_group()
     return bool(unfinished)
+
+
+def _load_data_of_machine(settings: Settings, transport: Transport, local_rank: int) -> None:
+    """Decode into the cache that the other ranks of this machine map; they are told if that fails."""
+    if local_rank == 0:
+        try:
+            settings.load_data()
+        except Exception as error:
+            transport.announce(error)
+            raise
+    transport.all_gather(torch.zeros(1), "agreement")
 
 
 def _warn_of_stale_store() -> None:

@@ -176,6 +176,8 @@ class LGCAggregator(Aggregator):
         It does on the same hardware with the same number of threads. Found out in the first round of a frozen
         autoencoder, by what it decodes there the usual way.
         """
+        if not self._frozen:
+            return False
         if self._exact is None:  # not counted, so that a run that was interrupted has sent what it would have
             uncounted = Transport(self.transport.group, self.transport.device)
             digests = uncounted.all_gather(digest(decode()), "agreement")
@@ -331,6 +333,7 @@ class ServerAggregator(LGCAggregator):
         replicated_state = fresh["replicated"] | {
             "autoencoder": fresh["replicated"]["autoencoder"] | encoder,
             "train_end": max(self.schedule.train_end, step + train_steps),
+            "updates": state["replicated"]["updates"],
         }
         return {**state, "replicated": replicated_state, "server": fresh["server"]}
 

@@ -128,7 +128,7 @@ class SparseScheme(Scheme, ABC):
     Args:
         rate: fraction of each weight that is sent, in (0, 1].
         pooled_rate: the same for the pool of all small tensors; by default four times `rate`, at most 1.
-        momentum: of the momentum correction, in [0, 1); 0 is plain error feedback. The optimizer must then
+        momentum: of the momentum correction, in [0, 1); 0 is error feedback alone. The optimizer must then
             have none of its own.
         second_moment: Adam's second beta, in [0, 1); 0 is SGD. Every rank then makes Adam's step (with `momentum` as
             the first beta) of its own gradient, and that is what is sent; the optimizer must be SGD without momentum,
@@ -232,7 +232,7 @@ class SparseScheme(Scheme, ABC):
 
 @dataclass(frozen=True, kw_only=True)
 class TopK(SparseScheme):
-    """Sparse gradient descent: each rank's own top-k with plain error feedback.
+    """Sparse gradient descent: each rank's own top-k with error feedback.
 
     Args:
         server: gather at rank 0, which selects again from the sum and keeps a residual of its own, so that
@@ -265,9 +265,9 @@ class TopK(SparseScheme):
 
 @dataclass(frozen=True, kw_only=True)
 class DGC(TopK):
-    """Deep Gradient Compression: own top-k with momentum correction, factor masking, clipping and rate warm-up.
+    """Deep Gradient Compression: own top-k with momentum correction, clipping and rate warm-up.
 
-    Source: Lin et al., ICLR 2018, arXiv 1712.01887.
+    With `low_pass=1` also momentum factor masking, as in its paper. Source: Lin et al., ICLR 2018, arXiv 1712.01887.
     """
 
     name: ClassVar[str] = "dgc"

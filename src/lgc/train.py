@@ -195,7 +195,7 @@ def _warn_of_short_run(run: Training) -> None:
 
 def resume(run: Training, directory: Path) -> None:
     """Load the newest checkpoint that is not refused; refused ones are set aside, with a warning. A collective."""
-    for path in checkpoint.available(directory):
+    for path in checkpoint.available(directory, group=run.group):
         try:
             state = checkpoint.load(path, group=run.group)
         except checkpoint.RefusedError as error:

@@ -138,6 +138,8 @@ def rehearse(
     rounds = _Rounds(scheme if early else _untrained(scheme), gradients, transport, work, dense_work or work)
     *first, (last, _) = rounds.stages
     costs = [rounds.cost(stage).of(stage, steps) for stage, steps in first] if early else []
+    if early:
+        rounds.cost(last)  # whose end freezes the autoencoder
     settling = rounds.cost(last)
     if settling.seconds + sum(one.seconds for one in settling.collectives) > limit:
         return None
