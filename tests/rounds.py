@@ -138,10 +138,13 @@ def run_rounds(rank: int, world_size: int, scheme: Any, shapes: Shapes, gradient
         result = aggregator.aggregate(flat, t)
         assert torch.equal(flat.nan_to_num(), before.nan_to_num()), "aggregate changed the gradient it was given"
         momentum = aggregator.feedback.momentum_buffer
+        sent = torch.zeros(layout.size)
+        for where, values in result.sent:
+            sent[where] += values
         steps.append(
             Step(
                 in_order(result.mean),
-                in_order(result.sent_dense()),
+                in_order(sent),
                 in_order(aggregator.feedback.residual),
                 None if momentum is None else in_order(momentum),
                 aggregator.metrics.get("autoencoder_loss"),

@@ -59,10 +59,6 @@ class Round(NamedTuple):
     sent: tuple[Piece, ...]
     nonfinite_ranks: tuple[int, ...] = ()
 
-    def sent_dense(self) -> Tensor:
-        """`sent` as a vector, shape (N,)."""
-        return _add_up(self.sent, torch.zeros_like(self.mean))
-
 
 class Opened(NamedTuple):
     """An open round: the votes of all ranks, this rank's offers, and the lengths of each offer's payload by rank.
@@ -415,7 +411,6 @@ def sum_in_order(rows: Tensor) -> Tensor:
     return total
 
 
-def _add_up(pieces: tuple[Piece, ...] | list[Piece], total: Tensor) -> Tensor:
+def _add_up(pieces: list[Piece], total: Tensor) -> None:
     for where, values in pieces:
         total[where] += values
-    return total
