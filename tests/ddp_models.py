@@ -129,11 +129,11 @@ def seeded(seed: int) -> Iterator[None]:
 
 
 def build(
-    model: str, seed: int = 0, *, broadcast_buffers: bool = False, **ddp_arguments: Any
+    model: str, seed: int = 0, *, device: str = "cpu", broadcast_buffers: bool = False, **ddp_arguments: Any
 ) -> DistributedDataParallel:
     """A DDP model, the same on every rank."""
     with seeded(seed):
-        module = MODELS[model]()
+        module = MODELS[model]().to(device)
     ddp = DistributedDataParallel(module, **ddp_arguments)
     ddp.broadcast_buffers = broadcast_buffers  # the constructor's argument has another name since torch 2.13
     return ddp
@@ -163,9 +163,9 @@ def traffic(handle: Any) -> dict[str, tuple[int, int, int]]:
 
 
 def parameters(model: nn.Module) -> dict[str, Tensor]:
-    """A copy of the parameters of a DDP model, by the names of the module inside."""
+    """A copy of the parameters of a DDP model, by the names of the module inside, on the CPU."""
     module = model.module if isinstance(model, DistributedDataParallel) else model
-    return {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
+    return {name: parameter.detach().clone().cpu() for name, parameter in module.named_parameters()}
 
 
 def optimizer_of(model: nn.Module, scheme: Any, lr: float = 0.05) -> torch.optim.SGD:
@@ -183,18 +183,19 @@ def train(
     ddp_arguments: dict[str, Any] | None = None,
     micro_batches: int = 1,
     compile_backend: str | None = None,
+    device: str = "cpu",
 ) -> Trained:
     """Train a model with a scheme, or with plain DDP where it is None.
 
     With `micro_batches`, the batch of a step comes in so many parts, all but the last under `no_sync`.
     """
-    ddp = build(model, **(ddp_arguments or {}))
+    ddp = build(model, device=device, **(ddp_arguments or {}))
     optimizer = optimizer_of(ddp, scheme)
     handle = None if scheme is None else lgc.attach(ddp, scheme, optimizer)
     called: Any = ddp if compile_backend is None else torch.compile(ddp, backend=compile_backend)
     losses, phases = [], []
     for step in range(steps):
-        x, y = batch(rank, step)
+        x, y = (tensor.to(device) for tensor in batch(rank, step))
         optimizer.zero_grad()
         total = 0.0
         for i, (part_x, part_y) in enumerate(zip(x.chunk(micro_batches), y.chunk(micro_batches), strict=True)):

@@ -114,31 +114,39 @@ def scheme_of(config: Config) -> Any:
     return lgc.LGCServer(**common, innovation=config.innovation)
 
 
-def run_rounds(rank: int, world_size: int, scheme: Any, shapes: Shapes, gradients: Sequence[Any]) -> Run:
-    """`aggregate` once per element of `gradients`: the step of `gradient`, or a gradient for every rank."""
+def run_rounds(
+    rank: int, world_size: int, scheme: Any, shapes: Shapes, gradients: Sequence[Any], kind: str = "cpu"
+) -> Run:
+    """`aggregate` once per element of `gradients`: the step of `gradient`, or a gradient for every rank.
+
+    On the CPU or, with `kind` "cuda", on a GPU, where convolutions keep all bits then.
+    """
+    device = torch.device(kind)
+    torch.backends.cudnn.allow_tf32 = False
     layout = scheme.layout([(name, torch.zeros(shape)) for name, shape in shapes.items()])
     assert layout.size == sum(math.prod(shape) for shape in shapes.values())
-    aggregator = scheme.build(layout, Transport(dist.distributed_c10d._get_default_group()), device=torch.device("cpu"))
+    aggregator = scheme.build(layout, Transport(dist.distributed_c10d._get_default_group(), device), device=device)
 
     def in_order(flat: Tensor) -> Tensor:
+        flat = flat.cpu()
         return torch.cat([flat[layout.slices[name]] for name in shapes]) if shapes else flat.clone()
 
     def weights() -> dict[str, Tensor] | None:
         autoencoder = getattr(aggregator, "autoencoder", None)
-        return None if autoencoder is None else {k: v.clone() for k, v in autoencoder.state_dict().items()}
+        return None if autoencoder is None else {k: v.clone().cpu() for k, v in autoencoder.state_dict().items()}
 
     initial = weights()
     steps = []
     for t, given in enumerate(gradients):
         parts = gradient(shapes, rank, given) if isinstance(given, int) else given[rank]
-        flat = torch.zeros(layout.size)
+        flat = torch.zeros(layout.size, device=device)
         for name in shapes:
-            flat[layout.slices[name]] = parts[name].reshape(-1)
+            flat[layout.slices[name]] = parts[name].reshape(-1).to(device)
         before = flat.clone()
         result = aggregator.aggregate(flat, t)
         assert torch.equal(flat.nan_to_num(), before.nan_to_num()), "aggregate changed the gradient it was given"
         momentum = aggregator.feedback.momentum_buffer
-        sent = torch.zeros(layout.size)
+        sent = torch.zeros(layout.size, device=device)
         for where, values in result.sent:
             sent[where] += values
         steps.append(

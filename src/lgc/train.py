@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -147,6 +148,7 @@ def train(settings: Settings, output: Output, device: torch.device) -> None:
     if dist.get_rank() == 0:
         logging.getLogger("lgc").addHandler(_NOTICES)
         logging.getLogger("lgc").setLevel(logging.INFO)
+    _use_deterministic_kernels(device)
     run = Training(settings, device)
     resume(run, output.folder / CHECKPOINTS)
     recorder = None
@@ -178,6 +180,17 @@ def train(settings: Settings, output: Output, device: torch.device) -> None:
     if recorder:
         recorder.close()
         write_json(output.folder / SUMMARY, summary)
+
+
+def _use_deterministic_kernels(device: torch.device) -> None:
+    """On a GPU, where an interrupted run would else go on with other numbers.
+
+    torch warns of what it has no deterministic kernel for. Filling new memory is for debugging only.
+    """
+    if device.type == "cuda":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read by cuBLAS at its first use
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 def _warn_of_short_run(run: Training) -> None:
