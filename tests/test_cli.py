@@ -25,7 +25,7 @@ from lgc.report import Run, by_recipe, find_runs, format_table
 
 LGC = [sys.executable, "-m", "lgc"]
 SHORT = ["--recipe", "digits", "--workers", "2", "--steps", "30", "--batch-size", "8"]
-RING = "lgc-ring:dense_steps=3:warmup_steps=5:train_steps=10"
+RING = "lgc-ring:rate=0.001:dense_steps=3:warmup_steps=5:train_steps=10"  # a rate that is the default, but not digits'
 
 
 def run(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:

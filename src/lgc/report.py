@@ -57,7 +57,7 @@ class Run:
             rows = [json.loads(line) for line in (folder / METRICS).read_text(encoding="utf-8").splitlines()]
         except (OSError, ValueError) as error:
             raise ValueError(f"{folder} is not the folder of a finished run: {error}") from None
-        missing = {"recipe", "scheme", "metric", "wire", "time", "world_sizes", "configuration"} - set(summary)
+        missing = {"recipe", "scheme", "label", "metric", "wire", "time", "world_sizes", "configuration"} - set(summary)
         if missing:
             raise ValueError(f"{folder / SUMMARY} has no {', '.join(sorted(missing))}.")
         return cls(folder, summary, rows)
@@ -86,8 +86,8 @@ class Run:
 
     @property
     def command(self) -> str:
-        """The command that repeats the run."""
-        options = {"recipe": self.configuration["recipe"], "scheme": self.configuration["scheme"]}
+        """The command that repeats the run: with the scheme as asked for, since the recipe completes it."""
+        options = {"recipe": self.configuration["recipe"], "scheme": self.summary["label"]}
         options |= {"workers": self.configuration["world_size"]}
         options |= {
             name.replace("_", "-"): value
