@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import html
 import json
+import math
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,7 +23,8 @@ from click.testing import CliRunner
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-untyped]
 
 from lgc.cli import main
-from lgc.report import Run, by_recipe, find_runs, format_table
+from lgc.figures import _mean_by_step
+from lgc.report import Run, by_recipe, find_runs, format_table, write_report
 
 LGC = [sys.executable, "-m", "lgc"]
 SHORT = ["--recipe", "digits", "--workers", "2", "--steps", "30", "--batch-size", "8"]
@@ -144,6 +147,57 @@ def test_lines_of_the_report_that_differ_are_told_apart(compared: Path) -> None:
     rate = changed(dense, "c", scheme="dense:rate=1")
     (lines,) = by_recipe([dense, rate]).values()
     assert [line.label for line in lines] == ["dense", "dense:rate=1"]
+
+
+def test_a_run_and_its_repetition_are_one_seed(compared: Path) -> None:
+    dense, _ = find_runs([compared])
+    assert re.search(r"^dense +[\d.]+ +1 ", format_table([dense, changed(dense, "again")]), re.MULTILINE)
+
+
+def test_a_diverged_run_is_in_the_table_and_on_the_page(compared: Path, tmp_path: Path) -> None:
+    dense, _ = find_runs([compared])
+    diverged = changed(dense, "diverged", seed=1)
+    diverged.summary.update(metric=dense.summary["metric"] | {"value": math.nan})
+    assert re.search(r"^dense +nan ± nan +2 ", format_table([dense, diverged]), re.MULTILINE)
+    write_report([dense, diverged], tmp_path / "page.html")
+    assert "nan ± nan" in (tmp_path / "page.html").read_text()
+
+
+def test_no_command_is_given_for_a_run_whose_number_of_ranks_changed(compared: Path) -> None:
+    dense, _ = find_runs([compared])
+    resized = replace(dense, summary=dense.summary | {"world_sizes": [[0, 2], [12, 3]]})
+    assert resized.command.startswith("# no command repeats")
+    assert "2 from step 0 on, 3 from step 12 on" in resized.command
+
+
+def test_means_over_seeds_have_a_gap_where_a_seed_has_none() -> None:
+    gap = math.nan
+    xs, ys = _mean_by_step([([1, 2, 3, 6], [1.0, 2.0, 3.0, gap]), ([1, 2, 5, 6], [3.0, 4.0, gap, 5.0])])
+    assert xs == [1, 2, 3, 5, 6]
+    assert ys == pytest.approx([2, 3, gap, gap, gap], nan_ok=True)
+
+
+def test_schemes_that_are_the_same_are_refused(tmp_path: Path) -> None:
+    arguments = ["compare", *SHORT, "--schemes", "dense,dgc,dgc:rate=0.003", "--out", str(tmp_path / "new")]
+    result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == 2
+    assert "dgc and dgc:rate=0.003 are the same for digits" in result.output
+    assert not (tmp_path / "new").exists()
+
+
+def test_compare_is_refused_under_torchrun(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    result = CliRunner().invoke(main, ["compare", *SHORT, "--out", str(tmp_path)])
+    assert result.exit_code == 2
+    assert "under torchrun train with lgc train" in result.output
+
+
+def test_overwrite_removes_nothing_before_the_data_is_there(compared: Path, tmp_path: Path) -> None:
+    shutil.copytree(compared / "dense", tmp_path / "run")
+    arguments = ["train", *SHORT, "--scheme", "dense", "--overwrite", "--data", "typo", "--out", str(tmp_path / "run")]
+    assert CliRunner().invoke(main, arguments).exit_code == 1
+    assert (tmp_path / "run" / "summary.json").exists()
 
 
 def test_the_table_says_which_way_is_better(compared: Path) -> None:

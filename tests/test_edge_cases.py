@@ -15,6 +15,7 @@ from torch import Tensor
 
 import lgc
 from lgc.autoencoder import Decoder, Doubling, RingAutoencoder, ServerAutoencoder, latent_shape, replicated
+from lgc.replicas import digest
 from lgc.selection import LONG, SAMPLES, largest
 
 RankFactory = Callable[[int], Ranks]
@@ -54,6 +55,18 @@ MODELS: dict[str, Shapes] = {
     "only empty tensors": {"nothing": (0,), "nowhere": (0, 5)},
     "a shared part shorter than 16": {"first": (6, 6), "second": (8, 8), "third": (9, 8), "last": (4, 9)},
 }
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64, torch.bool])
+def test_a_digest_taken_in_parts_tells_every_changed_word(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+    tensor = (torch.arange(23) % 3).to(dtype)
+    whole = digest(tensor)
+    monkeypatch.setattr("lgc.replicas.DIGEST_WORDS", 4)
+    assert torch.equal(digest(tensor), whole)
+    for place in range(len(tensor)):
+        changed = tensor.clone()
+        changed[place] = 1 - tensor[place].int()
+        assert not torch.equal(digest(changed), whole)
 
 
 def zeros(shapes: Shapes) -> dict[str, Tensor]:

@@ -372,6 +372,10 @@ def test_every_twentieth_source_is_for_testing(tmp_path: Path) -> None:
     assert set(data.test.batch(torch.arange(len(data.test)), None)[0].flatten().tolist()) == {ord("t")}
     with pytest.raises(FileNotFoundError, match=r"must have at least two \*\.py files"):
         load_text(str(tmp_path / "tests"), None)
+    (tmp_path / "00.py").write_bytes(b"")
+    (tmp_path / "20.py").write_bytes(b"")
+    with pytest.raises(ValueError, match="must have more than 128 bytes to test on"):
+        load_text(str(tmp_path), None)
 
 
 def test_targets_are_the_next_bytes_and_random_windows_stay_within_the_limit() -> None:

@@ -20,7 +20,7 @@ from runs import ENVIRONMENT, LGC, LIMIT_S, TORCHRUN, children_of, measured, row
 
 from lgc import checkpoint
 from lgc.cli import main
-from lgc.run_folder import cut_metrics
+from lgc.run_folder import OtherRunError, claim, cut_metrics
 from lgc.train import Settings, Training
 
 STEPS = 56
@@ -38,8 +38,8 @@ def train(out: Path, *arguments: str, returncode: int = 0) -> subprocess.Complet
     return done
 
 
-def start_until(phase: str, out: Path, *command: str) -> subprocess.Popen[str]:
-    """Start a command, and return as soon as it has done a step of this phase."""
+def start_until(phase: str, out: Path, *command: str, step: int = 0) -> subprocess.Popen[str]:
+    """Start a command, and return as soon as it has done a step of this phase, from number `step` on."""
     process = subprocess.Popen(
         [*command, "--out", str(out)],
         stdout=subprocess.PIPE,
@@ -49,7 +49,7 @@ def start_until(phase: str, out: Path, *command: str) -> subprocess.Popen[str]:
         env=ENVIRONMENT,
     )
     deadline = time.monotonic() + LIMIT_S
-    while not any(row.get("phase") == phase for row in rows(out)):
+    while not any(row.get("phase") == phase and row["step"] >= step for row in rows(out)):
         assert process.poll() is None, process.communicate()[0]
         assert time.monotonic() < deadline
         time.sleep(0.002)
@@ -201,6 +201,31 @@ def test_on_other_ranks_a_run_goes_on_in_the_same_pass_over_the_data(ranks: Call
             assert (step, batch_number) == (120, number)
             assert total - step == 24 * per_epoch - number
             assert progress == pytest.approx((3 + 9 / 37) / 24, abs=0.001)
+
+
+def test_on_more_ranks_something_of_a_pass_that_was_almost_done_is_left(ranks: Callable[[int], Ranks]) -> None:
+    on_two = {"step": 36, "epoch": 0, "samples_of_epoch": 36 * 32, "samples": 36 * 32, "world_sizes": [[0, 2]]}
+    for _, batch_number, _, _ in ranks(4).run(position_after, {"position": on_two}):
+        assert batch_number == 1198 // (16 * 4) - 1
+
+
+def test_a_run_that_failed_in_its_first_step_is_not_in_the_way_of_a_corrected_one(tmp_path: Path) -> None:
+    wrong, right = {"batch_size": 1}, {"batch_size": 2}
+    assert claim(tmp_path, wrong, overwrite=False)
+    (tmp_path / "metrics.jsonl").touch()
+    assert claim(tmp_path, right, overwrite=False)
+    (tmp_path / "metrics.jsonl").write_text("{}\n")
+    with pytest.raises(OtherRunError, match="batch_size: 2, now 1"):
+        claim(tmp_path, wrong, overwrite=False)
+
+
+def test_from_three_ranks_on_an_uncompressed_run_ends_as_if_it_had_not_been_killed(tmp_path: Path) -> None:
+    three = ["--scheme", "dense", "--workers", "3"]
+    train(tmp_path / "expected", *three)
+    kill_and_wait(start_until("dense", tmp_path / "killed", *LGC, "train", *RUN, *three, step=12), "job")
+    done = train(tmp_path / "killed", *three)
+    assert "goes on from step" in done.stderr
+    assert measured(tmp_path / "killed") == measured(tmp_path / "expected")
 
 
 def test_metrics_are_cut_at_a_step_and_at_a_torn_line(tmp_path: Path) -> None:

@@ -240,12 +240,13 @@ def _exact_conv1d(x: Tensor, weight: Tensor, bias: Tensor, padding: int = 0) -> 
     """F.conv1d of x and the weight rounded to 8 bits, each relative to its largest value (x by sample).
 
     The convolution then adds integers, without rounding whatever the order, and also where a kernel keeps only 8 bits
-    of its factors' mantissas (bfloat16, TF32). All else is element by element, as IEEE 754 has it.
+    of its factors' mantissas (bfloat16, TF32); one by Fourier transforms is rounded back to them. All else is element
+    by element, as IEEE 754 has it.
     """
     assert weight[0].numel() <= 2**24 / LEVELS**2
     x, x_step = _round(x, (1, 2))
     weight, weight_step = _round(weight, (0, 1, 2))
-    return F.conv1d(x, weight, padding=padding).mul_(x_step * weight_step).add_(bias.unsqueeze(1))
+    return F.conv1d(x, weight, padding=padding).round_().mul_(x_step * weight_step).add_(bias.unsqueeze(1))
 
 
 def _round(tensor: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, Tensor]:

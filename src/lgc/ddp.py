@@ -4,7 +4,6 @@
 import json
 import logging
 import sys
-import time
 import warnings
 import weakref
 from collections.abc import Mapping
@@ -22,7 +21,7 @@ from lgc.plan.selection import Selection
 from lgc.replicas import ReplicaError, compare, require_agreement, synchronise
 from lgc.schedule import Phase
 from lgc.schemes import Auto, Dense, PowerSGD, Scheme, SparseScheme, parse_scheme
-from lgc.transport import RankError, Transport
+from lgc.transport import RankError, Transport, clock
 from lgc.version import __version__
 from lgc.wire import Traffic, Wire, summarise
 
@@ -373,10 +372,10 @@ class Handle:
     def _finish(self, pending: list[_Pending]) -> None:
         """One round for all buckets."""
         if self.aggregator is not None:
-            started, communicated = time.perf_counter(), self.transport.seconds
+            started, communicated = clock(self._device), self.transport.seconds
             self._deliver(self._aggregate(pending), pending)
             communication = self.transport.seconds - communicated
-            self.round_time = RoundTime(time.perf_counter() - started - communication, communication)
+            self.round_time = RoundTime(clock(self._device) - started - communication, communication)
             return
         self._begin_dense()
         self._has_gradient = any(bool(bucket.buffer.any()) for bucket in pending)
@@ -448,8 +447,9 @@ class Handle:
 
     def _deliver_to_unused(self, means: dict[str, Tensor]) -> None:
         # DDP leaves `.grad` of a parameter that no rank used as it was, and with it what feedback still owed.
-        for name, parameter in self._parameters.items():
-            if bool(means[name].any()):
+        nonzero = torch.stack([means[name].any() for name in self._parameters]).tolist()  # one wait for the device
+        for (name, parameter), owed in zip(self._parameters.items(), nonzero, strict=True):
+            if owed:
                 if parameter.grad is None:
                     parameter.grad = torch.empty_like(parameter)
                 parameter.grad.copy_(means[name])

@@ -15,7 +15,7 @@ from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter, NullLocator, StrMethodFormatter
 
-from lgc.plan.cost import RATE_UNITS
+from lgc.plan.cost import PAYLOAD, RATE_UNITS
 from lgc.report import Line, LineRate, Run, Series
 from lgc.schedule import Phase
 from lgc.wire import SETUP
@@ -161,7 +161,26 @@ def _wrapped(label: str, width: int) -> str:
     return "\n".join(rows)
 
 
-def _plot(axes: Axes, lines: list[Line], series: Callable[[Run], Series]) -> None:
+def _mean_by_point(all_series: list[Series]) -> Series:
+    """The mean of both coordinates, point by point, as far as all go."""
+    xs = [statistics.mean(values) for values in zip(*(xs for xs, _ in all_series), strict=False)]
+    ys = [math.fsum(values) / len(values) for values in zip(*(ys for _, ys in all_series), strict=False)]
+    return xs, ys
+
+
+def _mean_by_step(all_series: list[Series]) -> Series:
+    """The mean at every step that all have, with a gap in place of others."""
+    values = [dict(zip(xs, ys, strict=True)) for xs, ys in all_series]
+    steps = sorted(set().union(*values))
+    return steps, [math.fsum(of.get(step, math.nan) for of in values) / len(values) for step in steps]
+
+
+def _plot(
+    axes: Axes,
+    lines: list[Line],
+    series: Callable[[Run], Series],
+    mean: Callable[[list[Series]], Series] = _mean_by_point,
+) -> None:
     for number, line in enumerate(lines):
         color = f"C{number}"
         all_series = [found for run in line.runs if (found := series(run))[0]]
@@ -169,15 +188,8 @@ def _plot(axes: Axes, lines: list[Line], series: Callable[[Run], Series]) -> Non
             for xs, ys in all_series:
                 axes.plot(xs, ys, color=color, linewidth=0.7, alpha=0.5)
         if all_series:
-            xs, ys = _mean(all_series)
+            xs, ys = mean(all_series)
             axes.plot(xs, ys, color=color, linewidth=1.8, label=_wrapped(line.label, LEGEND_WIDTH))
-
-
-def _mean(all_series: list[Series]) -> Series:
-    """The mean of both coordinates, point by point, as far as all go."""
-    xs = [statistics.mean(values) for values in zip(*(xs for xs, _ in all_series), strict=False)]
-    ys = [math.fsum(values) / len(values) for values in zip(*(ys for _, ys in all_series), strict=False)]
-    return xs, ys
 
 
 def _plot_metric(axes: Axes, lines: list[Line], series: Callable[[Run], Series], xlabel: str, xscale: str) -> None:
@@ -231,7 +243,7 @@ def _time(link: LineRate) -> Callable[[Axes, list[Line]], None]:
         seconds, values = run.series("seconds", run.metric)
         sent, _ = run.series("rank0_sent_bytes", run.metric)
         received, _ = run.series("rank0_received_bytes", run.metric)
-        on_link = [8 * max(a, b) / link.bits_per_second for a, b in zip(sent, received, strict=True)]
+        on_link = [8 * max(a, b) / (PAYLOAD * link.bits_per_second) for a, b in zip(sent, received, strict=True)]
         return [a + b for a, b in zip(seconds, on_link, strict=True)], values
 
     return lambda axes, lines: _plot_metric(axes, lines, series, "seconds", "log")
@@ -260,13 +272,13 @@ def _phase_bytes(run: Run, name: str) -> int:
 
 
 def _loss(axes: Axes, lines: list[Line]) -> None:
-    _plot(axes, lines, lambda run: _smoothed(run.series("step", "autoencoder_loss")))
+    _plot(axes, lines, lambda run: _smoothed(run.series("step", "autoencoder_loss")), _mean_by_step)
     axes.set(xlabel="step", ylabel="loss", yscale="log")
     _label_plainly(axes.yaxis)
 
 
 def _reconstruction(axes: Axes, lines: list[Line]) -> None:
-    _plot(axes, lines, lambda run: _smoothed(run.series("step", "reconstruction_error")))
+    _plot(axes, lines, lambda run: _smoothed(run.series("step", "reconstruction_error")), _mean_by_step)
     axes.axhline(1, color="black", linewidth=0.8, linestyle="--")
     axes.set(xlabel="step", ylabel="relative squared error", ylim=(0, None))
 

@@ -52,17 +52,19 @@ def run_in_job(settings: Settings, output: Output, timeout: timedelta, *, overwr
         _warn_of_stale_store()
     device, backend = pick_device(local_rank, local_world_size)
     unfinished = torch.ones((), dtype=torch.int64, device=device)
+    if os.environ["RANK"] == "0" and overwrite:
+        settings.load_data()  # before anything is removed
     if os.environ["RANK"] == "0":  # before the others are met: if this raises, they end without an error of their own
         unfinished *= claim(output.folder, settings.configuration(), overwrite=overwrite)
     dist.init_process_group(backend, timeout=timeout)
     assert dist.group.WORLD is not None
     transport = Transport(dist.group.WORLD, device)
     try:
-        transport.set_timeout(DATA_TIMEOUT.total_seconds())
-        _load_data_of_machine(settings, transport, local_rank)
-        unfinished = transport.broadcast(unfinished, "agreement", source=0)
-        transport.set_timeout(timeout.total_seconds())
+        unfinished = transport.broadcast(unfinished, "agreement", source=0)  # NCCL connects here, while no rank is busy
         if unfinished:
+            transport.set_timeout(DATA_TIMEOUT.total_seconds())
+            _load_data_of_machine(settings, transport, local_rank)
+            transport.set_timeout(timeout.total_seconds())
             train(settings, output, device)
     finally:
         dist.destroy_process_group()
@@ -98,6 +100,8 @@ def run_locally(settings: Settings, output: Output, timeout: timedelta, *, overw
             any rank starts.
         RankFailedError: if a rank failed; the others have been stopped.
     """
+    if overwrite:
+        settings.load_data()  # before anything is removed
     if not claim(output.folder, settings.configuration(), overwrite=overwrite):
         return False
     preload("lgc.launch")
@@ -118,10 +122,12 @@ def start_ranks(
     world_size: int,
     timeout: timedelta,
     network: Network | None = None,
+    backend: str | None = None,
 ) -> None:
     """Run `function(*arguments, device)` in so many ranks of a process group on this machine, until all are done.
 
-    They talk over loopback or, where there is a network, each from its own namespace.
+    They talk over loopback or, where there is a network, each from its own namespace; by the backend that fits the
+    devices, unless one is given.
 
     Raises:
         RankFailedError: if a rank failed; the others have been stopped.
@@ -129,7 +135,7 @@ def start_ranks(
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) if network is None else None
     ranks = mp.start_processes(
         _local_rank,
-        (function, arguments, world_size, timeout, store.port if store else network),
+        (function, arguments, world_size, timeout, store.port if store else network, backend),
         nprocs=world_size,
         join=False,
         start_method="forkserver",
@@ -153,6 +159,7 @@ def _local_rank(
     world_size: int,
     timeout: timedelta,
     place: int | Network,
+    backend: str | None,
 ) -> None:
     """One rank; `place` is the port of the launcher's store, or the network whose rank 0 has the store."""
     threading.Thread(target=_end_with_launcher, daemon=True).start()
@@ -163,10 +170,10 @@ def _local_rank(
         if sys.platform == "linux":
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
         store = dist.TCPStore("127.0.0.1", place, is_master=False)
-    device, backend = pick_device(rank, world_size)
+    device, fitting = pick_device(rank, world_size)
     if device.type == "cpu":
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // world_size))
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
+    dist.init_process_group(backend or fitting, store=store, rank=rank, world_size=world_size, timeout=timeout)
     try:
         function(*arguments, device)
     finally:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shlex
 import statistics
@@ -86,7 +87,7 @@ class Run:
 
     @property
     def command(self) -> str:
-        """The command that repeats the run: with the scheme as asked for, since the recipe completes it."""
+        """The command that repeats the run, with the scheme as asked for; a comment where no command does."""
         options = {"recipe": self.configuration["recipe"], "scheme": self.summary["label"]}
         options |= {"workers": self.configuration["world_size"]}
         options |= {
@@ -95,7 +96,10 @@ class Run:
             if name not in ("recipe", "scheme", "world_size", "version") and value not in (None, False)
         }
         words = [f"--{name}" if value is True else f"--{name}={value}" for name, value in options.items()]
-        return shlex.join(["lgc", "train", *words, "--out=OUT"])
+        command = shlex.join(["lgc", "train", *words, "--out=OUT"])
+        sizes = self.summary["world_sizes"]
+        changes = ", ".join(f"{size} from step {step} on" for step, size in sizes)
+        return command if len(sizes) == 1 else f"# no command repeats a run whose number of ranks changed ({changes})"
 
     def series(self, x: str, y: str) -> Series:
         """Two columns of the rows that have the second; the first is carried on from the last row that had it."""
@@ -124,7 +128,8 @@ class Line(NamedTuple):
 
     def cells(self) -> list[str]:
         """As text, in the order of `COLUMNS`."""
-        spread = f" ± {statistics.stdev(self.values):.2f}" if len(self.values) > 1 else ""
+        diverged = not all(map(math.isfinite, self.values))
+        spread = f" ± {math.nan if diverged else statistics.stdev(self.values):.2f}" if len(self.values) > 1 else ""
         wire = [run.summary["wire"] for run in self.runs]
         ranks = self.runs[0].summary["world_size"]
         return [
@@ -153,14 +158,16 @@ def find_runs(folders: Iterable[Path]) -> list[Run]:
 
 
 def by_recipe(runs: Sequence[Run]) -> dict[str, list[Line]]:
-    """The lines of every recipe, in the order of their first runs."""
-    recipes: dict[str, dict[str, list[Run]]] = {}
+    """The lines of every recipe, in the order of their first runs; of runs that repeat each other the first one."""
+    recipes: dict[str, dict[str, dict[int, Run]]] = {}
     for run in runs:
         lines = recipes.setdefault(run.summary["recipe"], {})
-        lines.setdefault(json.dumps(run.conditions, sort_keys=True), []).append(run)
+        seeds = lines.setdefault(json.dumps(run.conditions, sort_keys=True), {})
+        seeds.setdefault(run.configuration["seed"], run)
+    grouped = {recipe: [list(seeds.values()) for seeds in lines.values()] for recipe, lines in recipes.items()}
     return {
         recipe: [Line(recipe, label, runs) for label, runs in zip(_labels(lines), lines, strict=True)]
-        for recipe, lines in ((recipe, list(lines.values())) for recipe, lines in recipes.items())
+        for recipe, lines in grouped.items()
     }
 
 

@@ -74,7 +74,8 @@ def claim(folder: Path, configuration: Mapping[str, Any], *, overwrite: bool) ->
     if (folder / SUMMARY).exists():
         require_same(_read_json(folder / SUMMARY)["configuration"], configuration, f"{folder} has a finished run")
         return False
-    begun = (folder / METRICS).exists() or (folder / CHECKPOINTS).exists()
+    metrics = folder / METRICS
+    begun = (metrics.exists() and metrics.stat().st_size > 0) or (folder / CHECKPOINTS).exists()
     if begun and (folder / SETTINGS).exists():
         there = _read_json(folder / SETTINGS)
         require_same(there, configuration, f"{folder} has an unfinished run", but=("world_size",))

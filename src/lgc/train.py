@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.backends.cuda import enable_cudnn_sdp, enable_flash_sdp, enable_mem_efficient_sdp
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
@@ -27,7 +28,7 @@ from lgc.peers import one_bucket_mb
 from lgc.recipes import Data, Recipe, find_recipe
 from lgc.run_folder import CHECKPOINTS, METRICS, SUMMARY, Recorder, require_same, write_json
 from lgc.schedule import Phase
-from lgc.schemes import PowerSGD, Scheme, parse_scheme
+from lgc.schemes import Auto, Dense, PowerSGD, Scheme, parse_scheme
 from lgc.version import __version__
 
 EARLY_PHASES = ("dense_steps", "warmup_steps", "train_steps")
@@ -106,6 +107,11 @@ class Settings:
         recipe = self.resolve_recipe()
         data = recipe.data(self.data, self.limit_train)
         steps_per_epoch(recipe, data, self)
+        if len(data.test) < self.world_size:
+            raise ValueError(
+                f"{self.recipe}: the test data must have at least {self.world_size} samples, one a rank, got "
+                f"{len(data.test)}."
+            )
         return data
 
     def resolve_scheme(self) -> Scheme:
@@ -191,6 +197,8 @@ def _use_deterministic_kernels(device: torch.device) -> None:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read by cuBLAS at its first use
         torch.use_deterministic_algorithms(True, warn_only=True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+        for enable in (enable_flash_sdp, enable_mem_efficient_sdp, enable_cudnn_sdp):  # where torch only warns
+            enable(False)
 
 
 def _warn_of_short_run(run: Training) -> None:
@@ -219,6 +227,8 @@ def resume(run: Training, directory: Path) -> None:
         run.load_state_dict(state)
         if dist.get_rank() == 0:
             notify(f"{directory.parent}: goes on from step {run.step} ({path.name})")
+            if isinstance(run.scheme, PowerSGD):
+                notify("NOTICE: torch's PowerSGD hook keeps no state; it starts again with uncompressed steps.")
         return
     if dist.get_rank() == 0 and (directory.parent / METRICS).exists():
         notify(f"{directory.parent}: starts anew, there is no checkpoint to go on from")
@@ -271,10 +281,12 @@ class Training:
         self.ddp.broadcast_buffers = False  # rank 0's are broadcast before every evaluation instead
         self.group = self.ddp.process_group
         self.optimizer = make_optimizer(self.recipe, self.model, self.scheme)
+        self.data = Data(*(split.to(device) for split in settings.load_data()))
+        if isinstance(self.scheme, Dense | Auto) and settings.world_size > 2:
+            self._settle_buckets()
         logging.getLogger("lgc.advice").setLevel(logging.ERROR)  # make_optimizer has followed it
         self.handle = attach(self.ddp, self.scheme, self.optimizer, timeout=None)  # the launcher has set it
         self.forward = torch.compile(self.ddp) if settings.compile else self.ddp
-        self.data = Data(*(split.to(device) for split in settings.load_data()))
         self.per_epoch = steps_per_epoch(self.recipe, self.data, settings)
         self.step = 0
         self.batch_number = 0
@@ -283,6 +295,22 @@ class Training:
         self.best: float | None = None
         self.seconds = {"wall_s": 0.0, "train_s": 0.0, "evaluate_s": 0.0}
         self.world_sizes = [[0, settings.world_size]]
+
+    def _settle_buckets(self) -> None:
+        """One backward pass for nothing, after which DDP lays out the buckets that it keeps.
+
+        From three ranks on, the order in which gloo adds up depends on a gradient's place in its bucket, and the first
+        step of a resumed run would else differ in rounding.
+        """
+        buffers = [buffer.clone() for buffer in self.model.buffers()]
+        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
+            inputs, targets = self.data.train.batch(torch.arange(self.recipe.batch_size), torch.Generator())
+            with self._autocast():
+                loss = self.recipe.loss(self.ddp(inputs.to(self.device)), targets.to(self.device))
+            torch.autograd.backward(loss)
+        self.optimizer.zero_grad()
+        for buffer, before in zip(self.model.buffers(), buffers, strict=True):
+            buffer.copy_(before)
 
     @property
     def total(self) -> int:
@@ -402,7 +430,7 @@ class Training:
         self.handle.load_state_dict(state["handle"])
         self.step, self.samples = position["step"], position["samples"]
         number = position["samples_of_epoch"] // (self.recipe.batch_size * self.settings.world_size)
-        self.batch_number = position["epoch"] * self.per_epoch + min(number, self.per_epoch)
+        self.batch_number = position["epoch"] * self.per_epoch + min(number, self.per_epoch - 1)
         self.last, self.best = state["metric"]["last"], state["metric"]["best"]
         self.started, self.seconds = state["started"], dict(state["seconds"])
         self.world_sizes = list(position["world_sizes"])

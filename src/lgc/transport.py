@@ -40,6 +40,13 @@ RELEASE_WAIT_S = 0.2
 T = TypeVar("T")
 
 
+def clock(device: torch.device) -> float:
+    """Seconds, once the device has computed what it was given; what is sent meanwhile is not waited for."""
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).synchronize()
+    return time.perf_counter()
+
+
 class Opening(NamedTuple):
     """What all ranks know of each other once a round is open; one element a rank.
 
@@ -249,11 +256,10 @@ class Transport:
     @contextlib.contextmanager
     def _timed(self) -> Iterator[None]:
         """A collective: its time, and in place of a lost connection the error that another rank has announced."""
-        started = time.perf_counter()
+        started = clock(self.device)
         try:
             yield
-            if self.device.type == "cuda":  # else NCCL would only have been told to
-                torch.cuda.current_stream(self.device).synchronize()
+            clock(self.device)  # else NCCL would only have been told to
         except RuntimeError as error:
             reason = self._announced() or f"rank {self.rank}: an exchange with the other ranks has failed: {error}"
             raise RankError(f"lgc: {reason}") from error

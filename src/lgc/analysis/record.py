@@ -24,7 +24,7 @@ from lgc.recipes import Data
 from lgc.schemes import ScaleCom, Scheme, SparseScheme, TopK
 from lgc.selection import Region
 from lgc.train import Settings, batches, make_optimizer, steps_per_epoch
-from lgc.transport import SERVER, Transport
+from lgc.transport import SERVER, Transport, clock
 
 RECORDING = "recording.safetensors"
 
@@ -129,7 +129,7 @@ class Recorder:
 
     def sample(self, step: int, gradient: Tensor) -> None:
         """Take in what a round is about to get; a collective at every recorded step."""
-        started = time.perf_counter()
+        started = clock(gradient.device)
         before, self._before = self._before, None
         if (step + 1) % self.every == 0 or step % self.every == 0:
             v = self.aggregator.feedback.accumulate(gradient)  # changes nothing, as the round does it again
@@ -137,15 +137,15 @@ class Recorder:
             if step % self.every == 0 and before is not None:
                 self._record(step, torch.stack([before, samples]), v)
             self._before = samples
-        self.seconds += time.perf_counter() - started
+        self.seconds += clock(gradient.device) - started
 
     def note_sent(self, step: int, result: Round) -> None:
         """Take in what a round has given."""
-        started = time.perf_counter()
+        started = clock(result.mean.device)
         if self.transport.rank == SERVER and step >= self.aggregator.schedule.warmup_end:
             where = result.mean.nonzero().flatten()
             self._sent.append((where.to(torch.int32).cpu(), result.mean[where].cpu()))
-        self.seconds += time.perf_counter() - started
+        self.seconds += clock(result.mean.device) - started
 
     def save(self, file: Path, settings: dict[str, Any], losses: list[float], seconds: float) -> None:
         """Write everything; at rank 0."""
@@ -191,7 +191,7 @@ def record(settings: Settings, out: Path, every: int, samples: int, device: torc
     """Run in every rank of the default process group; rank 0 writes `out`/recording.safetensors."""
     recipe = settings.resolve_recipe()
     scheme = require_recordable(settings.resolve_scheme())
-    with torch.random.fork_rng():
+    with torch.random.fork_rng([]):
         torch.manual_seed(settings.seed)
         model = recipe.model().to(device)
     group = dist.group.WORLD

@@ -683,7 +683,17 @@ def measure(plan: Plan, folder: Path, network: Network | None, timeout: timedelt
     preload("lgc.bench.link")
     plan.training("dense").load_data()  # decodes into the cache that the ranks map
     barrier = multiprocessing.get_context("forkserver").Barrier(plan.world_size)
-    start_ranks(_measure, plan, folder, network, barrier, world_size=plan.world_size, timeout=timeout, network=network)
+    start_ranks(  # NCCL would not take the network, but go from GPU to GPU
+        _measure,
+        plan,
+        folder,
+        network,
+        barrier,
+        world_size=plan.world_size,
+        timeout=timeout,
+        network=network,
+        backend="gloo",
+    )
 
 
 def _is_measured(folder: Path, plan: Plan) -> bool:

@@ -22,7 +22,6 @@ from lgc.plan.rehearsal import (
     Bucket,
     Rehearsal,
     before_end,
-    clock,
     elapsed,
     rehearse,
     rehearse_dense,
@@ -32,7 +31,7 @@ from lgc.plan.rehearsal import (
 from lgc.schedule import Phase
 from lgc.schemes import Dense, PowerSGD, Scheme, SparseScheme
 from lgc.train import Settings, make_optimizer
-from lgc.transport import Transport
+from lgc.transport import Transport, clock
 
 WARMUP_STEPS = 3
 FACTOR_COLLECTIVES = 3  # of a PowerSGD round: P, Q, and what is not worth factors

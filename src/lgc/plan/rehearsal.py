@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from itertools import count
@@ -16,7 +15,7 @@ from lgc import schedule
 from lgc.plan.cost import Arm, Collective, Kind, Link, Stage
 from lgc.schedule import Phase, Schedule
 from lgc.schemes import Dense, LGCScheme, SparseScheme
-from lgc.transport import Transport
+from lgc.transport import Transport, clock
 
 LEAST_ROUNDS, MOST_ROUNDS = 3, 15
 BRIEF = 0.5  # seconds of repeated measuring within a run, by `auto`
@@ -338,13 +337,6 @@ def rounds_in_a_row(seconds: float, local: Transport, enough: float) -> int:
 def wants_more(seconds: Sequence[float], enough: float) -> bool:
     """Whether to measure once more; short measurements are repeated more often."""
     return len(seconds) < LEAST_ROUNDS or (len(seconds) < MOST_ROUNDS and sum(seconds) < enough)
-
-
-def clock(device: torch.device) -> float:
-    """Seconds, once the device has computed what it was given; what is sent meanwhile is not waited for."""
-    if device.type == "cuda":
-        torch.cuda.current_stream(device).synchronize()
-    return time.perf_counter()
 
 
 def _untrained(scheme: SparseScheme) -> SparseScheme:

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from lgc.plan.cost import TOLERANCE, Arm, Link, Prediction, Profile, choose, predict
-from lgc.plan.rehearsal import Bucket, NonfiniteError, agree, before_end, clock, rehearse, rehearse_dense
+from lgc.plan.rehearsal import Bucket, NonfiniteError, agree, before_end, rehearse, rehearse_dense
 from lgc.schemes import Auto, Dense, Scheme, SparseScheme
-from lgc.transport import SERVER, Transport
+from lgc.transport import SERVER, Transport, clock
 from lgc.wire import SETUP
 
 logger = logging.getLogger("lgc")

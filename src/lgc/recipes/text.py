@@ -31,7 +31,7 @@ class TextSplit(Split):
     """
 
     def __init__(self, text: Tensor, limit: int | None = None) -> None:
-        windows = (len(text) - 1) // CONTEXT
+        windows = max(0, len(text) - 1) // CONTEXT
         self.windows = windows if limit is None else min(limit, windows)
         self.text = text[: self.windows * CONTEXT + 1]
 
