@@ -147,8 +147,11 @@ def test_scales_of_channels_are_divided_out(generator: np.random.Generator) -> N
     scale = np.exp(generator.standard_normal((64, 1, 1)) + generator.standard_normal((1, 32, 1)))
     values = np.float32(scale * generator.standard_normal((2, 64, 32, 9))).reshape(2, -1)
     unscaled = divide_by_scale(values, layer, 100 + np.arange(layer.size))
+    assert unscaled is not None
     assert kraskov_mutual_information(values[0], values[1], generator).value > 0.2
     assert abs(kraskov_mutual_information(unscaled[0], unscaled[1], generator).value) < 0.03
+    few = np.sort(generator.choice(layer.size, 500, replace=False))  # of 64 outputs and 32 inputs
+    assert divide_by_scale(values[:, few], layer, 100 + few) is None
 
 
 def test_layer_of_an_index() -> None:
@@ -224,7 +227,9 @@ def test_command_writes_recording_rows_and_page(tmp_path: Path) -> None:
         (["--scheme=lgc-ring"], "scheme must be topk, dgc or scalecom, got lgc-ring"),
         (["--scheme=dense"], "scheme must be topk, dgc or scalecom, got dense"),
         (["--scheme=scalecom:rate=2"], "ScaleCom(rate=...) must be in (0, 1], got 2"),
+        (["--scheme=topk:rate=1"], "rate must be below 1"),
         (["--every=50", "--steps=60"], "--every 50 leaves fewer than 2 records in 60 steps"),
+        (["--every=20", "--steps=60", "--scheme=dgc:warmup_steps=30"], "in 60 steps, of which 30 are the warm-up"),
         (["--data=/nowhere"], "digits"),
     ],
 )

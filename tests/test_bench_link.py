@@ -303,6 +303,9 @@ def test_what_is_measured_is_not_measured_again(measured: Path) -> None:
     assert again.exit_code == 0, again.output
     assert (measured / RESULTS).read_bytes() == before
     assert (measured / "link.svg").read_text().startswith("<svg")
+    loopback = CliRunner().invoke(main, ["bench", "link", *options, "--rates", f"{RATE},unshaped", "--loopback"])
+    assert loopback.exit_code == 2
+    assert "has a measurement of shaped links, this one would be over loopback" in loopback.output
     other = CliRunner().invoke(main, ["bench", "link", *options, "--rates", RATE])
     assert other.exit_code == 2
     assert "rates" in other.output
@@ -364,7 +367,9 @@ def plan(**changes: Any) -> Plan:
         ({"rates": ("fast",)}, "link must be a number with kbit, mbit, gbit"),
         ({"schemes": ("dgc:rate=2",)}, r"DGC\(rate=\.\.\.\) must be in \(0, 1\], got 2"),
         ({"schemes": ("dgc", "dgc")}, "schemes must differ, got dgc,dgc"),
+        ({"schemes": ("dgc", "dgc:rate=0.003")}, "dgc and dgc:rate=0.003 are the same here"),
         ({"schemes": ("dense", "auto")}, "schemes must not have auto"),
+        ({"rates": ("unshaped", "10mbit", "unshaped")}, "rates must differ, got unshaped,10mbit,unshaped"),
     ],
 )
 def test_plans_are_checked_before_anything_starts(changes: dict[str, Any], message: str) -> None:
@@ -418,7 +423,7 @@ def test_rows_are_medians_with_the_range_of_the_repeats() -> None:
     assert (compressed.counted, compressed.headers, compressed.payload) == (10, 66, 10 - 66)
 
 
-def trained(scheme: str, phases: list[str], reached: int) -> Run:
+def trained(scheme: str, phases: list[str], reached: int, seed: int = 0, **settings: Any) -> Run:
     rows: list[dict[str, Any]] = []
     for step, phase in enumerate(phases):
         rows.append({"step": step, "phase": phase})
@@ -426,7 +431,9 @@ def trained(scheme: str, phases: list[str], reached: int) -> Run:
             rows.append({"step": step, "accuracy": 99.0 if step >= reached else 50.0})
     summary = {
         "metric": {"name": "accuracy", "better": "higher"},
-        "configuration": {"recipe": "digits", "world_size": 2, "batch_size": 16, "scheme": scheme},
+        "configuration": {"recipe": "digits", "world_size": 2, "batch_size": 16, "scheme": scheme, "seed": seed}
+        | settings,
+        "world_sizes": [[0, 2]],
     }
     return Run(Path(scheme), summary, rows)
 
@@ -434,13 +441,17 @@ def trained(scheme: str, phases: list[str], reached: int) -> Run:
 def test_time_to_target_weighs_every_phase() -> None:
     ring = str(parse_scheme("lgc-ring", RECIPES["digits"].scheme_defaults))
     phases = ["dense"] * 2 + ["warmup"] * 2 + ["train"] * 2 + ["compressed"] * 4
-    runs = [trained("dense", ["dense"] * 10, 3), trained("dense", ["dense"] * 10, 5), trained(ring, phases, 6)]
+    runs = [trained("dense", ["dense"] * 10, 3), trained("dense", ["dense"] * 10, 5, seed=1), trained(ring, phases, 6)]
     times = {(each.rate, each.scheme): each for each in times_to_target(made_up(), runs, 98.0)}
     assert times["10mbit", "dense"].steps == 5
     assert times["10mbit", "dense"].seconds == pytest.approx(5 * 3.1)
     assert times["unshaped", "lgc-ring"].steps == 8
     assert times["unshaped", "lgc-ring"].seconds == pytest.approx(0.1 * (2 * 1 + 2 * 2 + 2 * 3 + 2 * 4))
-    never = times_to_target(made_up(), [trained("dense", ["dense"] * 10, 99), *runs], 98.0)
+    repeated = times_to_target(made_up(), [*runs, runs[0]], 98.0)
+    assert repeated[0].steps == 5
+    with pytest.raises(ValueError, match=r"runs of dense with different settings.*lr: None.*0.1"):
+        times_to_target(made_up(), [*runs, trained("dense", ["dense"] * 10, 3, seed=2, lr=0.1)], 98.0)
+    never = times_to_target(made_up(), [trained("dense", ["dense"] * 10, 99, seed=2), *runs], 98.0)
     assert (never[0].steps, never[0].seconds) == (None, None)
     with pytest.raises(ValueError, match="no finished run of lgc-ring"):
         times_to_target(made_up(), runs[:2], 98.0)

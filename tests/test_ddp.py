@@ -673,6 +673,123 @@ def test_attach_refuses_on_every_rank_and_says_what_to_do(
             assert word in str(failure)
 
 
+class Pair(nn.Module):
+    """Two layers of one shape, in either order."""
+
+    def __init__(self, *names: str) -> None:
+        super().__init__()
+        for name in names:
+            self.add_module(name, nn.Linear(2, 2))
+
+
+def attach_in_another_order(rank: int, world_size: int) -> None:
+    lgc.attach(DistributedDataParallel(Pair(*("qk", "kq")[rank])), lgc.TopK(rate=0.5))
+
+
+def test_ranks_whose_parameters_are_in_another_order_are_refused(ranks: RankFactory) -> None:
+    for failure in ranks(2).exceptions(attach_in_another_order):
+        assert type(failure) is RuntimeError
+        assert "order of parameters" in str(failure)
+        assert "rank 0: parameter q.weight, rank 1: parameter k.weight" in str(failure)
+
+
+class Root(nn.Module):
+    """A parameter of the module itself, complex or not."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(2, 2, dtype=dtype))
+        self.out = nn.Linear(2, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.out((x.to(self.weight.dtype) @ self.weight).real)
+        return result
+
+
+def attach_complex(rank: int, world_size: int, scheme: Any) -> None:
+    lgc.attach(DistributedDataParallel(Root(torch.complex64)), scheme)
+
+
+def test_complex_parameters_are_for_schemes_that_send_everything(ranks: RankFactory) -> None:
+    assert ranks(2).exceptions(attach_complex, lgc.Dense()) == [None, None]
+    for scheme in (lgc.TopK(rate=0.1), lgc.Auto()):
+        for failure in ranks(2).exceptions(attach_complex, scheme):
+            assert type(failure) is ValueError
+            assert "complex parameters (weight)" in str(failure)
+
+
+def ignore_parameters(rank: int, world_size: int, ignored: str) -> tuple[dict[str, Tensor], int]:
+    torch.manual_seed(0)
+    module = Root(torch.float32)
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, [ignored])
+    ddp = DistributedDataParallel(module)
+    handle = lgc.attach(ddp, lgc.TopK(rate=1.0, values=lgc.Float32(), low_pass=1))
+    ddp(torch.full((3, 2), 1.0 + rank)).sum().backward()
+    return {name: p.grad.clone() for name, p in ddp.module.named_parameters() if p.grad is not None}, handle.parameters
+
+
+@pytest.mark.parametrize(("ignored", "exchanged"), [("weight", 10), (".weight", 6), ("out.weight", 6)])
+def test_what_ddp_leaves_out_of_its_buckets_is_left_out(ranks: RankFactory, ignored: str, exchanged: int) -> None:
+    (first, count), (second, _) = ranks(2).run(ignore_parameters, ignored)
+    assert count == exchanged
+    alike = {name for name in first if torch.equal(first[name], second[name])}
+    assert alike == set(first) - ({ignored.removeprefix(".")} if exchanged < 10 else set())
+
+
+def train_one_layer(rank: int, world_size: int) -> None:
+    ddp = build("wide")
+    optimizer = torch.optim.SGD(ddp.module.layers[-1].parameters(), lr=0.1)
+    lgc.attach(ddp, lgc.TopK(rate=0.1), optimizer)
+    for step in range(3):
+        x, y = batch(rank, step)
+        optimizer.zero_grad()
+        F.cross_entropy(ddp(x), y).backward()
+        optimizer.step()
+
+
+def test_an_optimizer_of_a_part_of_the_model_trains_that_part(ranks: RankFactory) -> None:
+    assert ranks(2).exceptions(train_one_layer) == [None, None]
+
+
+def train_beside_double_precision(rank: int, world_size: int, scheme: Any, dtype: torch.dtype) -> dict[str, Tensor]:
+    ddp = build("convolutional")
+    inputs = [batch(rank, step) for step in range(STEPS)]
+    torch.set_default_dtype(dtype)
+    try:
+        optimizer = optimizer_of(ddp, scheme)
+        lgc.attach(ddp, scheme, optimizer)
+        for x, y in inputs:
+            optimizer.zero_grad()
+            F.cross_entropy(ddp(x), y).backward()
+            optimizer.step()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    return parameters(ddp)
+
+
+@every_scheme
+def test_the_default_dtype_does_not_matter(ranks: RankFactory, scheme: str) -> None:
+    (single,), (double,) = (
+        ranks(1).run(train_beside_double_precision, SCHEMES[scheme], dtype) for dtype in (torch.float32, torch.float64)
+    )
+    assert_same(double, single)
+
+
+def overflow_second_moment(rank: int, world_size: int) -> tuple[bool, float]:
+    ddp = build("single-layer")
+    handle = lgc.attach(ddp, lgc.TopK(rate=0.5, second_moment=0.9), torch.optim.SGD(ddp.parameters(), lr=0.1))
+    x, _ = batch(rank, 0)
+    (ddp(x).sum() * (1e25 if rank else 1.0)).backward()
+    assert handle.aggregator is not None
+    second = handle.aggregator.feedback.second_moment_buffer
+    assert second is not None
+    return bool(torch.isnan(ddp.module.only.weight.grad).all()), float(second.abs().max())
+
+
+def test_a_gradient_whose_square_overflows_is_not_finite_for_adam(ranks: RankFactory) -> None:
+    assert ranks(2).run(overflow_second_moment) == [(True, 0.0), (True, 0.0)]
+
+
 def attach_recording_warnings(rank: int, world_size: int, model: str, broadcast_buffers: bool) -> list[str]:
     ddp = build(model, broadcast_buffers=broadcast_buffers)
     with warnings.catch_warnings(record=True) as caught:

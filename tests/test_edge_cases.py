@@ -209,13 +209,20 @@ def test_gradients_of_any_magnitude_stay_finite(ranks: RankFactory, scheme: str)
                 assert torch.isfinite(step.residual).all(), f"step {t}"
 
 
+def test_a_small_tensor_whose_last_role_is_that_of_the_others_is_in_the_pool_again() -> None:
+    shapes = [(name, torch.zeros(shape)) for name, shape in SHAPES.items()]
+    plain = lgc.LGCRing(rate=0.05).layout(shapes)
+    overridden = lgc.LGCRing(rate=0.05, roles={"*.bias": lgc.Role.SHARED, "*s": lgc.Role.OWN}).layout(shapes)
+    assert overridden.own == plain.own
+
+
 # --- the autoencoder by itself ---
 
 
 @pytest.mark.parametrize("length", [1, 2, 7, 100])
 def test_doubling_is_the_transposed_convolution(length: int) -> None:
     torch.manual_seed(0)
-    layer, x = Doubling(3, 5, device="cpu"), torch.randn(2, 3, length)
+    layer, x = Doubling(3, 5, device="cpu", dtype=torch.float32), torch.randn(2, 3, length)
     plain = torch.nn.ConvTranspose1d(3, 5, 3, stride=2, padding=1, output_padding=1)
     plain.load_state_dict(layer.state_dict())
     torch.testing.assert_close(layer(x), plain(x))
@@ -223,6 +230,16 @@ def test_doubling_is_the_transposed_convolution(length: int) -> None:
     plain(x).square().sum().backward()
     for ours, theirs in zip(layer.parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(ours.grad, theirs.grad)
+
+
+def test_a_batch_that_overflows_leaves_the_scale_of_the_latent_as_it_was() -> None:
+    autoencoder = RingAutoencoder(torch.Generator().manual_seed(0), lgc.Uniform(bits=4))
+    x = torch.randn(2, 100, generator=torch.Generator().manual_seed(0))
+    autoencoder.loss(x)
+    before = autoencoder.latent_scale.clone()
+    assert not torch.isfinite(autoencoder.loss(x * torch.tensor([[1.0], [1e25]])))
+    assert torch.equal(autoencoder.latent_scale, before)
+    assert torch.isfinite(autoencoder.loss(x))
 
 
 @pytest.mark.parametrize("length", range(1, 201))

@@ -310,10 +310,27 @@ def test_a_flipped_bit_of_the_autoencoder_is_named(ranks: RankFactory, scheme: s
         assert "autoencoder encoder.downs.1.weight on rank 2" in str(failure)
 
 
-def test_on_request_replicas_are_made_the_same_again(ranks: RankFactory) -> None:
-    results = ranks(3).run(flip_a_bit, SCHEMES["dgc"], "parameter", 1, {"on_difference": "synchronise"})
+@pytest.mark.parametrize("flipping", [0, 1])
+def test_on_request_replicas_are_made_the_same_again_as_those_of_most(ranks: RankFactory, flipping: int) -> None:
+    policy = {"on_difference": "synchronise"}
+    results = ranks(3).run(flip_a_bit, SCHEMES["dgc"], "parameter", flipping, policy)
     for result in results[1:]:
         assert_same(result, results[0])
+    wrong, right = (ranks(3).run(flip_and_look, flips, flipping)[2] for flips in (True, False))
+    assert_same(wrong, right)
+
+
+def flip_and_look(rank: int, world_size: int, flips: bool, flipping: int) -> dict[str, torch.Tensor]:
+    """Parameters after a check that has found the flipped bit, where there was one."""
+    training = Training(rank, lgc.Dense(), check_every=1, on_difference="synchronise")
+    training.step()
+    if flips and rank == flipping:
+        with torch.no_grad():
+            training.ddp.module.conv2.weight.view(torch.int32).view(-1)[5] ^= 1
+    x, y = batch(rank, 1)
+    training.optimizer.zero_grad()
+    (0 * F.cross_entropy(training.ddp(x), y) + 1e-30 * training.ddp.module.conv2.weight.sum()).backward()
+    return parameters(training.ddp)
 
 
 def test_without_the_check_a_flipped_bit_goes_unnoticed(ranks: RankFactory) -> None:

@@ -118,6 +118,16 @@ def test_of_equals_the_one_that_would_be_fastest_on_half_the_link_is_chosen() ->
     assert choose(predict(of, SLOW)).scheme == "most"
 
 
+def test_half_the_link_takes_no_longer_for_what_waits_for_latency() -> None:
+    waiting = Arm("waits", [Stage("compressed", None, 0.5, [Collective("all-gather", 1)] * 8)])  # 1.58 s
+    moving = Arm("moves", [Stage("compressed", None, 0.5, [Collective("all-reduce", 5 * 10**4)])])  # 1.57 s
+    of = profile()
+    of.arms.extend([moving, waiting])
+    link = SLOW._replace(latency=0.01)
+    assert [round(one.step_at_half - one.step, 3) for one in predict(of, link)[1:]] == [0.05, 0.0]
+    assert choose(predict(of, link)).scheme == "waits"
+
+
 def test_of_equals_one_that_compresses_nothing_is_chosen_before_all() -> None:
     of = profile(less=0.0)
     of.arms.insert(1, Arm("bf16", [Stage("dense", None, 0.0, [Collective("all-reduce", 10**7 // 2)])]))

@@ -132,7 +132,7 @@ class Aggregator(ABC):
         Raises:
             RankError: on every rank, if one failed to prepare.
         """
-        finite = bool(torch.isfinite(v.sum()))
+        finite = self.feedback.is_finite(v)
         prepared: list[Offer] = []
         error = None
         try:
@@ -237,7 +237,7 @@ class ServerTopK(OwnTopK):
 
     def __init__(self, transport: Transport, region: Region, codecs: Codecs, size: int, device: torch.device) -> None:
         super().__init__(transport, region, codecs)
-        self.residual = torch.zeros(size if transport.rank == SERVER else 0, device=device)
+        self.residual = torch.zeros(size if transport.rank == SERVER else 0, dtype=torch.float32, device=device)
 
     def exchange(self, offer: Offer, lengths: list[int], least_rate: float, step: int) -> Exchange:
         """The largest sums of what the ranks selected."""
@@ -278,7 +278,7 @@ class SharedTopK:
     def offer(self, v: Tensor, least_rate: float, step: int) -> Offer:
         """The leader's indices and the root mean square of its values there; nothing from the other ranks."""
         if not self.leads(step) or not self.region.segments:
-            return Offer(Piece(slice(0), v[:0]), torch.empty(0, dtype=torch.uint8))
+            return Offer(Piece(slice(0), v[:0]), torch.empty(0, dtype=torch.uint8, device="cpu"))
         positions = self.region.select(v, least_rate)
         indices = self.region.elements(positions, least_rate)
         parts = [

@@ -63,8 +63,8 @@ class Doubling(nn.ConvTranspose1d):
     31,000 values takes 2.5 times as long with it.
     """
 
-    def __init__(self, inputs: int, outputs: int, *, device: str) -> None:
-        super().__init__(inputs, outputs, 3, stride=2, padding=1, output_padding=1, device=device)
+    def __init__(self, inputs: int, outputs: int, *, device: str, dtype: torch.dtype) -> None:
+        super().__init__(inputs, outputs, 3, stride=2, padding=1, output_padding=1, device=device, dtype=dtype)
 
     def forward(self, x: Tensor, output_size: list[int] | None = None, *, convolve: Convolution = F.conv1d) -> Tensor:
         first, middle, last = self.weight.unbind(2)
@@ -123,7 +123,7 @@ class RingAutoencoder(nn.Module):
         self.latent = latent
         self.encoder = Encoder()
         self.decoder = Decoder()
-        self.register_buffer("latent_scale", torch.zeros(LATENT_CHANNELS, 1))
+        self.register_buffer("latent_scale", torch.zeros(LATENT_CHANNELS, 1, dtype=torch.float32))
         _initialise(self, generator)
 
     def loss(self, x: Tensor) -> Tensor:
@@ -138,7 +138,8 @@ class RingAutoencoder(nn.Module):
     def _observe(self, z: Tensor) -> None:
         scale = LATENT_RANGE * z.square().mean(dim=(0, 2)).sqrt().unsqueeze(1)
         decay = torch.where(self.latent_scale > 0, LATENT_SCALE_DECAY, 0.0)
-        self.latent_scale.copy_(decay * self.latent_scale + (1 - decay) * scale)
+        scale = decay * self.latent_scale + (1 - decay) * scale
+        self.latent_scale.copy_(torch.where(torch.isfinite(scale), scale, self.latent_scale))
 
 
 class ServerAutoencoder(nn.Module):
@@ -258,7 +259,7 @@ def _round(tensor: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, Tensor]:
 
 def _skip_init(kind: type[Module], *args: int, **kwargs: Any) -> Module:
     # The constructor's own initialisation would draw from the user's global generator.
-    return kind(*args, **kwargs, device="meta").to_empty(device="cpu")
+    return kind(*args, **kwargs, device="meta", dtype=torch.float32).to_empty(device="cpu")
 
 
 def _initialise(module: nn.Module, generator: torch.Generator) -> None:

@@ -20,7 +20,7 @@ from lgc.plan.command import plan
 from lgc.recipes import RECIPES
 from lgc.report import LineRate, find_runs, format_table, write_report
 from lgc.run_folder import SUMMARY, OtherRunError
-from lgc.schemes import SCHEMES
+from lgc.schemes import SCHEMES, require_different
 from lgc.train import Output, Settings
 from lgc.version import __version__
 
@@ -130,8 +130,7 @@ def compare(recipes: str, workers: int, schemes: str, seeds: int, out: Path, **r
     seeds, OUT/report.html the figures; with several recipes there is a folder for each in between. What is
     finished is not run again and what was interrupted goes on from its last checkpoint; seeds can be added later.
     """
-    if under_torchrun():
-        raise click.UsageError("compare starts --workers ranks of its own; under torchrun train with lgc train.")
+    options.refuse_torchrun("compare")
     launch, run = _launcher(run)
     planned = {
         out / folder: settings
@@ -220,15 +219,16 @@ def _plan(
     """The folder of every run and its settings, checked before the first one starts."""
     planned: dict[Path, Settings] = {}
     for recipe in recipes:
-        asked: dict[str, str] = {}
         for scheme in schemes:
             for seed in range(seeds):
                 parts = [recipe] if len(recipes) > 1 else []
                 parts += [scheme.replace(":", ","), *([f"seed-{seed}"] if seed else [])]
                 planned[Path(*parts)] = _settings(recipe, scheme, workers, seed, run)
-            same = asked.setdefault(str(planned[Path(*parts)].resolve_scheme()), scheme)
-            if same != scheme:
-                raise click.UsageError(f"--schemes: {same} and {scheme} are the same for {recipe}.")
+        of_recipe = [settings for settings in planned.values() if settings.recipe == recipe]
+        try:
+            require_different({settings.scheme: settings.resolve_scheme() for settings in of_recipe})
+        except ValueError as error:
+            raise click.UsageError(f"{recipe}: {error}") from None
     return planned
 
 

@@ -59,10 +59,11 @@ def attach(
         timeout: seconds after which a rank that waits for another in the model's process group gives up; None leaves
             the group's as it is. Longer than anything that one rank does while the others wait, such as a checkpoint.
         check_every: compare parameters and replicated state across ranks every so many rounds; 0 is never.
-        on_difference: when they differ, "raise" ReplicaError, or "synchronise" them from rank 0 (the first one that
-            still has inputs, under `join()`) with a warning.
+        on_difference: when they differ, "raise" ReplicaError, or "synchronise" them with a warning: from one of the
+            majority, else from rank 0 (under `join()`, of the ranks that still have inputs).
         on_nonfinite: when a rank's gradient has a NaN or Inf, "propagate" NaN gradients to all ranks, as plain DDP
-            does and a GradScaler needs, or "raise". No residual, momentum or autoencoder changes in that round.
+            does and a GradScaler needs, or "raise". No residual, momentum or autoencoder changes in that round. For
+            schemes that compress; the others reduce bucket by bucket, as plain DDP does.
 
     Returns:
         A handle to the phase, the byte counts and the state. The model keeps it alive.
@@ -72,8 +73,8 @@ def attach(
         ValueError: a wrong argument, momentum applied twice, or something that DDP is set to and lgc cannot do.
         RuntimeError: already attached, or (on every rank) the ranks differ in scheme, model or version.
 
-    The backward pass then raises, on every rank, RankError when a rank has failed, ReplicaError when replicas differ
-    and FloatingPointError for a non-finite gradient.
+    The backward pass then raises, on every rank, ReplicaError when replicas differ and, with schemes that compress,
+    RankError when a rank has failed and FloatingPointError for a non-finite gradient.
     """
     ddp = _require_ddp(model)
     if isinstance(scheme, str):
@@ -90,6 +91,7 @@ def attach(
     transport = Transport(ddp.process_group, _trained(ddp)[0][1].device)
     if timeout is not None:
         transport.set_timeout(timeout)
+    _require_real(ddp, scheme)
     if optimizer is not None:
         _require_optimizer_of(ddp, optimizer)
         _require_single_momentum(scheme, optimizer)
@@ -163,6 +165,7 @@ class Handle:
         self.round_time: RoundTime | None = None
         self.transport = transport
         self._optimizer = optimizer
+        self._optimized = None if optimizer is None else _parameters_of(optimizer)
         self._grad_scaler = grad_scaler
         self._parameters = dict(_trained(ddp))
         self._names = {id(parameter): name for name, parameter in self._parameters.items()}
@@ -197,7 +200,7 @@ class Handle:
         if aggregator is not None:
             self.layout = aggregator.layout
             self.phase = aggregator.schedule.at(self.step).phase
-            self._flat = torch.zeros(self.layout.size, device=self._device)
+            self._flat = torch.zeros(self.layout.size, dtype=torch.float32, device=self._device)
 
     @property
     def wire(self) -> Wire:
@@ -236,7 +239,8 @@ class Handle:
         """This rank's state, to be saved by every rank: tensors by parameter name, numbers and strings only.
 
         It has the same keys at every step, which torch.distributed.checkpoint needs: it fills in those of the state
-        that it loads into. That is why the byte counts, one more phase after the other, are one text.
+        that it loads into. That is why the byte counts, one more phase after the other, are one text. The exception is
+        `Auto`, whose state is that of the scheme it has chosen: to load with torch.distributed.checkpoint, attach that.
         """
         return {
             "version": STATE_VERSION,
@@ -401,16 +405,17 @@ class Handle:
         replicas: dict[str, Tensor] = {f"parameter {name}": tensor for name, tensor in self._parameters.items()}
         if self.aggregator is not None:
             replicas |= self.aggregator.replicas()
-        differences, first = compare(self.transport, replicas, counts=self._has_gradient)
+        differences = compare(self.transport, replicas, counts=self._has_gradient)
         if not differences:
             return
-        found = "; ".join(f"{name} on rank {', '.join(map(str, ranks))}" for name, ranks in differences.items())
+        found = "; ".join(f"{name} on rank {', '.join(map(str, each.ranks))}" for name, each in differences.items())
         message = f"lgc: step {self.step}: the ranks are no longer the same: {found}"
         if self.policy.on_difference == "raise":
             raise ReplicaError(f"{message}.")
         if self.transport.rank == 0:
-            logger.warning("%s; taking rank %d's.", message, first)
-        synchronise(self.transport, {name: replicas[name] for name in differences}, source=first)
+            logger.warning("%s; taking those of the others.", message)
+        for name, difference in differences.items():
+            synchronise(self.transport, replicas[name], source=difference.source)
 
     def _aggregate(self, pending: list[_Pending]) -> Tensor:
         assert self.aggregator is not None
@@ -459,7 +464,8 @@ class Handle:
         if not self._delivered:
             return
         for name, parameter in self._parameters.items():
-            if parameter.grad is not None and bool(parameter.grad.any()):
+            zeroed = self._optimized is None or id(parameter) in self._optimized
+            if zeroed and parameter.grad is not None and bool(parameter.grad.any()):
                 raise RuntimeError(
                     f"lgc: backward() with the last step's mean still in the gradient of {name!r}; call "
                     "optimizer.zero_grad() between steps, and accumulate under the model's no_sync()."
@@ -496,15 +502,29 @@ def _require_ddp(model: nn.Module) -> DistributedDataParallel:
 
 
 def _trained(ddp: DistributedDataParallel) -> list[tuple[str, nn.Parameter]]:
+    """Those in DDP's buckets: to be ignored, a parameter of the root module must have been named with a dot before."""
     return [
         (name, parameter)
         for name, parameter in ddp.module.named_parameters()
-        if parameter.requires_grad and name not in ddp.parameters_to_ignore
+        if parameter.requires_grad and (name if "." in name else f".{name}") not in ddp.parameters_to_ignore
     ]
 
 
+def _parameters_of(optimizer: torch.optim.Optimizer) -> set[int]:
+    return {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+
+
+def _require_real(ddp: DistributedDataParallel, scheme: Scheme) -> None:
+    complex_ones = [name for name, parameter in _trained(ddp) if parameter.is_complex()]
+    if complex_ones and isinstance(scheme, SparseScheme | Auto):
+        raise ValueError(
+            f"attach(model=...) has complex parameters ({', '.join(complex_ones)}), of which {scheme.name} would see "
+            "one half; only dense, bf16, fp16 and powersgd take them."
+        )
+
+
 def _require_optimizer_of(ddp: DistributedDataParallel, optimizer: torch.optim.Optimizer) -> None:
-    optimized = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    optimized = _parameters_of(optimizer)
     if not any(id(parameter) in optimized for _, parameter in _trained(ddp)):
         raise ValueError("attach(optimizer=...) has none of the model's parameters.")
 

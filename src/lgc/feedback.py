@@ -57,9 +57,9 @@ class Feedback:
         self.clip_norm = None if clip_norm is None else clip_norm / math.sqrt(world_size)
         self.keep_loss = keep_loss
         self.low_pass = low_pass
-        self.residual = torch.zeros(size, device=device)
-        self.momentum_buffer = torch.zeros(size, device=device) if momentum else None
-        self.second_moment_buffer = torch.zeros(size, device=device) if second_moment else None
+        self.residual = torch.zeros(size, dtype=torch.float32, device=device)
+        self.momentum_buffer = torch.zeros_like(self.residual) if momentum else None
+        self.second_moment_buffer = torch.zeros_like(self.residual) if second_moment else None
         self.updates = 0
         self._pending_residual = torch.empty_like(self.residual)
         self._pending_momentum = None if self.momentum_buffer is None else torch.empty_like(self.residual)
@@ -74,6 +74,13 @@ class Feedback:
         gradient = gradient if scale == 1.0 else gradient * scale
         step = self._adam(gradient) if self.second_moment else self._sgd(gradient)
         return torch.add(self.residual, step, out=self._pending_residual)
+
+    def is_finite(self, v: Tensor) -> bool:
+        """Whether the pending state is: v, from `accumulate`, and Adam's second moment, whose squares may overflow."""
+        total = v.sum()
+        if self._pending_second_moment is not None:
+            total = total + self._pending_second_moment.sum()
+        return bool(torch.isfinite(total))
 
     def _sgd(self, gradient: Tensor) -> Tensor:
         if self.momentum_buffer is None or self._pending_momentum is None:

@@ -136,12 +136,10 @@ def plan_layout(
         if first is not Role.DENSE or math.prod(shapes[weights[0]]) <= rate * rest / 4:
             roles[weights[0]] = first
         roles[weights[-1]] = last
-    pooled = {name for name in shapes if name not in weights and small is not Role.DENSE}
     for pattern, role in overrides.items():
         matches = [name for name in shapes if fnmatchcase(name, pattern)]
         if not matches:
             raise ValueError(f"roles={{{pattern!r}: ...}} matches no parameter; there are {', '.join(shapes)}.")
         roles |= dict.fromkeys(matches, role)
-        if role is not small:
-            pooled -= set(matches)
+    pooled = {name for name in shapes if name not in weights and roles[name] is small and small is not Role.DENSE}
     return Layout(shapes, roles, frozenset(pooled), rate=rate, pooled_rate=pooled_rate, unit=unit)

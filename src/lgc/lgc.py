@@ -49,6 +49,7 @@ from lgc.transport import SERVER, Transport
 logger = logging.getLogger("lgc")
 
 EXPLAINED_DECAY = 0.9  # of the running mean of the explained fraction
+LARGEST_ERROR = 1e9  # relative; squares may overflow
 SETTLE_STEPS = 10  # compressed steps after which its value is taken as that of the fresh autoencoder
 
 
@@ -193,7 +194,7 @@ class LGCAggregator(Aggregator):
             self._frozen = False
         if self.schedule.at(step + 1).phase is Phase.COMPRESSED and not self._frozen:
             self._freeze()
-        if phase is Phase.COMPRESSED:
+        if phase is Phase.COMPRESSED and votes:  # none in a round that was abandoned
             self._compressed_steps += 1
             due = self.refresh.every > 0 and self._compressed_steps >= self.refresh.every
             stale = 2 * sum(votes) > len(votes)
@@ -213,7 +214,7 @@ class LGCAggregator(Aggregator):
     def _observe(self, x: Tensor, y: Tensor) -> None:
         """Keep track of how much of this rank's x the autoencoder explains."""
         energy = float(x.square().sum())
-        error = float((x - y).square().sum()) / energy if energy else 0.0
+        error = min(float((x - y).square().sum()) / energy, LARGEST_ERROR) if energy else 0.0
         self.metrics["reconstruction_error"] = error
         decay = EXPLAINED_DECAY if self._compressed_steps else 0.0
         self._explained = decay * self._explained + (1 - decay) * (1 - error)
@@ -384,7 +385,7 @@ class ServerAggregator(LGCAggregator):
         payload = pack(parts, kind=Kind.INNOVATION, step=step)
         bounds = [codecs.indices.bound([x.numel()], counts), codecs.values.size(counts)]
         payloads = self._relay_all(payload, size_limit(bounds))
-        innovations = torch.zeros(len(payloads), x.numel(), device=x.device)
+        innovations = torch.zeros(len(payloads), x.numel(), dtype=x.dtype, device=x.device)
         for innovation, received in zip(innovations, payloads, strict=True):
             index_code, value_code = unpack(received, kind=Kind.INNOVATION, step=step, bounds=bounds)
             where = codecs.indices.decode(index_code, [x.numel()], counts).to(x.device)
@@ -400,7 +401,7 @@ class ServerAggregator(LGCAggregator):
 
     def _relay_all(self, payload: Tensor, limit: int) -> list[Tensor]:
         """The payloads of all ranks, none longer than `limit`, by way of the server."""
-        own_length = torch.tensor([payload.numel()])
+        own_length = torch.tensor([payload.numel()], device="cpu")
         lengths = self.transport.all_gather(own_length, "innovations").flatten().tolist()
         gathered = self.transport.gather_bytes(payload, "innovations", lengths, limit=limit)
         together = torch.cat(gathered) if gathered is not None else payload

@@ -143,10 +143,10 @@ def read_counters() -> Counters:
 
 
 def remove_stale() -> None:
-    """Remove the namespaces of networks whose process no longer exists."""
+    """Remove the namespaces of networks whose process no longer exists; this one has none yet."""
     for path in NAMESPACES.glob("lgc-*"):
         match = PATTERN.fullmatch(path.name)
-        if match and not Path("/proc", match[1]).exists():
+        if match and (int(match[1]) == os.getpid() or not Path("/proc", match[1]).exists()):
             _remove(path.name)
 
 

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import click
 
+from lgc.launch import under_torchrun
+
 epochs = click.option("--epochs", type=click.IntRange(1), help="Passes over the training data.  [the recipe's]")
 steps = click.option("--steps", type=click.IntRange(1), help="Stop after so many.  [at the end of the epochs]")
 batch_size = click.option("--batch-size", type=click.IntRange(1), help="Samples per rank and step.  [the recipe's]")
@@ -29,3 +31,9 @@ timeout = click.option(
 out = click.option(
     "--out", type=click.Path(file_okay=False, path_type=Path), required=True, help="Folder of the results."
 )
+
+
+def refuse_torchrun(command: str) -> None:
+    """Raise UsageError in a rank of a torchrun job, for a command that starts ranks of its own."""
+    if under_torchrun():
+        raise click.UsageError(f"{command} starts its own ranks, on one machine; torchrun is for lgc train and plan.")

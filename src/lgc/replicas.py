@@ -39,39 +39,40 @@ def require_agreement(transport: Transport, description: Mapping[str, object]) -
         if any(value != values[0] for value in values):
             by_rank = ", ".join(f"rank {rank}: {value}" for rank, value in enumerate(values))
             raise RuntimeError(f"attach: the ranks differ in {key}: {by_rank}.")
+    for position, keys in enumerate(zip(*ranks, strict=True)):
+        if len(set(keys)) > 1:
+            by_rank = ", ".join(f"rank {rank}: {key}" for rank, key in enumerate(keys))
+            raise RuntimeError(f"attach: the ranks differ in the order of parameters, at {position}: {by_rank}.")
 
 
-class Comparison(NamedTuple):
-    """What a comparison of all ranks' replicas has found.
+class Difference(NamedTuple):
+    """Ranks whose replica of a tensor differs from that of most, without a majority from the first one's; and a rank
+    that has the latter."""
 
-    Attributes:
-        differences: by the tensor's name, the ranks that differ from most; without a majority, from the first one.
-        first: the first of the ranks that were compared.
-    """
-
-    differences: dict[str, list[int]]
-    first: int
+    ranks: list[int]
+    source: int
 
 
-def compare(transport: Transport, tensors: Mapping[str, Tensor], *, counts: bool) -> Comparison:
-    """Compare the tensors of the ranks that count; a collective of 8 bytes a tensor, and 8 more."""
-    digests = torch.stack([*(digest(tensor).cpu() for tensor in tensors.values()), torch.tensor(int(counts))])
-    *by_tensor, counting = transport.all_gather(digests, "replica check").T.tolist()
-    ranks = [rank for rank, each in enumerate(counting) if each]
+def compare(transport: Transport, tensors: Mapping[str, Tensor], *, counts: bool) -> dict[str, Difference]:
+    """Compare the tensors of the ranks that count, by name; a collective of 8 bytes a tensor, and 8 more."""
+    counting = torch.tensor(int(counts), device="cpu")
+    digests = torch.stack([*(digest(tensor).cpu() for tensor in tensors.values()), counting])
+    *by_tensor, counted = transport.all_gather(digests, "replica check").T.tolist()
+    ranks = [rank for rank, each in enumerate(counted) if each]
     differences = {}
     for name, of_all in zip(tensors, by_tensor, strict=True):
         values = [of_all[rank] for rank in ranks]
         usual = max(values, key=lambda value: (values.count(value), value == values[0]), default=None)
         if values.count(usual) < len(values):
-            differences[name] = [rank for rank in ranks if of_all[rank] != usual]
-    return Comparison(differences, ranks[0] if ranks else 0)
+            others = [rank for rank in ranks if of_all[rank] != usual]
+            differences[name] = Difference(others, next(rank for rank in ranks if rank not in others))
+    return differences
 
 
-def synchronise(transport: Transport, tensors: Mapping[str, Tensor], *, source: int) -> None:
-    """Overwrite the tensors with those of rank `source`; a collective."""
+def synchronise(transport: Transport, tensor: Tensor, *, source: int) -> None:
+    """Overwrite a tensor with that of rank `source`; a collective."""
     with torch.no_grad():
-        for tensor in tensors.values():
-            tensor.copy_(transport.broadcast(tensor.detach(), "replica check", source=source))
+        tensor.copy_(transport.broadcast(tensor.detach(), "replica check", source=source))
 
 
 def digest(tensor: Tensor) -> Tensor:

@@ -505,6 +505,15 @@ def parse_scheme(text: str, defaults: Mapping[str, Any] | None = None) -> Scheme
     return scheme(**arguments)
 
 
+def require_different(schemes: Mapping[str, Scheme]) -> None:
+    """Raise ValueError if two of these texts are the same scheme, once a recipe's defaults have completed them."""
+    texts: dict[str, str] = {}
+    for text, scheme in schemes.items():
+        same = texts.setdefault(str(scheme), text)
+        if same != text:
+            raise ValueError(f"schemes must differ, and {same} and {text} are the same here.")
+
+
 def _parse(where: str, text: str, hint: Any) -> Any:
     origin = get_origin(hint)
     if hint in _PARSERS:

@@ -118,12 +118,12 @@ class Transport:
         """
         message = b"" if error is None else _message(error)
         flags = finite | vote << 1 | (error is not None) << 2
-        preamble = torch.tensor([step, flags, *(lengths if error is None else (len(message), 0))])
+        preamble = torch.tensor([step, flags, *(lengths if error is None else (len(message), 0))], device="cpu")
         rows = self.all_gather(preamble, "preamble").tolist()
         failed = [rank for rank, row in enumerate(rows) if row[1] & 4]
         if failed:
             message_lengths = [row[2] if rank in failed else 0 for rank, row in enumerate(rows)]
-            payload = torch.tensor(list(message), dtype=torch.uint8)
+            payload = torch.tensor(list(message), dtype=torch.uint8, device="cpu")
             messages = self.all_gather_bytes(payload, "errors", message_lengths, limit=MESSAGE_LIMIT)
             texts = [f"rank {rank}: {bytes(messages[rank].tolist()).decode(errors='replace')}" for rank in failed]
             raise RankError(f"lgc: step {step}: {'; '.join(texts)}") from error
@@ -204,7 +204,7 @@ class Transport:
             PayloadError: on every rank, if one announces more; before memory for it is taken.
         """
         if lengths is None:
-            lengths = self.all_gather(torch.tensor([payload.numel()]), content).flatten().tolist()
+            lengths = self.all_gather(torch.tensor([payload.numel()], device="cpu"), content).flatten().tolist()
         _require_possible(lengths, limit)
         gathered = self.all_gather(_padded(payload, max(lengths)), content)
         return [row[:length] for row, length in zip(gathered, lengths, strict=True)]
@@ -222,17 +222,17 @@ class Transport:
     ) -> Tensor:
         """The payload of rank `source`; its length goes first where it is not known. Raises as all_gather_bytes."""
         if length is None:
-            length = int(self.broadcast(torch.tensor([payload.numel()]), content, source=source))
+            length = int(self.broadcast(torch.tensor([payload.numel()], device="cpu"), content, source=source))
         _require_possible([length], limit)
         if self.rank != source:
-            payload = torch.empty(length, dtype=torch.uint8)
+            payload = torch.empty(length, dtype=torch.uint8, device="cpu")
         return self.broadcast(payload, content, source=source)
 
     def relay_bytes(self, payload: Tensor, content: str, *, source: int, length: int, limit: int) -> Tensor:
         """The payload of rank `source`, of known length, by way of rank 0. Raises as all_gather_bytes."""
         _require_possible([length], limit)
         if self.rank != source:
-            payload = torch.empty(length, dtype=torch.uint8)
+            payload = torch.empty(length, dtype=torch.uint8, device="cpu")
         return self.relay(payload, content, source=source)
 
     def relay(self, tensor: Tensor, content: str, *, source: int) -> Tensor:

@@ -62,11 +62,14 @@ def analyze(workers: int, every: int, samples: int, timeout: float, out: Path, o
     OUT gets recording.safetensors (the samples), redundancy.jsonl (one JSON object a layer, quantity and step,
     information in bits) and redundancy.html (the figures).
     """
+    options.refuse_torchrun("analyze")
     if (out / ROWS).exists() and not overwrite:
         raise click.UsageError(f"{out} has an analysis; choose another --out, or --overwrite.")
     try:
         settings = Settings(world_size=workers, **run)
-        require_recordable(settings.resolve_scheme())
+        scheme = require_recordable(settings.resolve_scheme())
+        if scheme.rate == 1:
+            raise ValueError("analyze: the scheme's rate must be below 1, else there are no indices to look at.")
     except ValueError as error:
         raise click.UsageError(str(error)) from None
     try:
@@ -74,8 +77,11 @@ def analyze(workers: int, every: int, samples: int, timeout: float, out: Path, o
         steps = planned_steps(settings, settings.load_data())  # decodes into the cache that the ranks map
     except (ValueError, OSError) as error:
         raise click.ClickException(str(error)) from None
-    if (steps - 1) // every < LEAST_RECORDS:
-        raise click.UsageError(f"--every {every} leaves fewer than {LEAST_RECORDS} records in {steps} steps.")
+    if (steps - 1) // every - max(0, scheme.warmup_steps - 1) // every < LEAST_RECORDS:
+        raise click.UsageError(
+            f"--every {every} leaves fewer than {LEAST_RECORDS} records in {steps} steps, of which "
+            f"{scheme.warmup_steps} are the warm-up."
+        )
     try:
         start_ranks(record, settings, out, every, samples, world_size=workers, timeout=timedelta(seconds=timeout))
     except RankFailedError as error:
@@ -92,7 +98,7 @@ def evaluate(out: Path) -> str:
     with temporary.open("w", encoding="utf-8") as file:
         for row in measure(recording):
             rows.append(row)
-            file.write(json.dumps(row) + "\n")
+            file.write(json.dumps(row, allow_nan=False) + "\n")
     os.replace(temporary, out / ROWS)
     write_page(recording, rows, out / PAGE)
     training, recorded = recording.seconds["training"], recording.seconds["recording"]

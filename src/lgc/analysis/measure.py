@@ -31,6 +31,7 @@ from lgc.analysis.record import Layer, Recording
 
 BITS = 1 / math.log(2)
 PLUG_IN_BINS = 100
+LEAST_OF_CHANNEL = 16  # samples, on average, to divide by a channel's scale
 PLANE_ERROR = 0.01  # relative squared error at which the entropy of a gradient is stated
 PLANE_STEP = math.sqrt(12 * PLANE_ERROR)  # of a quantiser with this error, for values of unit energy
 VALUE_ERROR = 0.1  # that of one sign a value and one magnitude for all, at the rates of interest
@@ -66,17 +67,22 @@ def usable(samples: Floats) -> bool:
     return all(len(np.unique(row)) >= 2 * MINIMUM_SAMPLES for row in samples)
 
 
-def divide_by_scale(values: Floats, layer: Layer, coordinates: NDArray[np.int64]) -> Floats:
+def divide_by_scale(values: Floats, layer: Layer, coordinates: NDArray[np.int64]) -> Floats | None:
     """Each worker's values over a scale of its own for every output times one for every input, shape (K, n).
 
     Channels differ in scale, and that alone makes magnitudes of two workers depend on each other: what is left
     after the division is what takes another worker to know. Small tensors are left as they are.
+
+    None where a channel has too few samples to know its scale from: the division would take away what the workers
+    share, or have them share what they do not (values alone in their channel all become 1 or -1).
     """
     if layer.row == layer.size:
         return values
     place = coordinates - layer.start
     inner = layer.block if layer.block < layer.row else 1
     output, column = place // layer.row, place % layer.row // inner
+    if min(np.unique(group, return_counts=True)[1].mean() for group in (output, column)) < LEAST_OF_CHANNEL:
+        return None
     result = values.astype(np.float64)
     for _ in range(3):
         for group in (output, column):
@@ -86,7 +92,7 @@ def divide_by_scale(values: Floats, layer: Layer, coordinates: NDArray[np.int64]
     return result.astype(np.float32)
 
 
-def layer_row(now: Floats, before: Floats, unscaled: Floats, generator: np.random.Generator) -> Row:
+def layer_row(now: Floats, before: Floats, unscaled: Floats | None, generator: np.random.Generator) -> Row:
     """What one layer's values of K workers, (K, n), have in common with each other and with the step before.
 
     `pooled` is between the mean of one half of the workers and that of the other: two workers of K/2 times the batch.
@@ -105,7 +111,9 @@ def layer_row(now: Floats, before: Floats, unscaled: Floats, generator: np.rando
                 quantised_mutual_information(x, y, PLANE_STEP) for x, y in zip(unit[firsts], others, strict=True)
             ]
             row |= in_bits(f"quantised_{name}mutual_information", average(quantised))
-        row |= in_bits("unscaled_mutual_information", average(kraskov(unscaled[firsts], unscaled[seconds], generator)))
+        if unscaled is not None:
+            shared = average(kraskov(unscaled[firsts], unscaled[seconds], generator))
+            row |= in_bits("unscaled_mutual_information", shared)
         row |= linear_row(now)
     if workers > 3:
         halves = now[: workers // 2].mean(axis=0), now[workers - workers // 2 :].mean(axis=0)
@@ -156,7 +164,9 @@ def shared_row(recording: Recording, record: int, generator: np.random.Generator
     energy = np.bincount(layer, values[leader] ** 2) / np.maximum(np.bincount(layer), 1)
     unit = values / np.sqrt(np.maximum(energy[layer], 1e-60))
     x, others = unit[leader], np.delete(unit, leader, axis=0)
-    row: Row = {"entries": len(places), "overlap": overlap(recording.own[record])}
+    row: Row = {"entries": len(places)}
+    if len(recording.own[record]) > 1:
+        row["overlap"] = overlap(recording.own[record])
     row |= in_bits("sign_entropy", discrete_entropy(np.bincount((x > 0).astype(int))))
     magnitude = np.abs(x)
     row |= {"sign_coding_error": float(1 - magnitude.mean() ** 2 / (magnitude**2).mean())}
@@ -211,9 +221,8 @@ def others_row(others: NDArray[np.float64], generator: np.random.Generator) -> R
 
 
 def overlap(own: NDArray[np.int64]) -> float:
-    """Fraction of one worker's indices that another has too, over all pairs; NaN for a single worker."""
-    fractions = [len(np.intersect1d(a, b, assume_unique=True)) / len(a) for a, b in combinations(own, 2)]
-    return float(np.mean(fractions)) if fractions else math.nan
+    """Fraction of one worker's indices that another has too, over all pairs of at least two workers."""
+    return float(np.mean([len(np.intersect1d(a, b, assume_unique=True)) / len(a) for a, b in combinations(own, 2)]))
 
 
 def layer_of(layers: list[Layer], places: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -156,11 +156,14 @@ def _uneven_counts(generator: np.random.Generator, sizes: Sequence[int], rate: f
     return [min(size, max(1, round(count))) for size, count in zip(sizes, counts.tolist(), strict=True)]
 
 
+def _index_coders() -> list[IndexCoder]:
+    """Those that are installed."""
+    ranged: list[IndexCoder] = [RangeCoder()] if find_spec("constriction") else []
+    return [RawIndices(), EliasFano(), Rice(), *ranged]
+
+
 def _codes(sizes: Sequence[int], counts: Sequence[int]) -> Iterator[_Code]:
-    coders: list[IndexCoder] = [RawIndices(), EliasFano(), Rice()]
-    if find_spec("constriction"):
-        coders.append(RangeCoder())
-    for coder in coders:
+    for coder in _index_coders():
         yield _coder_code(coder, sizes, counts)
     yield _Code("int64", lambda positions: positions.tobytes(), lambda data: np.frombuffer(_raw(data), np.int64).copy())
     yield _Code(
@@ -303,7 +306,7 @@ def _targets(generator: np.random.Generator) -> Iterator[_Target]:
     starts = np.cumsum([0, *sizes[:-1]])
     positions = np.concatenate([_sample(generator, n, k) + s for n, k, s in zip(sizes, counts, starts, strict=True)])
     indices = torch.from_numpy(positions)
-    for coder in (RawIndices(), EliasFano(), Rice(), RangeCoder()):
+    for coder in _index_coders():
         yield _Target(
             type(coder).__name__,
             _raw(coder.encode(indices, sizes)),
@@ -360,7 +363,9 @@ def _mutate(generator: np.random.Generator, valid: bytes) -> bytes:
 @click.option(
     "--entries", default=1_000_000, show_default=True, type=click.IntRange(min=1000), help="Number of positions."
 )
-@click.option("--seed", default=0, show_default=True, help="Seed of positions, values and mutations.")
+@click.option(
+    "--seed", type=click.IntRange(0), default=0, show_default=True, help="Seed of positions, values and mutations."
+)
 @click.option(
     "--out", type=click.Path(dir_okay=False, path_type=Path), help="Also write the numbers to this JSON file."
 )
@@ -388,6 +393,7 @@ def codec(entries: int, seed: int, out: Path | None, payloads: int | None) -> No
         torch.set_num_threads(threads)
     click.echo(report.text())
     if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
         indices = [cost._asdict() for cost in report.indices]
         values = [cost._asdict() for cost in report.values]
         out.write_text(json.dumps(asdict(report) | {"indices": indices, "values": values}, indent=2) + "\n")

@@ -34,7 +34,7 @@ from lgc.recipes import RECIPES
 from lgc.report import LineRate, Run, find_runs
 from lgc.run_folder import OtherRunError, require_same, write_json
 from lgc.schedule import Phase, Schedule
-from lgc.schemes import Auto, Dense, LGCScheme, PowerSGD, Scheme, SparseScheme, parse_scheme
+from lgc.schemes import Auto, Dense, LGCScheme, PowerSGD, Scheme, SparseScheme, parse_scheme, require_different
 from lgc.train import Settings, Training, notify
 from lgc.transport import SERVER
 from lgc.version import __version__
@@ -87,6 +87,9 @@ class Plan:
                 raise ValueError("schemes must not have auto: it chooses once, on the first link that it sees.")
         if len(set(self.schemes)) < len(self.schemes):
             raise ValueError(f"schemes must differ, got {','.join(self.schemes)}.")
+        require_different({text: self.scheme(text) for text in self.schemes})
+        if len(set(self.rates)) < len(self.rates):
+            raise ValueError(f"rates must differ, got {','.join(self.rates)}.")
 
     def scheme(self, text: str) -> Scheme:
         """As a run of the recipe has it."""
@@ -572,11 +575,12 @@ def times_to_target(results: Results, runs: Sequence[Run], target: float) -> lis
     was measured on each link. Evaluations are left out. Where one seed never gets there, there is no time.
 
     Raises:
-        ValueError: if a scheme has no run with the settings of the measurement.
+        ValueError: if a scheme has no run with the settings of the measurement, or several that differ in more than
+            their seeds.
     """
     times = []
     for scheme in results.schemes:
-        found = [run for run in runs if _is_run_of(run, results, scheme)]
+        found = _runs_of(runs, results, scheme)
         if not found:
             raise ValueError(f"no finished run of {results.content['schemes'][scheme]} is among those of --runs.")
         phases = [_phases_to_target(run, target) for run in found]
@@ -592,6 +596,24 @@ def times_to_target(results: Results, runs: Sequence[Run], target: float) -> lis
             )
             times.append(TimeToTarget(rate, scheme, steps, seconds))
     return times
+
+
+def _runs_of(runs: Sequence[Run], results: Results, scheme: str) -> list[Run]:
+    """Those of the measured model with a scheme, one of each seed.
+
+    Raises:
+        ValueError: if they differ in more than their seeds.
+    """
+    found = [run for run in runs if _is_run_of(run, results, scheme)]
+    for run in found[1:]:
+        for field in found[0].conditions | run.conditions:
+            here, there = found[0].conditions.get(field), run.conditions.get(field)
+            if here != there:
+                raise ValueError(
+                    f"--runs has runs of {scheme} with different settings, {found[0].folder} ({field}: {here!r}) and "
+                    f"{run.folder} ({there!r}): name a folder with one of them."
+                )
+    return list({run.configuration["seed"]: run for run in reversed(found)}.values())
 
 
 def _is_run_of(run: Run, results: Results, scheme: str) -> bool:
@@ -696,8 +718,8 @@ def measure(plan: Plan, folder: Path, network: Network | None, timeout: timedelt
     )
 
 
-def _is_measured(folder: Path, plan: Plan) -> bool:
-    """Whether the folder has this measurement, finished.
+def _is_measured(folder: Path, plan: Plan, *, loopback: bool) -> bool:
+    """Whether the folder has this measurement, finished, and of the same kind of link.
 
     Raises:
         OtherRunError: if it has another one.
@@ -707,6 +729,12 @@ def _is_measured(folder: Path, plan: Plan) -> bool:
     except ValueError:
         return False
     require_same(results.configuration, plan.configuration(), f"{folder} has a measurement")
+    if (results.rates == [LOOPBACK]) != loopback:
+        kinds = ("of shaped links", "over loopback")
+        raise OtherRunError(
+            f"{folder} has a measurement {kinds[not loopback]}, this one would be {kinds[loopback]}: choose another "
+            "--out, --loopback or --overwrite."
+        )
     return True
 
 
@@ -760,12 +788,13 @@ def link(
     OUT gets results.json with all samples, and link.svg. What has been measured is not measured again. With --target,
     the steps that the training runs in --runs needed are weighed by the time they take on each link.
     """
+    options.refuse_torchrun("bench link")
     if (target is None) != (runs is None):
         raise click.UsageError("--target and --runs go together.")
     run["schemes"], run["rates"] = (tuple(run[name].split(",")) for name in ("schemes", "rates"))
     try:
         plan = Plan(**run)
-        if overwrite or not _is_measured(out, plan):
+        if overwrite or not _is_measured(out, plan, loopback=loopback):
             with _network(plan.world_size, loopback) as network:
                 measure(plan, out, network, timedelta(seconds=timeout))
         results = Results.load(out)

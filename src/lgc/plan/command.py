@@ -23,7 +23,7 @@ from lgc.plan.cost import TOLERANCE, Arm, Collective, Link, Prediction, Profile,
 from lgc.plan.measure import FunctionJob, JobSource, RecipeJob, measure
 from lgc.plan.rehearsal import probe
 from lgc.recipes import RECIPES
-from lgc.schemes import Auto, PowerSGD, Scheme, SparseScheme, parse_scheme
+from lgc.schemes import Auto, PowerSGD, Scheme, SparseScheme, parse_scheme, require_different
 from lgc.train import Settings
 from lgc.transport import Transport
 
@@ -105,37 +105,48 @@ def plan(
     Says nothing about accuracy: lgc compare does.
     """
     if check is not None:
+        options.refuse_torchrun("plan --check")
         try:
             click.echo(_check(check))
         except (ValueError, OSError) as error:
             raise click.UsageError(str(error)) from None
         return
-    world_size = workers or 4
-    if under_torchrun():
-        world_size = int(os.environ["WORLD_SIZE"])
-        if workers not in (None, world_size) or ranks_per_machine != 1:
-            raise click.UsageError("torchrun has started the ranks: leave out --workers and --ranks-per-machine.")
-    elif world_size % ranks_per_machine:
-        raise click.UsageError(f"--ranks-per-machine {ranks_per_machine} must divide --workers {world_size}.")
+    world_size = _world_size(workers, ranks_per_machine)
     try:
         question = _question(world_size, **run)
-        given = [Link.parse(bandwidth, latency) for bandwidth in bandwidths]
+        given = {bandwidth: Link.parse(bandwidth, latency) for bandwidth in bandwidths}
+        usual = {"100mbit": Link.parse("100mbit", latency)}
     except (ValueError, OSError) as error:
         raise click.UsageError(str(error)) from None
     if under_torchrun():
         profile, measured = _measure_in_job(question)
         if os.environ["RANK"] != "0":
             return
-        links = dict(zip(bandwidths, given, strict=True)) or {MEASURED: measured}
+        links = given or {MEASURED: measured}
     else:
         profile = _measure_here(question, ranks_per_machine)
-        links = dict(zip(bandwidths, given, strict=True)) or {"100mbit": Link.parse("100mbit", latency)}
+        links = given or usual
     answers = {name: predict(profile, link) for name, link in links.items()}
     if as_json:
         click.echo(json.dumps([_as_json(name, links[name], profile, rows) for name, rows in answers.items()], indent=1))
     else:
         labels = _labels(question)
         click.echo("\n\n".join(_as_text(name, links[name], profile, rows, labels) for name, rows in answers.items()))
+
+
+def _world_size(workers: int | None, ranks_per_machine: int) -> int:
+    """How many ranks the answer is for: those of the torchrun job, or as asked."""
+    if under_torchrun():
+        world_size = int(os.environ["WORLD_SIZE"])
+        if workers not in (None, world_size) or ranks_per_machine != 1:
+            raise click.UsageError("torchrun has started the ranks: leave out --workers and --ranks-per-machine.")
+        if world_size == 1:
+            raise click.UsageError("torchrun has started one rank; to measure a link takes at least 2.")
+        return world_size
+    world_size = workers or 4
+    if world_size % ranks_per_machine:
+        raise click.UsageError(f"--ranks-per-machine {ranks_per_machine} must divide --workers {world_size}.")
+    return world_size
 
 
 def _question(world_size: int, *, recipe: str | None, model: str | None, schemes: str, **run: Any) -> Question:
@@ -157,6 +168,7 @@ def _question(world_size: int, *, recipe: str | None, model: str | None, schemes
         source.find()
     if any(isinstance(scheme, Auto) for scheme in planned.values()):
         raise ValueError("--schemes must be what auto could choose, not auto itself.")
+    require_different(planned)
     return Question(source, planned, world_size)
 
 

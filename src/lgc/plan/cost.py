@@ -153,7 +153,9 @@ class Prediction(NamedTuple):
     Attributes:
         phase: the one it stays in; "dense" also in 16 bits.
         speedup: how many times faster than dense.
-        pays_from: the step from which on the run as a whole is ahead of dense, None if it never is.
+        pays_from: the first step after the early stages from which on the run as a whole is ahead of dense, None if it
+            never is.
+        step_at_half: the step on a link of half the bandwidth.
     """
 
     scheme: str
@@ -166,13 +168,16 @@ class Prediction(NamedTuple):
     speedup: float
     early: list[Early]
     pays_from: int | None
+    step_at_half: float
 
 
 def predict(profile: Profile, link: Link) -> list[Prediction]:
     """What a step takes on `link`, by arm."""
 
-    def step(stage: Stage) -> float:
+    def step(stage: Stage, link: Link = link) -> float:
         return profile.compute + stage.seconds + stage.communication(link, profile.world_size)
+
+    half = link._replace(bandwidth=link.bandwidth / 2)
 
     dense = step(profile.arms[0].stages[-1])
     predictions = []
@@ -191,6 +196,7 @@ def predict(profile: Profile, link: Link) -> list[Prediction]:
                 dense / step(last),
                 early,
                 _pays_from(early, step(last), dense),
+                step(last, half),
             )
         )
     return predictions
@@ -205,7 +211,7 @@ def choose(predictions: Sequence[Prediction], tolerance: float = TOLERANCE) -> P
     fastest = min(prediction.step for prediction in predictions)
     equals = [prediction for prediction in predictions if prediction.step <= fastest * (1 + tolerance)]
     complete = [prediction for prediction in equals if prediction.phase == Phase.DENSE.value]
-    return complete[0] if complete else min(equals, key=lambda one: one.step + one.communication)
+    return complete[0] if complete else min(equals, key=lambda one: one.step_at_half)
 
 
 def _pays_from(early: list[Early], step: float, dense: float) -> int | None:
