@@ -181,7 +181,7 @@ def test_schemes_that_are_the_same_are_refused(tmp_path: Path) -> None:
     arguments = ["compare", *SHORT, "--schemes", "dense,dgc,dgc:rate=0.003", "--out", str(tmp_path / "new")]
     result = CliRunner().invoke(main, arguments)
     assert result.exit_code == 2
-    assert "dgc and dgc:rate=0.003 are the same for digits" in result.output
+    assert "digits: schemes must differ, and dgc and dgc:rate=0.003 are the same here" in result.output
     assert not (tmp_path / "new").exists()
 
 
@@ -190,7 +190,7 @@ def test_compare_is_refused_under_torchrun(monkeypatch: pytest.MonkeyPatch, tmp_
         monkeypatch.setenv(name, value)
     result = CliRunner().invoke(main, ["compare", *SHORT, "--out", str(tmp_path)])
     assert result.exit_code == 2
-    assert "under torchrun train with lgc train" in result.output
+    assert "compare starts its own ranks, on one machine; torchrun is for lgc train and plan" in result.output
 
 
 def test_overwrite_removes_nothing_before_the_data_is_there(compared: Path, tmp_path: Path) -> None:
