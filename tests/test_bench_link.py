@@ -366,7 +366,7 @@ def plan(**changes: Any) -> Plan:
     [
         ({"rates": ("fast",)}, "link must be a number with kbit, mbit, gbit"),
         ({"schemes": ("dgc:rate=2",)}, r"DGC\(rate=\.\.\.\) must be in \(0, 1\], got 2"),
-        ({"schemes": ("dgc", "dgc")}, "schemes must differ, got dgc,dgc"),
+        ({"schemes": ("dgc", "dgc")}, "dgc and dgc are the same here"),
         ({"schemes": ("dgc", "dgc:rate=0.003")}, "dgc and dgc:rate=0.003 are the same here"),
         ({"schemes": ("dense", "auto")}, "schemes must not have auto"),
         ({"rates": ("unshaped", "10mbit", "unshaped")}, "rates must differ, got unshaped,10mbit,unshaped"),

@@ -224,9 +224,9 @@ def _plan(
                 parts = [recipe] if len(recipes) > 1 else []
                 parts += [scheme.replace(":", ","), *([f"seed-{seed}"] if seed else [])]
                 planned[Path(*parts)] = _settings(recipe, scheme, workers, seed, run)
-        of_recipe = [settings for settings in planned.values() if settings.recipe == recipe]
+        resolved = [_settings(recipe, scheme, workers, 0, run).resolve_scheme() for scheme in schemes]
         try:
-            require_different({settings.scheme: settings.resolve_scheme() for settings in of_recipe})
+            require_different(schemes, resolved)
         except ValueError as error:
             raise click.UsageError(f"{recipe}: {error}") from None
     return planned

@@ -112,7 +112,8 @@ def _drawings(lines: list[Line], links: list[LineRate]) -> list[Drawing]:
         *(
             Drawing(
                 f"Against time on a link of {link.text}",
-                "Predicted: this machine's time, plus rank 0's bytes (the larger of sent and received) over the link.",
+                "Predicted: this machine's time, plus rank 0's bytes (the larger of sent and received) "
+                "and their headers over the link.",
                 _time(link),
             )
             for link in links

@@ -52,10 +52,9 @@ def run_in_job(settings: Settings, output: Output, timeout: timedelta, *, overwr
         _warn_of_stale_store()
     device, backend = pick_device(local_rank, local_world_size)
     unfinished = torch.ones((), dtype=torch.int64, device=device)
-    if os.environ["RANK"] == "0" and overwrite:
-        settings.load_data()  # before anything is removed
-    if os.environ["RANK"] == "0":  # before the others are met: if this raises, they end without an error of their own
-        unfinished *= claim(output.folder, settings.configuration(), overwrite=overwrite)
+    is_first = os.environ["RANK"] == "0"
+    if is_first and not overwrite:  # before the others are met: if this raises, they end without an error of their own
+        unfinished *= claim(output.folder, settings.configuration(), overwrite=False)
     dist.init_process_group(backend, timeout=timeout)
     assert dist.group.WORLD is not None
     transport = Transport(dist.group.WORLD, device)
@@ -65,6 +64,8 @@ def run_in_job(settings: Settings, output: Output, timeout: timedelta, *, overwr
             transport.set_timeout(DATA_TIMEOUT.total_seconds())
             _load_data_of_machine(settings, transport, local_rank)
             transport.set_timeout(timeout.total_seconds())
+            if is_first and overwrite:  # nothing is removed before the data is there
+                claim(output.folder, settings.configuration(), overwrite=True)
             train(settings, output, device)
     finally:
         dist.destroy_process_group()
@@ -100,8 +101,8 @@ def run_locally(settings: Settings, output: Output, timeout: timedelta, *, overw
             any rank starts.
         RankFailedError: if a rank failed; the others have been stopped.
     """
-    if overwrite:
-        settings.load_data()  # before anything is removed
+    if overwrite:  # nothing is removed before the data is there
+        settings.load_data()
     if not claim(output.folder, settings.configuration(), overwrite=overwrite):
         return False
     preload("lgc.launch")

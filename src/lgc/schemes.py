@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import types
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, ClassVar, Literal, Self, Union, get_args, get_origin, get_type_hints
 
@@ -505,13 +505,13 @@ def parse_scheme(text: str, defaults: Mapping[str, Any] | None = None) -> Scheme
     return scheme(**arguments)
 
 
-def require_different(schemes: Mapping[str, Scheme]) -> None:
+def require_different(texts: Sequence[str], schemes: Iterable[Scheme]) -> None:
     """Raise ValueError if two of these texts are the same scheme, once a recipe's defaults have completed them."""
-    texts: dict[str, str] = {}
-    for text, scheme in schemes.items():
-        same = texts.setdefault(str(scheme), text)
-        if same != text:
-            raise ValueError(f"schemes must differ, and {same} and {text} are the same here.")
+    seen: dict[str, str] = {}
+    for text, scheme in zip(texts, map(str, schemes), strict=True):
+        if scheme in seen:
+            raise ValueError(f"schemes must differ, and {seen[scheme]} and {text} are the same here.")
+        seen[scheme] = text
 
 
 def _parse(where: str, text: str, hint: Any) -> Any:

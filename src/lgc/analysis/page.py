@@ -57,7 +57,7 @@ class Analysis:
         self.layers = [row for row in rows if row["kind"] == "layer"]
         self.shared = [row for row in rows if row["kind"] == "shared"]
         self.indices = [row for row in rows if row["kind"] == "index"]
-        steps = [row["step"] for row in self.shared if not row["warmup"]] or [row["step"] for row in self.shared]
+        steps = [row["step"] for row in self.shared if not row["warmup"]]
         self.windows = (set(steps[: (len(steps) + 1) // 2]), set(steps[len(steps) // 2 :]))
 
     @property

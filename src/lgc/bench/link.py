@@ -85,9 +85,7 @@ class Plan:
         for text in self.schemes:
             if isinstance(self.scheme(text), Auto):
                 raise ValueError("schemes must not have auto: it chooses once, on the first link that it sees.")
-        if len(set(self.schemes)) < len(self.schemes):
-            raise ValueError(f"schemes must differ, got {','.join(self.schemes)}.")
-        require_different({text: self.scheme(text) for text in self.schemes})
+        require_different(self.schemes, map(self.scheme, self.schemes))
         if len(set(self.rates)) < len(self.rates):
             raise ValueError(f"rates must differ, got {','.join(self.rates)}.")
 

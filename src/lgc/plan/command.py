@@ -168,7 +168,7 @@ def _question(world_size: int, *, recipe: str | None, model: str | None, schemes
         source.find()
     if any(isinstance(scheme, Auto) for scheme in planned.values()):
         raise ValueError("--schemes must be what auto could choose, not auto itself.")
-    require_different(planned)
+    require_different(texts, (planned[text] for text in texts))
     return Question(source, planned, world_size)
 
 
