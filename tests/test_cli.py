@@ -23,7 +23,7 @@ from click.testing import CliRunner
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-untyped]
 
 from lgc.cli import main
-from lgc.figures import _mean_by_step
+from lgc.figures import _mean_by_step, _smoothed
 from lgc.report import Run, by_recipe, find_runs, format_table, write_report
 
 LGC = [sys.executable, "-m", "lgc"]
@@ -172,6 +172,9 @@ def test_no_command_is_given_for_a_run_whose_number_of_ranks_changed(compared: P
 
 def test_means_over_seeds_have_a_gap_where_a_seed_has_none() -> None:
     gap = math.nan
+    xs, ys = _mean_by_step([_smoothed(([1, 2, 7], [1.0, 3.0, 4.0]))])
+    assert xs == [1, 2, 3, 7]
+    assert ys == pytest.approx([1, 2, gap, 4], nan_ok=True)
     xs, ys = _mean_by_step([([1, 2, 3, 6], [1.0, 2.0, 3.0, gap]), ([1, 2, 5, 6], [3.0, 4.0, gap, 5.0])])
     assert xs == [1, 2, 3, 5, 6]
     assert ys == pytest.approx([2, 3, gap, gap, gap], nan_ok=True)

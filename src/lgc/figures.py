@@ -292,7 +292,7 @@ def _smoothed(series: Series) -> Series:
     last = None
     for x, y in zip(*series, strict=True):
         if last is not None and x != last + 1:
-            xs.append(x)
+            xs.append(last + 1)
             ys.append(math.nan)
             window = []
         window = [*window[1 - SMOOTHING :], y]
