@@ -12,7 +12,6 @@ from reference import Config
 from torch import Tensor
 
 import lgc
-from lgc.aggregators import ServerTopK
 from lgc.transport import Transport
 
 CODECS: dict[str, Any] = {
@@ -64,6 +63,7 @@ class Step(NamedTuple):
     residual: Tensor  # after the round
     momentum: Tensor | None  # after the round
     loss: float | None  # of the autoencoder, at rank 0
+    reconstruction_error: float | None  # in phase compressed
 
 
 class Run(NamedTuple):
@@ -156,9 +156,10 @@ def run_rounds(
                 in_order(aggregator.feedback.residual),
                 None if momentum is None else in_order(momentum),
                 aggregator.metrics.get("autoencoder_loss"),
+                aggregator.metrics.get("reconstruction_error"),
             )
         )
     order = sorted(shapes, key=lambda name: (layout.slices[name].start, layout.slices[name].stop))
-    own = getattr(aggregator, "own", None)
-    server_residual = in_order(own.residual) if isinstance(own, ServerTopK) and rank == 0 else None
+    server_residual = aggregator.own.residual
+    server_residual = None if server_residual is None else in_order(server_residual)
     return Run(steps, order, initial, weights(), server_residual)

@@ -311,7 +311,7 @@ def test_what_is_measured_is_not_measured_again(measured: Path) -> None:
     assert "rates" in other.output
 
 
-def test_loopback_says_that_the_link_is_not_shaped(tmp_path: Path) -> None:
+def test_loopback_says_that_the_link_is_not_shaped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     options = [*TINY, "--schemes", "dense", "--loopback", "--out", str(tmp_path)]
     done = subprocess.run(
         [sys.executable, "-m", "lgc", "bench", "link", *options],
@@ -324,6 +324,13 @@ def test_loopback_says_that_the_link_is_not_shaped(tmp_path: Path) -> None:
     assert "NOT SHAPED" in done.stderr
     assert {(cell.rate, cell.counter_sent is None) for cell in cells(tmp_path)} == {(LOOPBACK, True)}
     assert "loopback" in done.stdout
+    again = ["bench", "link", *(option for option in options if option != "--loopback")]
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    with_rights = CliRunner().invoke(main, again)
+    assert "has a measurement over loopback, this one would be of shaped links" in with_rights.output
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    without = CliRunner().invoke(main, again)
+    assert without.exit_code == 0, without.output
 
 
 # --- what is made of it ---

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -197,7 +198,7 @@ def test_of_ties_none_is_lost(ranks: RankFactory, scheme: str) -> None:
 @every_scheme
 def test_gradients_of_any_magnitude_stay_finite(ranks: RankFactory, scheme: str) -> None:
     """From far below to far above what float32 can square."""
-    for scale in (1e-30, 1e15):
+    for scale in (1e-30, 1e15, 1e20):
         given = [
             [{name: scale * g for name, g in gradient(SHAPES, rank, t).items()} for rank in range(2)]
             for t in range(STEPS)
@@ -207,6 +208,7 @@ def test_gradients_of_any_magnitude_stay_finite(ranks: RankFactory, scheme: str)
             for t, step in enumerate(run.steps):
                 assert torch.isfinite(step.mean).all(), f"step {t}"
                 assert torch.isfinite(step.residual).all(), f"step {t}"
+                assert math.isfinite(step.reconstruction_error or 0), f"step {t}"
 
 
 def test_a_small_tensor_whose_last_role_is_that_of_the_others_is_in_the_pool_again() -> None:

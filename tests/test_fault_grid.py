@@ -1,6 +1,6 @@
 """A fault on one rank under torchrun, by kind, moment and phase: all ranks end in time, and the restarted job is right.
 
-Nine cells of the grid are in the suite; `make faults` runs all of them, `make soak` ten random faults in one job.
+Six cells of the grid are in the suite; `make faults` runs all of them, `make soak` ten random faults in one job.
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,9 @@ from runs import ENVIRONMENT, LGC, LIMIT_S, TORCHRUN, children_of, measured, row
 
 from lgc import checkpoint
 from lgc.cli import main
-from lgc.run_folder import OtherRunError, claim, cut_metrics
-from lgc.train import Settings, Training
+from lgc.launch import run_locally
+from lgc.run_folder import OtherRunError, claim, cut_metrics, is_to_be_overwritten, occupied
+from lgc.train import Output, Settings, Training
 
 STEPS = 56
 RUN = ["--recipe", "digits", "--workers", "2", "--batch-size", "8", "--steps", str(STEPS), "--checkpoint-every", "5"]
@@ -217,6 +219,30 @@ def test_a_run_that_failed_in_its_first_step_is_not_in_the_way_of_a_corrected_on
     (tmp_path / "metrics.jsonl").write_text("{}\n")
     with pytest.raises(OtherRunError, match="batch_size: 2, now 1"):
         claim(tmp_path, wrong, overwrite=False)
+
+
+def test_a_folder_takes_one_job_at_a_time(tmp_path: Path) -> None:
+    going_on = pytest.raises(OtherRunError, match=r"run has a run that is going on; choose another --out, or stop it")
+    with occupied(tmp_path / "run"), going_on:
+        train_here(tmp_path / "run")
+    with occupied(tmp_path / "run"):
+        pass
+
+
+def train_here(folder: Path) -> None:
+    settings = Settings(recipe="digits", scheme="dense", world_size=1, steps=1)
+    run_locally(settings, Output(folder=folder), timedelta(seconds=60), overwrite=True)
+
+
+def test_a_job_that_is_restarted_before_it_has_overwritten_a_run_still_does(tmp_path: Path) -> None:
+    old, new = {"seed": 0}, {"seed": 1}
+    assert claim(tmp_path, old, overwrite=False)
+    (tmp_path / "metrics.jsonl").write_text("{}\n")
+    assert is_to_be_overwritten(tmp_path, first_start=True)
+    assert is_to_be_overwritten(tmp_path, first_start=False)
+    assert claim(tmp_path, new, overwrite=True)
+    assert not is_to_be_overwritten(tmp_path, first_start=False)  # the new run goes on
+    assert claim(tmp_path, new, overwrite=False)
 
 
 def test_from_three_ranks_on_an_uncompressed_run_ends_as_if_it_had_not_been_killed(tmp_path: Path) -> None:

@@ -186,6 +186,7 @@ class OwnTopK:
         self.transport = transport
         self.region = region
         self.codecs = codecs
+        self.residual: Tensor | None = None  # of a server, shape (N,)
 
     def offer(self, v: Tensor, least_rate: float, step: int) -> Offer:
         """This rank's selection, as the others will decode it, and its payload."""
@@ -237,7 +238,8 @@ class ServerTopK(OwnTopK):
 
     def __init__(self, transport: Transport, region: Region, codecs: Codecs, size: int, device: torch.device) -> None:
         super().__init__(transport, region, codecs)
-        self.residual = torch.zeros(size if transport.rank == SERVER else 0, dtype=torch.float32, device=device)
+        if transport.rank == SERVER:
+            self.residual = torch.zeros(size, dtype=torch.float32, device=device)
 
     def exchange(self, offer: Offer, lengths: list[int], least_rate: float, step: int) -> Exchange:
         """The largest sums of what the ranks selected."""
@@ -247,14 +249,14 @@ class ServerTopK(OwnTopK):
         limit = size_limit(self._bounds(least_rate))
         gathered = self.transport.gather_bytes(offer.payload, "entries", lengths, limit=limit)
         reply = offer.payload
-        if gathered is not None:
+        if gathered is not None and self.residual is not None:
             for payload in gathered:
                 where, values = self._unpack(payload, least_rate, step, device)
                 self.residual[where] += values / self.transport.world_size
             reply = self._pack(self.region.select(self.residual, least_rate), self.residual, least_rate, step)
         reply = self.transport.broadcast_bytes(reply, "entries", source=SERVER, limit=limit)
         chosen = self._unpack(reply, least_rate, step, device)
-        if gathered is not None:
+        if self.residual is not None:
             self.residual[chosen.where] -= chosen.values
         return Exchange([chosen], offer.piece)
 
@@ -357,13 +359,13 @@ class OwnAggregator(Aggregator):
 
     def state_dict(self) -> dict[str, Any]:
         state = super().state_dict()
-        if isinstance(self.own, ServerTopK) and self.own.residual.numel():
+        if self.own.residual is not None:
             state["server"]["residual"] = self._by_name(self.own.residual)
         return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         super().load_state_dict(state)
-        if isinstance(self.own, ServerTopK) and self.own.residual.numel():
+        if self.own.residual is not None:
             self._set_by_name(self.own.residual, state["server"]["residual"])
 
 

@@ -464,8 +464,11 @@ class Handle:
         if not self._delivered:
             return
         for name, parameter in self._parameters.items():
-            zeroed = self._optimized is None or id(parameter) in self._optimized
-            if zeroed and parameter.grad is not None and bool(parameter.grad.any()):
+            if parameter.grad is None:
+                continue
+            if self._optimized is not None and id(parameter) not in self._optimized:
+                parameter.grad.zero_()  # nobody else does
+            elif bool(parameter.grad.any()):
                 raise RuntimeError(
                     f"lgc: backward() with the last step's mean still in the gradient of {name!r}; call "
                     "optimizer.zero_grad() between steps, and accumulate under the model's no_sync()."

@@ -15,7 +15,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from lgc.network import Network
-from lgc.run_folder import claim
+from lgc.run_folder import claim, is_to_be_overwritten, occupied
 from lgc.train import Output, Settings, notify, train
 from lgc.transport import Transport
 
@@ -39,21 +39,30 @@ def under_torchrun() -> bool:
 def run_in_job(settings: Settings, output: Output, timeout: timedelta, *, overwrite: bool) -> bool:
     """Train as the one rank that this process is; False if the run had finished before.
 
-    After a restart by torchrun (--max-restarts) the run goes on, whether or not it was to overwrite an older one.
+    An older run is overwritten once; after restarts by torchrun (--max-restarts) the new one goes on.
 
     Raises:
-        ValueError, OSError: on rank 0 if the folder has a run of other settings, or on the first rank of a machine
-            if the data is missing or malformed.
+        ValueError, OSError: on rank 0 if the folder has a run of other settings or one that is going on, or on the
+            first rank of a machine if the data is missing or malformed.
     """
     local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    overwrite = overwrite and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
-    if os.environ["RANK"] == "0":
-        _warn_of_stale_store()
+    if os.environ["RANK"] != "0":
+        return _run_in_job(settings, output, timeout, local_rank, local_world_size, overwrite=False)
+    _warn_of_stale_store()
+    with occupied(output.folder):
+        if overwrite:
+            first_start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
+            overwrite = is_to_be_overwritten(output.folder, first_start=first_start)
+        return _run_in_job(settings, output, timeout, local_rank, local_world_size, overwrite=overwrite)
+
+
+def _run_in_job(
+    settings: Settings, output: Output, timeout: timedelta, local_rank: int, local_world_size: int, *, overwrite: bool
+) -> bool:
     device, backend = pick_device(local_rank, local_world_size)
     unfinished = torch.ones((), dtype=torch.int64, device=device)
-    is_first = os.environ["RANK"] == "0"
-    if is_first and not overwrite:  # before the others are met: if this raises, they end without an error of their own
+    if os.environ["RANK"] == "0" and not overwrite:  # before the others are met: if this raises, they end silently
         unfinished *= claim(output.folder, settings.configuration(), overwrite=False)
     dist.init_process_group(backend, timeout=timeout)
     assert dist.group.WORLD is not None
@@ -62,24 +71,27 @@ def run_in_job(settings: Settings, output: Output, timeout: timedelta, *, overwr
         unfinished = transport.broadcast(unfinished, "agreement", source=0)  # NCCL connects here, while no rank is busy
         if unfinished:
             transport.set_timeout(DATA_TIMEOUT.total_seconds())
-            _load_data_of_machine(settings, transport, local_rank)
+            _prepare(settings, output, transport, local_rank, overwrite=overwrite)
             transport.set_timeout(timeout.total_seconds())
-            if is_first and overwrite:  # nothing is removed before the data is there
-                claim(output.folder, settings.configuration(), overwrite=True)
             train(settings, output, device)
     finally:
         dist.destroy_process_group()
     return bool(unfinished)
 
 
-def _load_data_of_machine(settings: Settings, transport: Transport, local_rank: int) -> None:
-    """Decode into the cache that the other ranks of this machine map; they are told if that fails."""
-    if local_rank == 0:
-        try:
+def _prepare(settings: Settings, output: Output, transport: Transport, local_rank: int, *, overwrite: bool) -> None:
+    """Decode into the cache that the other ranks of this machine map, then remove what is to be overwritten.
+
+    All ranks are told if that fails.
+    """
+    try:
+        if local_rank == 0:
             settings.load_data()
-        except Exception as error:
-            transport.announce(error)
-            raise
+        if overwrite:
+            claim(output.folder, settings.configuration(), overwrite=True)
+    except Exception as error:
+        transport.announce(error)
+        raise
     transport.all_gather(torch.zeros(1), "agreement")
 
 
@@ -97,18 +109,19 @@ def run_locally(settings: Settings, output: Output, timeout: timedelta, *, overw
     """Train with `settings.world_size` ranks on this machine; False if the run had finished before.
 
     Raises:
-        ValueError, OSError: if the folder has a run of other settings, or the data is missing or malformed, before
-            any rank starts.
+        ValueError, OSError: if the folder has a run of other settings or one that is going on, or the data is missing
+            or malformed, before any rank starts.
         RankFailedError: if a rank failed; the others have been stopped.
     """
-    if overwrite:  # nothing is removed before the data is there
-        settings.load_data()
-    if not claim(output.folder, settings.configuration(), overwrite=overwrite):
-        return False
-    preload("lgc.launch")
-    settings.load_data()  # decodes into the cache that the ranks map
-    start_ranks(train, settings, output, world_size=settings.world_size, timeout=timeout)
-    return True
+    with occupied(output.folder):
+        if overwrite:  # nothing is removed before the data is there
+            settings.load_data()
+        if not claim(output.folder, settings.configuration(), overwrite=overwrite):
+            return False
+        preload("lgc.launch")
+        settings.load_data()  # decodes into the cache that the ranks map
+        start_ranks(train, settings, output, world_size=settings.world_size, timeout=timeout)
+        return True
 
 
 def preload(module: str) -> None:

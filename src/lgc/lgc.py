@@ -49,7 +49,7 @@ from lgc.transport import SERVER, Transport
 logger = logging.getLogger("lgc")
 
 EXPLAINED_DECAY = 0.9  # of the running mean of the explained fraction
-LARGEST_ERROR = 1e9  # relative; squares may overflow
+LARGEST_ERROR = 1e9  # relative; the difference may overflow
 SETTLE_STEPS = 10  # compressed steps after which its value is taken as that of the fresh autoencoder
 
 
@@ -69,6 +69,16 @@ class Refresh:
     steps: int
 
 
+@dataclass(frozen=True)
+class Training:
+    """How rank 0 trains the autoencoder: its optimizer's `updates` per step of phase train."""
+
+    optimizer: Optimizer
+    learning_rate: float
+    updates: int
+    refresh: Refresh
+
+
 class LGCAggregator(Aggregator):
     """The round of both variants; training at rank 0, freezing, and refreshing."""
 
@@ -80,19 +90,15 @@ class LGCAggregator(Aggregator):
         feedback: Feedback,
         autoencoder: RingAutoencoder | ServerAutoencoder,
         codecs: Codecs,
-        *,
-        optimizer: Optimizer,
-        learning_rate: float,
-        updates: int,
-        refresh: Refresh,
+        training: Training,
     ) -> None:
         super().__init__(layout, transport, schedule, feedback)
         self.own = OwnTopK(transport, Region(layout.own), codecs)
         self.shared = SharedTopK(transport, Region(layout.shared), codecs)
         self.autoencoder = autoencoder.to(feedback.residual.device)
-        self.optimizer = make_optimizer(autoencoder, optimizer, learning_rate)
-        self.updates = updates
-        self.refresh = refresh
+        self.optimizer = make_optimizer(autoencoder, training.optimizer, training.learning_rate)
+        self.updates = training.updates
+        self.refresh = training.refresh
         self._initial_weights = pack_weights(self.autoencoder)
         self._explained = 0.0  # running mean over the compressed steps since the last freezing
         self._explained_fresh = 0.0
@@ -213,8 +219,8 @@ class LGCAggregator(Aggregator):
 
     def _observe(self, x: Tensor, y: Tensor) -> None:
         """Keep track of how much of this rank's x the autoencoder explains."""
-        energy = float(x.square().sum())
-        error = min(float((x - y).square().sum()) / energy, LARGEST_ERROR) if energy else 0.0
+        energy, lost = (float(torch.linalg.vector_norm(part, dtype=torch.float64)) ** 2 for part in (x, x - y))
+        error = min(lost / energy, LARGEST_ERROR) if energy else 0.0
         self.metrics["reconstruction_error"] = error
         decay = EXPLAINED_DECAY if self._compressed_steps else 0.0
         self._explained = decay * self._explained + (1 - decay) * (1 - error)
@@ -320,8 +326,18 @@ class ServerAggregator(LGCAggregator):
 
     autoencoder: ServerAutoencoder
 
-    def __init__(self, *args: Any, innovation: float, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(
+        self,
+        layout: Layout,
+        transport: Transport,
+        schedule: Schedule,
+        feedback: Feedback,
+        autoencoder: ServerAutoencoder,
+        codecs: Codecs,
+        training: Training,
+        innovation: float,
+    ) -> None:
+        super().__init__(layout, transport, schedule, feedback, autoencoder, codecs, training)
         self.innovation = innovation
 
     def adapt_state(self, state: Mapping[str, Any], step: int) -> Mapping[str, Any]:

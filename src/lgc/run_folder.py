@@ -9,11 +9,13 @@ summary.json      last and at once: a run that has it has finished
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import os
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,11 +29,12 @@ SUMMARY = "summary.json"
 SETTINGS = "settings.json"
 CHECKPOINTS = "checkpoints"
 EVENTS = "tensorboard"
+OVERWRITE = "overwrite.pending"
 NOT_EVENTS = ("step", "epoch", "seconds", "phase")
 
 
 class OtherRunError(ValueError):
-    """A folder has a run of other settings; the message names the first field that differs."""
+    """A folder has a run of other settings (the message names the first field that differs), or one going on."""
 
 
 def require_same(there: Mapping[str, Any], wanted: Mapping[str, Any], where: str, *, but: tuple[str, ...] = ()) -> None:
@@ -52,6 +55,35 @@ def require_same(there: Mapping[str, Any], wanted: Mapping[str, Any], where: str
                 f"{where} of other settings ({field}: {there.get(field)!r}, now {value!r}); choose another --out, or "
                 "--overwrite."
             )
+
+
+@contextlib.contextmanager
+def occupied(folder: Path) -> Iterator[None]:
+    """Keep other jobs out of a folder for as long as the `with` block lasts, or this process lives.
+
+    Raises:
+        OtherRunError: another job is in there.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # a file system without locks
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise OtherRunError(f"{folder} has a run that is going on; choose another --out, or stop it.") from None
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def is_to_be_overwritten(folder: Path, *, first_start: bool) -> bool:
+    """Whether what is there is still to be removed, of a job that was to and that a launcher may have restarted."""
+    marker = folder / OVERWRITE
+    if first_start:
+        folder.mkdir(parents=True, exist_ok=True)
+        marker.touch()
+    return marker.exists()
 
 
 def claim(folder: Path, configuration: Mapping[str, Any], *, overwrite: bool) -> bool:
@@ -101,7 +133,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _clear(folder: Path) -> None:
-    for name in (SUMMARY, SETTINGS, METRICS):
+    for name in (SUMMARY, SETTINGS, METRICS, OVERWRITE):
         (folder / name).unlink(missing_ok=True)
     for name in (CHECKPOINTS, EVENTS):
         shutil.rmtree(folder / name, ignore_errors=True)

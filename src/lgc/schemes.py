@@ -29,7 +29,7 @@ from lgc.coding import (
 )
 from lgc.feedback import Feedback
 from lgc.layout import Layout, Role, Unit, plan_layout
-from lgc.lgc import Refresh, RingAggregator, ServerAggregator
+from lgc.lgc import Refresh, RingAggregator, ServerAggregator, Training
 from lgc.plan.cost import Link
 from lgc.schedule import Schedule
 from lgc.selection import Region
@@ -160,7 +160,7 @@ class SparseScheme(Scheme, ABC):
 
     @classmethod
     def paper(cls, **arguments: Any) -> Self:
-        """With the raw settings of its paper: int32, float32, plain feedback, where not set otherwise."""
+        """With raw codes and plain feedback, where not set otherwise: int32, float32, no filter of the residual."""
         return cls(**(cls._raw() | arguments))
 
     @classmethod
@@ -345,26 +345,19 @@ class LGCScheme(SparseScheme, ABC):
     def _raw(cls) -> dict[str, Any]:
         return super()._raw() | {"feedback": "paper", "autoencoder_updates": 1}
 
-    def _parts(self, layout: Layout, transport: Transport, device: torch.device) -> dict[str, Any]:
+    def _schedule(self) -> Schedule:
+        lengths = {"dense_steps": self.dense_steps, "warmup_steps": self.warmup_steps, "train_steps": self.train_steps}
+        return Schedule(self.rate, **lengths)
+
+    def _own_feedback(self, layout: Layout, transport: Transport, device: torch.device) -> Feedback:
+        return self._feedback(layout, transport, device, keep_loss=self.feedback == "reconstruction")
+
+    def _training(self) -> Training:
         below = self.refresh_below
         if below is None:
             below = 0.5 if self.feedback == "reconstruction" else 0.0
-        return {
-            "layout": layout,
-            "transport": transport,
-            "schedule": Schedule(
-                self.rate,
-                dense_steps=self.dense_steps,
-                warmup_steps=self.warmup_steps,
-                train_steps=self.train_steps,
-            ),
-            "feedback": self._feedback(layout, transport, device, keep_loss=self.feedback == "reconstruction"),
-            "codecs": self._codecs(),
-            "optimizer": self.autoencoder_optimizer,
-            "learning_rate": self.autoencoder_lr,
-            "updates": self.autoencoder_updates,
-            "refresh": Refresh(self.refresh_every, below, self.refresh_steps),
-        }
+        refresh = Refresh(self.refresh_every, below, self.refresh_steps)
+        return Training(self.autoencoder_optimizer, self.autoencoder_lr, self.autoencoder_updates, refresh)
 
     def _generator(self) -> torch.Generator:
         return torch.Generator().manual_seed(self.seed)
@@ -387,8 +380,11 @@ class LGCRing(LGCScheme):
         _within(self, "latent", "float32 or uniform without blocks, which can be summed", summable)
 
     def build(self, layout: Layout, transport: Transport, *, device: torch.device) -> RingAggregator:
+        feedback = self._own_feedback(layout, transport, device)
         autoencoder = RingAutoencoder(self._generator(), self.latent)
-        return RingAggregator(autoencoder=autoencoder, **self._parts(layout, transport, device))
+        return RingAggregator(
+            layout, transport, self._schedule(), feedback, autoencoder, self._codecs(), self._training()
+        )
 
     @classmethod
     def _raw(cls) -> dict[str, Any]:
@@ -414,10 +410,17 @@ class LGCServer(LGCScheme):
         _within(self, "innovation", "in (0, 1]", 0 < _number(self, "innovation") <= 1)
 
     def build(self, layout: Layout, transport: Transport, *, device: torch.device) -> ServerAggregator:
+        feedback = self._own_feedback(layout, transport, device)
+        autoencoder = ServerAutoencoder(transport.world_size, self._generator(), self.latent)
         return ServerAggregator(
-            autoencoder=ServerAutoencoder(transport.world_size, self._generator(), self.latent),
-            innovation=self.innovation,
-            **self._parts(layout, transport, device),
+            layout,
+            transport,
+            self._schedule(),
+            feedback,
+            autoencoder,
+            self._codecs(),
+            self._training(),
+            self.innovation,
         )
 
     @classmethod
@@ -455,7 +458,9 @@ class Auto(Scheme):
 
     def __post_init__(self) -> None:
         _within(self, "after", "at least 5", _integer(self, "after") >= 5)
-        if self.bandwidth is not None:
+        if self.bandwidth is None:
+            _within(self, "latency", '"0ms" where there is no bandwidth', self.latency == "0ms")
+        else:
             Link.parse(self.bandwidth, self.latency)
         for candidate in self.candidates:
             momentum = max(candidate.momentum, candidate.second_moment) if isinstance(candidate, SparseScheme) else 0.0

@@ -727,7 +727,10 @@ def _is_measured(folder: Path, plan: Plan, *, loopback: bool) -> bool:
     except ValueError:
         return False
     require_same(results.configuration, plan.configuration(), f"{folder} has a measurement")
-    if (results.rates == [LOOPBACK]) != loopback:
+    over_loopback = results.rates == [LOOPBACK]
+    if over_loopback and os.geteuid() != 0:  # who has to do without a network
+        return True
+    if over_loopback != loopback:
         kinds = ("of shaped links", "over loopback")
         raise OtherRunError(
             f"{folder} has a measurement {kinds[not loopback]}, this one would be {kinds[loopback]}: choose another "
