@@ -1,8 +1,6 @@
 """Learned gradient compression for PyTorch DistributedDataParallel.
 
->>> import lgc
->>> lgc.parse_scheme("lgc-ring:rate=0.002").rate
-0.002
+    handle = lgc.attach(ddp_model, lgc.DGC(rate=0.01), optimizer)
 """
 
 from lgc import checkpoint

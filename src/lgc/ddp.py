@@ -1,4 +1,4 @@
-"""Attach a scheme to a DistributedDataParallel model. Only this, and torch's own hook in peers.py, know buckets."""
+"""Attach a scheme to a DistributedDataParallel model, whose buckets become one flat gradient here."""
 
 # No `from __future__ import annotations`: DDP compares the hook's annotations by identity.
 import json
@@ -49,7 +49,7 @@ def attach(
 ) -> "Handle":
     """Exchange this model's gradients by `scheme` from now on. A collective: all ranks call it.
 
-    >>> handle = lgc.attach(ddp_model, lgc.LGCRing(rate=1e-3), optimizer)  # doctest: +SKIP
+        handle = lgc.attach(ddp_model, lgc.LGCRing(rate=1e-3), optimizer)
 
     Args:
         model: a DistributedDataParallel model (also under torch.compile) that has no communication hook yet.

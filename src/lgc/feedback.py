@@ -29,7 +29,7 @@ class Feedback:
     With `second_moment` the step is Adam's (Kingma and Ba, arXiv 1412.6980) instead of SGD's, from this rank's own
     moments: after t updates
 
-        m = m_1 m + (1 - m_1) g;  s = m_2 s + (1 - m_2) g^2;  u = m / (1 - m_1^t) / (sqrt(s / (1 - m_2^t)) + 1e-8)
+        w = m w + (1 - m) g;  s = m_2 s + (1 - m_2) g^2;  u = w / (1 - m^t) / (sqrt(s / (1 - m_2^t)) + 1e-8)
 
     A round works on pending copies: `accumulate`, then `settle` for everything that is sent, then `commit`.
     A round that is abandoned before `commit` has changed nothing. With `keep_loss=False` what the codec lost of what

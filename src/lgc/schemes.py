@@ -99,7 +99,7 @@ class BF16(Dense):
 
 @dataclass(frozen=True, kw_only=True)
 class PowerSGD(Scheme):
-    """Low-rank factors of every weight by torch's own hook, with its error feedback and warm start.
+    """Low-rank factors of the larger weights by torch's own hook, with its error feedback and warm start.
 
     On gloo that hook hangs with more than one bucket, so build the model as `DistributedDataParallel(model,
     bucket_cap_mb=...)` with room for all gradients; else the first backward pass raises. The optimizer keeps its

@@ -1,4 +1,4 @@
-"""Every collective that lgc performs, counted; and those of torch's PowerSGD hook, computed from its shapes.
+"""Every collective of a round, of `attach` and of checkpoints, counted; those of torch's PowerSGD hook by its shapes.
 
 Bytes are those of the buffers handed over, times what a rank sends and receives of them (K ranks, b bytes):
 

@@ -11,8 +11,6 @@ from typing import Any
 import click
 
 from lgc import options
-from lgc.analysis.measure import measure
-from lgc.analysis.page import summarise, write_page
 from lgc.analysis.record import RECORDING, Recording, planned_steps, record, require_recordable
 from lgc.launch import RankFailedError, preload, start_ranks
 from lgc.recipes import RECIPES
@@ -92,6 +90,9 @@ def analyze(workers: int, every: int, samples: int, timeout: float, out: Path, o
 
 def evaluate(out: Path) -> str:
     """Measure the recording in a folder: writes the rows and the page, returns a summary as text."""
+    from lgc.analysis.measure import measure  # here, because most commands need neither scipy nor matplotlib
+    from lgc.analysis.page import summarise, write_page
+
     recording = Recording.load(out / RECORDING)
     rows = []
     temporary = (out / ROWS).with_suffix(".tmp")
