@@ -17,21 +17,39 @@ ROOT = Path(__file__).parent.parent
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
-def test_the_script_of_the_readme_trains(tmp_path: Path) -> None:
-    (script,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    (tmp_path / "script.py").write_text(script)
+def run_script(script: str, folder: Path, *, fails: bool = False) -> str:
+    """What it prints on two ranks, started in a folder."""
+    folder.mkdir(exist_ok=True)
+    (folder / "script.py").write_text(script)
     environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run(
-        [*torchrun, str(tmp_path / "script.py")], env=environment, capture_output=True, text=True, timeout=120
+        [*torchrun, "script.py"], cwd=folder, env=environment, capture_output=True, text=True, timeout=120
     )
-    assert done.returncode == 0, done.stderr
-    printed = re.fullmatch(
-        r"loss (.*), (.*) times fewer bytes per compressed step", done.stdout.strip().splitlines()[-1]
-    )
-    assert printed, done.stdout
+    assert (done.returncode != 0) == fails, done.stderr
+    return done.stdout.strip()
+
+
+def test_the_script_of_the_readme_trains(tmp_path: Path) -> None:
+    (script,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    output = run_script(script, tmp_path)
+    printed = re.fullmatch(r"loss (.*), (.*) times fewer bytes per compressed step", output)
+    assert printed, output
     assert float(printed[1]) < 0.2  # of three classes, log(3) = 1.1 before training
     assert float(printed[2]) > 10
+
+
+def test_the_script_of_the_guide_goes_on_after_a_damaged_checkpoint_and_a_kill(tmp_path: Path) -> None:
+    guide = (ROOT / "docs" / "usage.md").read_text()
+    (script,) = (text for text in re.findall(r"```python\n(.*?)```", guide, re.DOTALL) if "init_process_group" in text)
+    whole = run_script(script, tmp_path / "whole")
+    assert whole.startswith("steps 0 to 200")
+    die = "    if step == 160:\n        import os; os._exit(1)\n    optimizer.zero_grad()\n"
+    killed = run_script(script.replace("    optimizer.zero_grad()\n", die), tmp_path / "killed", fails=True)
+    assert killed == ""
+    (tmp_path / "killed" / "checkpoints" / "step-0000000150" / "rank-0001.safetensors").write_bytes(b"damaged")
+    resumed = run_script(script, tmp_path / "killed")
+    assert resumed == whole.replace("steps 0", "steps 100")
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.name))

@@ -1,6 +1,6 @@
 """Learned gradient compression for PyTorch DistributedDataParallel.
 
-    handle = lgc.attach(ddp_model, lgc.DGC(rate=0.01), optimizer)
+handle = lgc.attach(ddp_model, lgc.DGC(rate=0.01), optimizer)
 """
 
 from lgc import checkpoint

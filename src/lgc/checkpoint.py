@@ -159,6 +159,25 @@ def set_aside(path: Path, *, group: dist.ProcessGroup) -> Path:
     return path.with_name(_together(Transport(group), "checkpoint.set_aside", rename, rank=SERVER)[SERVER])
 
 
+def resume(directory: Path | str, *, group: dist.ProcessGroup) -> dict[str, Any] | None:
+    """This rank's state from the newest checkpoint that is not refused, None if there is none; a collective.
+
+    What is refused is set aside, with a warning by rank 0: the run then goes on from an older checkpoint, and repeats
+    the steps since. To have the last word on that, use `available`, `load` and `set_aside`.
+
+    Raises:
+        CheckpointError: on every rank, if a file cannot be read or renamed, which may be no fault of the checkpoint.
+    """
+    for path in available(directory, group=group):
+        try:
+            return load(path, group=group)
+        except RefusedError as error:
+            aside = set_aside(path, group=group)
+            if dist.get_rank(group) == 0:
+                logger.warning("%s\nThis checkpoint is now %s; going on from the one before it, if any.", error, aside)
+    return None
+
+
 def load(path: Path, *, group: dist.ProcessGroup) -> dict[str, Any]:
     """This rank's state from a checkpoint of these ranks, or of another number of ranks; a collective.
 

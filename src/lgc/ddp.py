@@ -173,6 +173,7 @@ class Handle:
         self._unused_possible = ddp.find_unused_parameters or ddp.static_graph
         self._pending: list[_Pending] = []
         self._delivered = False
+        self._was_finite = True
         self._has_gradient = False  # in this round
         self.phase = Phase.DENSE
         self.aggregator: Aggregator | None = None
@@ -434,11 +435,21 @@ class Handle:
         self._check_replicas()
         result = self.aggregator.aggregate(self._flat, self.step)
         self.step += 1
-        if result.nonfinite_ranks and self.policy.on_nonfinite == "raise":
-            ranks = ", ".join(map(str, result.nonfinite_ranks))
-            raise FloatingPointError(f"lgc: step {self.step - 1}: the gradient is not finite on rank {ranks}.")
+        self._report_nonfinite(result.nonfinite_ranks)
         mean = result.mean
         return mean if scale == 1.0 else mean * scale
+
+    def _report_nonfinite(self, ranks: tuple[int, ...]) -> None:
+        message = f"step {self.step - 1}: the gradient is not finite on rank {', '.join(map(str, ranks))}"
+        if ranks and self.policy.on_nonfinite == "raise":
+            raise FloatingPointError(f"lgc: {message}.")
+        if ranks and self._was_finite and self._grad_scaler is None and self.transport.rank == 0:
+            logger.warning(
+                "%s, so it is NaN on all, and without a GradScaler the optimizer makes every parameter NaN; "
+                'on_nonfinite="raise" ends a run before that.',
+                message,
+            )
+        self._was_finite = not ranks
 
     def _deliver(self, mean: Tensor, pending: list[_Pending]) -> None:
         means = self.layout.by_name(mean)
@@ -565,7 +576,7 @@ def _advise(ddp: DistributedDataParallel, scheme: Scheme, optimizer: torch.optim
         if decay:
             logging.getLogger("lgc.advice").warning(
                 "weight_decay=%g under %s, which has the momentum, does what weight_decay=%.3g does beside momentum=%g "
-                "in the optimizer.",
+                "in the optimizer; where that is what you meant there is nothing to do.",
                 decay,
                 scheme.name,
                 decay * (1 - scheme.momentum),

@@ -185,7 +185,7 @@ def _local_rank(
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
         store = dist.TCPStore("127.0.0.1", place, is_master=False)
     device, fitting = pick_device(rank, world_size)
-    if device.type == "cpu":
+    if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // world_size))
     dist.init_process_group(backend or fitting, store=store, rank=rank, world_size=world_size, timeout=timeout)
     try:

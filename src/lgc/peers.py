@@ -61,5 +61,9 @@ class PowerSGDHook:
 
 def one_bucket_mb(model: nn.Module) -> int:
     """A `bucket_cap_mb` with which DDP has all gradients of `model` in one bucket, if they are of one dtype."""
-    size = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    return bucket_mb(sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad))
+
+
+def bucket_mb(size: int) -> int:
+    """A `bucket_cap_mb` with room for so many bytes of gradients."""
     return math.ceil(size / MB) + 1

@@ -215,22 +215,17 @@ def _warn_of_short_run(run: Training) -> None:
 
 
 def resume(run: Training, directory: Path) -> None:
-    """Load the newest checkpoint that is not refused; refused ones are set aside, with a warning. A collective."""
-    for path in checkpoint.available(directory, group=run.group):
-        try:
-            state = checkpoint.load(path, group=run.group)
-        except checkpoint.RefusedError as error:
-            aside = checkpoint.set_aside(path, group=run.group)
-            if dist.get_rank() == 0:
-                notify(f"WARNING: {error}\nThis checkpoint is now {aside}; going on from the one before it, if any.")
-            continue
+    """Load the newest checkpoint that is not refused; a collective."""
+    state = checkpoint.resume(directory, group=run.group)
+    if state is not None:
         run.load_state_dict(state)
-        if dist.get_rank() == 0:
-            notify(f"{directory.parent}: goes on from step {run.step} ({path.name})")
-            if isinstance(run.scheme, PowerSGD):
-                notify("NOTICE: torch's PowerSGD hook keeps no state; it starts again with uncompressed steps.")
+    if dist.get_rank() != 0:
         return
-    if dist.get_rank() == 0 and (directory.parent / METRICS).exists():
+    if state is not None:
+        notify(f"{directory.parent}: goes on from step {run.step}")
+        if isinstance(run.scheme, PowerSGD):
+            notify("NOTICE: torch's PowerSGD hook keeps no state; it starts again with uncompressed steps.")
+    elif (directory.parent / METRICS).exists():
         notify(f"{directory.parent}: starts anew, there is no checkpoint to go on from")
 
 
@@ -243,7 +238,8 @@ class _Notices(logging.Handler):
     """Tells the user what lgc logs."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        notify(record.getMessage())
+        prefix = "WARNING: " if record.levelno >= logging.WARNING else ""
+        notify(prefix + record.getMessage())
 
 
 _NOTICES = _Notices()

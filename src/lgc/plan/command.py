@@ -19,12 +19,13 @@ import torch.distributed as dist
 from lgc import options
 from lgc.bench.link import LOOPBACK, UNSHAPED, Results, aligned
 from lgc.launch import RankFailedError, pick_device, preload, start_ranks, under_torchrun
+from lgc.peers import bucket_mb
 from lgc.plan.cost import TOLERANCE, Arm, Collective, Link, Prediction, Profile, Stage, choose, predict
 from lgc.plan.measure import FunctionJob, JobSource, RecipeJob, measure
 from lgc.plan.rehearsal import probe
 from lgc.recipes import RECIPES
 from lgc.schemes import Auto, PowerSGD, Scheme, SparseScheme, parse_scheme, require_different
-from lgc.train import Settings
+from lgc.train import Settings, notify
 from lgc.transport import Transport
 
 SCHEMES = "dense,bf16,powersgd:rank=1,powersgd:rank=2,powersgd:rank=4,dgc,topk,scalecom,lgc-ring,lgc-ps"
@@ -162,7 +163,10 @@ def _question(world_size: int, *, recipe: str | None, model: str | None, schemes
     else:
         assert model is not None
         if any(run.values()):
-            raise ValueError("--batch-size, --data, --backbone and --bf16 are for recipes.")
+            raise ValueError(
+                "--batch-size, --data, --backbone and --bf16 are for recipes; the function of --model decides them "
+                "itself (autocast goes into its loss)."
+            )
         planned = {text: parse_scheme(text) for text in texts}
         source = FunctionJob(model)
         source.find()
@@ -213,7 +217,7 @@ def _measure_in_job(question: Question) -> tuple[Profile, Link]:
 def _measure(question: Question, local: Transport, device: torch.device) -> Profile:
     def tell(what: str) -> None:
         if dist.get_rank() == 0:
-            click.echo(f"measuring {what}", err=True)
+            notify(what)
 
     schemes = list(question.schemes.values())
     return measure(question.source, schemes, question.world_size, local, device, tell)
@@ -287,10 +291,10 @@ def _as_text(name: str, link: Link, profile: Profile, rows: Sequence[Prediction]
     title = f"{profile.world_size} ranks, {name}: {link}"
     if name != MEASURED and link.latency:
         title += "; what the latency adds is predicted, not validated"
-    return "\n".join([title, "", aligned(table), "", *_advice(rows, labels)])
+    return "\n".join([title, "", aligned(table), "", *_advice(rows, labels, profile)])
 
 
-def _advice(rows: Sequence[Prediction], labels: Mapping[str, str]) -> list[str]:
+def _advice(rows: Sequence[Prediction], labels: Mapping[str, str], profile: Profile) -> list[str]:
     best = choose(rows)
     if best == rows[0]:
         return [f"Dense is best here: nothing is more than {TOLERANCE:.0%} faster. Use plain DDP."]
@@ -316,7 +320,8 @@ def _advice(rows: Sequence[Prediction], labels: Mapping[str, str]) -> list[str]:
     if isinstance(scheme, PowerSGD):
         lines += [
             "",
-            "On gloo it needs all gradients in one bucket: DistributedDataParallel(model, bucket_cap_mb=...).",
+            "On gloo it needs all gradients in one bucket: DistributedDataParallel(model, bucket_cap_mb="
+            f"{bucket_mb(profile.gradient_bytes)}).",
         ]
     return lines
 

@@ -138,6 +138,11 @@ class Profile(NamedTuple):
     compute: float
     arms: list[Arm]
 
+    @property
+    def gradient_bytes(self) -> int:
+        """Of all gradients, as dense sends them."""
+        return sum(collective.size for collective in self.arms[0].stages[-1].collectives)
+
 
 class Early(NamedTuple):
     """A stage before the last one: what a step of it takes."""

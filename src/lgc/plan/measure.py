@@ -34,6 +34,7 @@ from lgc.train import Settings, make_optimizer
 from lgc.transport import Transport, clock
 
 WARMUP_STEPS = 3
+UNSTEADY = 2.0  # the longest step over the shortest
 FACTOR_COLLECTIVES = 3  # of a PowerSGD round: P, Q, and what is not worth factors
 
 
@@ -160,7 +161,7 @@ def measure(
         world_size: how many ranks it is for, a multiple of those that are here.
         local: the ranks that share this machine.
         device: that the model is on.
-        tell: is told what is being measured.
+        tell: is told what is being measured, and if that varies.
 
     Returns:
         The same on every rank.
@@ -177,7 +178,7 @@ def measure(
         step()
         watch.communicate = False
 
-    tell("compute")
+    tell(f"measuring compute, {torch.get_num_threads()} threads a rank")
     settling = [elapsed(exchanging_step if local.world_size > 1 else step, local, device) for _ in range(WARMUP_STEPS)]
     in_a_row = rounds_in_a_row(settling[-1], local, THOROUGH)
     plain: list[float] = []
@@ -188,6 +189,11 @@ def measure(
         added.append(exchanging - plain[-1])
     step()
     compute, visible = median(plain), max(0.0, median(added))
+    if max(plain) > UNSTEADY * min(plain):
+        tell(
+            f"WARNING: a step took {1e3 * min(plain):.1f} to {1e3 * max(plain):.1f} ms: something else runs on this "
+            "machine, or there are more threads (OMP_NUM_THREADS) than cores. Do not trust what follows."
+        )
     buckets = watch.buckets()
     gradients = {
         name: watch.gradients[name].clone() for name, _ in ddp.module.named_parameters() if name in watch.gradients
@@ -196,7 +202,7 @@ def measure(
     for scheme in schemes:
         if scheme == Dense():
             continue
-        tell(str(scheme))
+        tell(f"measuring {scheme}")
         if isinstance(scheme, SparseScheme):
             work = partial(_step, ddp, job.loss, job.make_optimizer(scheme))
             arm = rehearse(
