@@ -18,8 +18,8 @@ from lgc.analysis.estimators import Floats, gaussian_mutual_information, kraskov
 from lgc.analysis.indices import IndexCosts, Integers
 from lgc.analysis.measure import divide_by_scale, layer_of, measure, overlap
 from lgc.analysis.record import RECORDING, Layer, Recording, record
+from lgc.app.train import Settings
 from lgc.layout import POOL
-from lgc.train import Settings
 
 EVERYTHING = 10**7
 SIZE, BLOCK, ENTRIES, WORKERS, RECORDS = 20_000, 10, 200, 4, 8

@@ -19,22 +19,15 @@ import torch
 import torch.distributed as dist
 from click.testing import CliRunner
 
-import lgc.bench.link as bench
-from lgc.bench.link import (
-    COMPUTE,
-    LOOPBACK,
-    RESULTS,
-    Plan,
-    Results,
-    full_text,
-    shortened,
-    times_to_target,
-)
-from lgc.cli import main
-from lgc.launch import start_ranks
-from lgc.network import NAMESPACES, Network, NetworkError, read_counters, remove_stale, temporary_network
+from lgc.app.cli import main
+from lgc.app.launch import start_ranks
+from lgc.app.network import NAMESPACES, Network, NetworkError, read_counters, remove_stale, temporary_network
+from lgc.app.report import Run
+from lgc.bench.link import command
+from lgc.bench.link.measure import Plan, full_text, shortened
+from lgc.bench.link.results import COMPUTE, LOOPBACK, RESULTS, Cell, Results
+from lgc.bench.link.target import times_to_target
 from lgc.recipes import RECIPES
-from lgc.report import Run
 from lgc.schemes import SCHEMES, LGCServer, TopK, parse_scheme
 
 HERE = Path(__file__).parent
@@ -55,10 +48,13 @@ needs_root = pytest.mark.skipif(not _has_network(), reason="needs root, network 
 
 
 def environment() -> dict[str, str]:
-    return os.environ | {"PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parent / "src")]), "OMP_NUM_THREADS": "1"}
+    return os.environ | {
+        "PYTHONPATH": os.pathsep.join(map(str, (HERE, HERE / "support", HERE.parent / "src"))),
+        "OMP_NUM_THREADS": "1",
+    }
 
 
-def command(*arguments: str) -> str:
+def output_of(*arguments: str) -> str:
     path = f"{os.environ['PATH']}:/usr/sbin:/sbin"
     return subprocess.run(
         arguments, capture_output=True, text=True, check=True, env=os.environ | {"PATH": path}, timeout=LIMIT_S
@@ -68,7 +64,7 @@ def command(*arguments: str) -> str:
 def machine() -> list[str]:
     """Everything of the machine's own network that could have been changed."""
     shown = [["ip", "-j", name] for name in ("link", "address", "route", "neighbour", "rule")]
-    texts = [command(*arguments) for arguments in [*shown[:3], shown[4], ["tc", "-j", "qdisc"]]]
+    texts = [output_of(*arguments) for arguments in [*shown[:3], shown[4], ["tc", "-j", "qdisc"]]]
     forwarding = Path("/proc/sys/net/ipv4/ip_forward").read_text()
     return [*texts, forwarding]
 
@@ -88,11 +84,11 @@ def test_a_network_has_shaped_links_and_leaves_nothing() -> None:
         assert machine() == before
         network.shape(1e7)
         for namespace, device in [(network.namespace(2), "lgc0"), (network.bridge, "port2")]:
-            (tbf,) = json.loads(command("tc", "-n", namespace, "-j", "qdisc", "show", "dev", device))
+            (tbf,) = json.loads(output_of("tc", "-n", namespace, "-j", "qdisc", "show", "dev", device))
             assert tbf["kind"] == "tbf"
             assert tbf["options"]["rate"] == 1e7 / 8
         network.shape(None)
-        assert "tbf" not in command("tc", "-n", network.bridge, "qdisc")
+        assert "tbf" not in output_of("tc", "-n", network.bridge, "qdisc")
     assert namespaces(os.getpid()) == []
     assert machine() == before
 
@@ -122,8 +118,8 @@ def refuse(world_size: int) -> Iterator[Network]:
 def test_without_rights_the_ranks_talk_over_loopback(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(bench, "temporary_network", refuse)
-    with bench._network(2, loopback=False) as network:
+    monkeypatch.setattr(command, "temporary_network", refuse)
+    with command._network(2, loopback=False) as network:
         assert network is None
     notes = capsys.readouterr().err
     assert "need root" in notes
@@ -238,8 +234,8 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def cells(folder: Path) -> list[bench.Cell]:
-    return [bench.Cell(**cell) for cell in json.loads((folder / RESULTS).read_text())["cells"]]
+def cells(folder: Path) -> list[Cell]:
+    return [Cell(**cell) for cell in json.loads((folder / RESULTS).read_text())["cells"]]
 
 
 @needs_root
@@ -398,7 +394,7 @@ def made_up() -> Results:
         sums = [10, 10]
         of_interface = [sums, sums, [1, 1], [1, 1]]
         values: list[Any] = [rate, repeat, scheme, phase, rows, split, communication, sums, sums, *of_interface]
-        return bench.Cell(*values)._asdict()
+        return Cell(*values)._asdict()
 
     found = []
     for rate, factor in (("10mbit", 1.0), ("unshaped", 0.1)):

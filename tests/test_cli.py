@@ -22,9 +22,9 @@ import pytest
 from click.testing import CliRunner
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-untyped]
 
-from lgc.cli import main
-from lgc.figures import _mean_by_step, _smoothed
-from lgc.report import Run, by_recipe, find_runs, format_table, write_report
+from lgc.app.cli import main
+from lgc.app.figures import _mean_by_step, _smoothed
+from lgc.app.report import Run, by_recipe, find_runs, format_table, write_report
 
 LGC = [sys.executable, "-m", "lgc"]
 SHORT = ["--recipe", "digits", "--workers", "2", "--steps", "30", "--batch-size", "8"]

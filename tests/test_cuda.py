@@ -19,8 +19,8 @@ from runs import measured
 from torch import Tensor
 
 import lgc
-from lgc.launch import pick_device, run_locally
-from lgc.train import Output, Settings
+from lgc.app.launch import pick_device, run_locally
+from lgc.app.train import Output, Settings
 from lgc.transport import Transport
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -4,20 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from ranks import Ranks
-from reference import Config, Reference, Weights, count_at, decode, encode, make_layout, phase_at
+from reference import Config, Reference, Weights, count_at, make_layout, phase_at
 from rounds import SHAPES, Run, Shapes, gradient, joined, run_rounds, scheme_of
 from torch import Tensor
-
-import lgc
-from lgc.autoencoder import Decoder, Doubling, RingAutoencoder, ServerAutoencoder, latent_shape, replicated
-from lgc.replicas import digest
-from lgc.selection import LONG, SAMPLES, largest
 
 RankFactory = Callable[[int], Ranks]
 
@@ -56,18 +51,6 @@ MODELS: dict[str, Shapes] = {
     "only empty tensors": {"nothing": (0,), "nowhere": (0, 5)},
     "a shared part shorter than 16": {"first": (6, 6), "second": (8, 8), "third": (9, 8), "last": (4, 9)},
 }
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64, torch.bool])
-def test_a_digest_taken_in_parts_tells_every_changed_word(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
-    tensor = (torch.arange(23) % 3).to(dtype)
-    whole = digest(tensor)
-    monkeypatch.setattr("lgc.replicas.DIGEST_WORDS", 4)
-    assert torch.equal(digest(tensor), whole)
-    for place in range(len(tensor)):
-        changed = tensor.clone()
-        changed[place] = 1 - tensor[place].int()
-        assert not torch.equal(digest(changed), whole)
 
 
 def zeros(shapes: Shapes) -> dict[str, Tensor]:
@@ -209,136 +192,3 @@ def test_gradients_of_any_magnitude_stay_finite(ranks: RankFactory, scheme: str)
                 assert torch.isfinite(step.mean).all(), f"step {t}"
                 assert torch.isfinite(step.residual).all(), f"step {t}"
                 assert math.isfinite(step.reconstruction_error or 0), f"step {t}"
-
-
-def test_a_small_tensor_whose_last_role_is_that_of_the_others_is_in_the_pool_again() -> None:
-    shapes = [(name, torch.zeros(shape)) for name, shape in SHAPES.items()]
-    plain = lgc.LGCRing(rate=0.05).layout(shapes)
-    overridden = lgc.LGCRing(rate=0.05, roles={"*.bias": lgc.Role.SHARED, "*s": lgc.Role.OWN}).layout(shapes)
-    assert overridden.own == plain.own
-
-
-# --- the autoencoder by itself ---
-
-
-@pytest.mark.parametrize("length", [1, 2, 7, 100])
-def test_doubling_is_the_transposed_convolution(length: int) -> None:
-    torch.manual_seed(0)
-    layer, x = Doubling(3, 5, device="cpu", dtype=torch.float32), torch.randn(2, 3, length)
-    plain = torch.nn.ConvTranspose1d(3, 5, 3, stride=2, padding=1, output_padding=1)
-    plain.load_state_dict(layer.state_dict())
-    torch.testing.assert_close(layer(x), plain(x))
-    layer(x).square().sum().backward()
-    plain(x).square().sum().backward()
-    for ours, theirs in zip(layer.parameters(), plain.parameters(), strict=True):
-        torch.testing.assert_close(ours.grad, theirs.grad)
-
-
-def test_a_batch_that_overflows_leaves_the_scale_of_the_latent_as_it_was() -> None:
-    autoencoder = RingAutoencoder(torch.Generator().manual_seed(0), lgc.Uniform(bits=4))
-    x = torch.randn(2, 100, generator=torch.Generator().manual_seed(0))
-    autoencoder.loss(x)
-    before = autoencoder.latent_scale.clone()
-    assert not torch.isfinite(autoencoder.loss(x * torch.tensor([[1.0], [1e25]])))
-    assert torch.equal(autoencoder.latent_scale, before)
-    assert torch.isfinite(autoencoder.loss(x))
-
-
-@pytest.mark.parametrize("length", range(1, 201))
-def test_the_ring_autoencoder_returns_every_length(length: int) -> None:
-    autoencoder = RingAutoencoder(torch.Generator().manual_seed(0), lgc.Float32())
-    x = torch.randn(length, generator=torch.Generator().manual_seed(length))
-    with torch.no_grad():
-        z = autoencoder.encoder(x[None])
-        y = autoencoder.decoder(z, length)
-    assert z.shape[1:] == latent_shape(length) == (4, -(-length // 16))
-    assert y.shape == (1, length)
-    reference = Weights.of(autoencoder.state_dict(), 1)
-    torch.testing.assert_close(z[0], encode(reference, x))
-    torch.testing.assert_close(y[0], decode(reference, 0, z[0], length))
-
-
-@pytest.mark.parametrize("length", range(1, 201))
-def test_the_server_autoencoder_returns_every_length(length: int) -> None:
-    world_size = 2
-    autoencoder = ServerAutoencoder(world_size, torch.Generator().manual_seed(0), lgc.Float32())
-    x = torch.randn(world_size, length, generator=torch.Generator().manual_seed(length))
-    innovations = x * (x.abs() >= x.abs().amax(dim=1, keepdim=True))
-    with torch.no_grad():
-        z = autoencoder.encoder(x[:1])
-        y = autoencoder.decode(z, innovations)
-    assert z.shape[1:] == latent_shape(length)
-    assert y.shape == (world_size, length)
-    reference = Weights.of(autoencoder.state_dict(), world_size)
-    for k in range(world_size):
-        torch.testing.assert_close(y[k], decode(reference, k, z[0], length, innovations[k]))
-
-
-@pytest.fixture
-def kernels() -> Iterator[None]:
-    """The number of threads and the use of oneDNN are as before afterwards."""
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
-    torch.backends.mkldnn.set_flags(_enabled=True)
-
-
-@pytest.mark.parametrize("length", [1, 100, 20_000])
-@pytest.mark.usefixtures("kernels")
-def test_what_is_decoded_exactly_is_the_same_with_other_kernels_and_near_the_usual(length: int) -> None:
-    generator = torch.Generator().manual_seed(1)
-    autoencoder = ServerAutoencoder(1, torch.Generator().manual_seed(0), lgc.Float32())
-    (decoder,) = autoencoder.decoders
-    assert isinstance(decoder, Decoder)
-    torch.nn.init.normal_(decoder.out.weight, std=0.3, generator=generator)
-    z = torch.randn(1, *latent_shape(length), generator=generator)
-    innovation = torch.randn(1, length, generator=generator)
-    results = []
-    with torch.no_grad():
-        usual = decoder(z, length, innovation)
-        for number, mkldnn in [(1, True), (2, True), (3, False)]:
-            torch.set_num_threads(number)
-            torch.backends.mkldnn.set_flags(_enabled=mkldnn)
-            results.append(decoder(z, length, innovation, exact=True))
-        others = torch.cat([z, 100 * z, torch.full_like(z, torch.inf)])
-        results.append(decoder(others, length, innovation, exact=True)[:1])  # whatever else is decoded with it
-    for result in results:
-        assert torch.equal(result, results[0])
-    assert (usual - results[0]).norm() < 0.03 * usual.norm()
-
-
-def test_the_precision_of_float32_may_be_set() -> None:
-    conv: Any = torch.backends.cudnn.conv  # type: ignore[attr-defined]
-    deterministic = torch.backends.cudnn.deterministic
-    conv.fp32_precision = "ieee"  # torch.backends.cudnn.flags() then fails
-    try:
-        with replicated(torch.device("cpu")):
-            assert torch.backends.cudnn.deterministic
-    finally:
-        conv.fp32_precision = "none"
-    assert torch.backends.cudnn.deterministic == deterministic
-
-
-def test_the_number_of_parameters_is_the_papers() -> None:
-    ring = RingAutoencoder(torch.Generator().manual_seed(0), lgc.Float32())
-    server = ServerAutoencoder(4, torch.Generator().manual_seed(0), lgc.Float32())
-    assert sum(p.numel() for p in ring.parameters()) == 172_996 + 43_681
-    assert sum(p.numel() for p in server.parameters()) == 172_996 + 4 * 43_682
-
-
-@pytest.mark.parametrize("rate", [1e-6, 1e-3, 0.02, 0.3, 1.0])
-@pytest.mark.parametrize("kind", ["heavy tails", "ties", "all zero", "large where the sample does not look"])
-def test_the_largest_of_long_vectors_are_those_of_a_sort(kind: str, rate: float) -> None:
-    generator = torch.Generator().manual_seed(0)
-    count = 2 * LONG + 1
-    values = torch.randn(count, generator=generator) ** 5
-    if kind == "ties":
-        values = values.round()
-    elif kind == "all zero":
-        values = torch.zeros(count)
-    elif kind == "large where the sample does not look":
-        values[:: count // SAMPLES] = 0
-    k = max(1, int(rate * count))
-    indices = largest(values, k)
-    assert torch.equal(indices, indices.unique())
-    assert torch.equal(values[indices].abs().sort().values, values.abs().sort().values[-k:])

@@ -147,7 +147,7 @@ def test_when_its_process_ends_the_others_do_not_wait_for_the_timeout(tmp_path: 
     environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run(
-        [*torchrun, str(tmp_path / "script.py"), str(Path(__file__).parent)],
+        [*torchrun, str(tmp_path / "script.py"), str(Path(__file__).parent / "support")],
         env=environment,
         capture_output=True,
         text=True,

@@ -25,11 +25,11 @@ from torch import Tensor
 from torch.optim import SGD
 
 import lgc
-from lgc.bench.link import Cell
-from lgc.cli import main
-from lgc.plan import command
-from lgc.plan.cost import Arm, Collective, Link, Profile, Stage, choose, predict
-from lgc.plan.measure import Job, measure
+from lgc.app import plan as command
+from lgc.app.cli import main
+from lgc.app.profile import Job, measure
+from lgc.bench.link.results import Cell
+from lgc.plan.cost import Collective, Link, Profile, SchemeCost, StageCost, choose, predict
 from lgc.plan.rehearsal import probe, rehearse
 from lgc.recipes import find_recipe
 from lgc.schemes import parse_scheme
@@ -82,7 +82,7 @@ def test_a_link_is_read_with_its_headers_taken_off() -> None:
 
 def test_the_backward_pass_hides_what_is_ready_before_its_end() -> None:
     early, late = Collective("all-reduce", 4 * 10**5, lead=1.0), Collective("all-reduce", 2 * 10**5, lead=0.0)
-    stage = Stage("dense", None, 0.0, [early, late])
+    stage = StageCost("dense", None, 0.0, [early, late])
     assert stage.communication(Link(1e6), 2) == pytest.approx(0.2)  # 0.4 s of the first are hidden
     assert stage.communication(Link(1e5), 2) == pytest.approx(-1 + 4 + 2)  # all but the first second is seen
     assert stage.communication(Link(math.inf), 2) == 0
@@ -90,11 +90,11 @@ def test_the_backward_pass_hides_what_is_ready_before_its_end() -> None:
 
 def profile(**compression: float) -> Profile:
     """1 s of computation, 10 MB dense, and schemes that send 10 kB, 5 kB, ... after so many seconds of their own."""
-    arms = [Arm("dense", [Stage("dense", None, 0.0, [Collective("all-reduce", 10**7)])])]
+    arms = [SchemeCost("dense", [StageCost("dense", None, 0.0, [Collective("all-reduce", 10**7)])])]
     for number, (name, seconds) in enumerate(compression.items()):
-        first = Stage("warmup", 100, 2 * seconds, [Collective("all-reduce", 10**6)])
-        last = Stage("compressed", None, seconds, [Collective("all-reduce", 10**4 // 2**number)])
-        arms.append(Arm(name, [first, last]))
+        first = StageCost("warmup", 100, 2 * seconds, [Collective("all-reduce", 10**6)])
+        last = StageCost("compressed", None, seconds, [Collective("all-reduce", 10**4 // 2**number)])
+        arms.append(SchemeCost(name, [first, last]))
     return Profile(2, 1.0, arms)
 
 
@@ -119,8 +119,8 @@ def test_of_equals_the_one_that_would_be_fastest_on_half_the_link_is_chosen() ->
 
 
 def test_half_the_link_takes_no_longer_for_what_waits_for_latency() -> None:
-    waiting = Arm("waits", [Stage("compressed", None, 0.5, [Collective("all-gather", 1)] * 8)])  # 1.58 s
-    moving = Arm("moves", [Stage("compressed", None, 0.5, [Collective("all-reduce", 5 * 10**4)])])  # 1.57 s
+    waiting = SchemeCost("waits", [StageCost("compressed", None, 0.5, [Collective("all-gather", 1)] * 8)])  # 1.58 s
+    moving = SchemeCost("moves", [StageCost("compressed", None, 0.5, [Collective("all-reduce", 5 * 10**4)])])  # 1.57 s
     of = profile()
     of.arms.extend([moving, waiting])
     link = SLOW._replace(latency=0.01)
@@ -130,7 +130,7 @@ def test_half_the_link_takes_no_longer_for_what_waits_for_latency() -> None:
 
 def test_of_equals_one_that_compresses_nothing_is_chosen_before_all() -> None:
     of = profile(less=0.0)
-    of.arms.insert(1, Arm("bf16", [Stage("dense", None, 0.0, [Collective("all-reduce", 10**7 // 2)])]))
+    of.arms.insert(1, SchemeCost("bf16", [StageCost("dense", None, 0.0, [Collective("all-reduce", 10**7 // 2)])]))
     assert choose(predict(of, Link(2e8))).scheme == "dense"  # 1.05, 1.025 and 1.0 s
     assert choose(predict(of, Link(1e8))).scheme == "bf16"  # 1.1, 1.05 and 1.0 s
     assert choose(predict(of, Link(5e7))).scheme == "less"  # 1.2, 1.1 and 1.0 s

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from recipe_data import camvid_folder, cifar10_folder, imagenet_folder
 from torch import Tensor, nn
 
+from lgc.app.train import Settings, make_optimizer
 from lgc.recipes import RECIPES, Recipe, find_recipe
 from lgc.recipes.camvid import CAMVID_PSPNET, VOID
 from lgc.recipes.gpt import GPT
@@ -20,7 +21,6 @@ from lgc.recipes.recipe import ACCURACY, poly_decay, step_decay, warmup_and_cosi
 from lgc.recipes.resnet import Bottleneck, resnet, resnet20
 from lgc.recipes.text import TEXT_GPT
 from lgc.schemes import SCHEMES, parse_scheme
-from lgc.train import Settings, make_optimizer
 
 
 def count(model: nn.Module) -> int:

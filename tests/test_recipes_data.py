@@ -24,13 +24,13 @@ from recipe_data import (
     write_parquet,
 )
 
+from lgc.app.train import Settings, batches
 from lgc.recipes import Data, Split, find_recipe
 from lgc.recipes.camvid import VOID, load_camvid, scale_crop_and_flip
 from lgc.recipes.cifar10 import crop_and_flip, load_cifar10
 from lgc.recipes.data import TensorSplit, cache_folder, map_in_threads
 from lgc.recipes.imagenet import load_imagenet, random_box
 from lgc.recipes.text import CONTEXT, TextSplit, load_text
-from lgc.train import Settings, batches
 
 Loader = Callable[[str | None, int | None], Data]
 FOLDERS: dict[str, tuple[Loader, Callable[[Path], str]]] = {

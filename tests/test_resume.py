@@ -20,10 +20,10 @@ from ranks import Ranks
 from runs import ENVIRONMENT, LGC, LIMIT_S, TORCHRUN, children_of, measured, rows
 
 from lgc import checkpoint
-from lgc.cli import main
-from lgc.launch import run_locally
-from lgc.run_folder import OtherRunError, claim, cut_metrics, is_to_be_overwritten, occupied
-from lgc.train import Output, Settings, Training
+from lgc.app.cli import main
+from lgc.app.launch import run_locally
+from lgc.app.run_folder import OtherRunError, claim, cut_metrics, is_to_be_overwritten, occupied
+from lgc.app.train import Output, Settings, Training
 
 STEPS = 56
 RUN = ["--recipe", "digits", "--workers", "2", "--batch-size", "8", "--steps", str(STEPS), "--checkpoint-every", "5"]

@@ -23,8 +23,8 @@ from lgc.schemes import (
     TopK,
     parse_scheme,
 )
+from lgc.traffic import Traffic, Wire
 from lgc.version import __version__
-from lgc.wire import Traffic, Wire
 
 __all__ = [
     "BF16",

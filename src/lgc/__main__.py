@@ -1,7 +1,7 @@
 """`python -m lgc` and the `lgc` command."""
 
 try:
-    from lgc.cli import main
+    from lgc.app.cli import main
 except ModuleNotFoundError as error:
     raise SystemExit(f"lgc's command line needs the package {error.name}: pip install 'lgc[app]'") from None
 

@@ -60,7 +60,7 @@ class Round(NamedTuple):
     nonfinite_ranks: tuple[int, ...] = ()
 
 
-class Opened(NamedTuple):
+class OpenRound(NamedTuple):
     """An open round: the votes of all ranks, this rank's offers, and the lengths of each offer's payload by rank.
 
     If a rank's gradient was not finite, the round must not change anything.
@@ -126,7 +126,7 @@ class Aggregator(ABC):
         self.transport.begin(stage.phase)
         return stage
 
-    def _open(self, v: Tensor, step: int, *offers: Callable[[], Offer], vote: bool = False) -> Opened:
+    def _open(self, v: Tensor, step: int, *offers: Callable[[], Offer], vote: bool = False) -> OpenRound:
         """Prepare this rank's offers, at most two, and open the round.
 
         Raises:
@@ -143,9 +143,9 @@ class Aggregator(ABC):
         opening = self.transport.open_round(step, finite=finite, vote=vote, lengths=(own, leader), error=error)
         nonfinite_ranks = tuple(rank for rank, finite in enumerate(opening.finite) if not finite)
         lengths = [list(lengths) for lengths in zip(*opening.lengths, strict=True)]
-        return Opened(opening.votes, prepared, lengths, nonfinite_ranks)
+        return OpenRound(opening.votes, prepared, lengths, nonfinite_ranks)
 
-    def _abandon(self, opened: Opened) -> Round:
+    def _abandon(self, opened: OpenRound) -> Round:
         return Round(self._mean.fill_(torch.nan), (), opened.nonfinite_ranks)
 
     def _close(self, *exchanges: Exchange) -> Round:

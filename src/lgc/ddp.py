@@ -16,14 +16,14 @@ from torch._C._distributed_c10d import GradBucket
 from torch.nn.parallel import DistributedDataParallel
 
 from lgc.aggregators import Aggregator
-from lgc.peers import PowerSGDHook
 from lgc.plan.selection import Selection
+from lgc.powersgd import PowerSGDHook
 from lgc.replicas import ReplicaError, compare, require_agreement, synchronise
 from lgc.schedule import Phase
 from lgc.schemes import Auto, Dense, PowerSGD, Scheme, SparseScheme, parse_scheme
+from lgc.traffic import Traffic, Wire, summarise
 from lgc.transport import RankError, Transport, clock
 from lgc.version import __version__
-from lgc.wire import Traffic, Wire, summarise
 
 logger = logging.getLogger("lgc")
 

@@ -30,7 +30,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lgc.coding import PayloadError
-from lgc.wire import SETUP, Traffic, Wire
+from lgc.traffic import SETUP, Traffic, Wire
 
 SERVER = 0
 MESSAGE_LIMIT = 4096  # bytes of an error message

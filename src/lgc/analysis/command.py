@@ -10,11 +10,11 @@ from typing import Any
 
 import click
 
-from lgc import options
 from lgc.analysis.record import RECORDING, Recording, planned_steps, record, require_recordable
-from lgc.launch import RankFailedError, preload, start_ranks
+from lgc.app import options
+from lgc.app.launch import preload, start_ranks
+from lgc.app.train import Settings
 from lgc.recipes import RECIPES
-from lgc.train import Settings
 
 ROWS = "redundancy.jsonl"
 PAGE = "redundancy.html"
@@ -70,21 +70,16 @@ def analyze(workers: int, every: int, samples: int, timeout: float, out: Path, o
             raise ValueError("analyze: the scheme's rate must be below 1, else there are no indices to look at.")
     except ValueError as error:
         raise click.UsageError(str(error)) from None
-    try:
+    with options.reported_errors():
         preload("lgc.analysis.record")
         steps = planned_steps(settings, settings.load_data())  # decodes into the cache that the ranks map
-    except (ValueError, OSError) as error:
-        raise click.ClickException(str(error)) from None
     if (steps - 1) // every - max(0, scheme.warmup_steps - 1) // every < LEAST_RECORDS:
         raise click.UsageError(
             f"--every {every} leaves fewer than {LEAST_RECORDS} records in {steps} steps, of which "
             f"{scheme.warmup_steps} are the warm-up."
         )
-    try:
+    with options.reported_errors():
         start_ranks(record, settings, out, every, samples, world_size=workers, timeout=timedelta(seconds=timeout))
-    except RankFailedError as error:
-        click.echo(error.details, err=True)
-        raise click.ClickException(str(error)) from None
     click.echo(evaluate(out))
 
 

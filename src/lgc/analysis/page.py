@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from importlib.resources import files
@@ -18,7 +17,7 @@ from matplotlib.figure import Figure
 from lgc.analysis.estimators import Estimate
 from lgc.analysis.measure import PLANE_ERROR, VALUE_ERROR, Row
 from lgc.analysis.record import Recording
-from lgc.figures import STYLE
+from lgc.app.figures import STYLE, to_svg
 
 CLAIMED_SHARE = 0.8
 SHARE = "its part of the entropy"
@@ -357,10 +356,7 @@ def _svg(name: str, plot: Callable[[Axes, Analysis], None], analysis: Analysis, 
     with mpl.rc_context(style):
         figure = Figure(figsize=size, layout="constrained")
         plot(figure.subplots(), analysis)
-        text = io.StringIO()
-        figure.savefig(text, format="svg", metadata={"Date": None})
-    svg = text.getvalue()
-    return svg[svg.index("<svg") :]
+        return to_svg(figure)
 
 
 def _format(estimate: Estimate) -> str:

@@ -19,11 +19,11 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from lgc.aggregators import Aggregator, Round
+from lgc.app.train import Settings, batches, make_optimizer, steps_per_epoch
 from lgc.layout import POOL, Layout
 from lgc.recipes import Data
 from lgc.schemes import ScaleCom, Scheme, SparseScheme, TopK
 from lgc.selection import Region
-from lgc.train import Settings, batches, make_optimizer, steps_per_epoch
 from lgc.transport import SERVER, Transport, clock
 
 RECORDING = "recording.safetensors"

@@ -92,7 +92,7 @@ class Collective(NamedTuple):
         return max(self.seconds, messages * link.latency + copies * self.size / link.bandwidth)
 
 
-class Stage(NamedTuple):
+class StageCost(NamedTuple):
     """Steps of one scheme that cost the same.
 
     Attributes:
@@ -119,11 +119,11 @@ class Stage(NamedTuple):
         return sum(collective.sent_bytes(world_size) for collective in self.collectives)
 
 
-class Arm(NamedTuple):
+class SchemeCost(NamedTuple):
     """A scheme, as text, and its stages; the last one goes on to the end."""
 
     scheme: str
-    stages: list[Stage]
+    stages: list[StageCost]
 
 
 class Profile(NamedTuple):
@@ -136,7 +136,7 @@ class Profile(NamedTuple):
 
     world_size: int
     compute: float
-    arms: list[Arm]
+    arms: list[SchemeCost]
 
     @property
     def gradient_bytes(self) -> int:
@@ -179,7 +179,7 @@ class Prediction(NamedTuple):
 def predict(profile: Profile, link: Link) -> list[Prediction]:
     """What a step takes on `link`, by arm."""
 
-    def step(stage: Stage, link: Link = link) -> float:
+    def step(stage: StageCost, link: Link = link) -> float:
         return profile.compute + stage.seconds + stage.communication(link, profile.world_size)
 
     half = link._replace(bandwidth=link.bandwidth / 2)

@@ -11,9 +11,8 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from lgc import schedule
-from lgc.plan.cost import Arm, Collective, Kind, Link, Stage
-from lgc.schedule import Phase, Schedule
+from lgc.plan.cost import Collective, Kind, Link, SchemeCost, StageCost
+from lgc.schedule import Phase, Schedule, Stage
 from lgc.schemes import Dense, LGCScheme, SparseScheme
 from lgc.transport import Transport, clock
 
@@ -84,11 +83,11 @@ class Rehearsal(Transport):
 class _Fixed(Schedule):
     """Always the same stage."""
 
-    def __init__(self, rate: float, stage: schedule.Stage) -> None:
+    def __init__(self, rate: float, stage: Stage) -> None:
         super().__init__(rate)
         self.stage = stage
 
-    def at(self, step: int) -> schedule.Stage:
+    def at(self, step: int) -> Stage:
         return self.stage
 
 
@@ -107,7 +106,7 @@ def rehearse(
     dense_work: Callable[[], object] | None = None,
     enough: float = BRIEF,
     limit: float = float("inf"),
-) -> Arm | None:
+) -> SchemeCost | None:
     """What rounds of `scheme` with these gradients cost; a collective of the ranks in `local`.
 
     The scheme's real aggregator does them, with a residual of its own that is dropped afterwards. The last stage is
@@ -146,7 +145,7 @@ def rehearse(
     found: list[_Cost] = []
     while wants_more([each.spent for each in found], enough):
         found.append(rounds.cost(last, in_a_row))
-    return Arm(str(scheme), [*costs, _median(found).of(last, None)])
+    return SchemeCost(str(scheme), [*costs, _median(found).of(last, None)])
 
 
 class _Cost(NamedTuple):
@@ -156,9 +155,9 @@ class _Cost(NamedTuple):
     seconds: float
     collectives: list[Collective]
 
-    def of(self, stage: schedule.Stage, steps: int | None) -> Stage:
+    def of(self, stage: Stage, steps: int | None) -> StageCost:
         """As the cost of so many steps of that stage."""
-        return Stage(stage.phase.value, steps, self.seconds, self.collectives)
+        return StageCost(stage.phase.value, steps, self.seconds, self.collectives)
 
 
 def _median(costs: Sequence[_Cost]) -> _Cost:
@@ -199,7 +198,7 @@ class _Rounds:
         there, meant = self._local.world_size, transport.world_size
         self._steps = (turn * meant + leader for turn in count() for leader in range(there))  # whoever leads is there
 
-    def cost(self, stage: schedule.Stage, in_a_row: int = 1) -> _Cost:
+    def cost(self, stage: Stage, in_a_row: int = 1) -> _Cost:
         """Time so many rounds of a stage; a collective."""
         beside = elapsed(self._dense_work, self._local, self._device, in_a_row) if self._dense_work else 0.0
         self._aggregator.schedule = _Fixed(self._rate, stage)
@@ -250,7 +249,7 @@ def before_end(buckets: Sequence[Bucket], transport: Transport) -> list[Bucket]:
 
 def rehearse_dense(
     scheme: Dense, gradients: Mapping[str, Tensor], buckets: Sequence[Bucket], visible: float, local: Transport
-) -> Arm:
+) -> SchemeCost:
     """What all-reduce of every bucket as soon as it is complete costs; a collective of the ranks in `local`.
 
     Args:
@@ -269,7 +268,7 @@ def rehearse_dense(
     sizes = [bucket.elements * (scheme.dtype or bucket.dtype).itemsize for bucket in buckets]
     collectives = [Collective("all-reduce", size, lead=b.time) for size, b in zip(sizes, buckets, strict=True)]
     collectives[-1] = collectives[-1]._replace(seconds=visible)
-    return Arm(str(scheme), [Stage(Phase.DENSE.value, None, seconds, collectives)])
+    return SchemeCost(str(scheme), [StageCost(Phase.DENSE.value, None, seconds, collectives)])
 
 
 def _all_reduce_seconds(flat: Tensor, dtype: torch.dtype, local: Transport) -> tuple[float, float]:
@@ -344,9 +343,9 @@ def _untrained(scheme: SparseScheme) -> SparseScheme:
     return replace(scheme, train_steps=0) if isinstance(scheme, LGCScheme) else scheme
 
 
-def _stages(of: Schedule) -> list[tuple[schedule.Stage, int]]:
+def _stages(of: Schedule) -> list[tuple[Stage, int]]:
     """The stages of a schedule and how many steps each has, the last one 0 for no end."""
-    stages: list[tuple[schedule.Stage, int]] = []
+    stages: list[tuple[Stage, int]] = []
     for step in range(of.train_end):
         stage = of.at(step)
         if stages and stages[-1][0] == stage:

@@ -11,11 +11,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lgc.plan.cost import TOLERANCE, Arm, Link, Prediction, Profile, choose, predict
+from lgc.plan.cost import TOLERANCE, Link, Prediction, Profile, SchemeCost, choose, predict
 from lgc.plan.rehearsal import Bucket, NonfiniteError, agree, before_end, rehearse, rehearse_dense
 from lgc.schemes import Auto, Dense, Scheme, SparseScheme
+from lgc.traffic import SETUP
 from lgc.transport import SERVER, Transport, clock
-from lgc.wire import SETUP
 
 logger = logging.getLogger("lgc")
 
@@ -121,7 +121,7 @@ class Selection:
         waiting: float,
         *,
         limit: float,
-    ) -> Arm | None:
+    ) -> SchemeCost | None:
         if isinstance(candidate, SparseScheme):
             world_size = self._transport.world_size
             return rehearse(candidate, gradients, self._transport, world_size, early=False, limit=limit)

@@ -47,7 +47,7 @@ class PowerSGDHook:
             raise RuntimeError(
                 "PowerSGD: DDP has several buckets, with which torch's hook hangs on gloo; build the model as "
                 "DistributedDataParallel(model, bucket_cap_mb=...) with room for all gradients "
-                "(lgc.peers.one_bucket_mb(model)), and in one dtype."
+                "(lgc.powersgd.one_bucket_mb(model)), and in one dtype."
             )
         if self.phase is Phase.DENSE:
             self._transport.count_all_reduce(buffer.numel() * buffer.element_size(), "values")

@@ -19,7 +19,7 @@ IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 
 def real_data(name: str) -> str:
     """Folder of a real data set; skips the test where it is absent."""
-    root = Path(os.environ.get("LGC_DATA") or Path(__file__).parents[2] / "shared" / "data")
+    root = Path(os.environ.get("LGC_DATA") or Path(__file__).parents[3] / "shared" / "data")
     folder = root / name
     if not folder.is_dir():
         pytest.skip(f"{name} is not in {root}; set LGC_DATA to the folder that has it")

@@ -23,10 +23,10 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from lgc import checkpoint
+from lgc.app.run_folder import CHECKPOINTS, METRICS, SUMMARY, Recorder, require_same, write_json
 from lgc.ddp import attach
-from lgc.peers import one_bucket_mb
+from lgc.powersgd import one_bucket_mb
 from lgc.recipes import Data, Recipe, find_recipe
-from lgc.run_folder import CHECKPOINTS, METRICS, SUMMARY, Recorder, require_same, write_json
 from lgc.schedule import Phase
 from lgc.schemes import Auto, Dense, PowerSGD, Scheme, parse_scheme
 from lgc.version import __version__

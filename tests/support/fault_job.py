@@ -50,7 +50,7 @@ def main(log: Path, faults: list[Fault], arguments: list[str]) -> None:
     fault = next(iter(faults[len(read(log, "fault")) :]), None)
     if fault is not None and fault.rank == int(os.environ["RANK"]):
         await_moment(fault, lambda: happen(log, fault, Path(arguments[-1])))
-    from lgc.cli import main as lgc
+    from lgc.app.cli import main as lgc
 
     sys.argv[1:] = arguments
     lgc()
@@ -74,8 +74,8 @@ def happen(log: Path, fault: Fault, folder: Path) -> None:
 
 def await_moment(fault: Fault, happens: Callable[[], None]) -> None:
     """Have the fault happen at its step and moment, once."""
+    from lgc.app.train import Training
     from lgc.ddp import Handle
-    from lgc.train import Training
     from lgc.transport import Transport
 
     update, aggregate, open_round, count = Training.update, Handle._aggregate, Transport.open_round, Transport._count

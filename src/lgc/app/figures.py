@@ -15,10 +15,10 @@ from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter, NullLocator, StrMethodFormatter
 
+from lgc.app.report import Line, LineRate, Run, Series
 from lgc.plan.cost import PAYLOAD, RATE_UNITS
-from lgc.report import Line, LineRate, Run, Series
 from lgc.schedule import Phase
-from lgc.wire import SETUP
+from lgc.traffic import SETUP
 
 SMOOTHING = 10
 LATE = 0.5  # fraction of a run's evaluations from which on the metric's axis shows all
@@ -90,10 +90,7 @@ def draw_against_links(name: str, speeds: list[float | None], panels: list[Panel
         axes.set_xlabel("link")
         axes.xaxis.set_minor_locator(NullLocator())
         figure.legend(*axes.get_legend_handles_labels(), loc="outside lower left", ncols=2, handlelength=1.4)
-        text = io.StringIO()
-        figure.savefig(text, format="svg", metadata={"Date": None})
-    svg = text.getvalue()
-    return svg[svg.index("<svg") :]
+        return to_svg(figure)
 
 
 def _speed(bits_per_second: float) -> str:
@@ -146,8 +143,13 @@ def _svg(name: str, drawing: Drawing, lines: list[Line]) -> str:
         handles, labels = axes.get_legend_handles_labels()
         if labels:
             figure.legend(handles, labels, loc="outside lower left", ncols=columns, handlelength=1.4, columnspacing=1.2)
-        text = io.StringIO()
-        figure.savefig(text, format="svg", metadata={"Date": None})
+        return to_svg(figure)
+
+
+def to_svg(figure: Figure) -> str:
+    """The figure as an element of a page; the same bytes for the same figure and `svg.hashsalt`."""
+    text = io.StringIO()
+    figure.savefig(text, format="svg", metadata={"Date": None})
     svg = text.getvalue()
     return svg[svg.index("<svg") :]
 

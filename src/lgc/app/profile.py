@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch._C._distributed_c10d import GradBucket
 from torch.nn.parallel import DistributedDataParallel
 
-from lgc.peers import PowerSGDHook, one_bucket_mb
-from lgc.plan.cost import Arm, Collective, Profile, Stage
+from lgc.app.train import Settings, make_optimizer
+from lgc.plan.cost import Collective, Profile, SchemeCost, StageCost
 from lgc.plan.rehearsal import (
     THOROUGH,
     Bucket,
@@ -28,9 +28,9 @@ from lgc.plan.rehearsal import (
     rounds_in_a_row,
     wants_more,
 )
+from lgc.powersgd import PowerSGDHook, one_bucket_mb
 from lgc.schedule import Phase
 from lgc.schemes import Dense, PowerSGD, Scheme, SparseScheme
-from lgc.train import Settings, make_optimizer
 from lgc.transport import Transport, clock
 
 WARMUP_STEPS = 3
@@ -226,7 +226,7 @@ def _rehearse_power_sgd(
     world_size: int,
     local: Transport,
     device: torch.device,
-) -> Arm:
+) -> SchemeCost:
     job = source(device)
     ddp = _wrap(job, local, bucket_cap_mb=one_bucket_mb(job.model))
     transport = Rehearsal(local, world_size)
@@ -243,11 +243,11 @@ def _rehearse_power_sgd(
     factors = transport.collectives[-1].size
     values = transport.collectives[0].size
     collectives = [Collective("all-reduce", factors), *[Collective("all-reduce", 0)] * (FACTOR_COLLECTIVES - 1)]
-    return Arm(
+    return SchemeCost(
         str(scheme),
         [
-            Stage(Phase.DENSE.value, scheme.start_steps, 0.0, [Collective("all-reduce", values)]),
-            Stage(Phase.COMPRESSED.value, None, max(0.0, median(added)), collectives),
+            StageCost(Phase.DENSE.value, scheme.start_steps, 0.0, [Collective("all-reduce", values)]),
+            StageCost(Phase.COMPRESSED.value, None, max(0.0, median(added)), collectives),
         ],
     )
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import click
 
-from lgc.launch import under_torchrun
+from lgc.app.launch import RankFailedError, under_torchrun
+from lgc.app.run_folder import OtherRunError
 
 epochs = click.option("--epochs", type=click.IntRange(1), help="Passes over the training data.  [the recipe's]")
 steps = click.option("--steps", type=click.IntRange(1), help="Stop after so many.  [at the end of the epochs]")
@@ -31,6 +34,22 @@ timeout = click.option(
 out = click.option(
     "--out", type=click.Path(file_okay=False, path_type=Path), required=True, help="Folder of the results."
 )
+
+
+@contextmanager
+def reported_errors() -> Iterator[None]:
+    """What a user can do something about, as click prints it: bad input, other runs in the way, failed ranks."""
+    try:
+        yield
+    except OtherRunError as error:
+        raise click.UsageError(str(error)) from None
+    except RankFailedError as error:
+        click.echo(error.details, err=True)
+        raise click.ClickException(str(error)) from None
+    except (ValueError, OSError) as error:
+        if under_torchrun():  # which prints the first rank's traceback
+            raise
+        raise click.ClickException(str(error)) from None
 
 
 def refuse_torchrun(command: str) -> None:

@@ -16,16 +16,17 @@ import click
 import torch
 import torch.distributed as dist
 
-from lgc import options
-from lgc.bench.link import LOOPBACK, UNSHAPED, Results, aligned
-from lgc.launch import RankFailedError, pick_device, preload, start_ranks, under_torchrun
-from lgc.peers import bucket_mb
-from lgc.plan.cost import TOLERANCE, Arm, Collective, Link, Prediction, Profile, Stage, choose, predict
-from lgc.plan.measure import FunctionJob, JobSource, RecipeJob, measure
+from lgc.app import options
+from lgc.app.launch import pick_device, preload, start_ranks, under_torchrun
+from lgc.app.profile import FunctionJob, JobSource, RecipeJob, measure
+from lgc.app.table import aligned
+from lgc.app.train import Settings, notify
+from lgc.bench.link.results import LOOPBACK, UNSHAPED, Results
+from lgc.plan.cost import TOLERANCE, Collective, Link, Prediction, Profile, SchemeCost, StageCost, choose, predict
 from lgc.plan.rehearsal import probe
+from lgc.powersgd import bucket_mb
 from lgc.recipes import RECIPES
 from lgc.schemes import Auto, PowerSGD, Scheme, SparseScheme, parse_scheme, require_different
-from lgc.train import Settings, notify
 from lgc.transport import Transport
 
 SCHEMES = "dense,bf16,powersgd:rank=1,powersgd:rank=2,powersgd:rank=4,dgc,topk,scalecom,lgc-ring,lgc-ps"
@@ -178,14 +179,11 @@ def _question(world_size: int, *, recipe: str | None, model: str | None, schemes
 
 def _measure_here(question: Question, ranks: int) -> Profile:
     """With so many ranks on this machine."""
-    preload("lgc.plan.command")
+    preload("lgc.app.plan")
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "profile.json"
-        try:
+        with options.reported_errors():
             start_ranks(_measure_and_write, question, path, world_size=ranks, timeout=TIMEOUT)
-        except RankFailedError as error:
-            click.echo(error.details, err=True)
-            raise click.ClickException(str(error)) from None
         return _read(path.read_text(encoding="utf-8"))
 
 
@@ -230,10 +228,10 @@ def _read(text: str) -> Profile:
         world_size,
         compute,
         [
-            Arm(
+            SchemeCost(
                 scheme,
                 [
-                    Stage(phase, steps, seconds, [Collective(*collective) for collective in collectives])
+                    StageCost(phase, steps, seconds, [Collective(*collective) for collective in collectives])
                     for phase, steps, seconds, collectives in stages
                 ],
             )

@@ -13,8 +13,9 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from lgc.app.run_folder import METRICS, SUMMARY
+from lgc.app.table import aligned
 from lgc.plan.cost import parse_rate
-from lgc.run_folder import METRICS, SUMMARY
 
 ARROWS = {"higher": "↑", "lower": "↓"}
 Series = tuple[list[float], list[float]]
@@ -190,9 +191,7 @@ def format_table(runs: Sequence[Run]) -> str:
     blocks = []
     for recipe, lines in by_recipe(runs).items():
         table = [_columns(lines), *(line.cells() for line in lines)]
-        widths = [max(len(row[i]) for row in table) for i in range(len(COLUMNS))]
-        text = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in table]
-        blocks.append("\n".join([f"{recipe}, {_setting(lines)}", *text]))
+        blocks.append(f"{recipe}, {_setting(lines)}\n{aligned(table)}")
     return "\n\n".join(blocks)
 
 
@@ -206,10 +205,10 @@ def write_report(runs: Sequence[Run], page: Path, links: Sequence[LineRate] = ()
     """
     import jinja2  # here, as the figures, because most commands need neither
 
-    from lgc.figures import draw_figures
+    from lgc.app.figures import draw_figures
 
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    template = environment.from_string(files("lgc").joinpath("report.html.jinja").read_text(encoding="utf-8"))
+    template = environment.from_string(files("lgc.app").joinpath("report.html.jinja").read_text(encoding="utf-8"))
     recipes = [
         {
             "name": recipe,

@@ -11,17 +11,17 @@ from typing import Any, TypeVar
 
 import click
 
-from lgc import options
 from lgc.analysis.command import analyze
+from lgc.app import options
+from lgc.app.launch import run_in_job, run_locally, under_torchrun
+from lgc.app.plan import plan
+from lgc.app.report import LineRate, find_runs, format_table, write_report
+from lgc.app.run_folder import SUMMARY
+from lgc.app.train import Output, Settings
 from lgc.bench.codec import codec
-from lgc.bench.link import link
-from lgc.launch import RankFailedError, run_in_job, run_locally, under_torchrun
-from lgc.plan.command import plan
+from lgc.bench.link.command import link
 from lgc.recipes import RECIPES
-from lgc.report import LineRate, find_runs, format_table, write_report
-from lgc.run_folder import SUMMARY, OtherRunError
 from lgc.schemes import SCHEMES, require_different
-from lgc.train import Output, Settings
 from lgc.version import __version__
 
 SCHEME_HELP = (
@@ -243,18 +243,9 @@ def _launcher(run: dict[str, Any]) -> tuple[Callable[[Settings, Path], None], di
 
     def launch(settings: Settings, folder: Path) -> None:
         start = run_in_job if under_torchrun() else run_locally
-        try:
+        with options.reported_errors():
             trained = start(settings, Output(folder=folder, **kept), timeout, overwrite=overwrite)
             if not trained and os.environ.get("RANK", "0") == "0":
                 click.echo(f"{folder}: finished before", err=True)
-        except OtherRunError as error:
-            raise click.UsageError(str(error)) from None
-        except RankFailedError as error:
-            click.echo(error.details, err=True)
-            raise click.ClickException(str(error)) from None
-        except (ValueError, OSError) as error:  # of the data
-            if under_torchrun():
-                raise
-            raise click.ClickException(str(error)) from None
 
     return launch, settings_of_run

@@ -14,9 +14,9 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from lgc.network import Network
-from lgc.run_folder import claim, is_to_be_overwritten, occupied
-from lgc.train import Output, Settings, notify, train
+from lgc.app.network import Network
+from lgc.app.run_folder import claim, is_to_be_overwritten, occupied
+from lgc.app.train import Output, Settings, notify, train
 from lgc.transport import Transport
 
 DATA_TIMEOUT = timedelta(hours=6)  # the first rank of each machine may have a data set to fetch and to decode
@@ -118,7 +118,7 @@ def run_locally(settings: Settings, output: Output, timeout: timedelta, *, overw
             settings.load_data()
         if not claim(output.folder, settings.configuration(), overwrite=overwrite):
             return False
-        preload("lgc.launch")
+        preload("lgc.app.launch")
         settings.load_data()  # decodes into the cache that the ranks map
         start_ranks(train, settings, output, world_size=settings.world_size, timeout=timeout)
         return True

@@ -19,9 +19,9 @@ from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_
 from torch.nn.parallel import DistributedDataParallel
 
 import lgc
-from lgc.cli import main
-from lgc.peers import one_bucket_mb
-from lgc.run_folder import SUMMARY
+from lgc.app.cli import main
+from lgc.app.run_folder import SUMMARY
+from lgc.powersgd import one_bucket_mb
 
 RankFactory = Callable[[int], Ranks]
 
