@@ -329,6 +329,14 @@ def test_ctrl_c_stops_every_rank_and_leaves_what_is_finished(tmp_path: Path) -> 
         (["--scheme", "lgc-ring:dense_steps=-1"], "LGCRing(dense_steps=...) must be at least 0, got -1"),
         (["--scheme", "topk", "--batch-size", "0"], "'--batch-size': 0 is not in the range x>=1"),
         (["--scheme", "topk", "--workers", "0"], "'--workers': 0 is not in the range x>=1"),
+        (["--scheme", "dense", "--seed", str(2**63)], f"'--seed': {2**63} is not in the range"),
+        (["--scheme", "dense", "--timeout", "nan"], "'--timeout': nan is not a finite number"),
+        (
+            ["--recipe", "camvid-pspnet", "--scheme", "dense", "--batch-size", "1"],
+            "batch_size must be at least 2, got 1",
+        ),
+        (["--recipe", "json:dumps", "--scheme", "dense"], "recipe json:dumps must be an lgc.recipes.Recipe"),
+        (["--recipe", "digit", "--scheme", "dense"], "unknown recipe 'digit'; there are digits, "),
     ],
 )
 def test_wrong_arguments_fail_before_anything_starts(arguments: list[str], words: str, tmp_path: Path) -> None:
@@ -343,6 +351,40 @@ def test_compare_checks_all_schemes_before_the_first_run(tmp_path: Path) -> None
     assert result.exit_code == 2
     assert "DGC(rate=...) must be in (0, 1], got 0.0" in result.output
     assert not (tmp_path / "runs").exists()
+
+
+def test_compare_checks_all_data_before_the_first_run(tmp_path: Path) -> None:
+    own = ["--data", "cifar10-resnet20=nowhere/cifar", "--data", "text-gpt=nowhere/text"]
+    arguments = ["compare", "--recipe", "digits,cifar10-resnet20", "--schemes", "dense", *own]
+    result = CliRunner().invoke(main, [*arguments, "--out", str(tmp_path / "runs")])
+    assert result.exit_code == 1
+    assert "nowhere/cifar" in result.output  # and digits, which takes no data, was given none
+    assert not (tmp_path / "runs").exists()
+
+
+def test_compare_checks_all_folders_before_the_first_run(compared: Path, tmp_path: Path) -> None:
+    shutil.copytree(compared / "dense", tmp_path / "dgc")
+    result = CliRunner().invoke(main, ["compare", *SHORT, "--schemes", "dense,dgc", "--out", str(tmp_path)])
+    assert result.exit_code == 2
+    assert "dgc has a finished run of other settings (scheme: " in result.output
+    assert not (tmp_path / "dense").exists()
+
+
+def test_a_recipe_of_the_users_own_is_trained(tmp_path: Path) -> None:
+    guide = (Path(__file__).parents[1] / "docs" / "recipes.md").read_text()
+    (recipe,) = (text for text in re.findall(r"```python\n(.*?)```", guide, re.DOTALL) if "WINE = Recipe" in text)
+    (tmp_path / "mine.py").write_text(recipe)
+    schemes = "dense,dgc:rate=0.05:warmup_steps=10"
+    done = run("compare", "--recipe", "mine:WINE", "--workers", "4", "--schemes", schemes, "--out", "r", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "wine, 4,355 parameters, 4 ranks, 40 steps" in done.stdout
+    assert all(each.summary["metric"]["value"] > 90 for each in find_runs([tmp_path / "r"]))
+
+
+def test_the_command_line_starts_without_what_draws_and_measures() -> None:
+    code = "import sys, lgc.app.cli; print({'matplotlib', 'scipy', 'sklearn', 'jinja2', 'pyarrow'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.stdout.strip() == "set()", done.stderr
 
 
 def test_a_batch_larger_than_the_data_is_an_error_that_names_the_rank_and_the_bound(tmp_path: Path) -> None:
@@ -361,6 +403,52 @@ def test_report_refuses_folders_without_runs(tmp_path: Path) -> None:
     result = CliRunner().invoke(main, ["report", str(tmp_path)])
     assert result.exit_code == 2
     assert "no summary.json" in result.output
+
+
+UNREADABLE = {
+    "no metrics": (("metrics.jsonl", None), "metrics.jsonl cannot be read"),
+    "cut off": (("metrics.jsonl", '{"step": 1, "lo'), "metrics.jsonl cannot be read"),
+    "a list": (("metrics.jsonl", "[1]\n"), "metrics.jsonl must have JSON objects"),
+    "empty": (("metrics.jsonl", ""), "metrics.jsonl has no rows"),
+    "a number": (("summary.json", "5"), "summary.json must have JSON objects"),
+    "no content": (("summary.json", "{}"), "summary.json: recipe must be str, got None"),
+}
+
+
+@pytest.mark.parametrize("damage", UNREADABLE)
+def test_the_report_leaves_out_a_run_that_it_cannot_read(damage: str, compared: Path, tmp_path: Path) -> None:
+    (name, content), words = UNREADABLE[damage]
+    shutil.copytree(compared, tmp_path / "runs")
+    file = tmp_path / "runs" / "dense" / name
+    file.unlink() if content is None else file.write_text(content)
+    result = CliRunner().invoke(main, ["report", str(tmp_path / "runs"), "--out", str(tmp_path / "page.html")])
+    assert result.exit_code == 0, result.output
+    assert re.search(rf"WARNING: left out: .*{re.escape(words)}", result.output)
+    assert "lgc-ring" in (tmp_path / "page.html").read_text()
+
+
+def test_a_page_that_cannot_be_written_is_an_error_and_the_old_one_stays(compared: Path, tmp_path: Path) -> None:
+    page = tmp_path / "page.html"
+    page.write_text("old")
+    (tmp_path / "page.html.tmp").mkdir()
+    result = CliRunner().invoke(main, ["report", str(compared), "--out", str(page)])
+    assert result.exit_code == 1
+    assert "page.html.tmp" in result.output
+    assert page.read_text() == "old"
+
+
+def test_the_report_draws_labels_with_a_dollar_and_runs_of_one_rank(compared: Path, tmp_path: Path) -> None:
+    dense, ring = find_runs([compared])
+    one = [
+        replace(each, rows=[row | {"rank0_sent_bytes": 0, "rank0_received_bytes": 0} for row in each.rows])
+        for each in (dense, ring)
+    ]
+    phases = [phase | {"sent_bytes": 0, "received_bytes": 0} for phase in dense.summary["wire"]["phases"]]
+    summary = dense.summary | {"wire": dense.summary["wire"] | {"phases": phases}}
+    named = summary | {"configuration": dense.configuration | {"data": "a $x_ b"}}
+    write_report([replace(one[0], summary=summary), replace(one[0], summary=named)], tmp_path / "page.html")
+    assert "Against bytes" not in (tmp_path / "page.html").read_text()
+    assert "$x_" in (tmp_path / "page.html").read_text()
 
 
 @pytest.mark.parametrize("command", [[], ["train"], ["compare"], ["report"]])

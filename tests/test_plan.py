@@ -356,8 +356,8 @@ def test_plan_of_a_function(tmp_path: Path) -> None:
     [
         ([], "one of --recipe and --model must be given"),
         (["--recipe", "digits", "--model", "a:b"], "one of --recipe and --model must be given"),
-        (["--model", "nothing_of_this_name:job"], "model must be module:function, got 'nothing_of_this_name:job'"),
-        (["--model", "json"], "model must be module:function, got 'json'"),
+        (["--model", "nothing_of_this_name:job"], "model must be module:name, got 'nothing_of_this_name:job'"),
+        (["--model", "json"], "model must be module:name, got 'json'"),
         (["--recipe", "digits", "--bandwidth", "slow"], "bandwidth must be a number"),
         (["--recipe", "digits", "--schemes", "best"], "unknown scheme 'best'"),
         (["--recipe", "digits", "--schemes", "dense,auto"], "--schemes must be what auto could choose"),

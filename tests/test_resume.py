@@ -221,6 +221,30 @@ def test_a_run_that_failed_in_its_first_step_is_not_in_the_way_of_a_corrected_on
         claim(tmp_path, wrong, overwrite=False)
 
 
+FOREIGN: dict[str, dict[str, str]] = {
+    "checkpoints": {"checkpoints/mine.pt": "x"},
+    "metrics": {"metrics.jsonl": '{"a": 1}\n'},
+    "settings": {"settings.json": '{"theme": "dark"}'},
+    "of a run that lost its settings": {"checkpoints/step-1/x": "", "metrics.jsonl": '{"step": 0}\n'},
+}
+
+
+@pytest.mark.parametrize("files", FOREIGN.values(), ids=FOREIGN)
+def test_what_is_not_of_a_known_run_is_not_touched(files: dict[str, str], tmp_path: Path) -> None:
+    for name, content in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(content)
+    with pytest.raises(OtherRunError, match="is not of a run whose settings are known, and stays as it is"):
+        claim(tmp_path, {"seed": 0}, overwrite=False)
+    assert {name: (tmp_path / name).read_text() for name in files} == files
+
+
+def test_a_damaged_summary_is_an_error_that_names_it(tmp_path: Path) -> None:
+    (tmp_path / "summary.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"summary\.json has no configuration; --overwrite starts anew"):
+        claim(tmp_path, {"seed": 0}, overwrite=False)
+
+
 def test_a_folder_takes_one_job_at_a_time(tmp_path: Path) -> None:
     going_on = pytest.raises(OtherRunError, match=r"run has a run that is going on; choose another --out, or stop it")
     with occupied(tmp_path / "run"), going_on:

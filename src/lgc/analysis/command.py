@@ -14,7 +14,6 @@ from lgc.analysis.record import RECORDING, Recording, planned_steps, record, req
 from lgc.app import options
 from lgc.app.launch import preload, start_ranks
 from lgc.app.train import Settings
-from lgc.recipes import RECIPES
 
 ROWS = "redundancy.jsonl"
 PAGE = "redundancy.html"
@@ -22,7 +21,7 @@ LEAST_RECORDS = 2
 
 
 @click.command()
-@click.option("--recipe", type=click.Choice(list(RECIPES)), required=True, help="What to train on what.")
+@options.recipe(required=True)
 @options.workers
 @click.option("--every", type=click.IntRange(2), default=25, show_default=True, help="Steps from record to record.")
 @click.option(

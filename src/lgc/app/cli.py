@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import click
 
@@ -15,8 +15,8 @@ from lgc.analysis.command import analyze
 from lgc.app import options
 from lgc.app.launch import run_in_job, run_locally, under_torchrun
 from lgc.app.plan import plan
-from lgc.app.report import LineRate, find_runs, format_table, write_report
-from lgc.app.run_folder import SUMMARY
+from lgc.app.report import LineRate, Run, find_runs, format_table, write_report
+from lgc.app.run_folder import SUMMARY, is_finished
 from lgc.app.train import Output, Settings
 from lgc.bench.codec import codec
 from lgc.bench.link.command import link
@@ -31,8 +31,6 @@ SCHEME_HELP = (
 
 LINK = "100mbit"
 
-Command = TypeVar("Command", bound=Callable[..., Any])
-
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(__version__)
@@ -46,7 +44,7 @@ def main() -> None:
     """
 
 
-def run_options(command: Command) -> Command:
+def run_options(command: options.Command) -> options.Command:
     """What `train` and `compare` have in common."""
     for option in reversed(
         [
@@ -54,10 +52,19 @@ def run_options(command: Command) -> Command:
             options.steps,
             options.batch_size,
             click.option("--learning-rate", type=float, help="Before the schedule's factor.  [the recipe's]"),
-            options.data,
+            click.option(
+                "--data",
+                multiple=True,
+                help="Folder in the hub's layout, or name on the Hugging Face hub; repeated as RECIPE=FOLDER where "
+                "recipes differ.  [the recipe's, if it has one]",
+            ),
             options.limit_train,
             click.option("--limit-test", type=click.IntRange(1), help="Evaluate on the first so many samples.  [all]"),
-            options.backbone,
+            click.option(
+                "--backbone",
+                multiple=True,
+                help="For recipes that offer several, or RECIPE=BACKBONE.  [the recipe's first]",
+            ),
             options.bf16,
             click.option(
                 "--compile",
@@ -81,7 +88,7 @@ def run_options(command: Command) -> Command:
 
 
 @main.command()
-@click.option("--recipe", type=click.Choice(list(RECIPES)), required=True, help="What to train on what.")
+@options.recipe(required=True)
 @click.option("--scheme", default="lgc-ring", show_default=True, help=SCHEME_HELP)
 @click.option(
     "--workers",
@@ -111,11 +118,18 @@ def train(recipe: str, scheme: str, workers: int | None, seed: int, out: Path, *
     launch, run = _launcher(run)
     launch(_settings(recipe, scheme, world_size, seed, run), out)
     if not under_torchrun():
-        click.echo(format_table(find_runs([out])))
+        click.echo(format_table([Run.load(out)]))
 
 
 @main.command()
-@click.option("--recipe", "recipes", default="digits", show_default=True, help=f"One or more of {', '.join(RECIPES)}.")
+@click.option(
+    "--recipe",
+    "recipes",
+    metavar="NAMES",
+    default="digits",
+    show_default=True,
+    help=f"With commas. {options.RECIPE_HELP}",
+)
 @options.workers
 @click.option("--schemes", default="dense,topk,dgc,scalecom,lgc-ring,lgc-ps", show_default=True, help=SCHEME_HELP)
 @click.option("--seeds", type=click.IntRange(1), default=1, show_default=True, help="Train with so many: 0, 1, 2, ...")
@@ -131,11 +145,20 @@ def compare(recipes: str, workers: int, schemes: str, seeds: int, out: Path, **r
     finished is not run again and what was interrupted goes on from its last checkpoint; seeds can be added later.
     """
     options.refuse_torchrun("compare")
+    overwrite = run["overwrite"]
     launch, run = _launcher(run)
     planned = {
         out / folder: settings
         for folder, settings in _plan(recipes.split(","), schemes.split(","), workers, seeds, run).items()
     }
+    with options.reported_errors():  # of the last run before the first one starts
+        left = [
+            settings
+            for folder, settings in planned.items()
+            if overwrite or not is_finished(folder, settings.configuration())
+        ]
+        for settings in {settings.recipe: settings for settings in left}.values():
+            settings.load_data()
     try:
         for number, (folder, settings) in enumerate(planned.items(), 1):
             click.echo(
@@ -143,7 +166,7 @@ def compare(recipes: str, workers: int, schemes: str, seeds: int, out: Path, **r
             )
             launch(settings, folder)
     finally:
-        runs = find_runs([folder for folder in planned if (folder / SUMMARY).exists()])
+        runs = find_runs([folder for folder in planned if (folder / SUMMARY).exists()], unreadable=_left_out)
         if runs:
             write_report(runs, out / "report.html", [LineRate.parse(LINK)])
             click.echo(format_table(runs))
@@ -190,13 +213,20 @@ def report(folders: tuple[Path, ...], out: Path | None, links: list[LineRate]) -
 
     The page holds its figures and needs no network.
     """
-    runs = find_runs(folders)
-    if not runs:
-        raise click.UsageError(f"no {SUMMARY} in {', '.join(map(str, folders))} or below: no run has finished there.")
     page = out or folders[0] / "report.html"
-    write_report(runs, page, links)
+    with options.reported_errors():
+        runs = find_runs(folders, unreadable=_left_out)
+        if not runs:
+            raise click.UsageError(
+                f"no {SUMMARY} in {', '.join(map(str, folders))} or below: no run has finished there."
+            )
+        write_report(runs, page, links)
     click.echo(format_table(runs))
     click.echo(f"\n{page}")
+
+
+def _left_out(error: ValueError) -> None:
+    click.echo(f"WARNING: left out: {error}", err=True)
 
 
 def _links(texts: tuple[str, ...]) -> list[LineRate]:
@@ -207,10 +237,18 @@ def _links(texts: tuple[str, ...]) -> list[LineRate]:
 
 
 def _settings(recipe: str, scheme: str, world_size: int, seed: int, run: dict[str, Any]) -> Settings:
+    own = {name: _of_recipe(recipe, run[name]) for name in ("data", "backbone")}
     try:
-        return Settings(recipe=recipe, scheme=scheme, world_size=world_size, seed=seed, **run)
+        return Settings(recipe=recipe, scheme=scheme, world_size=world_size, seed=seed, **(run | own))
     except ValueError as error:
         raise click.UsageError(str(error)) from None
+
+
+def _of_recipe(recipe: str, values: tuple[str, ...]) -> str | None:
+    """The last value that is the recipe's own, RECIPE=VALUE, or else one that is for all."""
+    own = [value.removeprefix(f"{recipe}=") for value in values if value.startswith(f"{recipe}=")]
+    for_all = [value for value in values if not any(value.startswith(f"{name}=") for name in RECIPES)]
+    return next(reversed([*for_all, *own]), None)
 
 
 def _plan(
@@ -221,7 +259,7 @@ def _plan(
     for recipe in recipes:
         for scheme in schemes:
             for seed in range(seeds):
-                parts = [recipe] if len(recipes) > 1 else []
+                parts = [recipe.replace(":", ",")] if len(recipes) > 1 else []
                 parts += [scheme.replace(":", ","), *([f"seed-{seed}"] if seed else [])]
                 planned[Path(*parts)] = _settings(recipe, scheme, workers, seed, run)
         resolved = [_settings(recipe, scheme, workers, 0, run).resolve_scheme() for scheme in schemes]

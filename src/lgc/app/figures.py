@@ -117,6 +117,8 @@ def _drawings(lines: list[Line], links: list[LineRate]) -> list[Drawing]:
         ),
         Drawing("Bytes by phase", "Sent and received by all ranks, mean over the seeds.", _phases),
     ]
+    if all(_phase_bytes(run, name) == 0 for line in lines for run in line.runs for name in (SETUP, *Phase)):
+        drawings = [drawing for drawing in drawings if drawing.draw not in (_bytes, _phases)]
     if any(run.series("step", "autoencoder_loss")[0] for line in lines for run in line.runs):
         drawings += [
             Drawing(
@@ -161,7 +163,7 @@ def _wrapped(label: str, width: int) -> str:
         if rows[-1] and len(rows[-1]) + len(part) > width:
             rows.append("")
         rows[-1] += part
-    return "\n".join(rows)
+    return "\n".join(rows).replace("$", r"\$")  # no formulas
 
 
 def _mean_by_point(all_series: list[Series]) -> Series:

@@ -2,14 +2,48 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, TypeVar
 
 import click
 
 from lgc.app.launch import RankFailedError, under_torchrun
 from lgc.app.run_folder import OtherRunError
+from lgc.app.train import MOST_SEED
+from lgc.recipes import RECIPES, find_recipe
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+class Finite(click.FloatRange):
+    """A number that is neither infinite nor NaN."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        number = float(super().convert(value, param, ctx))
+        if not math.isfinite(number):
+            self.fail(f"{value} is not a finite number.", param, ctx)
+        return number
+
+
+def _known_recipe(_context: click.Context, _parameter: click.Parameter, value: str | None) -> str | None:
+    try:
+        if value is not None:
+            find_recipe(value)
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from None
+    return value
+
+
+RECIPE_HELP = f"One of {', '.join(RECIPES)}; or your own, as MODULE:NAME."
+
+
+def recipe(**attributes: Any) -> Callable[[Command], Command]:
+    """`--recipe`, with a default or required as the attributes say."""
+    return click.option("--recipe", metavar="NAME", callback=_known_recipe, help=RECIPE_HELP, **attributes)
+
 
 epochs = click.option("--epochs", type=click.IntRange(1), help="Passes over the training data.  [the recipe's]")
 steps = click.option("--steps", type=click.IntRange(1), help="Stop after so many.  [at the end of the epochs]")
@@ -22,11 +56,11 @@ backbone = click.option("--backbone", help="For recipes that offer several.  [th
 bf16 = click.option("--bf16", is_flag=True, help="Compute in bfloat16 by autocast, on the CPU and the GPU.")
 workers = click.option("--workers", type=click.IntRange(1), default=4, show_default=True, help="Ranks on this machine.")
 seed = click.option(
-    "--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the model and the shuffling."
+    "--seed", type=click.IntRange(0, MOST_SEED), default=0, show_default=True, help="Of the model and the shuffling."
 )
 timeout = click.option(
     "--timeout",
-    type=click.FloatRange(1),
+    type=Finite(1),
     default=60.0,
     show_default=True,
     help="Seconds after which a rank that waits for another gives up.",

@@ -25,7 +25,6 @@ from lgc.bench.link.results import LOOPBACK, UNSHAPED, Results
 from lgc.plan.cost import TOLERANCE, Collective, Link, Prediction, Profile, SchemeCost, StageCost, choose, predict
 from lgc.plan.rehearsal import probe
 from lgc.powersgd import bucket_mb
-from lgc.recipes import RECIPES
 from lgc.schemes import Auto, PowerSGD, Scheme, SparseScheme, parse_scheme, require_different
 from lgc.transport import Transport
 
@@ -44,7 +43,7 @@ class Question:
 
 
 @click.command()
-@click.option("--recipe", type=click.Choice(list(RECIPES)), help="The model, with its data.")
+@options.recipe()
 @click.option(
     "--model",
     metavar="MODULE:FUNCTION",

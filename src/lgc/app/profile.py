@@ -1,9 +1,6 @@
 """What a model's step costs on this machine: the backward pass, DDP's buckets in it, and every scheme's rounds."""
 
 # No `from __future__ import annotations`: DDP compares the hook's annotations by identity.
-import importlib
-import os
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -29,6 +26,7 @@ from lgc.plan.rehearsal import (
     wants_more,
 )
 from lgc.powersgd import PowerSGDHook, one_bucket_mb
+from lgc.recipes import find_object
 from lgc.schedule import Phase
 from lgc.schemes import Dense, PowerSGD, Scheme, SparseScheme
 from lgc.transport import Transport, clock
@@ -102,15 +100,7 @@ class FunctionJob:
         Raises:
             ValueError: if there is none.
         """
-        module, _, name = self.text.partition(":")
-        sys.path.insert(0, os.getcwd())
-        try:
-            function: Callable[[], tuple[nn.Module, Callable[[nn.Module], Tensor]]]
-            function = getattr(importlib.import_module(module), name)
-        except (ImportError, AttributeError, ValueError) as error:
-            raise ValueError(f"model must be module:function, got {self.text!r}: {error}.") from error
-        finally:
-            sys.path.pop(0)
+        function: Callable[[], tuple[nn.Module, Callable[[nn.Module], Tensor]]] = find_object("model", self.text)
         return function
 
 

@@ -7,16 +7,23 @@ import math
 import re
 import shlex
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lgc.app.run_folder import METRICS, SUMMARY
+from lgc.app.run_folder import METRICS, SUMMARY, write_whole
 from lgc.app.table import aligned
 from lgc.plan.cost import parse_rate
 
+SUMMARY_TYPES: dict[str, type] = {
+    **dict.fromkeys(("recipe", "scheme", "label", "metric.name", "metric.better", "time.started"), str),
+    **dict.fromkeys(("steps", "parameters", "world_size", "wire.sent_bytes", "wire.received_bytes"), int),
+    **dict.fromkeys(("configuration", "versions", "wire.paper"), dict),
+    **dict.fromkeys(("world_sizes", "wire.phases"), list),
+    **dict.fromkeys(("metric.value", "time.wall_s"), float),
+}  # what a report needs
 ARROWS = {"higher": "↑", "lower": "↓"}
 Series = tuple[list[float], list[float]]
 
@@ -54,14 +61,16 @@ class Run:
         Raises:
             ValueError: naming the file and what is wrong with it.
         """
-        try:
-            summary = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
-            rows = [json.loads(line) for line in (folder / METRICS).read_text(encoding="utf-8").splitlines()]
-        except (OSError, ValueError) as error:
-            raise ValueError(f"{folder} is not the folder of a finished run: {error}") from None
-        missing = {"recipe", "scheme", "label", "metric", "wire", "time", "world_sizes", "configuration"} - set(summary)
-        if missing:
-            raise ValueError(f"{folder / SUMMARY} has no {', '.join(sorted(missing))}.")
+        summary = _read(folder / SUMMARY)[0]
+        rows = _read(folder / METRICS, lines=True)
+        for name, kind in SUMMARY_TYPES.items():
+            value: Any = summary
+            for key in name.split("."):
+                value = value.get(key) if isinstance(value, dict) else None
+            if not isinstance(value, kind):
+                raise ValueError(f"{folder / SUMMARY}: {name} must be {kind.__name__}, got {value!r:.100}.")
+        if not rows:
+            raise ValueError(f"{folder / METRICS} has no rows.")
         return cls(folder, summary, rows)
 
     @property
@@ -145,14 +154,41 @@ class Line(NamedTuple):
         ]
 
 
+def _read(path: Path, *, lines: bool = False) -> list[dict[str, Any]]:
+    """The JSON objects of a file: one, or one a line."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        objects = [json.loads(line) for line in (text.splitlines() if lines else [text])]
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from None
+    if not all(isinstance(each, dict) for each in objects):
+        raise ValueError(f"{path} must have JSON objects.")
+    return objects
+
+
 COLUMNS = ["scheme", "", "seeds", "MB per rank", "ratio, run", "ratio, compressed", "uploads only", "time"]
 
 
-def find_runs(folders: Iterable[Path]) -> list[Run]:
-    """All finished runs in these folders and below, each once; below one folder in the order they were started."""
+def find_runs(folders: Iterable[Path], unreadable: Callable[[ValueError], object] | None = None) -> list[Run]:
+    """All finished runs in these folders and below, each once; below one folder in the order they were started.
+
+    Args:
+        folders: where to look.
+        unreadable: is told of a run that cannot be read, which is then left out; None raises.
+
+    Raises:
+        ValueError: naming the file and what is wrong with it.
+    """
     runs: dict[Path, Run] = {}
     for folder in folders:
-        below = [Run.load(path.parent) for path in sorted(folder.rglob(SUMMARY))]
+        below = []
+        for path in sorted(folder.rglob(SUMMARY)):
+            try:
+                below.append(Run.load(path.parent))
+            except ValueError as error:
+                if unreadable is None:
+                    raise
+                unreadable(error)
         for run in sorted(below, key=lambda run: str(run.summary["time"]["started"])):
             runs.setdefault(run.folder.resolve(), run)
     return list(runs.values())
@@ -222,8 +258,7 @@ def write_report(runs: Sequence[Run], page: Path, links: Sequence[LineRate] = ()
         }
         for recipe, lines in by_recipe(runs).items()
     ]
-    page.parent.mkdir(parents=True, exist_ok=True)
-    page.write_text(template.render(recipes=recipes), encoding="utf-8")
+    write_whole(page, template.render(recipes=recipes))
 
 
 def _columns(lines: list[Line]) -> list[str]:

@@ -103,26 +103,49 @@ def claim(folder: Path, configuration: Mapping[str, Any], *, overwrite: bool) ->
     """
     if overwrite:
         _clear(folder)
+    finished = is_finished(folder, configuration)
+    if not finished:
+        write_json(folder / SETTINGS, configuration)
+    return not finished
+
+
+def is_finished(folder: Path, configuration: Mapping[str, Any]) -> bool:
+    """Whether a folder has a run of this configuration, finished; changes nothing. Raises as `claim`."""
     if (folder / SUMMARY).exists():
-        require_same(_read_json(folder / SUMMARY)["configuration"], configuration, f"{folder} has a finished run")
-        return False
-    metrics = folder / METRICS
-    begun = (metrics.exists() and metrics.stat().st_size > 0) or (folder / CHECKPOINTS).exists()
-    if begun and (folder / SETTINGS).exists():
-        there = _read_json(folder / SETTINGS)
+        there = _read_json(folder / SUMMARY).get("configuration")
+        if not isinstance(there, dict):
+            raise ValueError(f"{folder / SUMMARY} has no configuration; --overwrite starts anew.")
+        require_same(there, configuration, f"{folder} has a finished run")
+        return True
+    there = _read_json(folder / SETTINGS) if (folder / SETTINGS).exists() else {}
+    metrics, checkpoints = folder / METRICS, folder / CHECKPOINTS
+    begun = (metrics.exists() and metrics.stat().st_size > 0) or checkpoints.exists()
+    if (begun or there) and not there.keys() & configuration.keys():
+        found = next(path for path in (folder / SETTINGS, checkpoints, metrics) if path.exists())
+        raise OtherRunError(
+            f"{found} is not of a run whose settings are known, and stays as it is; choose another --out, or "
+            "--overwrite."
+        )
+    if begun:
         require_same(there, configuration, f"{folder} has an unfinished run", but=("world_size",))
-    else:
-        _clear(folder)
-    write_json(folder / SETTINGS, configuration)
-    return True
+    return False
 
 
 def write_json(path: Path, content: object) -> None:
+    """Write a JSON file that is there whole or not at all."""
+    write_whole(path, json.dumps(content, indent=1) + "\n")
+
+
+def write_whole(path: Path, text: str) -> None:
     """Write a file that is there whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -31,6 +31,7 @@ from lgc.schedule import Phase
 from lgc.schemes import Auto, Dense, PowerSGD, Scheme, parse_scheme
 from lgc.version import __version__
 
+MOST_SEED = 2**63 - 1  # torch.manual_seed
 EARLY_PHASES = ("dense_steps", "warmup_steps", "train_steps")
 ADAM_SECOND_BETA = 0.95  # as for GPT-3: Brown et al., arXiv 2005.14165, appendix B
 
@@ -43,7 +44,7 @@ class Settings:
         recipe: name of a recipe.
         scheme: text form of a scheme; arguments it does not set come from the recipe.
         world_size: number of ranks, at least 1.
-        seed: of the model, the shuffling and the augmentation, at least 0.
+        seed: of the model, the shuffling and the augmentation, in 0 .. 2^63 - 1.
         epochs: at least 1; None is the recipe's.
         steps: stop after this many, at least 1; None is at the end of the epochs.
         batch_size: per rank, at least 1; None is the recipe's.
@@ -76,11 +77,18 @@ class Settings:
             value, least = getattr(self, name), 0 if name == "seed" else 1
             if value is not None and value < least:
                 raise ValueError(f"{name} must be at least {least}, got {value}.")
+        if self.seed > MOST_SEED:
+            raise ValueError(f"seed must be at most {MOST_SEED}, got {self.seed}.")
         if self.learning_rate is not None and not 0 < self.learning_rate < math.inf:
             raise ValueError(f"learning_rate must be above 0 and finite, got {self.learning_rate}.")
         if self.limit_test is not None and self.limit_test < self.world_size:
             raise ValueError(f"limit_test must be at least {self.world_size}, one a rank, got {self.limit_test}.")
-        backbones = find_recipe(self.recipe).backbones
+        recipe = find_recipe(self.recipe)
+        if self.batch_size is not None and self.batch_size < recipe.least_batch_size:
+            raise ValueError(
+                f"{self.recipe}: batch_size must be at least {recipe.least_batch_size}, got {self.batch_size}."
+            )
+        backbones = recipe.backbones
         if self.backbone is not None and self.backbone not in backbones:
             options = ", ".join(backbones) or "unset for this recipe"
             raise ValueError(f"{self.recipe}: backbone must be {options}, got {self.backbone!r}.")
@@ -124,6 +132,8 @@ class Settings:
         backbone = self.backbone or next(iter(recipe.backbones), None)
         resolved = {name: getattr(recipe, name) for name in ("epochs", "batch_size", "learning_rate")}
         resolved["backbone"] = backbone
+        if self.data is not None and Path(self.data).exists():
+            resolved["data"] = os.path.normpath(self.data)
         return asdict(self) | resolved | {"scheme": str(self.resolve_scheme()), "version": __version__}
 
 

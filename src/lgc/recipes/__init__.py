@@ -1,11 +1,16 @@
 """Models, data and settings to train with. A recipe is one file; to add one, copy one and list it here."""
 
+import importlib
+import os
+import sys
+from typing import Any
+
 from lgc.recipes.camvid import CAMVID_PSPNET
 from lgc.recipes.cifar10 import CIFAR10_RESNET20, CIFAR10_RESNET50, CIFAR10_RESNET101
-from lgc.recipes.data import Data, Split
+from lgc.recipes.data import Data, Split, TensorSplit
 from lgc.recipes.digits import DIGITS, DIGITS_MLP
 from lgc.recipes.imagenet import IMAGENET_RESNET50
-from lgc.recipes.recipe import Metric, Recipe
+from lgc.recipes.recipe import ACCURACY, Metric, Recipe, poly_decay, step_decay, warmup_and_cosine
 from lgc.recipes.text import TEXT_GPT
 
 RECIPES: dict[str, Recipe] = {
@@ -22,15 +27,49 @@ RECIPES: dict[str, Recipe] = {
     )
 }
 
-__all__ = ["RECIPES", "Data", "Metric", "Recipe", "Split", "find_recipe"]
+__all__ = [
+    "ACCURACY",
+    "RECIPES",
+    "Data",
+    "Metric",
+    "Recipe",
+    "Split",
+    "TensorSplit",
+    "find_object",
+    "find_recipe",
+    "poly_decay",
+    "step_decay",
+    "warmup_and_cosine",
+]
 
 
 def find_recipe(name: str) -> Recipe:
-    """The recipe of this name.
+    """The recipe of this name, or of the form `module:NAME`, that of a user's own module.
 
     Raises:
         ValueError: if there is none, with the names that there are.
     """
+    if ":" in name:
+        recipe = find_object("recipe", name)
+        if not isinstance(recipe, Recipe):
+            raise ValueError(f"recipe {name} must be an lgc.recipes.Recipe, got {type(recipe).__name__}.")
+        return recipe
     if name not in RECIPES:
-        raise ValueError(f"unknown recipe {name!r}; there are {', '.join(RECIPES)}.")
+        raise ValueError(f"unknown recipe {name!r}; there are {', '.join(RECIPES)}, and your own as module:NAME.")
     return RECIPES[name]
+
+
+def find_object(what: str, text: str) -> Any:
+    """What a module that can be imported from here has under a name: `module:name`.
+
+    Raises:
+        ValueError: if there is none, of the argument `what`.
+    """
+    module, _, name = text.partition(":")
+    sys.path.insert(0, os.getcwd())
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"{what} must be module:name, got {text!r}: {error}.") from error
+    finally:
+        sys.path.pop(0)

@@ -68,7 +68,7 @@ def load_split(path: str, split: str, limit: int | None) -> TensorSplit:
             images[number] = pixels.transpose(2, 0, 1)
             labels[number] = label
 
-    arrays = cached(table.files, f"cifar10 {split} {count}", make)
+    arrays = cached(table.files, f"cifar10 {split} {count}", ("images", "labels"), make)
     return TensorSplit(arrays["images"], arrays["labels"], to_batch)
 
 

@@ -6,6 +6,7 @@ import hashlib
 import io
 import os
 import re
+import shutil
 import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -243,7 +244,7 @@ def decode_image(
     Raises:
         ValueError: if it cannot be decoded or has another size.
     """
-    from PIL import Image
+    from PIL import Image, UnidentifiedImageError
 
     try:
         with Image.open(io.BytesIO(encoded), formats=IMAGE_FORMATS) as image:
@@ -256,6 +257,8 @@ def decode_image(
                 box = part(*image.size) if part is not None else None
                 pixels = pixels.resize(resize, Image.Resampling.BILINEAR, box)
             return np.array(pixels, dtype=np.uint8)
+    except UnidentifiedImageError:
+        raise ValueError(f"{where}: neither {' nor '.join(IMAGE_FORMATS)}.") from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"{where}: {error}") from None
 
@@ -293,7 +296,9 @@ def cache_folder() -> Path:
     return Path(os.environ.get("LGC_CACHE") or Path(base, "lgc"))
 
 
-def cached(files: Sequence[Path], version: str, make: Callable[[Path], None]) -> dict[str, Tensor]:
+def cached(
+    files: Sequence[Path], version: str, names: Sequence[str], make: Callable[[Path], None]
+) -> dict[str, Tensor]:
     """Arrays that were made from files, by name, mapped into memory; made only if the cache does not have them yet.
 
     The key is path, size and time of change of every file, and `version`. A folder of the cache is there whole or
@@ -302,19 +307,21 @@ def cached(files: Sequence[Path], version: str, make: Callable[[Path], None]) ->
     Args:
         files: what the arrays are made from.
         version: names everything else that decides the result; its first word names the folder.
+        names: of the arrays.
         make: writes `name.npy` files into a folder.
     """
     described = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     key = hashlib.sha256(repr((version, described)).encode()).hexdigest()[:16]
     folder = cache_folder() / f"{version.partition(' ')[0]}-{key}"
-    if not folder.is_dir():
+    if not all((folder / f"{name}.npy").is_file() for name in names):
+        shutil.rmtree(folder, ignore_errors=True)
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix="making-") as temporary:
             made = Path(temporary, "made")
             made.mkdir()
             make(made)
             _move(made, folder)
-    return {file.stem: _mapped(file) for file in sorted(folder.glob("*.npy"))}
+    return {name: _mapped(folder / f"{name}.npy") for name in names}
 
 
 def new_array(folder: Path, name: str, kind: type[np.generic], *shape: int) -> Array:

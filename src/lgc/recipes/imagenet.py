@@ -125,7 +125,7 @@ def load_parquet(path: str, split: str, limit: int | None) -> EncodedSplit:
             content[ends[number] - lengths[number] : ends[number]] = np.frombuffer(row.values[image_column], np.uint8)
             labels[number] = check_label(row.values[label_column], CLASSES, f"{row.where}, column {label_column}")
 
-    arrays = cached(table.files, f"imagenet {split} {count}", make)
+    arrays = cached(table.files, f"imagenet {split} {count}", ("ends", "content", "labels"), make)
     content, ends = arrays["content"], arrays["ends"]
 
     def encoded(index: int) -> tuple[bytes, str]:
@@ -156,6 +156,8 @@ def load_imagenet(path: str | None, limit_train: int | None) -> Data:
     train, test = Path(path, "train"), Path(path, "val")
     if not train.is_dir():
         return Data(load_parquet(path, "train", limit_train), load_parquet(path, "validation", None))
+    if not test.is_dir():
+        raise FileNotFoundError(f"{path} has train/ but no val/.")
     classes = sorted(entry.name for entry in train.iterdir() if entry.is_dir())
     if not 1 <= len(classes) <= CLASSES:
         raise ValueError(f"{train} must have 1 .. {CLASSES} folders, one for each class, got {len(classes)}.")

@@ -45,7 +45,7 @@ class Recipe:
             a cache, later ones map it into memory.
         loss: of outputs and targets, a scalar.
         metric: on the test data.
-        batch_size: per rank.
+        batch_size, least_batch_size: per rank.
         evaluation_batch: samples that are evaluated at once, per rank.
         epochs: over the training data, all ranks together.
         optimizer: SGD, or AdamW with the weight decay on tensors of two or more dimensions only.
@@ -63,6 +63,7 @@ class Recipe:
     loss: Callable[[Any, Tensor], Tensor]
     metric: Metric
     batch_size: int
+    least_batch_size: int = 1
     evaluation_batch: int = 512
     epochs: int
     optimizer: Literal["sgd", "adamw"] = "sgd"

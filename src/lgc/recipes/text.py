@@ -50,6 +50,8 @@ class TextSplit(Split):
 def load_text(path: str | None, limit_train: int | None) -> Data:
     """Python sources below a folder, by default the standard library; every 20th file is for testing."""
     folder = Path(path or sysconfig.get_path("stdlib"))
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder} is not a folder.")
     files = sorted(file for file in folder.rglob("*.py") if NOT_LIBRARY.isdisjoint(file.relative_to(folder).parts))
     if len(files) < 2:
         raise FileNotFoundError(f"{folder} must have at least two *.py files to train and test on, got {len(files)}.")

@@ -19,14 +19,13 @@ from lgc.app.train import notify
 from lgc.bench.link.measure import Plan, measure
 from lgc.bench.link.results import LOOPBACK, Results, bits_per_second
 from lgc.bench.link.target import TimeToTarget, format_times, times_to_target
-from lgc.recipes import RECIPES
 
 PICTURE = "link.svg"
 SCHEMES = "dense,bf16,powersgd:rank=1,powersgd:rank=2,powersgd:rank=4,dgc,scalecom,lgc-ring,lgc-ps"
 
 
 @click.command()
-@click.option("--recipe", type=click.Choice(list(RECIPES)), default="digits", show_default=True, help="What to train.")
+@options.recipe(default="digits", show_default=True)
 @options.data
 @options.batch_size
 @click.option("--workers", "world_size", type=click.IntRange(2), default=4, show_default=True, help="Number of ranks.")
@@ -37,7 +36,7 @@ SCHEMES = "dense,bf16,powersgd:rank=1,powersgd:rank=2,powersgd:rank=4,dgc,scalec
 @click.option("--steps", type=click.IntRange(1), default=20, show_default=True, help="Measured at a time, at most.")
 @click.option("--warm-up", type=click.IntRange(1), default=2, show_default=True, help="Steps before these.")
 @click.option(
-    "--seconds", type=click.FloatRange(0.001), default=5.0, show_default=True, help="Measured at a time, at most."
+    "--seconds", type=options.Finite(0.001), default=5.0, show_default=True, help="Measured at a time, at most."
 )
 @click.option(
     "--repeats", type=click.IntRange(1), default=3, show_default=True, help="Times that all schemes take turns."
@@ -45,7 +44,7 @@ SCHEMES = "dense,bf16,powersgd:rank=1,powersgd:rank=2,powersgd:rank=4,dgc,scalec
 @click.option("--loopback", is_flag=True, help="No network of its own, and no root: the link is not shaped.")
 @click.option(
     "--timeout",
-    type=click.FloatRange(1),
+    type=options.Finite(1),
     default=600.0,
     show_default=True,
     help="Seconds that a rank waits for another.",

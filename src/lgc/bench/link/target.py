@@ -9,7 +9,7 @@ from typing import NamedTuple
 from lgc.app.report import Run
 from lgc.app.table import aligned
 from lgc.bench.link.results import Results
-from lgc.recipes import RECIPES
+from lgc.recipes import find_recipe
 from lgc.schemes import Dense, parse_scheme
 
 
@@ -72,7 +72,7 @@ def _runs_of(runs: Sequence[Run], results: Results, scheme: str) -> list[Run]:
 
 def _is_run_of(run: Run, results: Results, scheme: str) -> bool:
     here, there = results.configuration, run.configuration
-    recipe = RECIPES[here["recipe"]]
+    recipe = find_recipe(here["recipe"])
     same = all(there[name] == here[name] for name in ("recipe", "world_size"))
     batch_size = here["batch_size"] or recipe.batch_size
     wanted = str(parse_scheme(scheme, recipe.scheme_defaults))
