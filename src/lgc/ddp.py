@@ -3,8 +3,6 @@
 # No `from __future__ import annotations`: DDP compares the hook's annotations by identity.
 import json
 import logging
-import sys
-import warnings
 import weakref
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -19,16 +17,25 @@ from lgc.aggregators import Aggregator
 from lgc.plan.selection import Selection
 from lgc.powersgd import PowerSGDHook
 from lgc.replicas import ReplicaError, compare, require_agreement, synchronise
+from lgc.requirements import (
+    advise,
+    describe,
+    parameters_of,
+    require_ddp,
+    require_exchangeable,
+    require_optimizer_of,
+    require_real,
+    require_single_momentum,
+    trained,
+)
 from lgc.schedule import Phase
 from lgc.schemes import Auto, Dense, PowerSGD, Scheme, SparseScheme, parse_scheme
 from lgc.traffic import Traffic, Wire, summarise
 from lgc.transport import RankError, Transport, clock
-from lgc.version import __version__
 
 logger = logging.getLogger("lgc")
 
 STATE_VERSION = 2
-ADAPTIVE = {"betas", "alpha", "rho", "lr_decay"}  # what Adam, RMSprop, Adadelta and Adagrad have
 
 OnDifference = Literal["raise", "synchronise"]
 OnNonfinite = Literal["propagate", "raise"]
@@ -76,7 +83,10 @@ def attach(
     The backward pass then raises, on every rank, ReplicaError when replicas differ and, with schemes that compress,
     RankError when a rank has failed and FloatingPointError for a non-finite gradient.
     """
-    ddp = _require_ddp(model)
+    ddp = require_ddp(model)
+    if ddp in _attached:
+        raise RuntimeError(f"attach: this model already has the scheme {_attached[ddp].scheme}.")
+    require_exchangeable(ddp)
     if isinstance(scheme, str):
         scheme = parse_scheme(scheme)
     if not isinstance(scheme, Scheme):
@@ -88,16 +98,16 @@ def attach(
     policy = Policy(check_every, on_difference, on_nonfinite)
     if timeout is not None and not (isinstance(timeout, int | float) and timeout > 0):
         raise ValueError(f"attach(timeout=...) must be a positive number or None, got {timeout!r}.")
-    transport = Transport(ddp.process_group, _trained(ddp)[0][1].device)
+    transport = Transport(ddp.process_group, trained(ddp)[0][1].device)
     if timeout is not None:
         transport.set_timeout(timeout)
-    _require_real(ddp, scheme)
+    require_real(ddp, scheme)
     if optimizer is not None:
-        _require_optimizer_of(ddp, optimizer)
-        _require_single_momentum(scheme, optimizer)
-    require_agreement(transport, _describe(ddp, scheme, policy, transport.world_size))
+        require_optimizer_of(ddp, optimizer)
+        require_single_momentum(scheme, optimizer)
+    require_agreement(transport, describe(ddp, scheme, asdict(policy), transport.world_size))
     if transport.rank == 0:
-        _advise(ddp, scheme, optimizer)
+        advise(ddp, scheme, optimizer)
     handle = Handle(ddp, scheme, transport, optimizer, grad_scaler, policy)
     _attached[ddp] = handle
     return handle
@@ -165,9 +175,9 @@ class Handle:
         self.round_time: RoundTime | None = None
         self.transport = transport
         self._optimizer = optimizer
-        self._optimized = None if optimizer is None else _parameters_of(optimizer)
+        self._optimized = None if optimizer is None else parameters_of(optimizer)
         self._grad_scaler = grad_scaler
-        self._parameters = dict(_trained(ddp))
+        self._parameters = dict(trained(ddp))
         self._names = {id(parameter): name for name, parameter in self._parameters.items()}
         self._device = next(iter(self._parameters.values())).device
         self._unused_possible = ddp.find_unused_parameters or ddp.static_graph
@@ -421,7 +431,7 @@ class Handle:
     def _aggregate(self, pending: list[_Pending]) -> Tensor:
         assert self.aggregator is not None
         if self._optimizer is not None:  # a scheduler or load_state_dict may have given it momentum since attach
-            _require_single_momentum(self.scheme, self._optimizer)
+            require_single_momentum(self.scheme, self._optimizer)
         flat = self.layout.by_name(self._flat)
         for bucket in pending:
             for name, gradient in bucket.gradients:
@@ -485,111 +495,6 @@ class Handle:
                     "optimizer.zero_grad() between steps, and accumulate under the model's no_sync()."
                 )
         self._delivered = False
-
-
-def _require_ddp(model: nn.Module) -> DistributedDataParallel:
-    model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper
-    fsdp = sys.modules.get("torch.distributed.fsdp")  # slow to import, and loaded if the model is of it
-    if fsdp is not None and isinstance(model, fsdp.FullyShardedDataParallel | fsdp.FSDPModule):
-        raise TypeError(
-            "attach(model=...) is sharded (FSDP), and a rank then never has the whole gradient; lgc needs "
-            "torch.nn.parallel.DistributedDataParallel."
-        )
-    if not isinstance(model, DistributedDataParallel):
-        raise TypeError(
-            f"attach(model=...) must be a DistributedDataParallel model, got {type(model).__name__}; wrap it first: "
-            "model = torch.nn.parallel.DistributedDataParallel(model)."
-        )
-    if model in _attached:
-        raise RuntimeError(f"attach: this model already has the scheme {_attached[model].scheme}.")
-    if model._comm_hooks or model.mixed_precision is not None:
-        raise RuntimeError(
-            "attach: this model already has a communication hook (register_comm_hook or mixed_precision=), and DDP "
-            "allows one; use autocast for mixed precision."
-        )
-    trained = list(_trained(model))
-    if len({parameter.device for _, parameter in trained}) != 1:
-        raise ValueError("attach(model=...) must have its trained parameters on one device.")
-    if any(isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.sparse for module in model.modules()):
-        raise ValueError("attach(model=...) has an embedding with sparse=True; lgc needs dense gradients.")
-    return model
-
-
-def _trained(ddp: DistributedDataParallel) -> list[tuple[str, nn.Parameter]]:
-    """Those in DDP's buckets: to be ignored, a parameter of the root module must have been named with a dot before."""
-    return [
-        (name, parameter)
-        for name, parameter in ddp.module.named_parameters()
-        if parameter.requires_grad and (name if "." in name else f".{name}") not in ddp.parameters_to_ignore
-    ]
-
-
-def _parameters_of(optimizer: torch.optim.Optimizer) -> set[int]:
-    return {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-
-
-def _require_real(ddp: DistributedDataParallel, scheme: Scheme) -> None:
-    complex_ones = [name for name, parameter in _trained(ddp) if parameter.is_complex()]
-    if complex_ones and isinstance(scheme, SparseScheme | Auto):
-        raise ValueError(
-            f"attach(model=...) has complex parameters ({', '.join(complex_ones)}), of which {scheme.name} would see "
-            "one half; only dense, bf16, fp16 and powersgd take them."
-        )
-
-
-def _require_optimizer_of(ddp: DistributedDataParallel, optimizer: torch.optim.Optimizer) -> None:
-    optimized = _parameters_of(optimizer)
-    if not any(id(parameter) in optimized for _, parameter in _trained(ddp)):
-        raise ValueError("attach(optimizer=...) has none of the model's parameters.")
-
-
-def _require_single_momentum(scheme: Scheme, optimizer: torch.optim.Optimizer) -> None:
-    if not isinstance(scheme, SparseScheme) or scheme.momentum == scheme.second_moment == 0:
-        return
-    for group in optimizer.param_groups:
-        own = group.get("momentum", 0) or (group["betas"][0] if "betas" in group else 0)
-        if scheme.second_moment and (own or ADAPTIVE & set(group)):
-            raise ValueError(
-                f"{type(scheme).__name__}(second_moment={scheme.second_moment}) makes Adam's step before sending, and "
-                f"the {type(optimizer).__name__} would make another one of it. Train with SGD without momentum, with "
-                "Adam's learning rate, or give the scheme second_moment=0 and momentum=0."
-            )
-        if own:
-            raise ValueError(
-                f"{type(scheme).__name__}(momentum={scheme.momentum}) corrects the momentum before sending, and the "
-                f"{type(optimizer).__name__} has one of its own ({own}): it would act twice. Give the optimizer none "
-                "(SGD: momentum=0, weight_decay divided by 1 - momentum; also after load_state_dict, and under a "
-                "scheduler that cycles it), or the scheme momentum=0 (Adam)."
-            )
-
-
-def _advise(ddp: DistributedDataParallel, scheme: Scheme, optimizer: torch.optim.Optimizer | None) -> None:
-    if ddp.broadcast_buffers and any(True for _ in ddp.module.buffers()) and not isinstance(scheme, Dense):
-        warnings.warn(
-            "DDP broadcasts this model's buffers (batch-norm statistics) at every forward pass, outside lgc and not "
-            "counted, which may be more bytes than the gradients; set ddp_model.broadcast_buffers = False before "
-            "attach, and broadcast them before evaluation and checkpoints.",
-            stacklevel=3,
-        )
-    if isinstance(scheme, SparseScheme) and scheme.momentum and not scheme.second_moment and optimizer is not None:
-        decay = max(group.get("weight_decay", 0) for group in optimizer.param_groups)
-        if decay:
-            logging.getLogger("lgc.advice").warning(
-                "weight_decay=%g under %s, which has the momentum, does what weight_decay=%.3g does beside momentum=%g "
-                "in the optimizer; where that is what you meant there is nothing to do.",
-                decay,
-                scheme.name,
-                decay * (1 - scheme.momentum),
-                scheme.momentum,
-            )
-
-
-def _describe(ddp: DistributedDataParallel, scheme: Scheme, policy: Policy, world_size: int) -> dict[str, object]:
-    """Everything that must be the same on all ranks, as flat JSON."""
-    arguments = {f"{scheme.name}.{name}": text for name, text in scheme.arguments().items()}
-    shapes = {f"parameter {name}": [*tensor.shape, str(tensor.dtype)] for name, tensor in _trained(ddp)}
-    versions = {"lgc version": __version__, "torch version": torch.__version__}
-    return {**versions, "world size": world_size, "scheme": scheme.name, **arguments, **asdict(policy), **shapes}
 
 
 def _require_same_form(here: object, state: object, where: str) -> None:

@@ -1,0 +1,131 @@
+"""What a model, an optimizer and a scheme must be like to be attached."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import warnings
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from lgc.schemes import Auto, Dense, Scheme, SparseScheme
+from lgc.version import __version__
+
+ADAPTIVE = {"betas", "alpha", "rho", "lr_decay"}  # what Adam, RMSprop, Adadelta and Adagrad have
+
+
+def require_ddp(model: nn.Module) -> DistributedDataParallel:
+    """The DDP model, out of torch.compile's wrapper; raises TypeError if there is none."""
+    model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # slow to import, and loaded if the model is of it
+    if fsdp is not None and isinstance(model, fsdp.FullyShardedDataParallel | fsdp.FSDPModule):
+        raise TypeError(
+            "attach(model=...) is sharded (FSDP), and a rank then never has the whole gradient; lgc needs "
+            "torch.nn.parallel.DistributedDataParallel."
+        )
+    if not isinstance(model, DistributedDataParallel):
+        raise TypeError(
+            f"attach(model=...) must be a DistributedDataParallel model, got {type(model).__name__}; wrap it first: "
+            "model = torch.nn.parallel.DistributedDataParallel(model)."
+        )
+    return model
+
+
+def require_exchangeable(ddp: DistributedDataParallel) -> None:
+    """Raise if DDP is set to something, or the model has something, that lgc cannot do."""
+    if ddp._comm_hooks or ddp.mixed_precision is not None:
+        raise RuntimeError(
+            "attach: this model already has a communication hook (register_comm_hook or mixed_precision=), and DDP "
+            "allows one; use autocast for mixed precision."
+        )
+    if len({parameter.device for _, parameter in trained(ddp)}) != 1:
+        raise ValueError("attach(model=...) must have its trained parameters on one device.")
+    if any(isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.sparse for module in ddp.modules()):
+        raise ValueError("attach(model=...) has an embedding with sparse=True; lgc needs dense gradients.")
+
+
+def trained(ddp: DistributedDataParallel) -> list[tuple[str, nn.Parameter]]:
+    """The parameters in DDP's buckets, by name: to be ignored, a parameter of the root module must have been named with a dot before."""
+    return [
+        (name, parameter)
+        for name, parameter in ddp.module.named_parameters()
+        if parameter.requires_grad and (name if "." in name else f".{name}") not in ddp.parameters_to_ignore
+    ]
+
+
+def parameters_of(optimizer: torch.optim.Optimizer) -> set[int]:
+    """Their ids."""
+    return {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+
+
+def require_real(ddp: DistributedDataParallel, scheme: Scheme) -> None:
+    """Raise ValueError for complex parameters under a scheme that flattens gradients to float32."""
+    complex_ones = [name for name, parameter in trained(ddp) if parameter.is_complex()]
+    if complex_ones and isinstance(scheme, SparseScheme | Auto):
+        raise ValueError(
+            f"attach(model=...) has complex parameters ({', '.join(complex_ones)}), of which {scheme.name} would see "
+            "one half; only dense, bf16, fp16 and powersgd take them."
+        )
+
+
+def require_optimizer_of(ddp: DistributedDataParallel, optimizer: torch.optim.Optimizer) -> None:
+    """Raise ValueError if the optimizer is of another model."""
+    optimized = parameters_of(optimizer)
+    if not any(id(parameter) in optimized for _, parameter in trained(ddp)):
+        raise ValueError("attach(optimizer=...) has none of the model's parameters.")
+
+
+def require_single_momentum(scheme: Scheme, optimizer: torch.optim.Optimizer) -> None:
+    """Raise ValueError if both have a momentum, or both make Adam's step."""
+    if not isinstance(scheme, SparseScheme) or scheme.momentum == scheme.second_moment == 0:
+        return
+    for group in optimizer.param_groups:
+        own = group.get("momentum", 0) or (group["betas"][0] if "betas" in group else 0)
+        if scheme.second_moment and (own or ADAPTIVE & set(group)):
+            raise ValueError(
+                f"{type(scheme).__name__}(second_moment={scheme.second_moment}) makes Adam's step before sending, and "
+                f"the {type(optimizer).__name__} would make another one of it. Train with SGD without momentum, with "
+                "Adam's learning rate, or give the scheme second_moment=0 and momentum=0."
+            )
+        if own:
+            raise ValueError(
+                f"{type(scheme).__name__}(momentum={scheme.momentum}) corrects the momentum before sending, and the "
+                f"{type(optimizer).__name__} has one of its own ({own}): it would act twice. Give the optimizer none "
+                "(SGD: momentum=0, weight_decay divided by 1 - momentum; also after load_state_dict, and under a "
+                "scheduler that cycles it), or the scheme momentum=0 (Adam)."
+            )
+
+
+def advise(ddp: DistributedDataParallel, scheme: Scheme, optimizer: torch.optim.Optimizer | None) -> None:
+    """Warn of what is allowed and seldom meant: buffers broadcast at every step, a weight decay as beside momentum."""
+    if ddp.broadcast_buffers and any(True for _ in ddp.module.buffers()) and not isinstance(scheme, Dense):
+        warnings.warn(
+            "DDP broadcasts this model's buffers (batch-norm statistics) at every forward pass, outside lgc and not "
+            "counted, which may be more bytes than the gradients; set ddp_model.broadcast_buffers = False before "
+            "attach, and broadcast them before evaluation and checkpoints.",
+            stacklevel=3,
+        )
+    if isinstance(scheme, SparseScheme) and scheme.momentum and not scheme.second_moment and optimizer is not None:
+        decay = max(group.get("weight_decay", 0) for group in optimizer.param_groups)
+        if decay:
+            logging.getLogger("lgc.advice").warning(
+                "weight_decay=%g under %s, which has the momentum, does what weight_decay=%.3g does beside momentum=%g "
+                "in the optimizer; where that is what you meant there is nothing to do.",
+                decay,
+                scheme.name,
+                decay * (1 - scheme.momentum),
+                scheme.momentum,
+            )
+
+
+def describe(
+    ddp: DistributedDataParallel, scheme: Scheme, policy: Mapping[str, object], world_size: int
+) -> dict[str, object]:
+    """Everything that must be the same on all ranks, as flat JSON."""
+    arguments = {f"{scheme.name}.{name}": text for name, text in scheme.arguments().items()}
+    shapes = {f"parameter {name}": [*tensor.shape, str(tensor.dtype)] for name, tensor in trained(ddp)}
+    versions = {"lgc version": __version__, "torch version": torch.__version__}
+    return {**versions, "world size": world_size, "scheme": scheme.name, **arguments, **policy, **shapes}
