@@ -48,7 +48,8 @@ def require_exchangeable(ddp: DistributedDataParallel) -> None:
 
 
 def trained(ddp: DistributedDataParallel) -> list[tuple[str, nn.Parameter]]:
-    """The parameters in DDP's buckets, by name: to be ignored, a parameter of the root module must have been named with a dot before."""
+    """The parameters in DDP's buckets, by name."""
+    # To be ignored, a parameter of the root module must have been named with a dot before.
     return [
         (name, parameter)
         for name, parameter in ddp.module.named_parameters()
