@@ -68,7 +68,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tup
     @cache
     def run(scheme: str) -> tuple[Any, ...]:
         out = tmp_path_factory.mktemp("undisturbed") / scheme
-        run_undisturbed(out, arguments(SCHEMES[scheme], out, timeout=60))
+        run_undisturbed(arguments(SCHEMES[scheme], out, timeout=60))
         found = results(out)
         phases = [row["phase"] for row in found[0] if "phase" in row]
         assert phases == [phase for phase in PHASES for _ in range(PHASE_STEPS)]
@@ -110,7 +110,7 @@ def test_soak(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         print(f"\nsoak: SOAK_SEED={seed}, {scheme}: {'; '.join(map(str, faults))}", flush=True)
 
     expected, out = tmp_path / "undisturbed", tmp_path / "run"
-    run_undisturbed(expected, arguments(scheme, expected, timeout=60, steps=SOAK_STEPS))
+    run_undisturbed(arguments(scheme, expected, timeout=60, steps=SOAK_STEPS))
     limit_s = SOAK_FAULTS * (TIMEOUT_S + TORCHRUN_KILLS_S + 2 * PATIENCE_S)
     torchrun(out, faults, arguments(scheme, out, timeout=TIMEOUT_S, steps=SOAK_STEPS), limit_s=limit_s)
     assert [event["fault"] for event in read(log_of(out), "fault")] == [list(fault) for fault in faults], seed

@@ -58,7 +58,7 @@ def torchrun(out: Path, faults: Sequence[Fault], run: list[str], *, limit_s: flo
     return output
 
 
-def run_undisturbed(out: Path, run: list[str]) -> None:
+def run_undisturbed(run: list[str]) -> None:
     """The same with two ranks to which nothing happens."""
     done = subprocess.run([*LGC, *run, "--workers", "2"], capture_output=True, text=True, timeout=LIMIT_S)
     assert done.returncode == 0, done.stderr

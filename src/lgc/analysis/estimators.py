@@ -75,8 +75,6 @@ def kraskov_mutual_information(
     x: NDArray[np.floating],
     y: NDArray[np.floating],
     generator: np.random.Generator,
-    *,
-    neighbours: int = NEIGHBOURS,
 ) -> Estimate:
     """I(x; y) from distances to the nearest neighbours, of normal scores.
 
@@ -88,9 +86,9 @@ def kraskov_mutual_information(
     """
     scores = _scores(x, y, generator)
     points = scores.T
-    distances = cKDTree(points).query(points, neighbours + 1, p=np.inf)[0][:, -1]
+    distances = cKDTree(points).query(points, NEIGHBOURS + 1, p=np.inf)[0][:, -1]
     radii = distances * (1 - 1e-6)  # n_x counts strictly nearer ones, whatever x + distance is rounded to
-    local = digamma(len(x)) + digamma(neighbours) - sum(digamma(_within(axis, radii) + 1) for axis in scores)
+    local = digamma(len(x)) + digamma(NEIGHBOURS) - sum(digamma(_within(axis, radii) + 1) for axis in scores)
     return Estimate(float(local.mean()), SHARED_NEIGHBOURS * float(local.std(ddof=1)) / math.sqrt(len(x)))
 
 

@@ -227,9 +227,9 @@ def _plot_plane(axes: Axes, analysis: Analysis) -> None:
 
 
 def _plot_over_training(axes: Axes, analysis: Analysis) -> None:
-    series = {name: (analysis.rows_of(quantity), "") for quantity, name in QUANTITIES.items()}
-    series["values at the leader's indices"] = (analysis.shared, "")
-    for number, (name, (rows, _)) in enumerate(series.items()):
+    series = {name: analysis.rows_of(quantity) for quantity, name in QUANTITIES.items()}
+    series["values at the leader's indices"] = analysis.shared
+    for number, (name, rows) in enumerate(series.items()):
         _errorbar(axes, rows, "kraskov_mutual_information", name, f"C{number}", "-")
         _errorbar(axes, rows, "shuffled_mutual_information", "", f"C{number}", ":")
     axes.axvspan(0, analysis.recording.warmup_end, color="black", alpha=0.06, linewidth=0)
