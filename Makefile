@@ -12,9 +12,9 @@ demo: $(INSTALLED)
 	$(BIN)/lgc compare --recipe digits --workers 4 \
 		--schemes dense,topk,dgc,scalecom,lgc-ring,lgc-ps --out $(DEMO_OUT)
 
-# In the order of the files, so that none of the longest is left to the end.
+# In the order of the files, so that none of the longest is left to the end; three at a time, as some only wait.
 test: $(INSTALLED)
-	$(BIN)/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -355,7 +355,9 @@ def test_compare_checks_all_schemes_before_the_first_run(tmp_path: Path) -> None
 
 def test_compare_checks_all_data_before_the_first_run(tmp_path: Path) -> None:
     own = ["--data", "cifar10-resnet20=nowhere/cifar", "--data", "text-gpt=nowhere/text"]
-    arguments = ["compare", "--recipe", "digits,cifar10-resnet20", "--schemes", "dense", *own]
+    own += ["--data", "lgc.recipes.digits:DIGITS_MLP=nowhere/digits"]
+    recipes = "digits,cifar10-resnet20,lgc.recipes.digits:DIGITS_MLP"
+    arguments = ["compare", "--recipe", recipes, "--schemes", "dense", *own]
     result = CliRunner().invoke(main, [*arguments, "--out", str(tmp_path / "runs")])
     assert result.exit_code == 1
     assert "nowhere/cifar" in result.output  # and digits, which takes no data, was given none
@@ -377,8 +379,13 @@ def test_a_recipe_of_the_users_own_is_trained(tmp_path: Path) -> None:
     schemes = "dense,dgc:rate=0.05:warmup_steps=10"
     done = run("compare", "--recipe", "mine:WINE", "--workers", "4", "--schemes", schemes, "--out", "r", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "wine, 4,355 parameters, 4 ranks, 40 steps" in done.stdout
+    assert "mine:WINE, 4,355 parameters, 4 ranks, 40 steps" in done.stdout
     assert all(each.summary["metric"]["value"] > 90 for each in find_runs([tmp_path / "r"]))
+    (tmp_path / "mine.py").write_text(recipe.replace("momentum=0.9", "momentum=0.8"))
+    changed = run(
+        "compare", "--recipe", "mine:WINE", "--workers", "4", "--schemes", schemes, "--out", "r", cwd=tmp_path
+    )
+    assert "has a finished run of other settings (source: " in changed.stderr
 
 
 def test_the_command_line_starts_without_what_draws_and_measures() -> None:
@@ -438,15 +445,12 @@ def test_a_page_that_cannot_be_written_is_an_error_and_the_old_one_stays(compare
 
 
 def test_the_report_draws_labels_with_a_dollar_and_runs_of_one_rank(compared: Path, tmp_path: Path) -> None:
-    dense, ring = find_runs([compared])
-    one = [
-        replace(each, rows=[row | {"rank0_sent_bytes": 0, "rank0_received_bytes": 0} for row in each.rows])
-        for each in (dense, ring)
-    ]
+    dense = Run.load(compared / "dense")
+    alone = replace(dense, rows=[row | {"rank0_sent_bytes": 0, "rank0_received_bytes": 0} for row in dense.rows])
     phases = [phase | {"sent_bytes": 0, "received_bytes": 0} for phase in dense.summary["wire"]["phases"]]
     summary = dense.summary | {"wire": dense.summary["wire"] | {"phases": phases}}
     named = summary | {"configuration": dense.configuration | {"data": "a $x_ b"}}
-    write_report([replace(one[0], summary=summary), replace(one[0], summary=named)], tmp_path / "page.html")
+    write_report([replace(alone, summary=summary), replace(alone, summary=named)], tmp_path / "page.html")
     assert "Against bytes" not in (tmp_path / "page.html").read_text()
     assert "$x_" in (tmp_path / "page.html").read_text()
 

@@ -135,7 +135,7 @@ def test_a_rank_that_fails_amid_a_round_is_named_by_the_others(ranks: RankFactor
 SCRIPT = """
 import sys
 import torch.distributed as dist
-sys.path[:0] = sys.argv[1:2]
+sys.path[:0] = sys.argv[1:]
 from test_faults import SCHEMES, fail_amid_round
 dist.init_process_group("gloo")
 fail_amid_round(dist.get_rank(), dist.get_world_size(), SCHEMES["lgc-ring"], 1, 600.0)
@@ -144,10 +144,11 @@ fail_amid_round(dist.get_rank(), dist.get_world_size(), SCHEMES["lgc-ring"], 1, 
 
 def test_when_its_process_ends_the_others_do_not_wait_for_the_timeout(tmp_path: Path) -> None:
     (tmp_path / "script.py").write_text(SCRIPT)
+    tests = Path(__file__).parent
     environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run(
-        [*torchrun, str(tmp_path / "script.py"), str(Path(__file__).parent / "support")],
+        [*torchrun, str(tmp_path / "script.py"), str(tests), str(tests / "support")],
         env=environment,
         capture_output=True,
         text=True,

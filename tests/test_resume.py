@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import shutil
 import signal
@@ -15,15 +16,17 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from click.testing import CliRunner
 from ranks import Ranks
 from runs import ENVIRONMENT, LGC, LIMIT_S, TORCHRUN, children_of, measured, rows
 
 from lgc import checkpoint
 from lgc.app.cli import main
-from lgc.app.launch import run_locally
+from lgc.app.launch import _prepare, run_locally
 from lgc.app.run_folder import OtherRunError, claim, cut_metrics, is_to_be_overwritten, occupied
 from lgc.app.train import Output, Settings, Training
+from lgc.transport import Transport
 
 STEPS = 56
 RUN = ["--recipe", "digits", "--workers", "2", "--batch-size", "8", "--steps", str(STEPS), "--checkpoint-every", "5"]
@@ -212,7 +215,7 @@ def test_on_more_ranks_something_of_a_pass_that_was_almost_done_is_left(ranks: C
 
 
 def test_a_run_that_failed_in_its_first_step_is_not_in_the_way_of_a_corrected_one(tmp_path: Path) -> None:
-    wrong, right = {"batch_size": 1}, {"batch_size": 2}
+    wrong, right = CONFIGURATION | {"batch_size": 1}, CONFIGURATION | {"batch_size": 2}
     assert claim(tmp_path, wrong, overwrite=False)
     (tmp_path / "metrics.jsonl").touch()
     assert claim(tmp_path, right, overwrite=False)
@@ -221,10 +224,11 @@ def test_a_run_that_failed_in_its_first_step_is_not_in_the_way_of_a_corrected_on
         claim(tmp_path, wrong, overwrite=False)
 
 
+CONFIGURATION = {"recipe": "digits", "scheme": "dense"}
 FOREIGN: dict[str, dict[str, str]] = {
     "checkpoints": {"checkpoints/mine.pt": "x"},
     "metrics": {"metrics.jsonl": '{"a": 1}\n'},
-    "settings": {"settings.json": '{"theme": "dark"}'},
+    "settings": {"settings.json": '{"theme": "dark", "scheme": "solarized"}'},
     "of a run that lost its settings": {"checkpoints/step-1/x": "", "metrics.jsonl": '{"step": 0}\n'},
 }
 
@@ -235,14 +239,14 @@ def test_what_is_not_of_a_known_run_is_not_touched(files: dict[str, str], tmp_pa
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(content)
     with pytest.raises(OtherRunError, match="is not of a run whose settings are known, and stays as it is"):
-        claim(tmp_path, {"seed": 0}, overwrite=False)
+        claim(tmp_path, CONFIGURATION, overwrite=False)
     assert {name: (tmp_path / name).read_text() for name in files} == files
 
 
 def test_a_damaged_summary_is_an_error_that_names_it(tmp_path: Path) -> None:
     (tmp_path / "summary.json").write_text("{}")
     with pytest.raises(ValueError, match=r"summary\.json has no configuration; --overwrite starts anew"):
-        claim(tmp_path, {"seed": 0}, overwrite=False)
+        claim(tmp_path, CONFIGURATION, overwrite=False)
 
 
 def test_a_folder_takes_one_job_at_a_time(tmp_path: Path) -> None:
@@ -253,13 +257,69 @@ def test_a_folder_takes_one_job_at_a_time(tmp_path: Path) -> None:
         pass
 
 
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_child_that_outlives_a_job_does_not_keep_its_folder(tmp_path: Path) -> None:
+    with occupied(tmp_path):
+        child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+        child.start()
+        children_of(os.getpid())  # it is there
+    try:
+        deadline = time.monotonic() + 30
+        while not _is_free(tmp_path):  # the child lets go as soon as it runs
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+    finally:
+        child.kill()
+
+
+def _is_free(folder: Path) -> bool:
+    try:
+        with occupied(folder):
+            return True
+    except OtherRunError:
+        return False
+
+
+def prepare_without_data_on_one_machine(rank: int, world_size: int, folder: Path) -> None:
+    data = None if rank == 0 else "nowhere"
+    settings = Settings(recipe="text-gpt", scheme="dense", world_size=world_size, data=data)
+    transport = Transport(dist.distributed_c10d._get_default_group(), torch.device("cpu"))
+    _prepare(settings, Output(folder=folder), transport, local_rank=0, overwrite=rank == 0)
+
+
+def test_nothing_is_overwritten_where_a_machine_lacks_the_data(ranks: Callable[[int], Ranks], tmp_path: Path) -> None:
+    (tmp_path / "summary.json").write_text("{}")
+    first, second = ranks(2).exceptions(prepare_without_data_on_one_machine, tmp_path)
+    assert "rank 1: FileNotFoundError: nowhere is not a folder" in str(first)
+    assert type(second) is FileNotFoundError
+    assert (tmp_path / "summary.json").exists()
+
+
+def test_a_job_that_is_killed_while_it_overwrites_goes_on_with_that(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert claim(tmp_path, CONFIGURATION, overwrite=False)
+    (tmp_path / "checkpoints").mkdir()
+    assert is_to_be_overwritten(tmp_path, first_start=True)
+    with monkeypatch.context() as patched:
+        patched.setattr(shutil, "rmtree", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            claim(tmp_path, CONFIGURATION | {"seed": 1}, overwrite=True)
+    assert is_to_be_overwritten(tmp_path, first_start=False)
+    assert claim(tmp_path, CONFIGURATION | {"seed": 1}, overwrite=True)
+
+
+def interrupt(*_: Any, **__: Any) -> None:
+    raise KeyboardInterrupt
+
+
 def train_here(folder: Path) -> None:
     settings = Settings(recipe="digits", scheme="dense", world_size=1, steps=1)
     run_locally(settings, Output(folder=folder), timedelta(seconds=60), overwrite=True)
 
 
 def test_a_job_that_is_restarted_before_it_has_overwritten_a_run_still_does(tmp_path: Path) -> None:
-    old, new = {"seed": 0}, {"seed": 1}
+    old, new = CONFIGURATION | {"seed": 0}, CONFIGURATION | {"seed": 1}
     assert claim(tmp_path, old, overwrite=False)
     (tmp_path / "metrics.jsonl").write_text("{}\n")
     assert is_to_be_overwritten(tmp_path, first_start=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ SCHEME_HELP = (
 ).format(names=", ".join(SCHEMES))
 
 LINK = "100mbit"
+OF_RECIPES = ("data", "backbone")  # options that take RECIPE=VALUE
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -116,9 +117,11 @@ def train(recipe: str, scheme: str, workers: int | None, seed: int, out: Path, *
         if workers not in (None, world_size):
             raise click.UsageError(f"--workers {workers}: torchrun has started {world_size} ranks; leave it out.")
     launch, run = _launcher(run)
+    run |= {name: _of_recipe(recipe, [recipe], run[name]) for name in OF_RECIPES}
     launch(_settings(recipe, scheme, world_size, seed, run), out)
     if not under_torchrun():
-        click.echo(format_table([Run.load(out)]))
+        with options.reported_errors():
+            click.echo(format_table([Run.load(out)]))
 
 
 @main.command()
@@ -237,17 +240,16 @@ def _links(texts: tuple[str, ...]) -> list[LineRate]:
 
 
 def _settings(recipe: str, scheme: str, world_size: int, seed: int, run: dict[str, Any]) -> Settings:
-    own = {name: _of_recipe(recipe, run[name]) for name in ("data", "backbone")}
     try:
-        return Settings(recipe=recipe, scheme=scheme, world_size=world_size, seed=seed, **(run | own))
+        return Settings(recipe=recipe, scheme=scheme, world_size=world_size, seed=seed, **run)
     except ValueError as error:
         raise click.UsageError(str(error)) from None
 
 
-def _of_recipe(recipe: str, values: tuple[str, ...]) -> str | None:
+def _of_recipe(recipe: str, recipes: Sequence[str], values: tuple[str, ...]) -> str | None:
     """The last value that is the recipe's own, RECIPE=VALUE, or else one that is for all."""
     own = [value.removeprefix(f"{recipe}=") for value in values if value.startswith(f"{recipe}=")]
-    for_all = [value for value in values if not any(value.startswith(f"{name}=") for name in RECIPES)]
+    for_all = [value for value in values if not any(value.startswith(f"{name}=") for name in (*RECIPES, *recipes))]
     return next(reversed([*for_all, *own]), None)
 
 
@@ -257,12 +259,13 @@ def _plan(
     """The folder of every run and its settings, checked before the first one starts."""
     planned: dict[Path, Settings] = {}
     for recipe in recipes:
+        own = run | {name: _of_recipe(recipe, recipes, run[name]) for name in OF_RECIPES}
         for scheme in schemes:
             for seed in range(seeds):
                 parts = [recipe.replace(":", ",")] if len(recipes) > 1 else []
                 parts += [scheme.replace(":", ","), *([f"seed-{seed}"] if seed else [])]
-                planned[Path(*parts)] = _settings(recipe, scheme, workers, seed, run)
-        resolved = [_settings(recipe, scheme, workers, 0, run).resolve_scheme() for scheme in schemes]
+                planned[Path(*parts)] = _settings(recipe, scheme, workers, seed, own)
+        resolved = [_settings(recipe, scheme, workers, 0, own).resolve_scheme() for scheme in schemes]
         try:
             require_different(schemes, resolved)
         except ValueError as error:

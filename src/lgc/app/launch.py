@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from multiprocessing import forkserver, parent_process
 from typing import Any
@@ -80,19 +81,25 @@ def _run_in_job(
 
 
 def _prepare(settings: Settings, output: Output, transport: Transport, local_rank: int, *, overwrite: bool) -> None:
-    """Decode into the cache that the other ranks of this machine map, then remove what is to be overwritten.
-
-    All ranks are told if that fails.
-    """
-    try:
-        if local_rank == 0:
+    """Decode into the cache that the other ranks of this machine map, then remove what is to be overwritten."""
+    if local_rank == 0:
+        with _announced(transport):
             settings.load_data()
-        if overwrite:
+    transport.all_gather(torch.zeros(1), "agreement")  # nothing is removed before all machines have the data
+    if overwrite:
+        with _announced(transport):
             claim(output.folder, settings.configuration(), overwrite=True)
+    transport.all_gather(torch.zeros(1), "agreement")
+
+
+@contextlib.contextmanager
+def _announced(transport: Transport) -> Iterator[None]:
+    """Tell the other ranks of an error, which then wait no longer."""
+    try:
+        yield
     except Exception as error:
         transport.announce(error)
         raise
-    transport.all_gather(torch.zeros(1), "agreement")
 
 
 def _warn_of_stale_store() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import numbers
 import re
 import shlex
 import statistics
@@ -22,7 +23,7 @@ SUMMARY_TYPES: dict[str, type] = {
     **dict.fromkeys(("steps", "parameters", "world_size", "wire.sent_bytes", "wire.received_bytes"), int),
     **dict.fromkeys(("configuration", "versions", "wire.paper"), dict),
     **dict.fromkeys(("world_sizes", "wire.phases"), list),
-    **dict.fromkeys(("metric.value", "time.wall_s"), float),
+    **dict.fromkeys(("metric.value", "time.wall_s"), numbers.Real),
 }  # what a report needs
 ARROWS = {"higher": "↑", "lower": "↓"}
 Series = tuple[list[float], list[float]]
@@ -103,7 +104,7 @@ class Run:
         options |= {
             name.replace("_", "-"): value
             for name, value in self.configuration.items()
-            if name not in ("recipe", "scheme", "world_size", "version") and value not in (None, False)
+            if name not in ("recipe", "scheme", "world_size", "source", "version") and value not in (None, False)
         }
         words = [f"--{name}" if value is True else f"--{name}={value}" for name, value in options.items()]
         command = shlex.join(["lgc", "train", *words, "--out=OUT"])
@@ -198,7 +199,7 @@ def by_recipe(runs: Sequence[Run]) -> dict[str, list[Line]]:
     """The lines of every recipe, in the order of their first runs; of runs that repeat each other the first one."""
     recipes: dict[str, dict[str, dict[int, Run]]] = {}
     for run in runs:
-        lines = recipes.setdefault(run.summary["recipe"], {})
+        lines = recipes.setdefault(run.configuration["recipe"], {})
         seeds = lines.setdefault(json.dumps(run.conditions, sort_keys=True), {})
         seeds.setdefault(run.configuration["seed"], run)
     grouped = {recipe: [list(seeds.values()) for seeds in lines.values()] for recipe, lines in recipes.items()}

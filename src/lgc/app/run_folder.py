@@ -61,11 +61,14 @@ def require_same(there: Mapping[str, Any], wanted: Mapping[str, Any], where: str
 def occupied(folder: Path) -> Iterator[None]:
     """Keep other jobs out of a folder for as long as the `with` block lasts, or this process lives.
 
+    Jobs of other machines too where the file system has such locks for all of them; NFS has them for each machine.
+
     Raises:
         OtherRunError: another job is in there.
     """
     folder.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(folder, os.O_RDONLY)
+    _held.add(descriptor)
     try:
         with contextlib.suppress(OSError):  # a file system without locks
             try:
@@ -74,7 +77,19 @@ def occupied(folder: Path) -> Iterator[None]:
                 raise OtherRunError(f"{folder} has a run that is going on; choose another --out, or stop it.") from None
         yield
     finally:
+        _held.discard(descriptor)
         os.close(descriptor)
+
+
+def _let_go() -> None:
+    # A child has the lock for as long as it lives, and may outlive this process.
+    for descriptor in _held:
+        os.close(descriptor)
+    _held.clear()
+
+
+_held: set[int] = set()
+os.register_at_fork(after_in_child=_let_go)
 
 
 def is_to_be_overwritten(folder: Path, *, first_start: bool) -> bool:
@@ -117,11 +132,11 @@ def is_finished(folder: Path, configuration: Mapping[str, Any]) -> bool:
             raise ValueError(f"{folder / SUMMARY} has no configuration; --overwrite starts anew.")
         require_same(there, configuration, f"{folder} has a finished run")
         return True
-    there = _read_json(folder / SETTINGS) if (folder / SETTINGS).exists() else {}
-    metrics, checkpoints = folder / METRICS, folder / CHECKPOINTS
-    begun = (metrics.exists() and metrics.stat().st_size > 0) or checkpoints.exists()
-    if (begun or there) and not there.keys() & configuration.keys():
-        found = next(path for path in (folder / SETTINGS, checkpoints, metrics) if path.exists())
+    settings, metrics, checkpoints = folder / SETTINGS, folder / METRICS, folder / CHECKPOINTS
+    begun = _has_content(metrics) or checkpoints.exists()
+    there = _read_json(settings) if _has_content(settings) else {}
+    if (begun or there) and not {"recipe", "scheme"} <= there.keys():
+        found = next(path for path in (settings, checkpoints, metrics) if path.exists())
         raise OtherRunError(
             f"{found} is not of a run whose settings are known, and stays as it is; choose another --out, or "
             "--overwrite."
@@ -131,6 +146,10 @@ def is_finished(folder: Path, configuration: Mapping[str, Any]) -> bool:
     return False
 
 
+def _has_content(file: Path) -> bool:
+    return file.exists() and file.stat().st_size > 0
+
+
 def write_json(path: Path, content: object) -> None:
     """Write a JSON file that is there whole or not at all."""
     write_whole(path, json.dumps(content, indent=1) + "\n")
@@ -138,7 +157,11 @@ def write_json(path: Path, content: object) -> None:
 
 def write_whole(path: Path, text: str) -> None:
     """Write a file that is there whole or not at all."""
+    path = Path(os.path.realpath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists() and not path.is_file():  # a pipe, a terminal
+        path.write_text(text, encoding="utf-8")
+        return
     temporary = path.with_name(path.name + ".tmp")
     try:
         temporary.write_text(text, encoding="utf-8")
@@ -156,10 +179,10 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _clear(folder: Path) -> None:
-    for name in (SUMMARY, SETTINGS, METRICS, OVERWRITE):
-        (folder / name).unlink(missing_ok=True)
     for name in (CHECKPOINTS, EVENTS):
         shutil.rmtree(folder / name, ignore_errors=True)
+    for name in (SUMMARY, METRICS, SETTINGS, OVERWRITE):  # so that after a kill it is still known what is to be done
+        (folder / name).unlink(missing_ok=True)
 
 
 class Recorder:

@@ -26,7 +26,7 @@ from lgc import checkpoint
 from lgc.app.run_folder import CHECKPOINTS, METRICS, SUMMARY, Recorder, require_same, write_json
 from lgc.ddp import attach
 from lgc.powersgd import one_bucket_mb
-from lgc.recipes import Data, Recipe, find_recipe
+from lgc.recipes import Data, Recipe, find_recipe, source_digest
 from lgc.schedule import Phase
 from lgc.schemes import Auto, Dense, PowerSGD, Scheme, parse_scheme
 from lgc.version import __version__
@@ -134,6 +134,8 @@ class Settings:
         resolved["backbone"] = backbone
         if self.data is not None and Path(self.data).exists():
             resolved["data"] = os.path.normpath(self.data)
+        if source := source_digest(self.recipe):
+            resolved["source"] = source
         return asdict(self) | resolved | {"scheme": str(self.resolve_scheme()), "version": __version__}
 
 
@@ -569,4 +571,4 @@ def evaluate(recipe: Recipe, model: nn.Module, data: Data, device: torch.device,
         parts.append(recipe.metric.sums(model(inputs).float(), targets))
     sums = torch.stack(parts).sum(dim=0)
     dist.all_reduce(sums)
-    return recipe.metric.value(sums.cpu())
+    return float(recipe.metric.value(sums.cpu()))

@@ -1,8 +1,10 @@
 """Models, data and settings to train with. A recipe is one file; to add one, copy one and list it here."""
 
+import hashlib
 import importlib
 import os
 import sys
+from pathlib import Path
 from typing import Any
 
 from lgc.recipes.camvid import CAMVID_PSPNET
@@ -38,6 +40,7 @@ __all__ = [
     "find_object",
     "find_recipe",
     "poly_decay",
+    "source_digest",
     "step_decay",
     "warmup_and_cosine",
 ]
@@ -66,10 +69,17 @@ def find_object(what: str, text: str) -> Any:
         ValueError: if there is none, of the argument `what`.
     """
     module, _, name = text.partition(":")
-    sys.path.insert(0, os.getcwd())
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
     try:
         return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
+    except (ImportError, AttributeError, ValueError, TypeError) as error:
         raise ValueError(f"{what} must be module:name, got {text!r}: {error}.") from error
-    finally:
-        sys.path.pop(0)
+
+
+def source_digest(name: str) -> str | None:
+    """Of the file that has a user's own recipe, `module:NAME`: SHA-256, 16 digits; None for the others."""
+    if ":" not in name:
+        return None
+    file = sys.modules[name.partition(":")[0]].__file__
+    return None if file is None else hashlib.sha256(Path(file).read_bytes()).hexdigest()[:16]

@@ -6,7 +6,6 @@ import hashlib
 import io
 import os
 import re
-import shutil
 import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -314,9 +313,10 @@ def cached(
     key = hashlib.sha256(repr((version, described)).encode()).hexdigest()[:16]
     folder = cache_folder() / f"{version.partition(' ')[0]}-{key}"
     if not all((folder / f"{name}.npy").is_file() for name in names):
-        shutil.rmtree(folder, ignore_errors=True)
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix="making-") as temporary:
+            if folder.is_dir():
+                os.replace(folder, Path(temporary, "damaged"))
             made = Path(temporary, "made")
             made.mkdir()
             make(made)

@@ -156,11 +156,11 @@ def load_imagenet(path: str | None, limit_train: int | None) -> Data:
     train, test = Path(path, "train"), Path(path, "val")
     if not train.is_dir():
         return Data(load_parquet(path, "train", limit_train), load_parquet(path, "validation", None))
-    if not test.is_dir():
-        raise FileNotFoundError(f"{path} has train/ but no val/.")
     classes = sorted(entry.name for entry in train.iterdir() if entry.is_dir())
     if not 1 <= len(classes) <= CLASSES:
         raise ValueError(f"{train} must have 1 .. {CLASSES} folders, one for each class, got {len(classes)}.")
+    if not test.is_dir():
+        raise FileNotFoundError(f"{path} has train/ but no val/.")
     unknown = {entry.name for entry in test.iterdir() if entry.is_dir()} - set(classes)
     if unknown:
         raise ValueError(f"{test} has a class that {train} has not: {min(unknown)}.")
