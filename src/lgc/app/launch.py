@@ -48,35 +48,28 @@ def run_in_job(settings: Settings, output: Output, timeout: timedelta, *, overwr
     """
     local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    if os.environ["RANK"] != "0":
-        return _run_in_job(settings, output, timeout, local_rank, local_world_size, overwrite=False)
-    _warn_of_stale_store()
-    with occupied(output.folder):
-        if overwrite:
-            first_start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
-            overwrite = is_to_be_overwritten(output.folder, first_start=first_start)
-        return _run_in_job(settings, output, timeout, local_rank, local_world_size, overwrite=overwrite)
-
-
-def _run_in_job(
-    settings: Settings, output: Output, timeout: timedelta, local_rank: int, local_world_size: int, *, overwrite: bool
-) -> bool:
-    device, backend = pick_device(local_rank, local_world_size)
-    unfinished = torch.ones((), dtype=torch.int64, device=device)
-    if os.environ["RANK"] == "0" and not overwrite:  # before the others are met: if this raises, they end silently
-        unfinished *= claim(output.folder, settings.configuration(), overwrite=False)
-    dist.init_process_group(backend, timeout=timeout)
-    assert dist.group.WORLD is not None
-    transport = Transport(dist.group.WORLD, device)
-    try:
-        unfinished = transport.broadcast(unfinished, "agreement", source=0)  # NCCL connects here, while no rank is busy
-        if unfinished:
-            transport.set_timeout(DATA_TIMEOUT.total_seconds())
-            _prepare(settings, output, transport, local_rank, overwrite=overwrite)
-            transport.set_timeout(timeout.total_seconds())
-            train(settings, output, device)
-    finally:
-        dist.destroy_process_group()
+    is_first = os.environ["RANK"] == "0"
+    with occupied(output.folder) if is_first else contextlib.nullcontext():
+        if is_first:
+            _warn_of_stale_store()
+        first_start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
+        overwrite = is_first and overwrite and is_to_be_overwritten(output.folder, first_start=first_start)
+        device, backend = pick_device(local_rank, local_world_size)
+        unfinished = torch.ones((), dtype=torch.int64, device=device)
+        if is_first and not overwrite:  # before the others are met: if this raises, they end silently
+            unfinished *= claim(output.folder, settings.configuration(), overwrite=False)
+        dist.init_process_group(backend, timeout=timeout)
+        assert dist.group.WORLD is not None
+        transport = Transport(dist.group.WORLD, device)
+        try:
+            unfinished = transport.broadcast(unfinished, "agreement", source=0)  # NCCL connects while no rank is busy
+            if unfinished:
+                transport.set_timeout(DATA_TIMEOUT.total_seconds())
+                _prepare(settings, output, transport, local_rank, overwrite=overwrite)
+                transport.set_timeout(timeout.total_seconds())
+                train(settings, output, device)
+        finally:
+            dist.destroy_process_group()
     return bool(unfinished)
 
 
