@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from hub import serve
 from ranks import Ranks
 from recipe_data import (
     camvid_columns,
@@ -93,6 +96,27 @@ def test_a_name_that_the_hub_does_not_have_or_cannot_be_asked_for_is_refused(mon
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(FileNotFoundError, match=r"nobody/nothing-of-lgc is not a folder, and the hub does not give it"):
         load_cifar10("nobody/nothing-of-lgc", None)
+
+
+DOWNLOAD = """
+from lgc.recipes.cifar10 import load_cifar10
+data = load_cifar10("someone/cifar10", None)
+print(len(data.train), len(data.test))
+"""
+
+
+def test_a_data_set_of_the_hub_is_downloaded_by_its_name_once(tmp_path: Path) -> None:
+    for split, count in (("train", 6), ("test", 3), ("validation", 1)):
+        write_parquet(tmp_path / "hub" / "plain_text" / f"{split}-00000-of-00001.parquet", cifar10_columns(count))
+    (tmp_path / "hub" / "README.md").write_text("not data")
+    with serve("someone/cifar10", tmp_path / "hub") as (address, given):
+        environment = os.environ | {"HF_ENDPOINT": address, "HF_HOME": str(tmp_path / "home")}
+        for _ in range(2):
+            done = subprocess.run(
+                [sys.executable, "-c", DOWNLOAD], env=environment, capture_output=True, text=True, timeout=120
+            )
+            assert done.stdout.strip() == "6 3", done.stderr
+    assert sorted(given) == ["test-00000-of-00001.parquet", "train-00000-of-00001.parquet"]
 
 
 def test_a_missing_split_or_shard_and_two_candidates_are_refused(tmp_path: Path) -> None:
