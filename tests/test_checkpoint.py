@@ -338,10 +338,10 @@ def test_the_state_fits_in_torchs_own_checkpoints(
 
 Change = Callable[[dict[str, Any]], object]
 WRONG: dict[str, tuple[Change, str]] = {
-    "scheme": (lambda s: s.update(scheme="dgc"), "scheme is 'dgc', here it is 'lgc-ring"),
-    "world size": (lambda s: s.update(world_size=4), "world_size is 4, here it is 2; lgc.checkpoint.load or reshard"),
-    "rank": (lambda s: s.update(rank=7), "rank is 7, here it is"),
-    "version": (lambda s: s.update(version=99), "version is 99, here it is"),
+    "scheme": (lambda s: s.update(scheme="dgc"), "scheme was 'dgc', here it is 'lgc-ring"),
+    "world size": (lambda s: s.update(world_size=4), "world_size was 4, here it is 2; lgc.checkpoint.load or reshard"),
+    "rank": (lambda s: s.update(rank=7), "rank was 7, here it is"),
+    "version": (lambda s: s.update(version=99), "version was 99, here it is"),
     "step": (lambda s: s.update(step=-1), "step must be an integer of at least 0, got -1"),
     "no step": (lambda s: s.pop("step"), "step must be an integer of at least 0, got None"),
     "wire": (lambda s: s.update(wire='{"dense": {"bytes": 3}}'), "wire is not the byte counts by phase"),

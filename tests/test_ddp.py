@@ -779,7 +779,8 @@ def test_the_default_dtype_does_not_matter(ranks: RankFactory, scheme: str) -> N
 
 def overflow_second_moment(rank: int, world_size: int) -> tuple[bool, float]:
     ddp = build("single-layer")
-    handle = lgc.attach(ddp, lgc.TopK(rate=0.5, second_moment=0.9), torch.optim.SGD(ddp.parameters(), lr=0.1))
+    optimizer = torch.optim.SGD(ddp.parameters(), lr=0.1)
+    handle = lgc.attach(ddp, lgc.TopK(rate=0.5, second_moment=0.9), optimizer, on_nonfinite="propagate")
     x, _ = batch(rank, 0)
     (ddp(x).sum() * (1e25 if rank else 1.0)).backward()
     assert handle.aggregator is not None
@@ -881,7 +882,7 @@ def nan_round(
     """For bad steps: step, state unchanged, parameters finite at the end, gradient non-finite by parameter."""
     ddp = build("convolutional", bucket_cap_mb=0.001)
     optimizer = optimizer_of(ddp, scheme)
-    handle = lgc.attach(ddp, scheme, optimizer)
+    handle = lgc.attach(ddp, scheme, optimizer, on_nonfinite="propagate")
     seen = []
     for step in range(STEPS):
         x, y = batch(rank, step)

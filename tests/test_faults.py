@@ -220,7 +220,7 @@ def test_ranks_at_different_steps_are_an_error_everywhere(ranks: RankFactory, sc
 
 
 def raise_on_nan(rank: int, world_size: int, bad_rank: int, at: int) -> None:
-    training = Training(rank, SCHEMES["lgc-ring"], on_nonfinite="raise")
+    training = Training(rank, SCHEMES["lgc-ring"])
     for step in range(STEPS):
         x, y = batch(rank, step)
         training.optimizer.zero_grad()
@@ -230,7 +230,7 @@ def raise_on_nan(rank: int, world_size: int, bad_rank: int, at: int) -> None:
 
 
 @pytest.mark.parametrize(("at", "bad_rank"), [(1, 0), (3, 1), (5, 0), (9, 1)])
-def test_on_request_a_nan_is_an_error_that_names_its_rank_everywhere(
+def test_without_a_grad_scaler_a_nan_is_an_error_that_names_its_rank_everywhere(
     ranks: RankFactory, at: int, bad_rank: int
 ) -> None:
     for failure in ranks(2).exceptions(raise_on_nan, bad_rank, at):
@@ -247,7 +247,7 @@ def tensors_of(state: Any) -> list[torch.Tensor]:
 
 def pass_over_nan(rank: int, world_size: int, scheme: Any) -> None:
     for bad_rank in range(world_size):
-        training = Training(rank, scheme)
+        training = Training(rank, scheme, on_nonfinite="propagate")
         for step in range(STEPS):
             if step not in (0, 2, 4, 7):  # one in every phase
                 training.step()

@@ -141,11 +141,15 @@ def test_a_run_is_ahead_once_what_it_lost_at_first_is_won_back() -> None:
     (early,) = topk.early
     assert (early.phase, early.steps) == ("warmup", 100)
     assert early.step == pytest.approx(1 + 1 + 1)  # ahead from the start
-    assert topk.pays_from == 100
+    assert topk.pays_from == 0
     assert dense.pays_from is None
     assert slow.pays_from is None
     _, costly = predict(profile(costly=8.0), SLOW)  # 100 steps lose 7 s each, the others win 2 s - 0.01 s each
     assert costly.pays_from == 100 + math.ceil(700 / 1.99)
+    lengths = {"dense": (10, 13.0), "warmup": (100, 0.0), "compressed": (None, 0.0)}
+    stages = [StageCost(phase, steps, seconds, []) for phase, (steps, seconds) in lengths.items()]
+    _, won_early = predict(profile()._replace(arms=[*profile().arms, SchemeCost("slow start", stages)]), SLOW)
+    assert won_early.pays_from == 10 + math.ceil(10 * (14 - dense.step) / (dense.step - 1)) < 20
 
 
 # --- rehearsals ---
@@ -356,8 +360,11 @@ def test_plan_of_a_function(tmp_path: Path) -> None:
     [
         ([], "one of --recipe and --model must be given"),
         (["--recipe", "digits", "--model", "a:b"], "one of --recipe and --model must be given"),
-        (["--model", "nothing_of_this_name:job"], "model must be module:name, got 'nothing_of_this_name:job'"),
-        (["--model", "json"], "model must be module:name, got 'json'"),
+        (
+            ["--model", "nothing_of_this_name:job"],
+            "model nothing_of_this_name:job: No module named 'nothing_of_this_name'; looked in ",
+        ),
+        (["--model", "json"], "model must be MODULE:NAME, as in mine:NAME for NAME of mine.py, got 'json'"),
         (["--recipe", "digits", "--bandwidth", "slow"], "bandwidth must be a number"),
         (["--recipe", "digits", "--schemes", "best"], "unknown scheme 'best'"),
         (["--recipe", "digits", "--schemes", "dense,auto"], "--schemes must be what auto could choose"),
@@ -431,7 +438,7 @@ def train_auto(
     logging.getLogger("lgc").setLevel(logging.INFO)
     ddp = build("wide", bucket_cap_mb=1)
     optimizer = torch.optim.SGD(ddp.parameters(), lr=0.05, momentum=momentum)
-    handle = lgc.attach(ddp, scheme, optimizer)
+    handle = lgc.attach(ddp, scheme, optimizer, on_nonfinite="propagate")
     if state is not None:
         ddp.module.load_state_dict(state[rank]["model"])
         optimizer.load_state_dict(state[rank]["optimizer"])

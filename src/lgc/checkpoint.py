@@ -175,6 +175,8 @@ def resume(directory: Path | str, *, group: dist.ProcessGroup) -> dict[str, Any]
             aside = set_aside(path, group=group)
             if dist.get_rank(group) == 0:
                 logger.warning("%s\nThis checkpoint is now %s; going on from the one before it, if any.", error, aside)
+    if dist.get_rank(group) == 0:
+        logger.info("%s has no checkpoint to go on from.", Path(directory).absolute())
     return None
 
 

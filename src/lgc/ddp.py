@@ -36,6 +36,10 @@ from lgc.transport import RankError, Transport, clock
 logger = logging.getLogger("lgc")
 
 STATE_VERSION = 2
+STATE_HINTS = {
+    "world_size": "; lgc.checkpoint.load or reshard adapts it",
+    "scheme": "; to change it, load everything but the handle: what was owed is lost",
+}
 
 OnDifference = Literal["raise", "synchronise"]
 OnNonfinite = Literal["propagate", "raise"]
@@ -52,7 +56,7 @@ def attach(
     timeout: float | None = 60.0,
     check_every: int = 100,
     on_difference: OnDifference = "raise",
-    on_nonfinite: OnNonfinite = "propagate",
+    on_nonfinite: OnNonfinite | None = None,
 ) -> "Handle":
     """Exchange this model's gradients by `scheme` from now on. A collective: all ranks call it.
 
@@ -68,9 +72,10 @@ def attach(
         check_every: compare parameters and replicated state across ranks every so many rounds; 0 is never.
         on_difference: when they differ, "raise" ReplicaError, or "synchronise" them with a warning: from one of the
             majority, else from rank 0 (under `join()`, of the ranks that still have inputs).
-        on_nonfinite: when a rank's gradient has a NaN or Inf, "propagate" NaN gradients to all ranks, as plain DDP
-            does and a GradScaler needs, or "raise". No residual, momentum or autoencoder changes in that round. For
-            schemes that compress; the others reduce bucket by bucket, as plain DDP does.
+        on_nonfinite: when a rank's gradient has a NaN or Inf, "raise" on all ranks, or "propagate" NaN gradients to
+            them, as plain DDP does and a GradScaler needs; None is "propagate" with a GradScaler, else "raise", since
+            the optimizer would make every parameter NaN. No residual, momentum or autoencoder changes in that round.
+            For schemes that compress; the others reduce bucket by bucket, as plain DDP does.
 
     Returns:
         A handle to the phase, the byte counts and the state. The model keeps it alive.
@@ -95,7 +100,8 @@ def attach(
         raise TypeError(f"attach(optimizer=...) must be an optimizer or None, got {optimizer!r}.")
     if not isinstance(grad_scaler, torch.amp.GradScaler | None):
         raise TypeError(f"attach(grad_scaler=...) must be a GradScaler or None, got {grad_scaler!r}.")
-    policy = Policy(check_every, on_difference, on_nonfinite)
+    default: OnNonfinite = "raise" if grad_scaler is None else "propagate"
+    policy = Policy(check_every, on_difference, default if on_nonfinite is None else on_nonfinite)
     if timeout is not None and not (isinstance(timeout, int | float) and timeout > 0):
         raise ValueError(f"attach(timeout=...) must be a positive number or None, got {timeout!r}.")
     transport = Transport(ddp.process_group, trained(ddp)[0][1].device)
@@ -276,8 +282,8 @@ class Handle:
         here = self.state_dict()
         for key in ("version", "scheme", "world_size", "rank"):
             if state.get(key) != here[key]:
-                hint = "; lgc.checkpoint.load or reshard adapts it" if key == "world_size" else ""
-                raise ValueError(f"state_dict: {key} is {state.get(key)!r}, here it is {here[key]!r}{hint}.")
+                hint = STATE_HINTS.get(key, "")
+                raise ValueError(f"state_dict: {key} was {state.get(key)!r}, here it is {here[key]!r}{hint}.")
         step = state.get("step")
         if type(step) is not int or step < 0:
             raise ValueError(f"state_dict: step must be an integer of at least 0, got {step!r}.")
@@ -454,11 +460,7 @@ class Handle:
         if ranks and self.policy.on_nonfinite == "raise":
             raise FloatingPointError(f"lgc: {message}.")
         if ranks and self._was_finite and self._grad_scaler is None and self.transport.rank == 0:
-            logger.warning(
-                "%s, so it is NaN on all, and without a GradScaler the optimizer makes every parameter NaN; "
-                'on_nonfinite="raise" ends a run before that.',
-                message,
-            )
+            logger.warning("%s, so it is NaN on all, and every parameter is after the optimizer's step.", message)
         self._was_finite = not ranks
 
     def _deliver(self, mean: Tensor, pending: list[_Pending]) -> None:

@@ -152,7 +152,7 @@ def compare(recipes: str, workers: int, schemes: str, seeds: int, out: Path, **r
     launch, run = _launcher(run)
     planned = {
         out / folder: settings
-        for folder, settings in _plan(recipes.split(","), schemes.split(","), workers, seeds, run).items()
+        for folder, settings in _plan(options.split(recipes), options.split(schemes), workers, seeds, run).items()
     }
     with options.reported_errors():  # of the last run before the first one starts
         left = [

@@ -70,6 +70,11 @@ out = click.option(
 )
 
 
+def split(text: str) -> list[str]:
+    """What is between the commas."""
+    return [part.strip() for part in text.split(",")]
+
+
 @contextmanager
 def reported_errors() -> Iterator[None]:
     """What a user can do something about, as click prints it: bad input, other runs in the way, failed ranks."""

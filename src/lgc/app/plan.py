@@ -153,7 +153,7 @@ def _world_size(workers: int | None, ranks_per_machine: int) -> int:
 def _question(world_size: int, *, recipe: str | None, model: str | None, schemes: str, **run: Any) -> Question:
     if (recipe is None) == (model is None):
         raise ValueError("one of --recipe and --model must be given.")
-    texts = schemes.split(",")
+    texts = options.split(schemes)
     source: JobSource
     if recipe is not None:
         settings = {text: Settings(recipe=recipe, scheme=text, world_size=world_size, **run) for text in texts}
@@ -286,8 +286,8 @@ def _as_text(name: str, link: Link, profile: Profile, rows: Sequence[Prediction]
             (labels.get(row.scheme, row.scheme), _bytes(row.sent_bytes), *seconds, f"{row.speedup:.2f} x", ahead)
         )
     title = f"{profile.world_size} ranks, {name}: {link}"
-    if name != MEASURED and link.latency:
-        title += "; what the latency adds is predicted, not validated"
+    if name != MEASURED:
+        title += "; what the latency adds is predicted, not validated" if link.latency else " (--latency sets it)"
     return "\n".join([title, "", aligned(table), "", *_advice(rows, labels, profile)])
 
 
@@ -295,10 +295,14 @@ def _advice(rows: Sequence[Prediction], labels: Mapping[str, str], profile: Prof
     best = choose(rows)
     if best == rows[0]:
         return [f"Dense is best here: nothing is more than {TOLERANCE:.0%} faster. Use plain DDP."]
+    equals = [labels[row.scheme] for row in rows[1:] if row != best and row.step <= best.step * (1 + TOLERANCE)]
+    others = f", at which {' and '.join(equals)} are within {TOLERANCE:.0%} of it" if equals else ""
     lines = [
         f"{labels[best.scheme]} is best here, {best.speedup:.1f} times as fast as dense:",
         "",
         f"    {_attach(best)}",
+        "",
+        f"This is of speed alone{others}; lgc compare tells about accuracy.",
     ]
     if best.early:
         steps = sum(stage.steps for stage in best.early)

@@ -293,7 +293,13 @@ class Training:
         if isinstance(self.scheme, Dense | Auto) and settings.world_size > 2:
             self._settle_buckets()
         logging.getLogger("lgc.advice").setLevel(logging.ERROR)  # make_optimizer has followed it
-        self.handle = attach(self.ddp, self.scheme, self.optimizer, timeout=None)  # the launcher has set it
+        self.handle = attach(
+            self.ddp,
+            self.scheme,
+            self.optimizer,
+            timeout=None,  # the launcher has set it
+            on_nonfinite="propagate",  # a run that diverges is a result
+        )
         self.forward = torch.compile(self.ddp) if settings.compile else self.ddp
         self.per_epoch = steps_per_epoch(self.recipe, self.data, settings)
         self.step = 0

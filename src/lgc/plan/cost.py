@@ -158,8 +158,7 @@ class Prediction(NamedTuple):
     Attributes:
         phase: the one it stays in; "dense" also in 16 bits.
         speedup: how many times faster than dense.
-        pays_from: the first step after the early stages from which on the run as a whole is ahead of dense, None if it
-            never is.
+        pays_from: the first step from which on the run as a whole is ahead of dense, None if it never is.
         step_at_half: the step on a link of half the bandwidth.
     """
 
@@ -220,13 +219,15 @@ def choose(predictions: Sequence[Prediction], tolerance: float = TOLERANCE) -> P
 
 
 def _pays_from(early: list[Early], step: float, dense: float) -> int | None:
-    done, lost = 0, 0.0
-    for stage in early:
-        done += stage.steps
-        lost += stage.steps * (stage.step - dense)
     if step >= dense:
         return None
-    return done + max(0, math.ceil(lost / (dense - step)))
+    done, lost, caught_up = 0, 0.0, 0
+    for steps, pace in [*((stage.steps, stage.step) for stage in early), (0, step)]:
+        if lost > 0 and pace < dense:
+            caught_up = done + math.ceil(lost / (dense - pace))
+        done += steps
+        lost += steps * (pace - dense)
+    return caught_up
 
 
 def parse_rate(name: str, text: str) -> float:

@@ -69,12 +69,14 @@ def find_object(what: str, text: str) -> Any:
         ValueError: if there is none, of the argument `what`.
     """
     module, _, name = text.partition(":")
+    if not name or not all(part.isidentifier() for part in (*module.split("."), name)):
+        raise ValueError(f"{what} must be MODULE:NAME, as in mine:NAME for NAME of mine.py, got {text!r}.")
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:
         return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError, TypeError) as error:
-        raise ValueError(f"{what} must be module:name, got {text!r}: {error}.") from error
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"{what} {text}: {error}; looked in {os.getcwd()} and among what is installed.") from error
 
 
 def source_digest(name: str) -> str | None:

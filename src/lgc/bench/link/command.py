@@ -77,7 +77,7 @@ def link(
     options.refuse_torchrun("bench link")
     if (target is None) != (runs is None):
         raise click.UsageError("--target and --runs go together.")
-    run["schemes"], run["rates"] = (tuple(run[name].split(",")) for name in ("schemes", "rates"))
+    run["schemes"], run["rates"] = (tuple(options.split(run[name])) for name in ("schemes", "rates"))
     with options.reported_errors():
         plan = Plan(**run)
         if overwrite or not _is_measured(out, plan, loopback=loopback):
