@@ -220,7 +220,8 @@ def test_ranks_at_different_steps_are_an_error_everywhere(ranks: RankFactory, sc
 
 
 def raise_on_nan(rank: int, world_size: int, bad_rank: int, at: int) -> None:
-    training = Training(rank, SCHEMES["lgc-ring"])
+    disabled = torch.amp.GradScaler("cpu", enabled=False)  # as scripts have it that may use float16
+    training = Training(rank, SCHEMES["lgc-ring"], grad_scaler=disabled if at % 2 else None)
     for step in range(STEPS):
         x, y = batch(rank, step)
         training.optimizer.zero_grad()
@@ -229,7 +230,7 @@ def raise_on_nan(rank: int, world_size: int, bad_rank: int, at: int) -> None:
         training.optimizer.step()
 
 
-@pytest.mark.parametrize(("at", "bad_rank"), [(1, 0), (3, 1), (5, 0), (9, 1)])
+@pytest.mark.parametrize(("at", "bad_rank"), [(1, 0), (2, 1), (5, 0), (8, 1)])
 def test_without_a_grad_scaler_a_nan_is_an_error_that_names_its_rank_everywhere(
     ranks: RankFactory, at: int, bad_rank: int
 ) -> None:

@@ -73,9 +73,9 @@ def attach(
         on_difference: when they differ, "raise" ReplicaError, or "synchronise" them with a warning: from one of the
             majority, else from rank 0 (under `join()`, of the ranks that still have inputs).
         on_nonfinite: when a rank's gradient has a NaN or Inf, "raise" on all ranks, or "propagate" NaN gradients to
-            them, as plain DDP does and a GradScaler needs; None is "propagate" with a GradScaler, else "raise", since
-            the optimizer would make every parameter NaN. No residual, momentum or autoencoder changes in that round.
-            For schemes that compress; the others reduce bucket by bucket, as plain DDP does.
+            them, as plain DDP does and a GradScaler needs; None is "propagate" with a GradScaler that is enabled, else
+            "raise", since the optimizer would make every parameter NaN. No residual, momentum or autoencoder changes
+            in that round. For schemes that compress; the others reduce bucket by bucket, as plain DDP does.
 
     Returns:
         A handle to the phase, the byte counts and the state. The model keeps it alive.
@@ -100,7 +100,8 @@ def attach(
         raise TypeError(f"attach(optimizer=...) must be an optimizer or None, got {optimizer!r}.")
     if not isinstance(grad_scaler, torch.amp.GradScaler | None):
         raise TypeError(f"attach(grad_scaler=...) must be a GradScaler or None, got {grad_scaler!r}.")
-    default: OnNonfinite = "raise" if grad_scaler is None else "propagate"
+    skips = grad_scaler is not None and grad_scaler.is_enabled()
+    default: OnNonfinite = "propagate" if skips else "raise"
     policy = Policy(check_every, on_difference, default if on_nonfinite is None else on_nonfinite)
     if timeout is not None and not (isinstance(timeout, int | float) and timeout > 0):
         raise ValueError(f"attach(timeout=...) must be a positive number or None, got {timeout!r}.")
