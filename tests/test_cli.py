@@ -329,7 +329,7 @@ def test_ctrl_c_stops_every_rank_and_leaves_what_is_finished(tmp_path: Path) -> 
         (["--scheme", "lgc-ring:dense_steps=-1"], "LGCRing(dense_steps=...) must be at least 0, got -1"),
         (["--scheme", "topk", "--batch-size", "0"], "'--batch-size': 0 is not in the range x>=1"),
         (["--scheme", "topk", "--workers", "0"], "'--workers': 0 is not in the range x>=1"),
-        (["--scheme", "dense", "--seed", str(2**63)], f"'--seed': {2**63} is not in the range"),
+        (["--scheme", "dense", "--seed", str(2**63)], f"seed must be at most {2**63 - 1}, got {2**63}"),
         (["--scheme", "dense", "--timeout", "nan"], "'--timeout': nan is not a finite number"),
         (
             ["--recipe", "camvid-pspnet", "--scheme", "dense", "--batch-size", "1"],

@@ -38,7 +38,10 @@ OF_RECIPES = ("data", "backbone")  # options that take RECIPE=VALUE
 def main() -> None:
     """Learned gradient compression for PyTorch DistributedDataParallel.
 
+    Will it pay on your link, and does accuracy hold? For a recipe of this project, or for your own model:
+
     \b
+    lgc plan --model train:job --workers 16 --bandwidth 100mbit
     lgc compare --recipe digits --workers 4 --schemes dense,dgc,lgc-ring --out runs/first
     lgc report runs/first
     torchrun --nproc-per-node 4 -m lgc train --recipe digits --scheme lgc-ring --out runs/one

@@ -12,7 +12,6 @@ import click
 
 from lgc.app.launch import RankFailedError, under_torchrun
 from lgc.app.run_folder import OtherRunError
-from lgc.app.train import MOST_SEED
 from lgc.recipes import RECIPES, find_recipe
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -56,7 +55,7 @@ backbone = click.option("--backbone", help="For recipes that offer several.  [th
 bf16 = click.option("--bf16", is_flag=True, help="Compute in bfloat16 by autocast, on the CPU and the GPU.")
 workers = click.option("--workers", type=click.IntRange(1), default=4, show_default=True, help="Ranks on this machine.")
 seed = click.option(
-    "--seed", type=click.IntRange(0, MOST_SEED), default=0, show_default=True, help="Of the model and the shuffling."
+    "--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the model and the shuffling."
 )
 timeout = click.option(
     "--timeout",
