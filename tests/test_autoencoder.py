@@ -53,7 +53,7 @@ def test_the_ring_autoencoder_returns_every_length(length: int) -> None:
 @pytest.mark.parametrize("length", range(1, 201))
 def test_the_server_autoencoder_returns_every_length(length: int) -> None:
     world_size = 2
-    autoencoder = ServerAutoencoder(world_size, torch.Generator().manual_seed(0), lgc.Float32())
+    autoencoder = ServerAutoencoder(world_size, torch.Generator().manual_seed(0), lgc.Float32(), 0.01)
     x = torch.randn(world_size, length, generator=torch.Generator().manual_seed(length))
     innovations = x * (x.abs() >= x.abs().amax(dim=1, keepdim=True))
     with torch.no_grad():
@@ -79,7 +79,7 @@ def kernels() -> Iterator[None]:
 @pytest.mark.usefixtures("kernels")
 def test_what_is_decoded_exactly_is_the_same_with_other_kernels_and_near_the_usual(length: int) -> None:
     generator = torch.Generator().manual_seed(1)
-    autoencoder = ServerAutoencoder(1, torch.Generator().manual_seed(0), lgc.Float32())
+    autoencoder = ServerAutoencoder(1, torch.Generator().manual_seed(0), lgc.Float32(), 0.01)
     (decoder,) = autoencoder.decoders
     assert isinstance(decoder, Decoder)
     torch.nn.init.normal_(decoder.out.weight, std=0.3, generator=generator)
@@ -113,6 +113,6 @@ def test_the_precision_of_float32_may_be_set() -> None:
 
 def test_the_number_of_parameters_is_the_papers() -> None:
     ring = RingAutoencoder(torch.Generator().manual_seed(0), lgc.Float32())
-    server = ServerAutoencoder(4, torch.Generator().manual_seed(0), lgc.Float32())
+    server = ServerAutoencoder(4, torch.Generator().manual_seed(0), lgc.Float32(), 0.01)
     assert sum(p.numel() for p in ring.parameters()) == 172_996 + 43_681
     assert sum(p.numel() for p in server.parameters()) == 172_996 + 4 * 43_682

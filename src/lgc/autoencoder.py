@@ -149,11 +149,13 @@ class ServerAutoencoder(nn.Module):
         world_size: number of decoders.
         generator: of the initial weights.
         latent: how the latent is sent, a group of values for each channel.
+        innovation: fraction of its values that every rank sends itself.
     """
 
-    def __init__(self, world_size: int, generator: torch.Generator, latent: ValueCodec) -> None:
+    def __init__(self, world_size: int, generator: torch.Generator, latent: ValueCodec, innovation: float) -> None:
         super().__init__()
         self.latent = latent
+        self.innovation = innovation
         self.encoder = Encoder()
         self.decoders = nn.ModuleList(Decoder(innovation=True) for _ in range(world_size))
         _initialise(self, generator)

@@ -326,20 +326,6 @@ class ServerAggregator(LGCAggregator):
 
     autoencoder: ServerAutoencoder
 
-    def __init__(
-        self,
-        layout: Layout,
-        transport: Transport,
-        schedule: Schedule,
-        feedback: Feedback,
-        autoencoder: ServerAutoencoder,
-        codecs: Codecs,
-        training: Training,
-        innovation: float,
-    ) -> None:
-        super().__init__(layout, transport, schedule, feedback, autoencoder, codecs, training)
-        self.innovation = innovation
-
     def adapt_state(self, state: Mapping[str, Any], step: int) -> Mapping[str, Any]:
         """Keep the encoder; the decoders belong to ranks, so they start anew, and phase train does from `step` on."""
         fresh = self.state_dict()
@@ -395,7 +381,7 @@ class ServerAggregator(LGCAggregator):
         if x.numel() == 0:
             return Exchange([], Piece(indices, x))
         scaled = _divide(x, scale)
-        positions = largest(scaled, entries(scaled.numel(), self.innovation))
+        positions = largest(scaled, entries(scaled.numel(), self.autoencoder.innovation))
         codecs, counts = self.shared.codecs, [positions.numel()]
         parts = [codecs.indices.encode(positions, [x.numel()]), codecs.values.encode(scaled[positions], counts)]
         payload = pack(parts, kind=Kind.INNOVATION, step=step)
@@ -427,7 +413,7 @@ class ServerAggregator(LGCAggregator):
         return list(together.split(lengths))
 
     def _loss(self, x: Tensor, step: int) -> Tensor:
-        count = entries(x.shape[1], self.innovation)
+        count = entries(x.shape[1], self.autoencoder.innovation)
         innovations = torch.zeros_like(x)
         for innovation, vector in zip(innovations, x, strict=True):
             where = largest(vector, count)

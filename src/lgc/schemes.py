@@ -29,7 +29,7 @@ from lgc.coding import (
 )
 from lgc.feedback import Feedback
 from lgc.layout import Layout, Role, Unit, plan_layout
-from lgc.lgc import Refresh, RingAggregator, ServerAggregator, Training
+from lgc.lgc import LGCAggregator, Refresh, RingAggregator, ServerAggregator, Training
 from lgc.plan.cost import Link
 from lgc.schedule import Schedule
 from lgc.selection import Region
@@ -311,6 +311,7 @@ class LGCScheme(SparseScheme, ABC):
         seed: of the autoencoder's initial weights.
     """
 
+    aggregator: ClassVar[type[LGCAggregator]]
     dense_steps: int = 200
     train_steps: int = 300
     feedback: FeedbackMode = "reconstruction"
@@ -343,24 +344,30 @@ class LGCScheme(SparseScheme, ABC):
 
     @classmethod
     def _raw(cls) -> dict[str, Any]:
-        return super()._raw() | {"feedback": "paper", "autoencoder_updates": 1}
+        return super()._raw() | {"feedback": "paper", "autoencoder_updates": 1, "latent": Float32()}
 
-    def _schedule(self) -> Schedule:
-        lengths = {"dense_steps": self.dense_steps, "warmup_steps": self.warmup_steps, "train_steps": self.train_steps}
-        return Schedule(self.rate, **lengths)
-
-    def _own_feedback(self, layout: Layout, transport: Transport, device: torch.device) -> Feedback:
-        return self._feedback(layout, transport, device, keep_loss=self.feedback == "reconstruction")
-
-    def _training(self) -> Training:
-        below = self.refresh_below
-        if below is None:
-            below = 0.5 if self.feedback == "reconstruction" else 0.0
+    def build(self, layout: Layout, transport: Transport, *, device: torch.device) -> LGCAggregator:
+        keeps_loss = self.feedback == "reconstruction"
+        below = (0.5 if keeps_loss else 0.0) if self.refresh_below is None else self.refresh_below
         refresh = Refresh(self.refresh_every, below, self.refresh_steps)
-        return Training(self.autoencoder_optimizer, self.autoencoder_lr, self.autoencoder_updates, refresh)
+        return self.aggregator(
+            layout,
+            transport,
+            Schedule(
+                self.rate,
+                dense_steps=self.dense_steps,
+                warmup_steps=self.warmup_steps,
+                train_steps=self.train_steps,
+            ),
+            self._feedback(layout, transport, device, keep_loss=keeps_loss),
+            self._autoencoder(transport.world_size, torch.Generator().manual_seed(self.seed)),
+            self._codecs(),
+            Training(self.autoencoder_optimizer, self.autoencoder_lr, self.autoencoder_updates, refresh),
+        )
 
-    def _generator(self) -> torch.Generator:
-        return torch.Generator().manual_seed(self.seed)
+    @abstractmethod
+    def _autoencoder(self, world_size: int, generator: torch.Generator) -> RingAutoencoder | ServerAutoencoder:
+        """With its initial weights from the generator."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -372,6 +379,7 @@ class LGCRing(LGCScheme):
     """
 
     name: ClassVar[str] = "lgc-ring"
+    aggregator: ClassVar[type[LGCAggregator]] = RingAggregator
     latent: RingLatent = Uniform(bits=4)
 
     def __post_init__(self) -> None:
@@ -379,16 +387,8 @@ class LGCRing(LGCScheme):
         summable = isinstance(self.latent, Float32 | Uniform) and getattr(self.latent, "block", None) is None
         _within(self, "latent", "float32 or uniform without blocks, which can be summed", summable)
 
-    def build(self, layout: Layout, transport: Transport, *, device: torch.device) -> RingAggregator:
-        feedback = self._own_feedback(layout, transport, device)
-        autoencoder = RingAutoencoder(self._generator(), self.latent)
-        return RingAggregator(
-            layout, transport, self._schedule(), feedback, autoencoder, self._codecs(), self._training()
-        )
-
-    @classmethod
-    def _raw(cls) -> dict[str, Any]:
-        return super()._raw() | {"latent": Float32()}
+    def _autoencoder(self, world_size: int, generator: torch.Generator) -> RingAutoencoder:
+        return RingAutoencoder(generator, self.latent)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -401,6 +401,7 @@ class LGCServer(LGCScheme):
     """
 
     name: ClassVar[str] = "lgc-ps"
+    aggregator: ClassVar[type[LGCAggregator]] = ServerAggregator
     innovation: float = 0.01
     latent: ValueCodec = Uniform(bits=4)
 
@@ -409,23 +410,8 @@ class LGCServer(LGCScheme):
         _within(self, "latent", "a value codec", isinstance(self.latent, ValueCodec))
         _within(self, "innovation", "in (0, 1]", 0 < _number(self, "innovation") <= 1)
 
-    def build(self, layout: Layout, transport: Transport, *, device: torch.device) -> ServerAggregator:
-        feedback = self._own_feedback(layout, transport, device)
-        autoencoder = ServerAutoencoder(transport.world_size, self._generator(), self.latent)
-        return ServerAggregator(
-            layout,
-            transport,
-            self._schedule(),
-            feedback,
-            autoencoder,
-            self._codecs(),
-            self._training(),
-            self.innovation,
-        )
-
-    @classmethod
-    def _raw(cls) -> dict[str, Any]:
-        return super()._raw() | {"latent": Float32()}
+    def _autoencoder(self, world_size: int, generator: torch.Generator) -> ServerAutoencoder:
+        return ServerAutoencoder(world_size, generator, self.latent, self.innovation)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import click
 from lgc.analysis.record import RECORDING, Recording, planned_steps, record, require_recordable
 from lgc.app import options
 from lgc.app.launch import preload, start_ranks
+from lgc.app.run_folder import write_whole
 from lgc.app.train import Settings
 
 ROWS = "redundancy.jsonl"
@@ -88,13 +88,8 @@ def evaluate(out: Path) -> str:
     from lgc.analysis.page import summarise, write_page
 
     recording = Recording.load(out / RECORDING)
-    rows = []
-    temporary = (out / ROWS).with_suffix(".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        for row in measure(recording):
-            rows.append(row)
-            file.write(json.dumps(row, allow_nan=False) + "\n")
-    os.replace(temporary, out / ROWS)
+    rows = list(measure(recording))
+    write_whole(out / ROWS, "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows))
     write_page(recording, rows, out / PAGE)
     training, recorded = recording.seconds["training"], recording.seconds["recording"]
     return (

@@ -18,6 +18,7 @@ from lgc.analysis.estimators import Estimate
 from lgc.analysis.measure import PLANE_ERROR, VALUE_ERROR, Row
 from lgc.analysis.record import Recording
 from lgc.app.figures import STYLE, to_svg
+from lgc.app.run_folder import write_whole
 
 CLAIMED_SHARE = 0.8
 SHARE = "its part of the entropy"
@@ -184,13 +185,8 @@ def write_page(recording: Recording, rows: Sequence[Row], page: Path) -> None:
         for title, caption, plot, size in FIGURES
     ]
     lines = [(line.label, _format(line.early), _format(line.late)) for line in analysis.lines()]
-    page.parent.mkdir(parents=True, exist_ok=True)
-    page.write_text(
-        template.render(
-            title=analysis.title, lines=lines, figures=figures, versions=recording.settings.get("version", "")
-        ),
-        encoding="utf-8",
-    )
+    version = recording.settings.get("version", "")
+    write_whole(page, template.render(title=analysis.title, lines=lines, figures=figures, versions=version))
 
 
 def _plot_plane(axes: Axes, analysis: Analysis) -> None:

@@ -14,7 +14,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lgc.app.run_folder import METRICS, SUMMARY, write_whole
+from lgc.app.run_folder import METRICS, SUMMARY, read_objects, write_whole
 from lgc.app.table import aligned
 from lgc.plan.cost import parse_rate
 
@@ -62,8 +62,8 @@ class Run:
         Raises:
             ValueError: naming the file and what is wrong with it.
         """
-        summary = _read(folder / SUMMARY)[0]
-        rows = _read(folder / METRICS, lines=True)
+        summary = read_objects(folder / SUMMARY)[0]
+        rows = read_objects(folder / METRICS)
         for name, kind in SUMMARY_TYPES.items():
             value: Any = summary
             for key in name.split("."):
@@ -153,18 +153,6 @@ class Line(NamedTuple):
             _ratio([w["paper"]["ratio_compressed_phase"] for w in wire]),
             f"{statistics.mean(run.summary['time']['wall_s'] for run in self.runs):.0f} s",
         ]
-
-
-def _read(path: Path, *, lines: bool = False) -> list[dict[str, Any]]:
-    """The JSON objects of a file: one, or one a line."""
-    try:
-        text = path.read_text(encoding="utf-8")
-        objects = [json.loads(line) for line in (text.splitlines() if lines else [text])]
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from None
-    if not all(isinstance(each, dict) for each in objects):
-        raise ValueError(f"{path} must have JSON objects.")
-    return objects
 
 
 COLUMNS = ["scheme", "", "seeds", "MB per rank", "ratio, run", "ratio, compressed", "uploads only", "time"]

@@ -127,14 +127,14 @@ def claim(folder: Path, configuration: Mapping[str, Any], *, overwrite: bool) ->
 def is_finished(folder: Path, configuration: Mapping[str, Any]) -> bool:
     """Whether a folder has a run of this configuration, finished; changes nothing. Raises as `claim`."""
     if (folder / SUMMARY).exists():
-        there = _read_json(folder / SUMMARY).get("configuration")
+        there = _known(folder / SUMMARY).get("configuration")
         if not isinstance(there, dict):
             raise ValueError(f"{folder / SUMMARY} has no configuration; --overwrite starts anew.")
         require_same(there, configuration, f"{folder} has a finished run")
         return True
     settings, metrics, checkpoints = folder / SETTINGS, folder / METRICS, folder / CHECKPOINTS
     begun = _has_content(metrics) or checkpoints.exists()
-    there = _read_json(settings) if _has_content(settings) else {}
+    there = _known(settings) if _has_content(settings) else {}
     if (begun or there) and not {"recipe", "scheme"} <= there.keys():
         found = next(path for path in (settings, checkpoints, metrics) if path.exists())
         raise OtherRunError(
@@ -144,6 +144,13 @@ def is_finished(folder: Path, configuration: Mapping[str, Any]) -> bool:
     if begun:
         require_same(there, configuration, f"{folder} has an unfinished run", but=("world_size",))
     return False
+
+
+def _known(file: Path) -> dict[str, Any]:
+    try:
+        return read_objects(file)[0]
+    except ValueError as error:
+        raise ValueError(f"{error} --overwrite starts anew.") from None
 
 
 def _has_content(file: Path) -> bool:
@@ -171,11 +178,20 @@ def write_whole(path: Path, text: str) -> None:
         raise
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_objects(path: Path) -> list[dict[str, Any]]:
+    """The JSON objects of a file: one or, of a *.jsonl, one a line.
+
+    Raises:
+        ValueError: if it cannot be read, or has something else.
+    """
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
-        raise ValueError(f"{path} is not a JSON object: {error}; --overwrite starts anew.") from None
+        text = path.read_text(encoding="utf-8")
+        objects = [json.loads(part) for part in (text.splitlines() if path.suffix == ".jsonl" else [text])]
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from None
+    if not all(isinstance(each, dict) for each in objects):
+        raise ValueError(f"{path} must have JSON objects.")
+    return objects
 
 
 def _clear(folder: Path) -> None:

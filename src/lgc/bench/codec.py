@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 import zlib
@@ -21,6 +20,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from lgc.app.run_folder import write_json
 from lgc.coding import (
     BFloat16,
     EliasFano,
@@ -393,10 +393,9 @@ def codec(entries: int, seed: int, out: Path | None, payloads: int | None) -> No
         torch.set_num_threads(threads)
     click.echo(report.text())
     if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
         indices = [cost._asdict() for cost in report.indices]
         values = [cost._asdict() for cost in report.values]
-        out.write_text(json.dumps(asdict(report) | {"indices": indices, "values": values}, indent=2) + "\n")
+        write_json(out, asdict(report) | {"indices": indices, "values": values})
 
 
 if __name__ == "__main__":

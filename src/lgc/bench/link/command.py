@@ -14,7 +14,7 @@ import click
 from lgc.app import options
 from lgc.app.network import Network, NetworkError, temporary_network
 from lgc.app.report import find_runs
-from lgc.app.run_folder import OtherRunError, require_same
+from lgc.app.run_folder import OtherRunError, require_same, write_whole
 from lgc.app.train import notify
 from lgc.bench.link.measure import Plan, measure
 from lgc.bench.link.results import LOOPBACK, Results, bits_per_second
@@ -149,4 +149,4 @@ def _write_picture(results: Results, times: Sequence[TimeToTarget], target: floa
         by_scheme = {scheme: [each.seconds for each in times if each.scheme == scheme] for scheme in results.schemes}
         panels.append(Panel(f"seconds to {target:g}", by_scheme))
     name = f"{results.configuration['recipe']} links"
-    path.write_text(draw_against_links(name, speeds, panels), encoding="utf-8")
+    write_whole(path, draw_against_links(name, speeds, panels))
