@@ -519,6 +519,8 @@ def test_auto_takes_16_bits_if_that_is_all_there_is_to_win(ranks: RankFactory) -
 def test_auto_alone_is_dense(ranks: RankFactory) -> None:
     (chosen,) = ranks(1).run(train_auto, lgc.Auto(after=5, bandwidth="1kbit"), 7)
     assert chosen.scheme == "dense"
+    (message,) = chosen.messages
+    assert message.endswith("; no candidate can win that back.")
 
 
 @pytest.mark.parametrize("stop", [4, 9])

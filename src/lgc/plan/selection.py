@@ -82,7 +82,8 @@ class Selection:
         dense = rehearse_dense(Dense(), gradients, buckets, waiting, self._transport)
         profile = Profile(self._transport.world_size, max(whole - waiting, LEAST_SECONDS), [dense])
         link = self._link()
-        to_win = predict(profile, link)[0].communication
+        alone = self._transport.world_size == 1  # then what an exchange took is no transfer
+        to_win = 0.0 if alone else predict(profile, link)[0].communication
         schemes: dict[str, Scheme] = {dense.scheme: Dense()}
         for candidate in self.scheme.candidates if to_win > TOLERANCE * profile.compute else ():
             try:
