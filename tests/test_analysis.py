@@ -220,6 +220,16 @@ def test_command_writes_recording_rows_and_page(tmp_path: Path) -> None:
     assert again.exit_code == 2
     assert "has an analysis; choose another --out, or --overwrite" in again.output
 
+    recorded = (out / RECORDING).stat().st_mtime_ns
+    (out / ROWS).rename(out / "rows")  # as if the evaluation had been interrupted
+    other = CliRunner().invoke(analyze, [*options, "--samples=128"])
+    assert other.exit_code == 2
+    assert "has a recording of other settings (samples: 256, now 128)" in other.output
+    evaluated = CliRunner().invoke(analyze, options)
+    assert evaluated.exit_code == 0, evaluated.output
+    assert (out / ROWS).read_text() == (out / "rows").read_text()
+    assert (out / RECORDING).stat().st_mtime_ns == recorded
+
 
 @pytest.mark.parametrize(
     ("options", "message"),

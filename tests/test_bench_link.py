@@ -307,6 +307,25 @@ def test_what_is_measured_is_not_measured_again(measured: Path) -> None:
     assert "rates" in other.output
 
 
+@needs_root
+def test_an_interrupted_measurement_goes_on_with_the_next_link(measured: Path, tmp_path: Path) -> None:
+    content = json.loads((measured / RESULTS).read_text())
+    first = [cell for cell in content["cells"] if cell["rate"] == RATE]
+    (tmp_path / RESULTS).write_text(json.dumps(content | {"finished": False, "cells": first}))
+    schemes = ["--schemes", "dense,bf16,powersgd,lgc-ring", "--rates", f"{RATE},unshaped"]
+    done = subprocess.run(
+        [sys.executable, "-m", "lgc", "bench", "link", *TINY, *schemes, "--out", str(tmp_path)],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=3 * LIMIT_S,
+    )
+    assert done.returncode == 0, done.stderr
+    assert f"{RATE}, 1 of" not in done.stderr
+    assert [cell._asdict() for cell in cells(tmp_path)][: len(first)] == first
+    assert Results.load(tmp_path).rates == [RATE, "unshaped"]
+
+
 def test_loopback_says_that_the_link_is_not_shaped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     options = [*TINY, "--schemes", "dense", "--loopback", "--out", str(tmp_path)]
     done = subprocess.run(

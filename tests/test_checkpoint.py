@@ -334,6 +334,19 @@ def test_the_state_fits_in_torchs_own_checkpoints(
         assert_same(resumed, straight)
 
 
+def phase_after_resuming(rank: int, world_size: int, scheme: Any) -> list[str]:
+    run, other = Run(scheme), Run(scheme)
+    run.train(rank, PHASES["compressed"])
+    assert run.handle.aggregator is not None
+    run.handle.aggregator.schedule.retrain(run.handle.step, 5)  # as at the end of a compressed round
+    other.handle.load_state_dict(run.handle.state_dict())
+    return [str(run.handle.phase), str(other.handle.phase)]
+
+
+def test_a_resumed_handle_has_the_phase_of_the_last_round(ranks: RankFactory) -> None:
+    assert ranks(1).run(phase_after_resuming, SCHEMES["lgc-ring"]) == [["compressed", "compressed"]]
+
+
 # --- a state that does not fit ---
 
 Change = Callable[[dict[str, Any]], object]
@@ -345,6 +358,12 @@ WRONG: dict[str, tuple[Change, str]] = {
     "step": (lambda s: s.update(step=-1), "step must be an integer of at least 0, got -1"),
     "no step": (lambda s: s.pop("step"), "step must be an integer of at least 0, got None"),
     "wire": (lambda s: s.update(wire='{"dense": {"bytes": 3}}'), "wire is not the byte counts by phase"),
+    "wire's counts": (
+        lambda s: s.update(wire='{"dense": {"steps": "x"}}'),
+        "wire must have counts of at least 0, got 'x'",
+    ),
+    "phase": (lambda s: s.update(phase="late"), "phase must be one of dense, .*, got 'late'"),
+    "updates": (lambda s: s["aggregator"]["replicated"].update(updates=-1), "replicated.updates is -1, here it is"),
     "no aggregator": (lambda s: s.pop("aggregator"), "aggregator has"),
     "residual's name": (lambda s: s["aggregator"]["per_rank"]["residual"].pop("conv1.weight"), "per_rank.residual has"),
     "residual's shape": (

@@ -209,6 +209,35 @@ def two(tmp_path: Path, alone: dist.ProcessGroup) -> list[Path]:
     return checkpoint.available(tmp_path)
 
 
+def test_old_checkpoints_that_cannot_be_removed_do_not_make_a_new_one_fail(
+    two: list[Path], alone: dist.ProcessGroup, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fails(_: Path) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(shutil, "rmtree", fails)
+    path = checkpoint.save(two[0].parent, {"step": 3}, step=3, group=alone)
+    assert checkpoint.load(path, group=alone) == {"step": 3}
+    assert "is complete; older ones stay for now: checkpoint.save: rank 0: " in caplog.text
+
+
+def test_resume_says_from_where_it_goes_on(
+    two: list[Path], alone: dist.ProcessGroup, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "lgc")
+    assert checkpoint.resume(two[0].parent, group=alone) is not None
+    assert f"goes on from step 2 ({two[0]})" in caplog.text
+
+
+def test_what_is_not_complete_is_told_of_once(
+    two: list[Path], alone: dist.ProcessGroup, caplog: pytest.LogCaptureFixture
+) -> None:
+    (two[0] / "manifest.json").unlink()
+    checkpoint.resume(two[0].parent, group=alone)
+    checkpoint.save(two[0].parent, {"step": 3}, step=3, group=alone)
+    assert caplog.text.count("is not a complete checkpoint") == 1
+
+
 def rewrite(path: Path, **changes: Any) -> None:
     """Change a manifest and make its digest right again."""
     content = json.loads((path / "manifest.json").read_text()) | changes

@@ -10,6 +10,7 @@ import re
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -25,6 +26,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from lgc.app.cli import main
 from lgc.app.figures import _mean_by_step, _smoothed
 from lgc.app.report import Run, by_recipe, find_runs, format_table, write_report
+from lgc.app.train import Settings
 
 LGC = [sys.executable, "-m", "lgc"]
 SHORT = ["--recipe", "digits", "--workers", "2", "--steps", "30", "--batch-size", "8"]
@@ -154,6 +156,22 @@ def test_a_run_and_its_repetition_are_one_seed(compared: Path) -> None:
     assert re.search(r"^dense +[\d.]+ +1 ", format_table([dense, changed(dense, "again")]), re.MULTILINE)
 
 
+def test_the_report_says_which_run_it_leaves_out_as_a_repetition(compared: Path, tmp_path: Path) -> None:
+    shutil.copytree(compared / "dense", tmp_path / "again")
+    result = CliRunner().invoke(main, ["report", str(compared), str(tmp_path), "--out", str(tmp_path / "page.html")])
+    assert f"WARNING: left out: {tmp_path / 'again'} has the settings and the seed of a run before it." in result.output
+
+
+def test_a_comparison_reports_the_runs_that_were_asked_for_alone(compared: Path, tmp_path: Path) -> None:
+    shutil.copytree(compared, tmp_path / "runs")
+    shutil.copytree(compared / "dense", tmp_path / "runs" / "dense" / "seed-1")
+    arguments = shlex.split(Run.load(compared / "dense").command)[2:-1]
+    arguments = [each for each in arguments if not each.startswith(("--scheme", "--seed"))]
+    result = CliRunner().invoke(main, ["compare", *arguments, "--schemes=dense", "--out", str(tmp_path / "runs")])
+    assert result.exit_code == 0, result.output
+    assert re.search(r"^dense +[\d.]+ +1 ", result.output, re.MULTILINE)
+
+
 def test_a_diverged_run_is_in_the_table_and_on_the_page(compared: Path, tmp_path: Path) -> None:
     dense, _ = find_runs([compared])
     diverged = changed(dense, "diverged", seed=1)
@@ -254,6 +272,39 @@ def test_train_runs_under_torchrun_and_equals_a_local_run(compared: Path, tmp_pa
     for name, steps in {"loss": range(30), "accuracy": [29], "autoencoder_loss": range(8, 18)}.items():
         assert [event.step for event in events.Scalars(name)] == list(steps)
     assert {"lr", "rank0_sent_bytes", "sent_bytes", "reconstruction_error"} <= set(events.Tags()["scalars"])
+
+
+def test_ranks_that_were_given_other_settings_are_told_so(tmp_path: Path) -> None:
+    arguments = [*LGC, "train", *SHORT[:2], *SHORT[4:], "--scheme", "dense", "--out", str(tmp_path / "run")]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        job = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
+    job |= {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    ranks = [
+        subprocess.Popen(
+            [*arguments, "--seed", str(5 * rank)],
+            env=os.environ | job | {"RANK": str(rank)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    for rank in ranks:
+        _, errors = rank.communicate(timeout=120)
+        assert rank.returncode == 1
+        assert "RuntimeError: lgc train: the ranks differ in seed: rank 0: 0, rank 1: 5." in errors
+
+
+def test_a_run_has_the_recipe_that_it_was_started_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    module = tmp_path / "edited_recipe.py"
+    module.write_text("from lgc.recipes.digits import DIGITS as MINE\n")
+    started = Settings(recipe="edited_recipe:MINE", scheme="dense", world_size=2)
+    before = started.configuration()
+    module.write_text("from lgc.recipes.digits import DIGITS as MINE  # edited\n")
+    assert started.configuration() == before
+    assert Settings(recipe="edited_recipe:MINE", scheme="dense", world_size=2).configuration() != before
 
 
 def test_a_compiled_model_and_another_learning_rate_are_settings_of_a_run(compared: Path, tmp_path: Path) -> None:
@@ -418,7 +469,8 @@ UNREADABLE = {
     "a list": (("metrics.jsonl", "[1]\n"), "metrics.jsonl must have JSON objects"),
     "empty": (("metrics.jsonl", ""), "metrics.jsonl has no rows"),
     "a number": (("summary.json", "5"), "summary.json must have JSON objects"),
-    "no content": (("summary.json", "{}"), "summary.json: recipe must be str, got None"),
+    "no content": (("summary.json", "{}"), "summary.json has no recipe."),
+    "another type": (("summary.json", '{"recipe": 5}'), "summary.json: recipe must be str, got 5"),
 }
 
 

@@ -174,7 +174,7 @@ def test_uniform_refuses_other_widths(bits: int) -> None:
 
 
 def test_uniform_refuses_an_empty_block() -> None:
-    with pytest.raises(ValueError, match=r"Uniform\(block=\.\.\.\) must be at least 1, got 0"):
+    with pytest.raises(ValueError, match=r"Uniform\(block=\.\.\.\) must be an integer of at least 1, got 0"):
         Uniform(bits=4, block=0)
 
 

@@ -10,7 +10,9 @@ import sys
 import warnings
 import weakref
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
+from unittest import TestCase
 
 import pytest
 import torch
@@ -739,7 +741,9 @@ def test_what_ddp_leaves_out_of_its_buckets_is_left_out(ranks: RankFactory, igno
 def train_one_layer(rank: int, world_size: int, everything_is_zeroed: bool) -> dict[str, Tensor]:
     ddp = build("wide")
     optimizer = torch.optim.SGD(ddp.module.layers[-1].parameters(), lr=0.1)
-    lgc.attach(ddp, lgc.DGC(rate=0.1, warmup_steps=0), optimizer)
+    with TestCase().assertLogs("lgc.advice") if rank == 0 else nullcontext() as advice:
+        lgc.attach(ddp, lgc.DGC(rate=0.1, warmup_steps=0), optimizer)
+    assert advice is None or "parameters are not of the optimizer given to attach (layers." in advice.output[0]
     for step in range(STEPS):
         x, y = batch(rank, step)
         (ddp if everything_is_zeroed else optimizer).zero_grad()

@@ -74,6 +74,21 @@ def fail_while_preparing(rank: int, world_size: int, scheme: Any, failing: int, 
         training.step()
 
 
+def fail_and_go_on(rank: int, world_size: int) -> bool:
+    training = Training(rank, SCHEMES["dgc"])
+    transport = training.handle.transport
+    if rank == 1:
+        transport.announce(ValueError("out of luck"))
+    announced = transport._store().check([transport._error_key(1)])
+    training.step()
+    training.step()
+    return announced and not transport._store().check([transport._error_key(1)])
+
+
+def test_an_error_after_which_all_ranks_went_on_is_forgotten(ranks: RankFactory) -> None:
+    assert ranks(2).run(fail_and_go_on)[1]
+
+
 def announce_too_much(rank: int, world_size: int, scheme: Any, length: int) -> None:
     training = Training(rank, scheme)
     transport: Any = training.handle.transport
@@ -357,7 +372,8 @@ def flip_without_check(rank: int, world_size: int) -> dict[str, torch.Tensor]:
         ("check_every", -1, "attach(check_every=...) must be an integer of at least 0, got -1"),
         ("on_difference", "ignore", "attach(on_difference=...) must be raise or synchronise, got 'ignore'"),
         ("on_nonfinite", "skip", "attach(on_nonfinite=...) must be propagate or raise, got 'skip'"),
-        ("timeout", 0.0, "attach(timeout=...) must be a positive number or None, got 0.0"),
+        ("timeout", 0.0, "attach(timeout=...) must be 0.001 to 1e+06 seconds, or None, got 0.0"),
+        ("timeout", float("inf"), "attach(timeout=...) must be 0.001 to 1e+06 seconds, or None, got inf"),
     ],
 )
 def test_wrong_policies_are_refused(ranks: RankFactory, argument: str, value: Any, words: str) -> None:
@@ -423,6 +439,37 @@ def test_a_training_step_of_the_autoencoder_whose_loss_is_not_finite_is_skipped(
     ranks: RankFactory, scheme: str
 ) -> None:
     ranks(2).run(train_with_a_bad_loss, SCHEMES[scheme])
+
+
+def train_with(rank: int, world_size: int, scheme: Any) -> dict[str, torch.Tensor]:
+    training = Training(rank, scheme, check_every=0)
+    for step in range(STEPS):
+        training.step()
+        assert all(torch.isfinite(tensor).all() for tensor in training.ddp.parameters()), f"step {step}"
+    return parameters(training.ddp)
+
+
+@pytest.mark.parametrize("scheme", [lgc.LGCRing, lgc.LGCServer])
+def test_an_autoencoder_that_diverges_while_it_is_trained_ends_no_run(ranks: RankFactory, scheme: Any) -> None:
+    one, other = ranks(2).run(train_with, scheme(**LEARNED, autoencoder_optimizer="sgd", autoencoder_lr=1e4))
+    assert_same(one, other)
+
+
+def train_on_unequal_gradients(rank: int, world_size: int, scheme: Any) -> None:
+    training = Training(rank, scheme)
+    for group in training.optimizer.param_groups:
+        group["lr"] = 0.0
+    for step in range(STEPS):
+        x, y = batch(rank, step)
+        training.optimizer.zero_grad()
+        (F.cross_entropy(training.ddp(x), y) * (1e12 if rank else 1e-30)).backward()
+        training.optimizer.step()
+        assert all(torch.isfinite(tensor).all() for tensor in tensors_of(training.handle.state_dict()))
+
+
+@pytest.mark.parametrize("scheme", ["lgc-ring", "lgc-ps"])
+def test_gradients_that_differ_by_more_than_float32_can_divide_end_no_run(ranks: RankFactory, scheme: str) -> None:
+    ranks(2).run(train_on_unequal_gradients, SCHEMES[scheme])
 
 
 @pytest.mark.parametrize("scheme", ["lgc-ring", "lgc-ps"])

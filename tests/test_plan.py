@@ -557,6 +557,13 @@ def test_a_state_with_another_choice_is_refused(ranks: RankFactory) -> None:
         assert message in str(error)
 
 
+def test_a_candidate_that_the_model_cannot_have_is_refused_at_once(ranks: RankFactory) -> None:
+    candidate = lgc.DGC(momentum=0.0, roles={"nowhere*": lgc.Role.DENSE})
+    (error,) = ranks(1).exceptions(train_auto, lgc.Auto(candidates=(candidate,)), 1)
+    assert isinstance(error, ValueError)
+    assert "nowhere*" in str(error)
+
+
 def test_a_gradient_that_is_not_finite_puts_the_choice_off(ranks: RankFactory) -> None:
     scheme = lgc.Auto(after=6, bandwidth="1mbit", candidates=CANDIDATES[:1])
     chosen = ranks(2).run(train_auto, scheme, 9, None, 0.0, 6)

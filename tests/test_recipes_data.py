@@ -31,7 +31,7 @@ from lgc.app.train import Settings, batches
 from lgc.recipes import Data, Split, find_recipe
 from lgc.recipes.camvid import VOID, load_camvid, scale_crop_and_flip
 from lgc.recipes.cifar10 import crop_and_flip, load_cifar10
-from lgc.recipes.data import TensorSplit, cache_folder, map_in_threads
+from lgc.recipes.data import Table, TensorSplit, cache_folder, map_in_threads
 from lgc.recipes.imagenet import load_imagenet, random_box
 from lgc.recipes.text import CONTEXT, TextSplit, load_text
 
@@ -168,7 +168,7 @@ def test_malformed_cifar10_is_refused_with_file_row_and_column(
     write_parquet(tmp_path / "train.parquet", columns)
     with pytest.raises(ValueError, match=message):
         load_cifar10(str(tmp_path), None)
-    assert not cache.exists() or not list(cache.iterdir())
+    assert not cache.exists() or not made(cache)
 
 
 @pytest.mark.parametrize(
@@ -271,7 +271,12 @@ def test_an_interrupted_decoding_leaves_nothing(tmp_path: Path, cache: Path) -> 
     write_parquet(tmp_path / "train.parquet", replaced("img", 3, b"no image"))
     with pytest.raises(ValueError, match="row 3"):
         load_cifar10(folder, None)
-    assert list(cache.iterdir()) == []
+    assert made(cache) == []
+
+
+def made(cache: Path) -> list[Path]:
+    """What a cache has beside the locks."""
+    return [path for path in cache.iterdir() if path.suffix != ".lock"]
 
 
 def load_on_rank(rank: int, world_size: int, folder: str, cache: str) -> torch.Tensor:
@@ -283,7 +288,24 @@ def test_processes_that_decode_at_the_same_time_agree(ranks: Callable[[int], Ran
     images = ranks(3).run(load_on_rank, cifar10_folder(tmp_path), str(tmp_path / "shared"))
     assert torch.equal(images[0], images[1])
     assert torch.equal(images[0], images[2])
-    assert len(list((tmp_path / "shared").iterdir())) == 2
+    assert len(made(tmp_path / "shared")) == 2
+
+
+def test_what_a_killed_process_has_left_is_removed_by_the_next(tmp_path: Path, cache: Path) -> None:
+    folder = cifar10_folder(tmp_path)
+    load_cifar10(folder, None)
+    for whole in made(cache):
+        whole.rename(cache / f"making-{whole.name}-abc")
+    load_cifar10(folder, None)
+    assert not list(cache.glob("making-*"))
+
+
+def test_a_file_with_fewer_rows_than_its_footer_says_is_refused(tmp_path: Path) -> None:
+    file = Path(cifar10_folder(tmp_path), "train.parquet")
+    table = Table([file], images=[("img",)], labels=[("label",)])
+    write_parquet(file, cifar10_columns(12))
+    with pytest.raises(ValueError, match=r"train\.parquet must have 20 rows by its footer, got 12\."):
+        list(table.read())
 
 
 def test_the_cache_is_in_the_users_cache_folder_unless_set(monkeypatch: pytest.MonkeyPatch) -> None:

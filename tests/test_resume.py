@@ -132,6 +132,12 @@ def test_a_run_of_other_settings_is_not_continued_and_not_touched(interrupted: P
     assert (interrupted / "metrics.jsonl").read_bytes() == before
 
 
+def test_a_summary_that_a_power_failure_left_empty_is_written_anew(interrupted: Path) -> None:
+    (interrupted / "summary.json").touch()
+    train(interrupted, "--scheme", DGC)
+    assert measured(interrupted)[1]["steps"] == STEPS
+
+
 def test_a_run_that_failed_before_its_first_step_is_not_in_the_way_of_a_corrected_one(tmp_path: Path) -> None:
     command = ["train", *RUN, "--scheme", DGC, "--out", str(tmp_path / "run")]
     failed = CliRunner().invoke(main, [*command, "--data", "not for digits"])

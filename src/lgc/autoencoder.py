@@ -191,8 +191,9 @@ class ServerAutoencoder(nn.Module):
         return self.latent.size([positions] * channels)
 
     def _sent(self, z: Tensor) -> Tensor:
-        # Straight through: the value is what is decoded, the gradient that of the identity.
-        decoded = self.decode_latent(self.encode_latent(z.detach()), STRIDE * z.shape[2]).to(z.device)
+        # Straight through: the value is what is decoded, the gradient that of the identity. NaN and Inf become NaN.
+        finite = z.detach().nan_to_num(0.0, 0.0, 0.0)
+        decoded = self.decode_latent(self.encode_latent(finite), STRIDE * z.shape[2]).to(z.device)
         return decoded + (z - z.detach())
 
 

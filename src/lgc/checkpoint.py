@@ -98,7 +98,11 @@ def save(directory: Path | str, state: State, *, step: int, group: dist.ProcessG
             with contextlib.suppress(OSError):
                 _remove(path)
         raise
-    _together(transport, "checkpoint.save", lambda: _remove_old(path.parent, keep), rank=SERVER)
+    try:
+        _together(transport, "checkpoint.save", lambda: _remove_old(path.parent, keep), rank=SERVER)
+    except CheckpointError as error:  # no reason to end a run
+        if transport.rank == SERVER:
+            logger.warning("%s is complete; older ones stay for now: %s", path, error)
     return path
 
 
@@ -122,19 +126,11 @@ def available(directory: Path | str, *, group: dist.ProcessGroup | None = None) 
 
         found = _together(Transport(group), "checkpoint.available", names, rank=SERVER)[SERVER]
         return [Path(directory) / name for name in found]
-    paths = []
-    for path in _step_folders(Path(directory)):
-        try:
-            manifest = _read_manifest(path)
-            for file in manifest.files:
-                _require_size(path / file.name, file)
-        except _NewerSchemaError:
-            paths.append(path)
-        except RefusedError as error:
-            logger.warning("%s is not a complete checkpoint: %s", path, error)
-        else:
-            paths.append(path)
-    return paths
+    flaws = {path: _flaw(path) for path in _step_folders(Path(directory))}
+    for path, flaw in flaws.items():
+        if flaw is not None:
+            logger.warning("%s is not a complete checkpoint: %s", path, flaw)
+    return [path for path, flaw in flaws.items() if flaw is None]
 
 
 def latest(directory: Path | str) -> Path | None:
@@ -162,21 +158,24 @@ def set_aside(path: Path, *, group: dist.ProcessGroup) -> Path:
 def resume(directory: Path | str, *, group: dist.ProcessGroup) -> dict[str, Any] | None:
     """This rank's state from the newest checkpoint that is not refused, None if there is none; a collective.
 
-    What is refused is set aside, with a warning by rank 0: the run then goes on from an older checkpoint, and repeats
-    the steps since. To have the last word on that, use `available`, `load` and `set_aside`.
+    Rank 0 logs which one it is, at level INFO. What is refused is set aside, with a warning: the run then goes on from
+    an older checkpoint, and repeats the steps since. To have the last word on that, use `available`, `load` and
+    `set_aside`.
 
     Raises:
         CheckpointError: on every rank, if a file cannot be read or renamed, which may be no fault of the checkpoint.
     """
     for path in available(directory, group=group):
         try:
-            return load(path, group=group)
+            state = load(path, group=group)
         except RefusedError as error:
             aside = set_aside(path, group=group)
             if dist.get_rank(group) == 0:
                 logger.warning("%s\nThis checkpoint is now %s; going on from the one before it, if any.", error, aside)
-    if dist.get_rank(group) == 0:
-        logger.info("%s has no checkpoint to go on from.", Path(directory).absolute())
+        else:
+            if dist.get_rank(group) == 0:
+                logger.info("goes on from step %d (%s)", int(path.name.removeprefix("step-")), path)
+            return state
     return None
 
 
@@ -324,7 +323,7 @@ def _all_gather_json(transport: Transport, value: Any) -> list[Any]:
 
 def _prepare(path: Path) -> None:
     """Make the empty folder of a new checkpoint."""
-    later = [folder for folder in available(path.parent) if folder.name >= path.name]
+    later = [folder for folder in _complete(path.parent) if folder.name >= path.name]
     if later:
         raise CheckpointError(
             f"{later[0]} is there already, and {path.name} would not be the newest; save to another directory, or "
@@ -391,7 +390,7 @@ def _sync_folder(path: Path) -> None:
 
 def _remove_old(directory: Path, keep: int) -> None:
     """Remove the complete checkpoints beyond `keep`, and whatever older is not complete."""
-    kept = available(directory)[:keep]
+    kept = _complete(directory)[:keep]
     for path in _step_folders(directory):
         if path.name < kept[0].name and path not in kept:
             _remove(path)
@@ -402,6 +401,23 @@ def _remove(path: Path) -> None:
         (path / MANIFEST).unlink(missing_ok=True)  # first: what is half removed is no checkpoint
         _sync_folder(path)
         shutil.rmtree(path)
+
+
+def _complete(directory: Path) -> list[Path]:
+    """As `available`, of one rank, without telling of the others."""
+    return [path for path in _step_folders(directory) if _flaw(path) is None]
+
+
+def _flaw(path: Path) -> RefusedError | None:
+    """Why this is no complete checkpoint; None if it is one, or of a newer schema."""
+    try:
+        for file in _read_manifest(path).files:
+            _require_size(path / file.name, file)
+    except _NewerSchemaError:
+        return None
+    except RefusedError as error:
+        return error
+    return None
 
 
 def _read_manifest(path: Path) -> _Manifest:

@@ -24,6 +24,7 @@ from lgc.requirements import (
     require_ddp,
     require_exchangeable,
     require_optimizer_of,
+    require_possible,
     require_real,
     require_single_momentum,
     trained,
@@ -35,7 +36,8 @@ from lgc.transport import RankError, Transport, clock
 
 logger = logging.getLogger("lgc")
 
-STATE_VERSION = 2
+STATE_VERSION = 3
+LEAST_TIMEOUT, MOST_TIMEOUT = 0.001, 1e6  # seconds; the backends count milliseconds, in 32 bits
 STATE_HINTS = {
     "world_size": "; lgc.checkpoint.load or reshard adapts it",
     "scheme": "; to change it, load everything but the handle: what was owed is lost",
@@ -70,8 +72,8 @@ def attach(
         timeout: seconds after which a rank that waits for another in the model's process group gives up; None leaves
             the group's as it is. Longer than anything that one rank does while the others wait, such as a checkpoint.
         check_every: compare parameters and replicated state across ranks every so many rounds; 0 is never.
-        on_difference: when they differ, "raise" ReplicaError, or "synchronise" them with a warning: from one of the
-            majority, else from rank 0 (under `join()`, of the ranks that still have inputs).
+        on_difference: when they differ, "raise" ReplicaError, or "synchronise" them with a warning: by what most
+            ranks have, among equals rank 0 (under `join()`, of the ranks that still have inputs).
         on_nonfinite: when a rank's gradient has a NaN or Inf, "raise" on all ranks, or "propagate" NaN gradients to
             them, as plain DDP does and a GradScaler needs; None is "propagate" with a GradScaler that is enabled, else
             "raise", since the optimizer would make every parameter NaN. No residual, momentum or autoencoder changes
@@ -103,16 +105,19 @@ def attach(
     skips = grad_scaler is not None and grad_scaler.is_enabled()
     default: OnNonfinite = "propagate" if skips else "raise"
     policy = Policy(check_every, on_difference, default if on_nonfinite is None else on_nonfinite)
-    if timeout is not None and not (isinstance(timeout, int | float) and timeout > 0):
-        raise ValueError(f"attach(timeout=...) must be a positive number or None, got {timeout!r}.")
-    transport = Transport(ddp.process_group, trained(ddp)[0][1].device)
-    if timeout is not None:
-        transport.set_timeout(timeout)
+    if timeout is not None and not (isinstance(timeout, int | float) and LEAST_TIMEOUT <= timeout <= MOST_TIMEOUT):
+        raise ValueError(
+            f"attach(timeout=...) must be {LEAST_TIMEOUT} to {MOST_TIMEOUT:g} seconds, or None, got {timeout!r}."
+        )
     require_real(ddp, scheme)
+    require_possible(ddp, scheme)
     if optimizer is not None:
         require_optimizer_of(ddp, optimizer)
         require_single_momentum(scheme, optimizer)
-    require_agreement(transport, describe(ddp, scheme, asdict(policy), transport.world_size))
+    transport = Transport(ddp.process_group, trained(ddp)[0][1].device)
+    if timeout is not None:
+        transport.set_timeout(timeout)
+    require_agreement(transport, "attach", describe(ddp, scheme, asdict(policy), transport.world_size))
     if transport.rank == 0:
         advise(ddp, scheme, optimizer)
     handle = Handle(ddp, scheme, transport, optimizer, grad_scaler, policy)
@@ -268,6 +273,7 @@ class Handle:
             "world_size": self.transport.world_size,
             "rank": self.transport.rank,
             "step": self.step,
+            "phase": str(self.phase),
             "wire": json.dumps({name: asdict(traffic) for name, traffic in self.wire.phases.items()}),
             "aggregator": self.aggregator.state_dict() if self.aggregator else {},
         }
@@ -288,6 +294,9 @@ class Handle:
         step = state.get("step")
         if type(step) is not int or step < 0:
             raise ValueError(f"state_dict: step must be an integer of at least 0, got {step!r}.")
+        phase = state.get("phase")
+        if phase not in list(Phase):
+            raise ValueError(f"state_dict: phase must be one of {', '.join(Phase)}, got {phase!r}.")
         phases = _read_wire(state.get("wire"))
         scheme, aggregator, chosen_at = self._scheme_of(state)
         saved = state.get("aggregator")
@@ -307,8 +316,8 @@ class Handle:
         if aggregator is not None:
             assert isinstance(saved, Mapping)
             aggregator.load_state_dict(saved)
-            self.phase = aggregator.schedule.at(max(step - 1, 0)).phase
         self.step = step
+        self.phase = Phase(phase)
         self.transport.wire.phases = phases
 
     def _scheme_of(self, state: Mapping[str, Any]) -> tuple[Scheme, Aggregator | None, int]:
@@ -513,16 +522,21 @@ def _require_same_form(here: object, state: object, where: str) -> None:
         if not isinstance(state, Tensor) or (state.shape, state.dtype) != (here.shape, here.dtype):
             form = f"{tuple(state.shape)} {state.dtype}" if isinstance(state, Tensor) else type(state).__name__
             raise ValueError(f"state_dict: {where} is {form}, here it is {tuple(here.shape)} {here.dtype}.")
-    elif type(state) is not type(here):
+    elif type(state) is not type(here) or (type(state) is int and state < 0):  # all of them are counts
         raise ValueError(f"state_dict: {where} is {state!r}, here it is {here!r}.")
 
 
 def _read_wire(text: object) -> dict[str, Traffic]:
     """Byte counts by phase from a `state_dict`."""
     try:
-        return {name: Traffic(**traffic) for name, traffic in json.loads(str(text)).items()}
+        phases = {name: Traffic(**traffic) for name, traffic in json.loads(str(text)).items()}
+        counts = [count for traffic in phases.values() for count in (*_row(traffic, []), *traffic.contents.values())]
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"state_dict: wire is not the byte counts by phase: {error}.") from None
+    for count in counts:
+        if type(count) is not int or count < 0:
+            raise ValueError(f"state_dict: wire must have counts of at least 0, got {count!r}.")
+    return phases
 
 
 def _row(traffic: Traffic, contents: list[str]) -> list[int]:

@@ -50,6 +50,7 @@ logger = logging.getLogger("lgc")
 
 EXPLAINED_DECAY = 0.9  # of the running mean of the explained fraction
 LARGEST_ERROR = 1e9  # relative; the difference may overflow
+LARGEST_SCALED = 1e30  # so that sums of it are finite
 SETTLE_STEPS = 10  # compressed steps after which its value is taken as that of the fresh autoencoder
 
 
@@ -426,5 +427,8 @@ class ServerAggregator(LGCAggregator):
 
 
 def _divide(x: Tensor, scale: Tensor) -> Tensor:
-    """x / scale, or x where the scale is zero; what is decoded is multiplied by the scale, and then is zero."""
-    return x / torch.where(scale > 0, scale, 1.0)
+    """x / scale, or x where the scale is zero; what is decoded is multiplied by the scale, and then is zero.
+
+    A rank's values may be larger than the leader's by more than float32 has room for; what is cut off is owed.
+    """
+    return (x / torch.where(scale > 0, scale, 1.0)).clamp(-LARGEST_SCALED, LARGEST_SCALED)

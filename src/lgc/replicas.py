@@ -20,8 +20,8 @@ class ReplicaError(RuntimeError):
     """The ranks have different values of something replicated; raised on every rank."""
 
 
-def require_agreement(transport: Transport, description: Mapping[str, object]) -> None:
-    """Compare a flat JSON description with the other ranks'; a collective.
+def require_agreement(transport: Transport, what: str, description: Mapping[str, object]) -> None:
+    """Compare a flat JSON description with the other ranks', before they do `what` together; a collective.
 
     Raises:
         RuntimeError: on every rank, naming the first field that differs, and every rank's value.
@@ -38,11 +38,11 @@ def require_agreement(transport: Transport, description: Mapping[str, object]) -
         values = [rank.get(key, "missing") for rank in ranks]
         if any(value != values[0] for value in values):
             by_rank = ", ".join(f"rank {rank}: {value}" for rank, value in enumerate(values))
-            raise RuntimeError(f"attach: the ranks differ in {key}: {by_rank}.")
+            raise RuntimeError(f"{what}: the ranks differ in {key}: {by_rank}.")
     for position, keys in enumerate(zip(*ranks, strict=True)):
         if len(set(keys)) > 1:
             by_rank = ", ".join(f"rank {rank}: {key}" for rank, key in enumerate(keys))
-            raise RuntimeError(f"attach: the ranks differ in the order of parameters, at {position}: {by_rank}.")
+            raise RuntimeError(f"{what}: the ranks differ in the order of parameters, at {position}: {by_rank}.")
 
 
 class Difference(NamedTuple):

@@ -72,6 +72,13 @@ def require_real(ddp: DistributedDataParallel, scheme: Scheme) -> None:
         )
 
 
+def require_possible(ddp: DistributedDataParallel, scheme: Scheme) -> None:
+    """Raise ValueError if the scheme, or a candidate of it, has roles or units that this model cannot have."""
+    for each in scheme.candidates if isinstance(scheme, Auto) else (scheme,):
+        if isinstance(each, SparseScheme):
+            each.layout(trained(ddp))
+
+
 def require_optimizer_of(ddp: DistributedDataParallel, optimizer: torch.optim.Optimizer) -> None:
     """Raise ValueError if the optimizer is of another model."""
     optimized = parameters_of(optimizer)
@@ -109,6 +116,17 @@ def advise(ddp: DistributedDataParallel, scheme: Scheme, optimizer: torch.optim.
             "attach, and broadcast them before evaluation and checkpoints.",
             stacklevel=3,
         )
+    if isinstance(scheme, SparseScheme | Auto) and optimizer is not None:
+        optimized = parameters_of(optimizer)
+        others = [name for name, parameter in trained(ddp) if id(parameter) not in optimized]
+        if others:
+            logging.getLogger("lgc.advice").warning(
+                "%d trained parameters are not of the optimizer given to attach (%s, ...); their gradients are zeroed "
+                "before every backward pass, so what optimizes them must step after each, without a momentum on top of "
+                "the scheme's.",
+                len(others),
+                others[0],
+            )
     if isinstance(scheme, SparseScheme) and scheme.momentum and not scheme.second_moment and optimizer is not None:
         decay = max(group.get("weight_decay", 0) for group in optimizer.param_groups)
         if decay:

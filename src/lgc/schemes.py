@@ -62,7 +62,10 @@ class Scheme(ABC):
         return {item.name: _text(getattr(self, item.name)) for item in fields(self)}
 
     def __str__(self) -> str:
-        """The name and the arguments that are not at their default, in the form that `parse_scheme` reads."""
+        """The name and the arguments that are not at their default, in the form that `parse_scheme` reads.
+
+        For roles, and the candidates of `auto`, it has no form; they are there to be read.
+        """
         changed = [item.name for item in fields(self) if getattr(self, item.name) != _default(item)]
         return ":".join([self.name, *(f"{name}={text}" for name, text in self.arguments().items() if name in changed)])
 
@@ -448,6 +451,9 @@ class Auto(Scheme):
             _within(self, "latency", '"0ms" where there is no bandwidth', self.latency == "0ms")
         else:
             Link.parse(self.bandwidth, self.latency)
+        if not isinstance(self.candidates, tuple | list):
+            raise ValueError(f"Auto(candidates=...) must be a tuple of schemes, got {self.candidates!r}.")
+        object.__setattr__(self, "candidates", tuple(self.candidates))
         for candidate in self.candidates:
             momentum = max(candidate.momentum, candidate.second_moment) if isinstance(candidate, SparseScheme) else 0.0
             if not isinstance(candidate, Dense | SparseScheme) or momentum:

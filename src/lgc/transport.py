@@ -84,6 +84,7 @@ class Transport:
         self.world_size = dist.get_world_size(group)
         self.wire = Wire()
         self.seconds = 0.0
+        self._has_announced = False
         if self.device.type == "cpu":
             _release_at_exit()
         self.begin(SETUP, steps=0)
@@ -95,6 +96,7 @@ class Transport:
     def announce(self, error: Exception) -> None:
         """Leave this rank's error where the others find it when their collectives fail."""
         text = _message(error).decode(errors="ignore")
+        self._has_announced = True
         _within(ANNOUNCEMENT_WAIT_S, lambda: self._store().set(self._error_key(self.rank), text))
 
     def begin(self, phase: str, *, steps: int = 1) -> None:
@@ -130,6 +132,9 @@ class Transport:
         steps = [row[0] for row in rows]
         if set(steps) != {step}:
             raise RankError(f"lgc: the ranks are at different steps: {steps} (by rank).")
+        if self._has_announced:  # and yet all go on: it is no reason for a later failure
+            self._has_announced = False
+            _within(ANNOUNCEMENT_WAIT_S, lambda: self._store().delete_key(self._error_key(self.rank)))
         return Opening(
             [bool(row[1] & 1) for row in rows], [bool(row[1] & 2) for row in rows], [(row[2], row[3]) for row in rows]
         )

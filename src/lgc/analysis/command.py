@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import click
+from safetensors import SafetensorError
 
-from lgc.analysis.record import RECORDING, Recording, planned_steps, record, require_recordable
+from lgc.analysis.record import RECORDING, Recording, configuration, planned_steps, record, require_recordable
 from lgc.app import options
 from lgc.app.launch import preload, start_ranks
-from lgc.app.run_folder import write_whole
+from lgc.app.run_folder import occupied, require_same, write_whole
 from lgc.app.train import Settings
 
 ROWS = "redundancy.jsonl"
@@ -77,9 +78,21 @@ def analyze(workers: int, every: int, samples: int, timeout: float, out: Path, o
             f"--every {every} leaves fewer than {LEAST_RECORDS} records in {steps} steps, of which "
             f"{scheme.warmup_steps} are the warm-up."
         )
-    with options.reported_errors():
-        start_ranks(record, settings, out, every, samples, world_size=workers, timeout=timedelta(seconds=timeout))
-    click.echo(evaluate(out))
+    with options.reported_errors(), occupied(out):
+        if overwrite or not _is_recorded(out, configuration(settings, every, samples)):
+            limit = timedelta(seconds=timeout)
+            start_ranks(record, settings, out, every, samples, world_size=workers, timeout=limit)
+        click.echo(evaluate(out))
+
+
+def _is_recorded(out: Path, wanted: dict[str, Any]) -> bool:
+    """Whether there is this recording, whose evaluation was interrupted. Raises OtherRunError if there is another."""
+    try:
+        recording = Recording.load(out / RECORDING)
+    except (OSError, ValueError, KeyError, SafetensorError):
+        return False
+    require_same(recording.settings, wanted, f"{out} has a recording")
+    return True
 
 
 def evaluate(out: Path) -> str:

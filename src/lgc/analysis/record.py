@@ -52,7 +52,7 @@ class Recording:
     """What one training run left. T recorded steps, K workers, M sampled coordinates, k selected ones.
 
     Attributes:
-        settings: of the run, as JSON values.
+        settings: what was recorded, see `configuration`.
         layers: in the order of the flat vector.
         coordinates: the sampled ones, layer after layer, shape (M,).
         steps: the recorded ones, shape (T,).
@@ -224,7 +224,7 @@ def record(settings: Settings, out: Path, every: int, samples: int, device: torc
         if not math.isfinite(losses[-1]):
             raise RuntimeError(f"the training diverged: the loss of step {step} is {losses[-1]}.")
     if not hidden:
-        recorder.save(out / RECORDING, settings.configuration(), losses, time.perf_counter() - started)
+        recorder.save(out / RECORDING, configuration(settings, every, samples), losses, time.perf_counter() - started)
 
 
 def require_recordable(scheme: Scheme) -> SparseScheme:
@@ -236,6 +236,11 @@ def require_recordable(scheme: Scheme) -> SparseScheme:
     if not isinstance(scheme, TopK | ScaleCom):
         raise ValueError(f"analyze: scheme must be {TopK.name}, dgc or {ScaleCom.name}, got {scheme.name}.")
     return scheme
+
+
+def configuration(settings: Settings, every: int, samples: int) -> dict[str, Any]:
+    """What must be equal for two recordings to be the same one, as JSON values."""
+    return settings.configuration() | {"every": every, "samples": samples}
 
 
 def planned_steps(settings: Settings, data: Data) -> int:

@@ -15,7 +15,7 @@ from lgc.analysis.command import analyze
 from lgc.app import options
 from lgc.app.launch import run_in_job, run_locally, under_torchrun
 from lgc.app.plan import plan
-from lgc.app.report import LineRate, Run, find_runs, format_table, write_report
+from lgc.app.report import LineRate, Run, find_runs, format_table, load_runs, repeated, write_report
 from lgc.app.run_folder import SUMMARY, is_finished
 from lgc.app.train import Output, Settings
 from lgc.bench.codec import codec
@@ -172,7 +172,7 @@ def compare(recipes: str, workers: int, schemes: str, seeds: int, out: Path, **r
             )
             launch(settings, folder)
     finally:
-        runs = find_runs([folder for folder in planned if (folder / SUMMARY).exists()], unreadable=_left_out)
+        runs = load_runs([folder for folder in planned if (folder / SUMMARY).exists()], _left_out)
         if runs:
             write_report(runs, out / "report.html", [LineRate.parse(LINK)])
             click.echo(format_table(runs))
@@ -221,18 +221,20 @@ def report(folders: tuple[Path, ...], out: Path | None, links: list[LineRate]) -
     """
     page = out or folders[0] / "report.html"
     with options.reported_errors():
-        runs = find_runs(folders, unreadable=_left_out)
+        runs = find_runs(folders, _left_out)
         if not runs:
             raise click.UsageError(
                 f"no {SUMMARY} in {', '.join(map(str, folders))} or below: no run has finished there."
             )
+        for run in repeated(runs):
+            _left_out(f"{run.folder} has the settings and the seed of a run before it.")
         write_report(runs, page, links)
     click.echo(format_table(runs))
     click.echo(f"\n{page}")
 
 
-def _left_out(error: ValueError) -> None:
-    click.echo(f"WARNING: left out: {error}", err=True)
+def _left_out(why: object) -> None:
+    click.echo(f"WARNING: left out: {why}", err=True)
 
 
 def _links(texts: tuple[str, ...]) -> list[LineRate]:

@@ -17,6 +17,9 @@ from lgc.recipes import RECIPES, find_recipe
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 
+MOST_TIMEOUT = 1e6  # seconds; in milliseconds still less than 2^31
+
+
 class Finite(click.FloatRange):
     """A number that is neither infinite nor NaN."""
 
@@ -59,7 +62,7 @@ seed = click.option(
 )
 timeout = click.option(
     "--timeout",
-    type=Finite(1),
+    type=Finite(1, MOST_TIMEOUT),
     default=60.0,
     show_default=True,
     help="Seconds after which a rank that waits for another gives up.",

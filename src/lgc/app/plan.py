@@ -293,16 +293,18 @@ def _as_text(name: str, link: Link, profile: Profile, rows: Sequence[Prediction]
 
 def _advice(rows: Sequence[Prediction], labels: Mapping[str, str], profile: Profile) -> list[str]:
     best = choose(rows)
+    scheme = parse_scheme(best.scheme)
     if best == rows[0]:
         return [f"Dense is best here: nothing is more than {TOLERANCE:.0%} faster. Use plain DDP."]
     equals = [labels[row.scheme] for row in rows[1:] if row != best and row.step <= best.step * (1 + TOLERANCE)]
     others = f", at which {' and '.join(equals)} are within {TOLERANCE:.0%} of it" if equals else ""
+    rate = f" at a rate of {100 * scheme.rate:g} %" if isinstance(scheme, SparseScheme) else ""
     lines = [
         f"{labels[best.scheme]} is best here, {best.speedup:.1f} times as fast as dense:",
         "",
         f"    {_attach(best)}",
         "",
-        f"This is of speed alone{others}; lgc compare tells about accuracy.",
+        f"This is of speed alone{rate}{others}; lgc compare tells about accuracy.",
     ]
     if best.early:
         steps = sum(stage.steps for stage in best.early)
@@ -313,7 +315,6 @@ def _advice(rows: Sequence[Prediction], labels: Mapping[str, str], profile: Prof
             f"Its first {steps} steps ({phases}) take {1e3 * mean:,.1f} ms on average; the run as a whole is ahead of "
             f"dense from step {best.pays_from} on.",
         ]
-    scheme = parse_scheme(best.scheme)
     if isinstance(scheme, SparseScheme) and scheme.second_moment:
         lines += ["", "It makes Adam's step: train with SGD without momentum."]
     elif isinstance(scheme, SparseScheme) and scheme.momentum:

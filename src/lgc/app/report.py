@@ -18,12 +18,15 @@ from lgc.app.run_folder import METRICS, SUMMARY, read_objects, write_whole
 from lgc.app.table import aligned
 from lgc.plan.cost import parse_rate
 
-SUMMARY_TYPES: dict[str, type] = {
-    **dict.fromkeys(("recipe", "scheme", "label", "metric.name", "metric.better", "time.started"), str),
-    **dict.fromkeys(("steps", "parameters", "world_size", "wire.sent_bytes", "wire.received_bytes"), int),
-    **dict.fromkeys(("configuration", "versions", "wire.paper"), dict),
-    **dict.fromkeys(("world_sizes", "wire.phases"), list),
-    **dict.fromkeys(("metric.value", "time.wall_s"), numbers.Real),
+RATIOS = ("wire.ratio", "wire.ratio_compressed_phase", "wire.paper.ratio_compressed_phase")
+SUMMARY_TYPES: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(("recipe", "scheme", "label", "metric.name", "metric.better", "time.started"), (str,)),
+    **dict.fromkeys(("configuration.recipe", "configuration.scheme", "versions.lgc", "versions.torch"), (str,)),
+    **dict.fromkeys(("steps", "parameters", "world_size", "wire.sent_bytes", "wire.received_bytes"), (int,)),
+    **dict.fromkeys(("configuration.seed", "configuration.world_size"), (int,)),
+    **dict.fromkeys(("world_sizes", "wire.phases"), (list,)),
+    **dict.fromkeys(("metric.value", "time.wall_s"), (numbers.Real,)),
+    **dict.fromkeys(RATIOS, (numbers.Real, type(None))),
 }  # what a report needs
 ARROWS = {"higher": "↑", "lower": "↓"}
 Series = tuple[list[float], list[float]]
@@ -64,12 +67,15 @@ class Run:
         """
         summary = read_objects(folder / SUMMARY)[0]
         rows = read_objects(folder / METRICS)
-        for name, kind in SUMMARY_TYPES.items():
+        for name, kinds in SUMMARY_TYPES.items():
             value: Any = summary
             for key in name.split("."):
-                value = value.get(key) if isinstance(value, dict) else None
-            if not isinstance(value, kind):
-                raise ValueError(f"{folder / SUMMARY}: {name} must be {kind.__name__}, got {value!r:.100}.")
+                if not isinstance(value, dict) or key not in value:
+                    raise ValueError(f"{folder / SUMMARY} has no {name}.")
+                value = value[key]
+            if not isinstance(value, kinds):
+                expected = " or ".join(kind.__name__ for kind in kinds)
+                raise ValueError(f"{folder / SUMMARY}: {name} must be {expected}, got {value!r:.100}.")
         if not rows:
             raise ValueError(f"{folder / METRICS} has no rows.")
         return cls(folder, summary, rows)
@@ -158,29 +164,41 @@ class Line(NamedTuple):
 COLUMNS = ["scheme", "", "seeds", "MB per rank", "ratio, run", "ratio, compressed", "uploads only", "time"]
 
 
-def find_runs(folders: Iterable[Path], unreadable: Callable[[ValueError], object] | None = None) -> list[Run]:
-    """All finished runs in these folders and below, each once; below one folder in the order they were started.
+def load_runs(folders: Iterable[Path], unreadable: Callable[[ValueError], object] | None = None) -> list[Run]:
+    """The finished runs of these folders, of one run each.
 
     Args:
-        folders: where to look.
+        folders: of the runs.
         unreadable: is told of a run that cannot be read, which is then left out; None raises.
 
     Raises:
         ValueError: naming the file and what is wrong with it.
     """
+    runs = []
+    for folder in folders:
+        try:
+            runs.append(Run.load(folder))
+        except ValueError as error:
+            if unreadable is None:
+                raise
+            unreadable(error)
+    return runs
+
+
+def find_runs(folders: Iterable[Path], unreadable: Callable[[ValueError], object] | None = None) -> list[Run]:
+    """As `load_runs`, in these folders and below, each once; below one folder in the order they were started."""
     runs: dict[Path, Run] = {}
     for folder in folders:
-        below = []
-        for path in sorted(folder.rglob(SUMMARY)):
-            try:
-                below.append(Run.load(path.parent))
-            except ValueError as error:
-                if unreadable is None:
-                    raise
-                unreadable(error)
+        below = load_runs((path.parent for path in sorted(folder.rglob(SUMMARY))), unreadable)
         for run in sorted(below, key=lambda run: str(run.summary["time"]["started"])):
             runs.setdefault(run.folder.resolve(), run)
     return list(runs.values())
+
+
+def repeated(runs: Sequence[Run]) -> list[Run]:
+    """Those of which an earlier one has the same settings and seed; neither the table nor the page has them."""
+    shown = {id(run) for lines in by_recipe(runs).values() for line in lines for run in line.runs}
+    return [run for run in runs if id(run) not in shown]
 
 
 def by_recipe(runs: Sequence[Run]) -> dict[str, list[Line]]:
@@ -242,7 +260,7 @@ def write_report(runs: Sequence[Run], page: Path, links: Sequence[LineRate] = ()
             "rows": [line.cells() for line in lines],
             "figures": draw_figures(lines, list(links)),
             "commands": [run.command for line in lines for run in line.runs],
-            "versions": lines[0].runs[0].summary["versions"],
+            "versions": _versions(lines),
             "better": lines[0].runs[0].better,
         }
         for recipe, lines in by_recipe(runs).items()
@@ -262,6 +280,14 @@ def _setting(lines: list[Line]) -> str:
         )
 
     return f"{numbers('parameters')} parameters, {numbers('world_size')} ranks, {numbers('steps')} steps"
+
+
+def _versions(lines: list[Line]) -> str:
+    def of(package: str) -> str:
+        found = {str(run.summary["versions"][package]) for line in lines for run in line.runs}
+        return f"{package} {' or '.join(sorted(found))}"
+
+    return f"{of('lgc')}, {of('torch')}"
 
 
 def _megabytes(count: float) -> str:

@@ -126,7 +126,7 @@ def claim(folder: Path, configuration: Mapping[str, Any], *, overwrite: bool) ->
 
 def is_finished(folder: Path, configuration: Mapping[str, Any]) -> bool:
     """Whether a folder has a run of this configuration, finished; changes nothing. Raises as `claim`."""
-    if (folder / SUMMARY).exists():
+    if _has_content(folder / SUMMARY):
         there = _known(folder / SUMMARY).get("configuration")
         if not isinstance(there, dict):
             raise ValueError(f"{folder / SUMMARY} has no configuration; --overwrite starts anew.")
@@ -171,7 +171,10 @@ def write_whole(path: Path, text: str) -> None:
         return
     temporary = path.with_name(path.name + ".tmp")
     try:
-        temporary.write_text(text, encoding="utf-8")
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())  # else a power failure may leave an empty file under the name
         os.replace(temporary, path)
     except OSError:
         temporary.unlink(missing_ok=True)
@@ -260,13 +263,20 @@ class Recorder:
 
 
 def cut_metrics(path: Path, step: int) -> None:
-    """Drop the rows of `step` and later ones, and a line that was not written to its end."""
+    """Drop the rows of `step` and later ones, and a line that was not written to its end.
+
+    Raises:
+        ValueError: if a line before that is no row.
+    """
     if not path.exists():
         return
-    kept = []
+    kept: list[bytes] = []
     for line in path.read_bytes().splitlines(keepends=True):
-        if not line.endswith(b"\n") or json.loads(line)["step"] >= step:
-            break
+        try:
+            if not line.endswith(b"\n") or json.loads(line)["step"] >= step:
+                break
+        except (ValueError, KeyError, TypeError):
+            raise ValueError(f"{path}, line {len(kept) + 1} is not a row of a run: {line[:100]!r}.") from None
         kept.append(line)
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_bytes(b"".join(kept))

@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from functools import lru_cache, partial
 from pathlib import Path
@@ -27,8 +27,10 @@ from lgc.app.run_folder import CHECKPOINTS, METRICS, SUMMARY, Recorder, require_
 from lgc.ddp import attach
 from lgc.powersgd import one_bucket_mb
 from lgc.recipes import Data, Recipe, find_recipe, source_digest
+from lgc.replicas import require_agreement
 from lgc.schedule import Phase
 from lgc.schemes import Auto, Dense, PowerSGD, Scheme, parse_scheme
+from lgc.transport import Transport
 from lgc.version import __version__
 
 MOST_SEED = 2**63 - 1  # torch.manual_seed
@@ -55,6 +57,9 @@ class Settings:
         backbone: one of the recipe's; None is its first.
         bf16: whether the model computes in bfloat16 where autocast has it do so.
         compile: whether the model is compiled for training, by torch.compile.
+
+    Attributes:
+        source: digest of the file that has a user's own recipe, as it was when these settings were made.
     """
 
     recipe: str
@@ -71,6 +76,7 @@ class Settings:
     backbone: str | None = None
     bf16: bool = False
     compile: bool = False
+    source: str | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         for name in ("world_size", "seed", "epochs", "steps", "batch_size", "limit_train"):
@@ -93,6 +99,9 @@ class Settings:
             options = ", ".join(backbones) or "unset for this recipe"
             raise ValueError(f"{self.recipe}: backbone must be {options}, got {self.backbone!r}.")
         self.resolve_scheme()
+        object.__setattr__(self, "source", source_digest(self.recipe))
+        if self.data is not None:
+            object.__setattr__(self, "data", os.path.normpath(self.data))
 
     def resolve_recipe(self) -> Recipe:
         """The recipe with these settings in place of its own."""
@@ -132,10 +141,6 @@ class Settings:
         backbone = self.backbone or next(iter(recipe.backbones), None)
         resolved = {name: getattr(recipe, name) for name in ("epochs", "batch_size", "learning_rate")}
         resolved["backbone"] = backbone
-        if self.data is not None and Path(self.data).exists():
-            resolved["data"] = os.path.normpath(self.data)
-        if source := source_digest(self.recipe):
-            resolved["source"] = source
         return asdict(self) | resolved | {"scheme": str(self.resolve_scheme()), "version": __version__}
 
 
@@ -168,6 +173,7 @@ def train(settings: Settings, output: Output, device: torch.device) -> None:
         logging.getLogger("lgc").setLevel(logging.INFO)
     _use_deterministic_kernels(device)
     run = Training(settings, device)
+    _require_same_run(run, output)
     resume(run, output.folder / CHECKPOINTS)
     recorder = None
     if dist.get_rank() == 0:
@@ -198,6 +204,14 @@ def train(settings: Settings, output: Output, device: torch.device) -> None:
     if recorder:
         recorder.close()
         write_json(output.folder / SUMMARY, summary)
+
+
+def _require_same_run(run: Training, output: Output) -> None:
+    """All ranks have the same settings and as much data; a collective. Raises RuntimeError on all, naming the field."""
+    asked = {name: value for name, value in asdict(run.settings).items() if name != "data"}  # a folder of each machine
+    lengths = {"training samples": len(run.data.train), "test samples": len(run.data.test)}
+    everything = asked | lengths | {"checkpoint_every": output.checkpoint_every}
+    require_agreement(Transport(run.group, run.device), "lgc train", everything)
 
 
 def _use_deterministic_kernels(device: torch.device) -> None:
@@ -233,11 +247,9 @@ def resume(run: Training, directory: Path) -> None:
         run.load_state_dict(state)
     if dist.get_rank() != 0:
         return
-    if state is not None:
-        notify(f"{directory.parent}: goes on from step {run.step}")
-        if isinstance(run.scheme, PowerSGD):
-            notify("NOTICE: torch's PowerSGD hook keeps no state; it starts again with uncompressed steps.")
-    elif (directory.parent / METRICS).exists():
+    if state is not None and isinstance(run.scheme, PowerSGD):
+        notify("NOTICE: torch's PowerSGD hook keeps no state; it starts again with uncompressed steps.")
+    if state is None and (directory.parent / METRICS).exists():
         notify(f"{directory.parent}: starts anew, there is no checkpoint to go on from")
 
 

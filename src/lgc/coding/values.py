@@ -191,10 +191,10 @@ class Uniform(ValueCodec):
     block: int | None = None
 
     def __post_init__(self) -> None:
-        if self.bits not in (2, 3, 4, 5, 6, 7, 8, 16):
-            raise ValueError(f"Uniform(bits=...) must be 2 to 8, or 16, got {self.bits}.")
-        if self.block is not None and self.block < 1:
-            raise ValueError(f"Uniform(block=...) must be at least 1, got {self.block}.")
+        if type(self.bits) is not int or self.bits not in (2, 3, 4, 5, 6, 7, 8, 16):
+            raise ValueError(f"Uniform(bits=...) must be 2 to 8, or 16, got {self.bits!r}.")
+        if self.block is not None and (type(self.block) is not int or self.block < 1):
+            raise ValueError(f"Uniform(block=...) must be an integer of at least 1, got {self.block!r}.")
 
     @property
     def levels(self) -> int:

@@ -133,7 +133,7 @@ def rehearse(
         NonfiniteError: a gradient is not finite.
     """
     transport = Rehearsal(local, world_size)
-    rounds = _Rounds(scheme if early else _untrained(scheme), gradients, transport, work, dense_work or work)
+    rounds = _Rounds(_rehearsed(scheme, early=early), gradients, transport, work, dense_work or work)
     *first, (last, _) = rounds.stages
     costs = [rounds.cost(stage).of(stage, steps) for stage, steps in first] if early else []
     if early:
@@ -338,9 +338,14 @@ def wants_more(seconds: Sequence[float], enough: float) -> bool:
     return len(seconds) < LEAST_ROUNDS or (len(seconds) < MOST_ROUNDS and sum(seconds) < enough)
 
 
-def _untrained(scheme: SparseScheme) -> SparseScheme:
-    """The same, whose autoencoder, if it has one, goes without training, so that its weights need not be sent."""
-    return replace(scheme, train_steps=0) if isinstance(scheme, LGCScheme) else scheme
+def _rehearsed(scheme: SparseScheme, *, early: bool) -> SparseScheme:
+    """The same, whose autoencoder, if it has one, is not judged by gradients that are always the same.
+
+    Without early stages it goes without training too, so that its weights need not be sent.
+    """
+    if not isinstance(scheme, LGCScheme):
+        return scheme
+    return replace(scheme, refresh_below=0.0, train_steps=scheme.train_steps if early else 0)
 
 
 def _stages(of: Schedule) -> list[tuple[Stage, int]]:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import hashlib
 import io
 import os
 import re
+import shutil
 import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -150,16 +154,16 @@ class Table:
 
         self.files = list(files)
         self.columns: list[str] = []
-        self.rows = 0
+        self._rows: list[int] = []
         for file in files:
             try:
                 metadata = pq.read_metadata(file)
                 schema = pq.read_schema(file)
-            except pa.ArrowException as error:
+            except (pa.ArrowException, OSError) as error:
                 raise ValueError(f"{file} is not a parquet file: {error}") from None
             if metadata.num_rows == 0:
                 raise ValueError(f"{file} has no rows.")
-            self.rows += metadata.num_rows
+            self._rows.append(metadata.num_rows)
             columns = [
                 *(_column(file, schema, names, "struct with binary bytes", _is_image) for names in images),
                 *(_column(file, schema, names, "integer", pa.types.is_integer) for names in labels),
@@ -168,17 +172,22 @@ class Table:
                 raise ValueError(f"{file} has {', '.join(columns)} where {files[0]} has {', '.join(self.columns)}.")
             self.columns = columns
 
+    @property
+    def rows(self) -> int:
+        """Of all files."""
+        return sum(self._rows)
+
     def read(self, limit: int | None = None) -> Iterator[Row]:
         """The first `limit` rows, with images as encoded bytes.
 
         Raises:
-            ValueError: for a damaged file or an empty value.
+            ValueError: for a damaged file, or an empty value.
         """
         import pyarrow as pa
         import pyarrow.parquet as pq
 
         left = self.rows if limit is None else min(limit, self.rows)
-        for file in self.files:
+        for file, rows in zip(self.files, self._rows, strict=True):
             if left == 0:
                 return
             number = 0
@@ -192,6 +201,8 @@ class Table:
                         return
             except (pa.ArrowException, OSError) as error:
                 raise ValueError(f"{file} cannot be read after row {number}: {error}") from None
+            if number != rows:
+                raise ValueError(f"{file} must have {rows} rows by its footer, got {number}.")
 
 
 def _is_image(kind: Any) -> bool:
@@ -301,32 +312,76 @@ def cached(
     """Arrays that were made from files, by name, mapped into memory; made only if the cache does not have them yet.
 
     The key is path, size and time of change of every file, and `version`. A folder of the cache is there whole or
-    not at all, and nothing else is read from it than numbers.
+    not at all, and nothing else is read from it than numbers. Who else wants the same waits meanwhile.
 
     Args:
         files: what the arrays are made from.
         version: names everything else that decides the result; its first word names the folder.
         names: of the arrays.
         make: writes `name.npy` files into a folder.
+
+    Raises:
+        OSError: if the disk is full.
     """
     described = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     key = hashlib.sha256(repr((version, described)).encode()).hexdigest()[:16]
     folder = cache_folder() / f"{version.partition(' ')[0]}-{key}"
-    if not all((folder / f"{name}.npy").is_file() for name in names):
+
+    def is_there() -> bool:
+        return all((folder / f"{name}.npy").is_file() for name in names)
+
+    if not is_there():
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix="making-") as temporary:
-            if folder.is_dir():
-                os.replace(folder, Path(temporary, "damaged"))
-            made = Path(temporary, "made")
-            made.mkdir()
-            make(made)
-            _move(made, folder)
+        with _alone(folder):
+            if not is_there():
+                _make(folder, make)
     return {name: _mapped(folder / f"{name}.npy") for name in names}
 
 
+def _making(folder: Path) -> str:
+    """How the names of folders begin in which this one is made."""
+    return f"making-{folder.name}-"
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Wait for who else makes this folder, and remove what was left when one was killed at it."""
+    with Path(f"{folder}.lock").open("w") as lock:
+        with suppress(OSError):  # a file system without locks: each makes its own, and the first one counts
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            for left in folder.parent.glob(f"{_making(folder)}*"):
+                shutil.rmtree(left)
+        yield
+
+
+def _make(folder: Path, make: Callable[[Path], None]) -> None:
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=_making(folder)) as temporary:
+        if folder.is_dir():
+            os.replace(folder, Path(temporary, "damaged"))
+        made = Path(temporary, "made")
+        made.mkdir()
+        make(made)
+        for file in made.iterdir():  # else a power failure leaves files of the right size without the content
+            with file.open("rb") as written:
+                os.fsync(written.fileno())
+        _move(made, folder)
+
+
 def new_array(folder: Path, name: str, kind: type[np.generic], *shape: int) -> Array:
-    """A file for `cached` to fill, mapped into memory."""
-    return np.lib.format.open_memmap(folder / f"{name}.npy", mode="w+", dtype=kind, shape=shape)
+    """A file for `cached` to fill, mapped into memory.
+
+    Raises:
+        OSError: if the disk has no room for it.
+    """
+    path = folder / f"{name}.npy"
+    array = np.lib.format.open_memmap(path, mode="w+", dtype=kind, shape=shape)
+    with path.open("r+b") as file:
+        try:
+            os.posix_fallocate(file.fileno(), 0, os.path.getsize(path))  # else a full disk is a SIGBUS amid the writing
+        except OSError as error:
+            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):  # of file systems that cannot promise room
+                raise OSError(error.errno, error.strerror, str(path)) from None
+    return array
 
 
 def _mapped(file: Path) -> Tensor:

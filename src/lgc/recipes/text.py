@@ -52,7 +52,8 @@ def load_text(path: str | None, limit_train: int | None) -> Data:
     folder = Path(path or sysconfig.get_path("stdlib"))
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} is not a folder.")
-    files = sorted(file for file in folder.rglob("*.py") if NOT_LIBRARY.isdisjoint(file.relative_to(folder).parts))
+    found = (file for file in folder.rglob("*.py") if NOT_LIBRARY.isdisjoint(file.relative_to(folder).parts))
+    files = sorted(file for file in found if file.is_file())
     if len(files) < 2:
         raise FileNotFoundError(f"{folder} must have at least two *.py files to train and test on, got {len(files)}.")
     train, test = (

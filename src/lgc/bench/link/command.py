@@ -14,10 +14,10 @@ import click
 from lgc.app import options
 from lgc.app.network import Network, NetworkError, temporary_network
 from lgc.app.report import find_runs
-from lgc.app.run_folder import OtherRunError, require_same, write_whole
+from lgc.app.run_folder import OtherRunError, occupied, require_same, write_whole
 from lgc.app.train import notify
 from lgc.bench.link.measure import Plan, measure
-from lgc.bench.link.results import LOOPBACK, Results, bits_per_second
+from lgc.bench.link.results import LOOPBACK, RESULTS, Results, bits_per_second
 from lgc.bench.link.target import TimeToTarget, format_times, times_to_target
 
 PICTURE = "link.svg"
@@ -44,7 +44,7 @@ SCHEMES = "dense,bf16,powersgd:rank=1,powersgd:rank=2,powersgd:rank=4,dgc,scalec
 @click.option("--loopback", is_flag=True, help="No network of its own, and no root: the link is not shaped.")
 @click.option(
     "--timeout",
-    type=options.Finite(1),
+    type=options.Finite(1, options.MOST_TIMEOUT),
     default=600.0,
     show_default=True,
     help="Seconds that a rank waits for another.",
@@ -71,8 +71,8 @@ def link(
     limited in both directions. They are removed at the end; nothing else of the machine's network is touched. Without
     root, or with --loopback, the ranks talk over loopback, which is not limited.
 
-    OUT gets results.json with all samples, and link.svg. What has been measured is not measured again. With --target,
-    the steps that the training runs in --runs needed are weighed by the time they take on each link.
+    OUT gets results.json with all samples, and link.svg. A link that has been measured is not measured again. With
+    --target, the steps that the training runs in --runs needed are weighed by the time they take on each link.
     """
     options.refuse_torchrun("bench link")
     if (target is None) != (runs is None):
@@ -80,9 +80,11 @@ def link(
     run["schemes"], run["rates"] = (tuple(options.split(run[name])) for name in ("schemes", "rates"))
     with options.reported_errors():
         plan = Plan(**run)
-        if overwrite or not _is_measured(out, plan, loopback=loopback):
-            with _network(plan.world_size, loopback) as network:
-                measure(plan, out, network, timedelta(seconds=timeout))
+        with occupied(out):
+            there = None if overwrite else _find(out, plan, loopback=loopback)
+            if there is None or not there.finished:
+                with _network(plan.world_size, loopback) as network:
+                    measure(plan, out, network, timedelta(seconds=timeout), there.cells if there else ())
         results = Results.load(out)
         click.echo(results.text())
         times: list[TimeToTarget] = []
@@ -93,27 +95,27 @@ def link(
     click.echo(f"\n{out / PICTURE}")
 
 
-def _is_measured(folder: Path, plan: Plan, *, loopback: bool) -> bool:
-    """Whether the folder has this measurement, finished, and of the same kind of link.
+def _find(folder: Path, plan: Plan, *, loopback: bool) -> Results | None:
+    """What the folder has of this measurement, on the same kind of link.
 
     Raises:
         OtherRunError: if it has another one.
+        ValueError: if it has a file of that name which is none.
     """
-    try:
-        results = Results.load(folder)
-    except ValueError:
-        return False
+    if not (folder / RESULTS).exists():
+        return None
+    results = Results.read(folder)
     require_same(results.configuration, plan.configuration(), f"{folder} has a measurement")
     over_loopback = results.rates == [LOOPBACK]
     if over_loopback and os.geteuid() != 0:  # who has to do without a network
-        return True
+        return results
     if over_loopback != loopback:
         kinds = ("of shaped links", "over loopback")
         raise OtherRunError(
             f"{folder} has a measurement {kinds[not loopback]}, this one would be {kinds[loopback]}: choose another "
             "--out, --loopback or --overwrite."
         )
-    return True
+    return results
 
 
 @contextmanager

@@ -10,7 +10,7 @@ import math
 import multiprocessing
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime, timedelta
 from multiprocessing.synchronize import Barrier
@@ -114,8 +114,15 @@ def full_text(scheme: Scheme) -> str:
     return ":".join([scheme.name, *(f"{name}={text}" for name, text in scheme.arguments().items() if name != "roles")])
 
 
-def measure(plan: Plan, folder: Path, network: Network | None, timeout: timedelta) -> None:
-    """Start the ranks, which write `folder`/results.json.
+def measure(plan: Plan, folder: Path, network: Network | None, timeout: timedelta, done: Sequence[Cell] = ()) -> None:
+    """Start the ranks, which write `folder`/results.json after every link.
+
+    Args:
+        plan: what to measure.
+        folder: of the results.
+        network: whose links are shaped; None is loopback.
+        timeout: for which a rank waits for another.
+        done: cells of links that have been measured before.
 
     Raises:
         ValueError, OSError: if the data is missing or malformed.
@@ -131,6 +138,7 @@ def measure(plan: Plan, folder: Path, network: Network | None, timeout: timedelt
         folder,
         network,
         barrier,
+        list(done),
         world_size=plan.world_size,
         timeout=timeout,
         network=network,
@@ -138,7 +146,9 @@ def measure(plan: Plan, folder: Path, network: Network | None, timeout: timedelt
     )
 
 
-def _measure(plan: Plan, folder: Path, network: Network | None, barrier: Barrier, device: torch.device) -> None:
+def _measure(
+    plan: Plan, folder: Path, network: Network | None, barrier: Barrier, cells: list[Cell], device: torch.device
+) -> None:
     """Run in every rank of the default process group; rank 0 writes the results."""
     rank = dist.get_rank()
     arms: dict[str, Arm] = {COMPUTE: ComputeArm(plan.training("dense"), device, barrier)}
@@ -148,9 +158,9 @@ def _measure(plan: Plan, folder: Path, network: Network | None, barrier: Barrier
         _say(f"preparing {text}")
         arm.prepare()
     meter = Meter(plan, barrier, has_network=network is not None)
-    cells: list[Cell] = []
     rates = (LOOPBACK,) if network is None else plan.rates
-    for rate in rates:
+    measured = {cell.rate for cell in cells}
+    for rate in [rate for rate in rates if rate not in measured]:
         if network is not None and rank == 0:
             network.shape(bits_per_second(rate))
         for repeat in range(plan.repeats):

@@ -78,14 +78,15 @@ class Row(NamedTuple):
 
 
 class Results:
-    """A finished measurement."""
+    """A measurement of one link or more."""
 
     def __init__(self, content: Mapping[str, Any]) -> None:
         self.configuration: dict[str, Any] = content["configuration"]
+        self.finished = bool(content["finished"])
         self.content = content
-        cells = [Cell(**cell) for cell in content["cells"]]
+        self.cells = [Cell(**cell) for cell in content["cells"]]
         grouped: dict[tuple[str, str, str], list[Cell]] = {}
-        for cell in cells:
+        for cell in self.cells:
             grouped.setdefault((cell.rate, cell.scheme, cell.phase), []).append(cell)
         self.compute = {rate: step_seconds(group) for (rate, scheme, _), group in grouped.items() if scheme == COMPUTE}
         self.rows = [self._row(group) for (_, scheme, _), group in grouped.items() if scheme != COMPUTE]
@@ -97,12 +98,21 @@ class Results:
         Raises:
             ValueError: if there is no finished measurement.
         """
+        results = cls.read(folder)
+        if not results.finished:
+            raise ValueError(f"{folder / RESULTS} is not a finished measurement: it was interrupted.")
+        return results
+
+    @classmethod
+    def read(cls, folder: Path) -> Results:
+        """Read a folder, whose measurement may have been interrupted after some of the links.
+
+        Raises:
+            ValueError: if there is none.
+        """
         path = folder / RESULTS
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-            if not content["finished"]:
-                raise ValueError("it was interrupted")
-            return cls(content)
+            return cls(json.loads(path.read_text(encoding="utf-8")))
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path} is not a finished measurement: {error!r}.") from None
 
