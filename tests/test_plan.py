@@ -467,8 +467,8 @@ def names_at_the_choice(rank: int, world_size: int) -> tuple[list[str], list[str
     ddp = build("wide", bucket_cap_mb=1)
     handle = lgc.attach(ddp, lgc.Auto(after=5))
     seen: list[str] = []
-    selection: Any = handle._selection
-    selection.choose = lambda gradients: seen.extend(gradients)
+    choice: Any = handle._choice
+    choice.choose = lambda gradients: seen.extend(gradients)
     for step in range(6):
         x, y = batch(rank, step)
         ddp.zero_grad()

@@ -14,7 +14,7 @@ from torch._C._distributed_c10d import GradBucket
 from torch.nn.parallel import DistributedDataParallel
 
 from lgc.aggregators import Aggregator
-from lgc.plan.selection import Selection
+from lgc.plan.choice import Choice
 from lgc.powersgd import PowerSGDHook
 from lgc.replicas import ReplicaError, compare, require_agreement, synchronise
 from lgc.requirements import (
@@ -181,7 +181,7 @@ class Handle:
         policy: Policy,
     ) -> None:
         self.scheme = scheme
-        self._attached = scheme
+        self._asked = scheme
         self.policy = policy
         self.step = 0
         self.round_time: RoundTime | None = None
@@ -200,7 +200,7 @@ class Handle:
         self.phase = Phase.DENSE
         self.aggregator: Aggregator | None = None
         self._power_sgd = PowerSGDHook(scheme, transport) if isinstance(scheme, PowerSGD) else None
-        self._selection = Selection(scheme, transport, self._device) if isinstance(scheme, Auto) else None
+        self._choice = Choice(scheme, transport, self._device) if isinstance(scheme, Auto) else None
         self._chosen_at = 0
         self._install(scheme, self._build(scheme))
         ddp.register_comm_hook(None, self._exchange_bucket)
@@ -267,8 +267,8 @@ class Handle:
         """
         return {
             "version": STATE_VERSION,
-            "scheme": str(self._attached),
-            "chosen": str(self.scheme) if self.scheme is not self._attached else "",
+            "scheme": str(self._asked),
+            "chosen": str(self.scheme) if self.scheme is not self._asked else "",
             "chosen_at": self._chosen_at,
             "world_size": self.transport.world_size,
             "rank": self.transport.rank,
@@ -311,7 +311,7 @@ class Handle:
                 raise ValueError(f"state_dict: aggregator, resharded, is not in its three parts: {error!r}.") from None
         _require_same_form(aggregator.state_dict() if aggregator else {}, saved, "aggregator")
         self._chosen_at = chosen_at
-        self._selection = Selection(scheme, self.transport, self._device) if isinstance(scheme, Auto) else None
+        self._choice = Choice(scheme, self.transport, self._device) if isinstance(scheme, Auto) else None
         self._install(scheme, aggregator)
         if aggregator is not None:
             assert isinstance(saved, Mapping)
@@ -325,17 +325,17 @@ class Handle:
         chosen, chosen_at = state.get("chosen", ""), state.get("chosen_at", 0)
         if type(chosen_at) is not int or chosen_at < 0:
             raise ValueError(f"state_dict: chosen_at must be an integer of at least 0, got {chosen_at!r}.")
-        if not isinstance(self._attached, Auto):
+        if not isinstance(self._asked, Auto):
             if chosen != "":
-                raise ValueError(f"state_dict: chosen is {chosen!r}, {self._attached.name} has nothing to choose.")
+                raise ValueError(f"state_dict: chosen is {chosen!r}, {self._asked.name} has nothing to choose.")
             return self.scheme, self.aggregator, chosen_at
-        options = {"": self._attached} | {str(scheme): scheme for scheme in (Dense(), *self._attached.candidates)}
+        options = {"": self._asked} | {str(scheme): scheme for scheme in (Dense(), *self._asked.candidates)}
         if chosen not in options:
             raise ValueError(f"state_dict: chosen is {chosen!r}, here it may be {', '.join(filter(None, options))}.")
         return options[chosen], self._build(options[chosen], chosen_at), chosen_at
 
     def _exchange_bucket(self, _: object, bucket: GradBucket) -> torch.futures.Future[torch.Tensor]:
-        if self.aggregator is not None or (self._selection is not None and self._selection.is_due):
+        if self.aggregator is not None or (self._choice is not None and self._choice.is_due):
             return self._collect_bucket(bucket)
         return self._reduce_bucket(bucket)
 
@@ -351,8 +351,8 @@ class Handle:
         if self._power_sgd:
             return self._power_sgd.reduce(bucket)
         future = self._reduce(bucket.buffer())
-        if self._selection is not None:
-            self._selection.observe(bucket.buffer(), future, last=bucket.is_last())
+        if self._choice is not None:
+            self._choice.observe(bucket.buffer(), future, last=bucket.is_last())
         return future
 
     def _begin_dense(self) -> None:
@@ -392,11 +392,11 @@ class Handle:
 
     def _decide(self, pending: list[_Pending]) -> None:
         """Go on with what `Auto` chooses."""
-        assert self._selection is not None
+        assert self._choice is not None
         gradients = dict(named for bucket in pending for named in bucket.gradients)
-        chosen = self._selection.choose({name: gradients[name] for name in self._parameters})
+        chosen = self._choice.choose({name: gradients[name] for name in self._parameters})
         if chosen is not None:
-            self._selection = None
+            self._choice = None
             self._chosen_at = self.step
             self._install(chosen, self._build(chosen, self.step))
 

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -16,11 +14,9 @@ from lgc.recipes.data import (
     Row,
     Table,
     TensorSplit,
-    cached,
     decode_image,
+    decoded,
     find_parquet,
-    map_in_threads,
-    new_array,
 )
 from lgc.recipes.imagenet import DEVIATION, MEAN
 from lgc.recipes.pspnet import PSPNet, pspnet_loss
@@ -70,7 +66,6 @@ def load_split(path: str, split: str, limit: int | None) -> TensorSplit:
     """The split's first `limit` images, or all."""
     table = Table(find_parquet(path, split), images=[("image",), ("annotation", "mask")])
     image_column, annotation_column = table.columns
-    count = table.rows if limit is None else min(limit, table.rows)
     width, height = SIZE
 
     def decode(row: Row) -> tuple[Array, Array]:
@@ -79,16 +74,10 @@ def load_split(path: str, split: str, limit: int | None) -> TensorSplit:
         annotation = decode_image(row.values[annotation_column], where, mode="index", size=SIZE)
         if annotation.max() > VOID:
             raise ValueError(f"{where}: classes must be in 0 .. {VOID}, got {annotation.max()}.")
-        return image, annotation
+        return image.transpose(2, 0, 1), annotation
 
-    def make(folder: Path) -> None:
-        images = new_array(folder, "images", np.uint8, count, 3, height, width)
-        annotations = new_array(folder, "annotations", np.uint8, count, height, width)
-        for number, (image, annotation) in enumerate(map_in_threads(decode, table.read(limit), ahead=16)):
-            images[number] = image.transpose(2, 0, 1)
-            annotations[number] = annotation
-
-    arrays = cached(table.files, f"camvid {split} {count}", ("images", "annotations"), make)
+    shapes = {"images": (3, height, width), "annotations": (height, width)}
+    arrays = decoded(table, limit, f"camvid {split}", shapes, decode, ahead=16)
     return TensorSplit(arrays["images"], arrays["annotations"], to_batch)
 
 

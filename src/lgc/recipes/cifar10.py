@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -16,12 +14,10 @@ from lgc.recipes.data import (
     Row,
     Table,
     TensorSplit,
-    cached,
     check_label,
     decode_image,
+    decoded,
     find_parquet,
-    map_in_threads,
-    new_array,
 )
 from lgc.recipes.recipe import ACCURACY, Recipe, step_decay, warmup_and_cosine
 from lgc.recipes.resnet import resnet, resnet20
@@ -55,20 +51,13 @@ def load_split(path: str, split: str, limit: int | None) -> TensorSplit:
     """The split's first `limit` images, or all."""
     table = Table(find_parquet(path, split), images=[("img", "image")], labels=[("label",)])
     image_column, label_column = table.columns
-    count = table.rows if limit is None else min(limit, table.rows)
 
     def decode(row: Row) -> tuple[Array, int]:
         pixels = decode_image(row.values[image_column], f"{row.where}, column {image_column}", size=(SIZE, SIZE))
-        return pixels, check_label(row.values[label_column], CLASSES, f"{row.where}, column {label_column}")
+        label = check_label(row.values[label_column], CLASSES, f"{row.where}, column {label_column}")
+        return pixels.transpose(2, 0, 1), label
 
-    def make(folder: Path) -> None:
-        images = new_array(folder, "images", np.uint8, count, 3, SIZE, SIZE)
-        labels = new_array(folder, "labels", np.uint8, count)
-        for number, (pixels, label) in enumerate(map_in_threads(decode, table.read(limit))):
-            images[number] = pixels.transpose(2, 0, 1)
-            labels[number] = label
-
-    arrays = cached(table.files, f"cifar10 {split} {count}", ("images", "labels"), make)
+    arrays = decoded(table, limit, f"cifar10 {split}", {"images": (3, SIZE, SIZE), "labels": ()}, decode)
     return TensorSplit(arrays["images"], arrays["labels"], to_batch)
 
 

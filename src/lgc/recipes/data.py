@@ -367,6 +367,36 @@ def _make(folder: Path, make: Callable[[Path], None]) -> None:
         _move(made, folder)
 
 
+def decoded(
+    table: Table,
+    limit: int | None,
+    version: str,
+    shapes: Mapping[str, tuple[int, ...]],
+    decode: Callable[[Row], tuple[Array | int, ...]],
+    *,
+    ahead: int = 256,
+) -> dict[str, Tensor]:
+    """The first `limit` rows of a table as arrays of uint8, by name, of shape (rows, *shape); cached.
+
+    Args:
+        table: of the rows.
+        limit: None is all.
+        version: see `cached`; the number of rows is added.
+        shapes: of what `decode` gives of a row, by name.
+        decode: called in threads.
+        ahead: how many rows are read ahead.
+    """
+    count = table.rows if limit is None else min(limit, table.rows)
+
+    def make(folder: Path) -> None:
+        arrays = [new_array(folder, name, np.uint8, count, *shape) for name, shape in shapes.items()]
+        for number, values in enumerate(map_in_threads(decode, table.read(limit), ahead)):
+            for array, value in zip(arrays, values, strict=True):
+                array[number] = value
+
+    return cached(table.files, f"{version} {count}", list(shapes), make)
+
+
 def new_array(folder: Path, name: str, kind: type[np.generic], *shape: int) -> Array:
     """A file for `cached` to fill, mapped into memory.
 

@@ -31,7 +31,7 @@ class _Step(NamedTuple):
     waiting: float
 
 
-class Selection:
+class Choice:
     """One rank's side of the decision.
 
     Attributes:
