@@ -221,7 +221,8 @@ def test_command_writes_recording_rows_and_page(tmp_path: Path) -> None:
     assert "has an analysis; choose another --out, or --overwrite" in again.output
 
     recorded = (out / RECORDING).stat().st_mtime_ns
-    (out / ROWS).rename(out / "rows")  # as if the evaluation had been interrupted
+    (out / PAGE).unlink()  # as if the evaluation had been interrupted
+    (out / ROWS).rename(out / "rows")
     other = CliRunner().invoke(analyze, [*options, "--samples=128"])
     assert other.exit_code == 2
     assert "has a recording of other settings (samples: 256, now 128)" in other.output

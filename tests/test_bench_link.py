@@ -326,6 +326,33 @@ def test_an_interrupted_measurement_goes_on_with_the_next_link(measured: Path, t
     assert Results.load(tmp_path).rates == [RATE, "unshaped"]
 
 
+@needs_root
+def test_shaped_links_are_not_gone_on_with_over_loopback(
+    measured: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content = json.loads((measured / RESULTS).read_text())
+    first = [cell for cell in content["cells"] if cell["rate"] == RATE]
+    (tmp_path / RESULTS).write_text(json.dumps(content | {"finished": False, "cells": first}))
+    options = [
+        *TINY,
+        "--schemes",
+        "dense,bf16,powersgd,lgc-ring",
+        "--rates",
+        f"{RATE},unshaped",
+        "--out",
+        str(tmp_path),
+    ]
+    monkeypatch.setattr(command, "temporary_network", refuse)
+    result = CliRunner().invoke(main, ["bench", "link", *options])
+    assert result.exit_code == 2
+    assert "has a measurement of shaped links to go on with" in result.output
+    (tmp_path / RESULTS).write_text(
+        json.dumps(content | {"finished": False, "machine": content["machine"] | {"cores": 99}})
+    )
+    result = CliRunner().invoke(main, ["bench", "link", *options])
+    assert "has an unfinished measurement of other settings (cores: 99" in result.output
+
+
 def test_loopback_says_that_the_link_is_not_shaped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     options = [*TINY, "--schemes", "dense", "--loopback", "--out", str(tmp_path)]
     done = subprocess.run(

@@ -20,13 +20,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from click.testing import CliRunner
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-untyped]
 
 from lgc.app.cli import main
 from lgc.app.figures import _mean_by_step, _smoothed
 from lgc.app.report import Run, by_recipe, find_runs, format_table, write_report
-from lgc.app.train import Settings
+from lgc.app.train import Settings, Training
 
 LGC = [sys.executable, "-m", "lgc"]
 SHORT = ["--recipe", "digits", "--workers", "2", "--steps", "30", "--batch-size", "8"]
@@ -279,20 +280,24 @@ def test_ranks_that_were_given_other_settings_are_told_so(tmp_path: Path) -> Non
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         job = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
-    job |= {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    job |= {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "LOCAL_WORLD_SIZE": "2"}
     ranks = [
         subprocess.Popen(
             [*arguments, "--seed", str(5 * rank)],
-            env=os.environ | job | {"RANK": str(rank)},
+            env=os.environ | job | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
             stderr=subprocess.PIPE,
             text=True,
         )
         for rank in range(2)
     ]
-    for rank in ranks:
-        _, errors = rank.communicate(timeout=120)
-        assert rank.returncode == 1
-        assert "RuntimeError: lgc train: the ranks differ in seed: rank 0: 0, rank 1: 5." in errors
+    try:
+        for rank in ranks:
+            _, errors = rank.communicate(timeout=120)
+            assert rank.returncode == 1
+            assert "RuntimeError: lgc train: the ranks differ in seed: rank 0: 0, rank 1: 5." in errors
+    finally:
+        for rank in ranks:
+            rank.kill()
 
 
 def test_a_run_has_the_recipe_that_it_was_started_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -304,7 +309,20 @@ def test_a_run_has_the_recipe_that_it_was_started_with(tmp_path: Path, monkeypat
     before = started.configuration()
     module.write_text("from lgc.recipes.digits import DIGITS as MINE  # edited\n")
     assert started.configuration() == before
+    with pytest.raises(ValueError, match="edited_recipe:MINE has changed since the run was asked for"):
+        Training(started, torch.device("cpu"))
     assert Settings(recipe="edited_recipe:MINE", scheme="dense", world_size=2).configuration() != before
+
+
+def test_a_slash_at_the_end_of_the_data_is_no_other_setting() -> None:
+    def data_of(text: str) -> str:
+        settings = Settings(recipe="text-gpt", scheme="dense", world_size=2, data=text)
+        assert settings.data == text
+        return str(settings.configuration()["data"])
+
+    assert data_of("some/folder/") == data_of("some/./folder") == "some/folder"
+    assert data_of("hf://datasets/a") == "hf://datasets/a"
+    assert data_of("../folder") == "../folder"
 
 
 def test_a_compiled_model_and_another_learning_rate_are_settings_of_a_run(compared: Path, tmp_path: Path) -> None:

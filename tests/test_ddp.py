@@ -743,7 +743,7 @@ def train_one_layer(rank: int, world_size: int, everything_is_zeroed: bool) -> d
     optimizer = torch.optim.SGD(ddp.module.layers[-1].parameters(), lr=0.1)
     with TestCase().assertLogs("lgc.advice") if rank == 0 else nullcontext() as advice:
         lgc.attach(ddp, lgc.DGC(rate=0.1, warmup_steps=0), optimizer)
-    assert advice is None or "parameters are not of the optimizer given to attach (layers." in advice.output[0]
+    assert advice is None or "the optimizer given to attach does not have layers." in advice.output[0]
     for step in range(STEPS):
         x, y = batch(rank, step)
         (ddp if everything_is_zeroed else optimizer).zero_grad()

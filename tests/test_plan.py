@@ -564,6 +564,17 @@ def test_a_candidate_that_the_model_cannot_have_is_refused_at_once(ranks: RankFa
     assert "nowhere*" in str(error)
 
 
+def attach_unlike(rank: int, world_size: int) -> None:
+    roles = {"nowhere*": lgc.Role.DENSE} if rank == 0 else {}
+    lgc.attach(build("wide"), lgc.Auto(candidates=(lgc.DGC(momentum=0.0, roles=roles),)))
+
+
+def test_a_difference_is_named_on_every_rank_before_what_one_of_them_cannot_have(ranks: RankFactory) -> None:
+    for error in ranks(2).exceptions(attach_unlike):
+        assert isinstance(error, RuntimeError)
+        assert "the ranks differ in auto.candidates" in str(error)
+
+
 def test_a_gradient_that_is_not_finite_puts_the_choice_off(ranks: RankFactory) -> None:
     scheme = lgc.Auto(after=6, bandwidth="1mbit", candidates=CANDIDATES[:1])
     chosen = ranks(2).run(train_auto, scheme, 9, None, 0.0, 6)

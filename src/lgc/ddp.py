@@ -110,7 +110,6 @@ def attach(
             f"attach(timeout=...) must be {LEAST_TIMEOUT} to {MOST_TIMEOUT:g} seconds, or None, got {timeout!r}."
         )
     require_real(ddp, scheme)
-    require_possible(ddp, scheme)
     if optimizer is not None:
         require_optimizer_of(ddp, optimizer)
         require_single_momentum(scheme, optimizer)
@@ -118,6 +117,7 @@ def attach(
     if timeout is not None:
         transport.set_timeout(timeout)
     require_agreement(transport, "attach", describe(ddp, scheme, asdict(policy), transport.world_size))
+    require_possible(ddp, scheme)
     if transport.rank == 0:
         advise(ddp, scheme, optimizer)
     handle = Handle(ddp, scheme, transport, optimizer, grad_scaler, policy)

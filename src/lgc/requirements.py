@@ -121,11 +121,11 @@ def advise(ddp: DistributedDataParallel, scheme: Scheme, optimizer: torch.optim.
         others = [name for name, parameter in trained(ddp) if id(parameter) not in optimized]
         if others:
             logging.getLogger("lgc.advice").warning(
-                "%d trained parameters are not of the optimizer given to attach (%s, ...); their gradients are zeroed "
-                "before every backward pass, so what optimizes them must step after each, without a momentum on top of "
-                "the scheme's.",
-                len(others),
+                "the optimizer given to attach does not have %s (trained parameters that it lacks: %d); their "
+                "gradients are zeroed before every backward pass, so what optimizes them must step after each, without a "
+                "momentum on top of the scheme's.",
                 others[0],
+                len(others),
             )
     if isinstance(scheme, SparseScheme) and scheme.momentum and not scheme.second_moment and optimizer is not None:
         decay = max(group.get("weight_decay", 0) for group in optimizer.param_groups)

@@ -61,7 +61,7 @@ def analyze(workers: int, every: int, samples: int, timeout: float, out: Path, o
     information in bits) and redundancy.html (the figures).
     """
     options.refuse_torchrun("analyze")
-    if (out / ROWS).exists() and not overwrite:
+    if (out / PAGE).exists() and not overwrite:
         raise click.UsageError(f"{out} has an analysis; choose another --out, or --overwrite.")
     try:
         settings = Settings(world_size=workers, **run)
@@ -80,6 +80,8 @@ def analyze(workers: int, every: int, samples: int, timeout: float, out: Path, o
         )
     with options.reported_errors(), occupied(out):
         if overwrite or not _is_recorded(out, configuration(settings, every, samples)):
+            for name in (PAGE, ROWS, RECORDING):
+                (out / name).unlink(missing_ok=True)
             limit = timedelta(seconds=timeout)
             start_ranks(record, settings, out, every, samples, world_size=workers, timeout=limit)
         click.echo(evaluate(out))

@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from functools import lru_cache, partial
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import torch
@@ -100,8 +100,6 @@ class Settings:
             raise ValueError(f"{self.recipe}: backbone must be {options}, got {self.backbone!r}.")
         self.resolve_scheme()
         object.__setattr__(self, "source", source_digest(self.recipe))
-        if self.data is not None:
-            object.__setattr__(self, "data", os.path.normpath(self.data))
 
     def resolve_recipe(self) -> Recipe:
         """The recipe with these settings in place of its own."""
@@ -141,7 +139,10 @@ class Settings:
         backbone = self.backbone or next(iter(recipe.backbones), None)
         resolved = {name: getattr(recipe, name) for name in ("epochs", "batch_size", "learning_rate")}
         resolved["backbone"] = backbone
-        return asdict(self) | resolved | {"scheme": str(self.resolve_scheme()), "version": __version__}
+        if self.data and "://" not in self.data:
+            resolved["data"] = str(PurePath(self.data))  # without a slash at its end
+        settings = {name: value for name, value in asdict(self).items() if name != "source" or value is not None}
+        return settings | resolved | {"scheme": str(self.resolve_scheme()), "version": __version__}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -293,6 +294,8 @@ class Training:
         self.settings = settings
         self.device = device
         self.recipe, self.scheme = settings.resolve_recipe(), settings.resolve_scheme()
+        if source_digest(settings.recipe) != settings.source:
+            raise ValueError(f"the file of {settings.recipe} has changed since the run was asked for; start it again.")
         torch.manual_seed(settings.seed)
         self.model = self.recipe.model().to(device)
         torch.manual_seed(hash((settings.seed, dist.get_rank())))  # of dropout, of its own in every rank

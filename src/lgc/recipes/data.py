@@ -6,9 +6,11 @@ import errno
 import fcntl
 import hashlib
 import io
+import logging
 import os
 import re
 import shutil
+import socket
 import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,6 +23,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+
+logger = logging.getLogger("lgc")
 
 Array = NDArray[Any]
 
@@ -160,6 +164,8 @@ class Table:
                 metadata = pq.read_metadata(file)
                 schema = pq.read_schema(file)
             except (pa.ArrowException, OSError) as error:
+                if isinstance(error, OSError) and error.errno is not None:  # missing, forbidden, unreadable
+                    raise
                 raise ValueError(f"{file} is not a parquet file: {error}") from None
             if metadata.num_rows == 0:
                 raise ValueError(f"{file} has no rows.")
@@ -312,7 +318,7 @@ def cached(
     """Arrays that were made from files, by name, mapped into memory; made only if the cache does not have them yet.
 
     The key is path, size and time of change of every file, and `version`. A folder of the cache is there whole or
-    not at all, and nothing else is read from it than numbers. Who else wants the same waits meanwhile.
+    not at all, and nothing else is read from it than numbers. Others that want the same wait until it is there.
 
     Args:
         files: what the arrays are made from.
@@ -339,8 +345,8 @@ def cached(
 
 
 def _making(folder: Path) -> str:
-    """How the names of folders begin in which this one is made."""
-    return f"making-{folder.name}-"
+    """How the names of folders begin in which this machine makes this one; another's may not see its locks."""
+    return f"making-{folder.name}-{socket.gethostname()}-"
 
 
 @contextmanager
@@ -348,7 +354,11 @@ def _alone(folder: Path) -> Iterator[None]:
     """Wait for who else makes this folder, and remove what was left when one was killed at it."""
     with Path(f"{folder}.lock").open("w") as lock:
         with suppress(OSError):  # a file system without locks: each makes its own, and the first one counts
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                logger.warning("waiting for another process, which makes %s", folder)
+                fcntl.flock(lock, fcntl.LOCK_EX)
             for left in folder.parent.glob(f"{_making(folder)}*"):
                 shutil.rmtree(left)
         yield

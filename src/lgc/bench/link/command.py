@@ -16,7 +16,7 @@ from lgc.app.network import Network, NetworkError, temporary_network
 from lgc.app.report import find_runs
 from lgc.app.run_folder import OtherRunError, occupied, require_same, write_whole
 from lgc.app.train import notify
-from lgc.bench.link.measure import Plan, measure
+from lgc.bench.link.measure import Plan, machine, measure
 from lgc.bench.link.results import LOOPBACK, RESULTS, Results, bits_per_second
 from lgc.bench.link.target import TimeToTarget, format_times, times_to_target
 
@@ -84,6 +84,10 @@ def link(
             there = None if overwrite else _find(out, plan, loopback=loopback)
             if there is None or not there.finished:
                 with _network(plan.world_size, loopback) as network:
+                    if there is not None and network is None:
+                        raise OtherRunError(
+                            f"{out} has a measurement of shaped links to go on with; choose another --out."
+                        )
                     measure(plan, out, network, timedelta(seconds=timeout), there.cells if there else ())
         results = Results.load(out)
         click.echo(results.text())
@@ -106,6 +110,8 @@ def _find(folder: Path, plan: Plan, *, loopback: bool) -> Results | None:
         return None
     results = Results.read(folder)
     require_same(results.configuration, plan.configuration(), f"{folder} has a measurement")
+    if not results.finished:
+        require_same(results.content["machine"], machine(), f"{folder} has an unfinished measurement")
     over_loopback = results.rates == [LOOPBACK]
     if over_loopback and os.geteuid() != 0:  # who has to do without a network
         return results

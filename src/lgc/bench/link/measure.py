@@ -334,6 +334,11 @@ class Meter:
         return float(slowest)
 
 
+def machine() -> dict[str, Any]:
+    """What the parts of one measurement must have in common."""
+    return {"cores": os.cpu_count(), "lgc": __version__, "torch": torch.__version__}
+
+
 def _write(folder: Path, plan: Plan, arms: Mapping[str, Arm], cells: list[Cell], *, finished: bool) -> None:
     content = {
         "finished": finished,
@@ -341,12 +346,7 @@ def _write(folder: Path, plan: Plan, arms: Mapping[str, Arm], cells: list[Cell],
         "measured": datetime.now(UTC).isoformat(timespec="seconds"),
         "parameters": arms[COMPUTE].run.handle.parameters,
         "schemes": {text: str(arm.run.scheme) for text, arm in arms.items() if text != COMPUTE},
-        "machine": {
-            "cores": os.cpu_count(),
-            "threads_per_rank": torch.get_num_threads(),
-            "lgc": __version__,
-            "torch": torch.__version__,
-        },
+        "machine": machine() | {"threads_per_rank": torch.get_num_threads()},
         "cells": [cell._asdict() for cell in cells],
     }
     write_json(folder / RESULTS, content)

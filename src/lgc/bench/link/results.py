@@ -114,7 +114,7 @@ class Results:
         try:
             return cls(json.loads(path.read_text(encoding="utf-8")))
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path} is not a finished measurement: {error!r}.") from None
+            raise ValueError(f"{path} is not a measurement: {error!r}; --overwrite starts anew.") from None
 
     @property
     def rates(self) -> list[str]:
