@@ -122,8 +122,8 @@ def advise(ddp: DistributedDataParallel, scheme: Scheme, optimizer: torch.optim.
         if others:
             logging.getLogger("lgc.advice").warning(
                 "the optimizer given to attach does not have %s (trained parameters that it lacks: %d); their "
-                "gradients are zeroed before every backward pass, so what optimizes them must step after each, without a "
-                "momentum on top of the scheme's.",
+                "gradients are zeroed before every backward pass, so what optimizes them must step after each, without "
+                "a momentum on top of the scheme's.",
                 others[0],
                 len(others),
             )
