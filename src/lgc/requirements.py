@@ -88,20 +88,20 @@ def require_optimizer_of(ddp: DistributedDataParallel, optimizer: torch.optim.Op
 
 def require_single_momentum(scheme: Scheme, optimizer: torch.optim.Optimizer) -> None:
     """Raise ValueError if both have a momentum, or both make Adam's step."""
-    if not isinstance(scheme, SparseScheme) or scheme.momentum == scheme.second_moment == 0:
+    if not (scheme.corrected_momentum or scheme.makes_adams_step):
         return
     for group in optimizer.param_groups:
         own = group.get("momentum", 0) or (group["betas"][0] if "betas" in group else 0)
-        if scheme.second_moment and (own or ADAPTIVE & set(group)):
+        if scheme.makes_adams_step and (own or ADAPTIVE & set(group)):
             raise ValueError(
-                f"{type(scheme).__name__}(second_moment={scheme.second_moment}) makes Adam's step before sending, and "
-                f"the {type(optimizer).__name__} would make another one of it. Train with SGD without momentum, with "
+                f"{type(scheme).__name__}(second_moment={scheme.arguments()['second_moment']}) makes Adam's step before "
+                f"sending, and the {type(optimizer).__name__} would make another one of it. Train with SGD without momentum, with "
                 "Adam's learning rate, or give the scheme second_moment=0 and momentum=0."
             )
         if own:
             raise ValueError(
-                f"{type(scheme).__name__}(momentum={scheme.momentum}) corrects the momentum before sending, and the "
-                f"{type(optimizer).__name__} has one of its own ({own}): it would act twice. Give the optimizer none "
+                f"{type(scheme).__name__}(momentum={scheme.corrected_momentum}) corrects the momentum before sending, and "
+                f"the {type(optimizer).__name__} has one of its own ({own}): it would act twice. Give the optimizer none "
                 "(SGD: momentum=0, weight_decay divided by 1 - momentum; also after load_state_dict, and under a "
                 "scheduler that cycles it), or the scheme momentum=0 (Adam)."
             )
@@ -127,7 +127,7 @@ def advise(ddp: DistributedDataParallel, scheme: Scheme, optimizer: torch.optim.
                 others[0],
                 len(others),
             )
-    if isinstance(scheme, SparseScheme) and scheme.momentum and not scheme.second_moment and optimizer is not None:
+    if scheme.corrected_momentum and optimizer is not None:
         decay = max(group.get("weight_decay", 0) for group in optimizer.param_groups)
         if decay:
             logging.getLogger("lgc.advice").warning(
@@ -135,8 +135,8 @@ def advise(ddp: DistributedDataParallel, scheme: Scheme, optimizer: torch.optim.
                 "in the optimizer; where that is what you meant there is nothing to do.",
                 decay,
                 scheme.name,
-                decay * (1 - scheme.momentum),
-                scheme.momentum,
+                decay * (1 - scheme.corrected_momentum),
+                scheme.corrected_momentum,
             )
 
 

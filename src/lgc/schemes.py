@@ -57,6 +57,16 @@ class Scheme(ABC):
 
     name: ClassVar[str]
 
+    @property
+    def corrected_momentum(self) -> float:
+        """SGD's, which acts before the exchange, so that the optimizer must have none; 0 is none."""
+        return 0.0
+
+    @property
+    def makes_adams_step(self) -> bool:
+        """Whether it is made before the exchange, so that the optimizer must be SGD without momentum."""
+        return False
+
     def arguments(self) -> dict[str, str]:
         """All arguments as text."""
         return {item.name: _text(getattr(self, item.name)) for item in fields(self)}
@@ -192,6 +202,14 @@ class SparseScheme(Scheme, ABC):
         )
         _within(self, "indices", "an index coder, such as lgc.Rice()", isinstance(self.indices, IndexCoder))
         _within(self, "values", "a value codec, such as lgc.Sign()", isinstance(self.values, ValueCodec))
+
+    @property
+    def corrected_momentum(self) -> float:
+        return 0.0 if self.makes_adams_step else self.momentum
+
+    @property
+    def makes_adams_step(self) -> bool:
+        return self.second_moment > 0
 
     @abstractmethod
     def layout(self, parameters: Iterable[tuple[str, Tensor]]) -> Layout:
@@ -455,8 +473,8 @@ class Auto(Scheme):
             raise ValueError(f"Auto(candidates=...) must be a tuple of schemes, got {self.candidates!r}.")
         object.__setattr__(self, "candidates", tuple(self.candidates))
         for candidate in self.candidates:
-            momentum = max(candidate.momentum, candidate.second_moment) if isinstance(candidate, SparseScheme) else 0.0
-            if not isinstance(candidate, Dense | SparseScheme) or momentum:
+            own = isinstance(candidate, Scheme) and (candidate.corrected_momentum or candidate.makes_adams_step)
+            if not isinstance(candidate, Dense | SparseScheme) or own:
                 raise ValueError(
                     "Auto(candidates=...) must be able to take over from dense: bf16, fp16, or a sparse scheme with "
                     f"momentum=0, since the optimizer keeps its own; got {candidate}."

@@ -315,9 +315,9 @@ def _advice(rows: Sequence[Prediction], labels: Mapping[str, str], profile: Prof
             f"Its first {steps} steps ({phases}) take {1e3 * mean:,.1f} ms on average; the run as a whole is ahead of "
             f"dense from step {best.pays_from} on.",
         ]
-    if isinstance(scheme, SparseScheme) and scheme.second_moment:
+    if scheme.makes_adams_step:
         lines += ["", "It makes Adam's step: train with SGD without momentum."]
-    elif isinstance(scheme, SparseScheme) and scheme.momentum:
+    elif scheme.corrected_momentum:
         lines += ["", "It has the momentum: give the optimizer none, or the scheme momentum=0."]
     if isinstance(scheme, PowerSGD):
         lines += [

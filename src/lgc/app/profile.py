@@ -88,8 +88,7 @@ class FunctionJob:
             model, loss = function()
 
         def optimizer(scheme: Scheme) -> torch.optim.Optimizer:
-            in_scheme = getattr(scheme, "momentum", 0.0) or getattr(scheme, "second_moment", 0.0)
-            momentum = 0.0 if in_scheme else 0.9
+            momentum = 0.0 if scheme.corrected_momentum or scheme.makes_adams_step else 0.9
             return torch.optim.SGD(model.parameters(), lr=0.0, momentum=momentum)
 
         return Job(model.to(device), loss, optimizer)

@@ -514,20 +514,18 @@ def make_optimizer(recipe: Recipe, model: nn.Module, scheme: Scheme) -> torch.op
 
     Where the scheme makes Adam's step, what is left of it is SGD.
     """
-    in_scheme = getattr(scheme, "second_moment", 0.0)
     if recipe.optimizer == "adamw":
         decayed = [parameter for parameter in model.parameters() if parameter.ndim >= 2]
         others = [parameter for parameter in model.parameters() if parameter.ndim < 2]
         groups = [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": others, "weight_decay": 0.0}]
-        if in_scheme:
+        if scheme.makes_adams_step:
             return torch.optim.SGD(groups, lr=recipe.learning_rate)
         return torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=(recipe.momentum, ADAM_SECOND_BETA))
-    scheme_momentum = getattr(scheme, "momentum", 0.0)
     return torch.optim.SGD(
         model.parameters(),
         lr=recipe.learning_rate,
-        momentum=0.0 if scheme_momentum or in_scheme else recipe.momentum,
-        weight_decay=recipe.weight_decay / (1.0 if in_scheme else 1 - scheme_momentum),
+        momentum=0.0 if scheme.corrected_momentum or scheme.makes_adams_step else recipe.momentum,
+        weight_decay=recipe.weight_decay / (1 - scheme.corrected_momentum),
     )
 
 
