@@ -90,18 +90,20 @@ def require_single_momentum(scheme: Scheme, optimizer: torch.optim.Optimizer) ->
     """Raise ValueError if both have a momentum, or both make Adam's step."""
     if not (scheme.corrected_momentum or scheme.makes_adams_step):
         return
+    name, optimizer_name = type(scheme).__name__, type(optimizer).__name__
     for group in optimizer.param_groups:
         own = group.get("momentum", 0) or (group["betas"][0] if "betas" in group else 0)
         if scheme.makes_adams_step and (own or ADAPTIVE & set(group)):
+            second_moment = scheme.arguments()["second_moment"]
             raise ValueError(
-                f"{type(scheme).__name__}(second_moment={scheme.arguments()['second_moment']}) makes Adam's step before "
-                f"sending, and the {type(optimizer).__name__} would make another one of it. Train with SGD without momentum, with "
-                "Adam's learning rate, or give the scheme second_moment=0 and momentum=0."
+                f"{name}(second_moment={second_moment}) makes Adam's step before sending, and the {optimizer_name} would "
+                "make another one of it. Train with SGD without momentum, with Adam's learning rate, or give the "
+                "scheme second_moment=0 and momentum=0."
             )
         if own:
             raise ValueError(
-                f"{type(scheme).__name__}(momentum={scheme.corrected_momentum}) corrects the momentum before sending, and "
-                f"the {type(optimizer).__name__} has one of its own ({own}): it would act twice. Give the optimizer none "
+                f"{name}(momentum={scheme.corrected_momentum}) corrects the momentum before sending, and the "
+                f"{optimizer_name} has one of its own ({own}): it would act twice. Give the optimizer none "
                 "(SGD: momentum=0, weight_decay divided by 1 - momentum; also after load_state_dict, and under a "
                 "scheduler that cycles it), or the scheme momentum=0 (Adam)."
             )
