@@ -96,8 +96,8 @@ def require_single_momentum(scheme: Scheme, optimizer: torch.optim.Optimizer) ->
         if scheme.makes_adams_step and (own or ADAPTIVE & set(group)):
             second_moment = scheme.arguments()["second_moment"]
             raise ValueError(
-                f"{name}(second_moment={second_moment}) makes Adam's step before sending, and the {optimizer_name} would "
-                "make another one of it. Train with SGD without momentum, with Adam's learning rate, or give the "
+                f"{name}(second_moment={second_moment}) makes Adam's step before sending, and the {optimizer_name} "
+                "would make another one of it. Train with SGD without momentum, with Adam's learning rate, or give the "
                 "scheme second_moment=0 and momentum=0."
             )
         if own:
