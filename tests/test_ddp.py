@@ -657,7 +657,7 @@ def train_with_momentum_set_later(rank: int, world_size: int) -> None:
         (train_with_momentum_set_later, (), ValueError, ("momentum", "0.95", "scheduler")),
         (attach_with_anothers_optimizer, (), ValueError, ("optimizer", "none of the model's parameters")),
         (attach_with_arguments, (lgc.DGC, {}), TypeError, ("scheme", "such as lgc.DGC()")),
-        (attach_with_arguments, ("dgc", {"timeout": "60"}), ValueError, ("timeout", "positive number", "'60'")),
+        (attach_with_arguments, ("dgc", {"timeout": "60"}), ValueError, ("timeout", "0.001 to 1e+06 seconds", "'60'")),
         (attach_with_arguments, ("dgc", {"grad_scaler": 1}), TypeError, ("grad_scaler", "got 1")),
         (attach_with_arguments, ("dgc", {"optimizer": "sgd"}), TypeError, ("optimizer", "got 'sgd'")),
     ],

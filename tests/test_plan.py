@@ -368,7 +368,7 @@ def test_plan_of_a_function(tmp_path: Path) -> None:
         (["--recipe", "digits", "--bandwidth", "slow"], "bandwidth must be a number"),
         (["--recipe", "digits", "--schemes", "best"], "unknown scheme 'best'"),
         (["--recipe", "digits", "--schemes", "dense,auto"], "--schemes must be what auto could choose"),
-        (["--check", "."], "results.json is not a finished measurement"),
+        (["--check", "."], "results.json is not a measurement"),
         (["--recipe", "digits", "--workers", "4", "--ranks-per-machine", "3"], "must divide --workers 4"),
         (["--model", "json:dumps", "--bf16"], "are for recipes"),
     ],

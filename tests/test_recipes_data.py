@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -295,7 +296,7 @@ def test_what_a_killed_process_has_left_is_removed_by_the_next(tmp_path: Path, c
     folder = cifar10_folder(tmp_path)
     load_cifar10(folder, None)
     for whole in made(cache):
-        whole.rename(cache / f"making-{whole.name}-abc")
+        whole.rename(cache / f"making-{whole.name}-{socket.gethostname()}-abc")
     load_cifar10(folder, None)
     assert not list(cache.glob("making-*"))
 

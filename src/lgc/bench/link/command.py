@@ -108,7 +108,10 @@ def _find(folder: Path, plan: Plan, *, loopback: bool) -> Results | None:
     """
     if not (folder / RESULTS).exists():
         return None
-    results = Results.read(folder)
+    try:
+        results = Results.read(folder)
+    except ValueError as error:
+        raise ValueError(f"{error} --overwrite starts anew.") from None
     require_same(results.configuration, plan.configuration(), f"{folder} has a measurement")
     if not results.finished:
         require_same(results.content["machine"], machine(), f"{folder} has an unfinished measurement")

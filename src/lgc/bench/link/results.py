@@ -82,7 +82,7 @@ class Results:
 
     def __init__(self, content: Mapping[str, Any]) -> None:
         self.configuration: dict[str, Any] = content["configuration"]
-        self.finished = bool(content["finished"])
+        self.finished = content.get("finished") is True
         self.content = content
         self.cells = [Cell(**cell) for cell in content["cells"]]
         grouped: dict[tuple[str, str, str], list[Cell]] = {}
@@ -114,7 +114,7 @@ class Results:
         try:
             return cls(json.loads(path.read_text(encoding="utf-8")))
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path} is not a measurement: {error!r}; --overwrite starts anew.") from None
+            raise ValueError(f"{path} is not a measurement: {error!r}.") from None
 
     @property
     def rates(self) -> list[str]:
