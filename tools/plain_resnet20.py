@@ -1,6 +1,7 @@
 """ResNet-20 on CIFAR-10 in plain PyTorch, to see what the recipe should reach: python plain_resnet20.py DATA EPOCHS.
 
-He et al. 2016, section 4.2, on one process, with nothing of lgc in it.
+He et al. 2016, section 4.2, on one process, with nothing of lgc in it. A third argument compresses the images as JPEG
+of that quality first.
 """
 
 import io
@@ -18,11 +19,21 @@ from torch import Tensor, nn
 BATCH = 128
 
 
-def read(file: Path) -> tuple[Tensor, Tensor]:
+def read(file: Path, quality: int | None) -> tuple[Tensor, Tensor]:
     """Images in [0, 1], and labels."""
     rows = pq.read_table(file).to_pylist()
-    images = np.stack([np.asarray(Image.open(io.BytesIO(row["img"]["bytes"])).convert("RGB")) for row in rows])
+    images = np.stack([np.asarray(decode(row["img"]["bytes"], quality)) for row in rows])
     return torch.from_numpy(images).permute(0, 3, 1, 2).float().div(255), torch.tensor([row["label"] for row in rows])
+
+
+def decode(encoded: bytes, quality: int | None) -> Image.Image:
+    """The image, compressed once more if there is a quality."""
+    image = Image.open(io.BytesIO(encoded)).convert("RGB")
+    if quality is None:
+        return image
+    compressed = io.BytesIO()
+    image.save(compressed, "JPEG", quality=quality)
+    return Image.open(compressed)
 
 
 class Block(nn.Module):
@@ -65,10 +76,10 @@ def augment(images: Tensor) -> Tensor:
     return crops
 
 
-def main(folder: Path, epochs: int) -> None:
+def main(folder: Path, epochs: int, quality: int | None = None) -> None:
     """Train, and print loss and accuracy after every epoch."""
     torch.manual_seed(0)
-    (train, labels), (test, truth) = read(folder / "train.parquet"), read(folder / "test.parquet")
+    (train, labels), (test, truth) = (read(folder / f"{split}.parquet", quality) for split in ("train", "test"))
     mean, deviation = train.mean((0, 2, 3), keepdim=True), train.std((0, 2, 3), keepdim=True)
     train, test = (train - mean) / deviation, (test - mean) / deviation
     model = resnet20().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -100,4 +111,4 @@ def main(folder: Path, epochs: int) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]))
+    main(Path(sys.argv[1]), *map(int, sys.argv[2:]))
