@@ -214,20 +214,26 @@ def test_what_a_killed_program_leaves_is_removed_by_the_next_one(tmp_path: Path)
 # --- the measurement ---
 
 
-@pytest.fixture(scope="module")
-def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with results of two ranks on a slow link."""
-    out = tmp_path_factory.mktemp("link")
-    schemes = ["--schemes", "dense,bf16,powersgd,lgc-ring", "--rates", f"{RATE},unshaped"]
-    before = machine()
+def bench_link(*options: str) -> subprocess.CompletedProcess[str]:
+    """The command in a process of its own, which must not fail."""
     done = subprocess.run(
-        [sys.executable, "-m", "lgc", "bench", "link", *TINY, *schemes, "--out", str(out)],
+        [sys.executable, "-m", "lgc", "bench", "link", *options],
         env=environment(),
         capture_output=True,
         text=True,
         timeout=3 * LIMIT_S,
     )
     assert done.returncode == 0, done.stderr
+    return done
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with results of two ranks on a slow link."""
+    out = tmp_path_factory.mktemp("link")
+    schemes = ["--schemes", "dense,bf16,powersgd,lgc-ring", "--rates", f"{RATE},unshaped"]
+    before = machine()
+    done = bench_link(*TINY, *schemes, "--out", str(out))
     assert "lgc-ring" in done.stdout
     assert "NOT SHAPED" not in done.stderr
     assert machine() == before
@@ -313,14 +319,7 @@ def test_an_interrupted_measurement_goes_on_with_the_next_link(measured: Path, t
     first = [cell for cell in content["cells"] if cell["rate"] == RATE]
     (tmp_path / RESULTS).write_text(json.dumps(content | {"finished": False, "cells": first}))
     schemes = ["--schemes", "dense,bf16,powersgd,lgc-ring", "--rates", f"{RATE},unshaped"]
-    done = subprocess.run(
-        [sys.executable, "-m", "lgc", "bench", "link", *TINY, *schemes, "--out", str(tmp_path)],
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=3 * LIMIT_S,
-    )
-    assert done.returncode == 0, done.stderr
+    done = bench_link(*TINY, *schemes, "--out", str(tmp_path))
     assert f"{RATE}, 1 of" not in done.stderr
     assert [cell._asdict() for cell in cells(tmp_path)][: len(first)] == first
     assert Results.load(tmp_path).rates == [RATE, "unshaped"]
@@ -355,14 +354,7 @@ def test_shaped_links_are_not_gone_on_with_over_loopback(
 
 def test_loopback_says_that_the_link_is_not_shaped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     options = [*TINY, "--schemes", "dense", "--loopback", "--out", str(tmp_path)]
-    done = subprocess.run(
-        [sys.executable, "-m", "lgc", "bench", "link", *options],
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=3 * LIMIT_S,
-    )
-    assert done.returncode == 0, done.stderr
+    done = bench_link(*options)
     assert "NOT SHAPED" in done.stderr
     assert {(cell.rate, cell.counter_sent is None) for cell in cells(tmp_path)} == {(LOOPBACK, True)}
     assert "loopback" in done.stdout

@@ -24,7 +24,7 @@ from lgc.requirements import (
     require_ddp,
     require_exchangeable,
     require_optimizer_of,
-    require_possible,
+    require_possible_candidates,
     require_real,
     require_single_momentum,
     trained,
@@ -32,12 +32,11 @@ from lgc.requirements import (
 from lgc.schedule import Phase
 from lgc.schemes import Auto, Dense, PowerSGD, Scheme, SparseScheme, parse_scheme
 from lgc.traffic import Traffic, Wire, summarise
-from lgc.transport import RankError, Transport, clock
+from lgc.transport import LEAST_TIMEOUT, MOST_TIMEOUT, RankError, Transport, clock
 
 logger = logging.getLogger("lgc")
 
 STATE_VERSION = 3
-LEAST_TIMEOUT, MOST_TIMEOUT = 0.001, 1e6  # seconds; the backends count milliseconds, in 32 bits
 STATE_HINTS = {
     "world_size": "; lgc.checkpoint.load or reshard adapts it",
     "scheme": "; to change it, load everything but the handle: what was owed is lost",
@@ -117,7 +116,7 @@ def attach(
     if timeout is not None:
         transport.set_timeout(timeout)
     require_agreement(transport, "attach", describe(ddp, scheme, asdict(policy), transport.world_size))
-    require_possible(ddp, scheme)
+    require_possible_candidates(ddp, scheme)
     if transport.rank == 0:
         advise(ddp, scheme, optimizer)
     handle = Handle(ddp, scheme, transport, optimizer, grad_scaler, policy)

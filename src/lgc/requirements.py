@@ -72,11 +72,11 @@ def require_real(ddp: DistributedDataParallel, scheme: Scheme) -> None:
         )
 
 
-def require_possible(ddp: DistributedDataParallel, scheme: Scheme) -> None:
-    """Raise ValueError if the scheme, or a candidate of it, has roles or units that this model cannot have."""
-    for each in scheme.candidates if isinstance(scheme, Auto) else (scheme,):
-        if isinstance(each, SparseScheme):
-            each.layout(trained(ddp))
+def require_possible_candidates(ddp: DistributedDataParallel, scheme: Scheme) -> None:
+    """Raise ValueError if a candidate of `auto` has roles or units that this model cannot have."""
+    for candidate in scheme.candidates if isinstance(scheme, Auto) else ():
+        if isinstance(candidate, SparseScheme):
+            candidate.layout(trained(ddp))
 
 
 def require_optimizer_of(ddp: DistributedDataParallel, optimizer: torch.optim.Optimizer) -> None:

@@ -36,6 +36,7 @@ SERVER = 0
 MESSAGE_LIMIT = 4096  # bytes of an error message
 ANNOUNCEMENT_WAIT_S = 2.0
 RELEASE_WAIT_S = 0.2
+LEAST_TIMEOUT, MOST_TIMEOUT = 0.001, 1e6  # seconds; the backends count milliseconds, in 32 bits
 
 T = TypeVar("T")
 

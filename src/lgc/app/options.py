@@ -13,11 +13,9 @@ import click
 from lgc.app.launch import RankFailedError, under_torchrun
 from lgc.app.run_folder import OtherRunError
 from lgc.recipes import RECIPES, find_recipe
+from lgc.transport import MOST_TIMEOUT
 
 Command = TypeVar("Command", bound=Callable[..., Any])
-
-
-MOST_TIMEOUT = 1e6  # seconds; in milliseconds still less than 2^31
 
 
 class Finite(click.FloatRange):

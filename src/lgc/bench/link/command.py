@@ -19,6 +19,7 @@ from lgc.app.train import notify
 from lgc.bench.link.measure import Plan, machine, measure
 from lgc.bench.link.results import LOOPBACK, RESULTS, Results, bits_per_second
 from lgc.bench.link.target import TimeToTarget, format_times, times_to_target
+from lgc.transport import MOST_TIMEOUT
 
 PICTURE = "link.svg"
 SCHEMES = "dense,bf16,powersgd:rank=1,powersgd:rank=2,powersgd:rank=4,dgc,scalecom,lgc-ring,lgc-ps"
@@ -44,7 +45,7 @@ SCHEMES = "dense,bf16,powersgd:rank=1,powersgd:rank=2,powersgd:rank=4,dgc,scalec
 @click.option("--loopback", is_flag=True, help="No network of its own, and no root: the link is not shaped.")
 @click.option(
     "--timeout",
-    type=options.Finite(1, options.MOST_TIMEOUT),
+    type=options.Finite(1, MOST_TIMEOUT),
     default=600.0,
     show_default=True,
     help="Seconds that a rank waits for another.",
