@@ -13,13 +13,13 @@ import torch
 from click.testing import CliRunner
 from ranks import Ranks
 
-from lgc.analysis.command import PAGE, ROWS, analyze
-from lgc.analysis.estimators import Floats, gaussian_mutual_information, kraskov_mutual_information, log_binomial
-from lgc.analysis.indices import IndexCosts, Integers
-from lgc.analysis.measure import divide_by_scale, layer_of, measure, overlap
-from lgc.analysis.record import RECORDING, Layer, Recording, record
-from lgc.app.train import Settings
-from lgc.layout import POOL
+from lgc.rounds.layout import POOL
+from lgc_lab.analysis.command import PAGE, ROWS, analyze
+from lgc_lab.analysis.estimators import Floats, gaussian_mutual_information, kraskov_mutual_information, log_binomial
+from lgc_lab.analysis.indices import IndexCosts, Integers
+from lgc_lab.analysis.measure import divide_by_scale, layer_of, measure, overlap
+from lgc_lab.analysis.record import RECORDING, Layer, Recording, record
+from lgc_lab.training.train import Settings
 
 EVERYTHING = 10**7
 SIZE, BLOCK, ENTRIES, WORKERS, RECORDS = 20_000, 10, 200, 4, 8

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from sklearn.feature_selection import mutual_info_regression
 
-from lgc.analysis.accuracy import ESTIMATORS, checks, correlated_normals
-from lgc.analysis.estimators import (
+from lgc_lab.analysis.accuracy import ESTIMATORS, checks, correlated_normals
+from lgc_lab.analysis.estimators import (
     Estimate,
     Floats,
     differential_entropy,

@@ -10,7 +10,7 @@ import torch
 from reference import Weights, decode, encode
 
 import lgc
-from lgc.autoencoder import Decoder, Doubling, RingAutoencoder, ServerAutoencoder, latent_shape, replicated
+from lgc.rounds.autoencoder import Decoder, Doubling, RingAutoencoder, ServerAutoencoder, latent_shape, replicated
 
 
 @pytest.mark.parametrize("length", [1, 2, 7, 100])

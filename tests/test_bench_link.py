@@ -19,16 +19,16 @@ import torch
 import torch.distributed as dist
 from click.testing import CliRunner
 
-from lgc.app.cli import main
-from lgc.app.launch import start_ranks
-from lgc.app.network import NAMESPACES, Network, NetworkError, read_counters, remove_stale, temporary_network
-from lgc.app.report import Run
-from lgc.bench.link import command
-from lgc.bench.link.measure import Plan, full_text, shortened
-from lgc.bench.link.results import COMPUTE, LOOPBACK, RESULTS, Cell, Results
-from lgc.bench.link.target import times_to_target
-from lgc.recipes import RECIPES
 from lgc.schemes import SCHEMES, LGCServer, TopK, parse_scheme
+from lgc_lab.bench.link import command
+from lgc_lab.bench.link.measure import Plan, full_text, shortened
+from lgc_lab.bench.link.results import COMPUTE, LOOPBACK, RESULTS, Cell, Results
+from lgc_lab.bench.link.target import times_to_target
+from lgc_lab.cli import main
+from lgc_lab.launch.network import NAMESPACES, Network, NetworkError, read_counters, remove_stale, temporary_network
+from lgc_lab.recipes import RECIPES
+from lgc_lab.report.report import Run
+from lgc_lab.training.launch import start_ranks
 
 HERE = Path(__file__).parent
 LIMIT_S = 120

@@ -24,10 +24,10 @@ import torch
 from click.testing import CliRunner
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-untyped]
 
-from lgc.app.cli import main
-from lgc.app.figures import _mean_by_step, _smoothed
-from lgc.app.report import Run, by_recipe, find_runs, format_table, write_report
-from lgc.app.train import Settings, Training
+from lgc_lab.cli import main
+from lgc_lab.report.figures import _mean_by_step, _smoothed
+from lgc_lab.report.report import Run, by_recipe, find_runs, format_table, write_report
+from lgc_lab.training.train import Settings, Training
 
 LGC = [sys.executable, "-m", "lgc"]
 SHORT = ["--recipe", "digits", "--workers", "2", "--steps", "30", "--batch-size", "8"]
@@ -304,10 +304,10 @@ def test_a_run_has_the_recipe_that_it_was_started_with(tmp_path: Path, monkeypat
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     module = tmp_path / "edited_recipe.py"
-    module.write_text("from lgc.recipes.digits import DIGITS as MINE\n")
+    module.write_text("from lgc_lab.recipes.digits import DIGITS as MINE\n")
     started = Settings(recipe="edited_recipe:MINE", scheme="dense", world_size=2)
     before = started.configuration()
-    module.write_text("from lgc.recipes.digits import DIGITS as MINE  # edited\n")
+    module.write_text("from lgc_lab.recipes.digits import DIGITS as MINE  # edited\n")
     assert started.configuration() == before
     with pytest.raises(ValueError, match="edited_recipe:MINE has changed since the run was asked for"):
         Training(started, torch.device("cpu"))
@@ -404,7 +404,7 @@ def test_ctrl_c_stops_every_rank_and_leaves_what_is_finished(tmp_path: Path) -> 
             ["--recipe", "camvid-pspnet", "--scheme", "dense", "--batch-size", "1"],
             "batch_size must be at least 2, got 1",
         ),
-        (["--recipe", "json:dumps", "--scheme", "dense"], "recipe json:dumps must be an lgc.recipes.Recipe"),
+        (["--recipe", "json:dumps", "--scheme", "dense"], "recipe json:dumps must be an lgc_lab.recipes.Recipe"),
         (["--recipe", "digit", "--scheme", "dense"], "unknown recipe 'digit'; there are digits, "),
     ],
 )
@@ -424,8 +424,8 @@ def test_compare_checks_all_schemes_before_the_first_run(tmp_path: Path) -> None
 
 def test_compare_checks_all_data_before_the_first_run(tmp_path: Path) -> None:
     own = ["--data", "cifar10-resnet20=nowhere/cifar", "--data", "text-gpt=nowhere/text"]
-    own += ["--data", "lgc.recipes.digits:DIGITS_MLP=nowhere/digits"]
-    recipes = "digits,cifar10-resnet20,lgc.recipes.digits:DIGITS_MLP"
+    own += ["--data", "lgc_lab.recipes.digits:DIGITS_MLP=nowhere/digits"]
+    recipes = "digits,cifar10-resnet20,lgc_lab.recipes.digits:DIGITS_MLP"
     arguments = ["compare", "--recipe", recipes, "--schemes", "dense", *own]
     result = CliRunner().invoke(main, [*arguments, "--out", str(tmp_path / "runs")])
     assert result.exit_code == 1
@@ -458,7 +458,7 @@ def test_a_recipe_of_the_users_own_is_trained(tmp_path: Path) -> None:
 
 
 def test_the_command_line_starts_without_what_draws_and_measures() -> None:
-    code = "import sys, lgc.app.cli; print({'matplotlib', 'scipy', 'sklearn', 'jinja2', 'pyarrow'} & set(sys.modules))"
+    code = "import sys, lgc_lab.cli; print({'matplotlib', 'scipy', 'sklearn', 'jinja2', 'pyarrow'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.stdout.strip() == "set()", done.stderr
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lgc.bench.codec import fuzz
+from lgc_lab.bench.codec import fuzz
 
 
 def test_fuzzed_decoders_only_ever_refuse() -> None:

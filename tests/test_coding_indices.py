@@ -15,8 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lgc.bench.codec import log2_choose, resnet50_sizes
 from lgc.coding import EliasFano, IndexCoder, PayloadError, RangeCoder, RawIndices, Rice
+from lgc_lab.bench.codec import log2_choose, resnet50_sizes
 
 CODERS: list[IndexCoder] = [RawIndices(), EliasFano(), Rice(), RangeCoder()]
 CODED = CODERS[1:]

@@ -19,9 +19,9 @@ from runs import measured
 from torch import Tensor
 
 import lgc
-from lgc.app.launch import pick_device, run_locally
-from lgc.app.train import Output, Settings
-from lgc.transport import Transport
+from lgc.comm.transport import Transport
+from lgc_lab.training.launch import pick_device, run_locally
+from lgc_lab.training.train import Output, Settings
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 

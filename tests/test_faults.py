@@ -19,8 +19,8 @@ from ranks import Ranks
 
 import lgc
 from lgc.coding import PayloadError
-from lgc.replicas import ReplicaError
-from lgc.transport import RankError
+from lgc.comm.replicas import ReplicaError
+from lgc.comm.transport import RankError
 
 RankFactory = Callable[[int], Ranks]
 

@@ -25,15 +25,15 @@ from torch import Tensor
 from torch.optim import SGD
 
 import lgc
-from lgc.app import plan as command
-from lgc.app.cli import main
-from lgc.app.profile import Job, measure
-from lgc.bench.link.results import Cell
-from lgc.plan.cost import Collective, Link, Profile, SchemeCost, StageCost, choose, predict
-from lgc.plan.rehearsal import probe, rehearse
-from lgc.recipes import find_recipe
+from lgc.choice.cost import Collective, Link, Profile, SchemeCost, StageCost, choose, predict
+from lgc.choice.rehearsal import probe, rehearse
+from lgc.comm.transport import Transport
 from lgc.schemes import parse_scheme
-from lgc.transport import Transport
+from lgc_lab.bench.link.results import Cell
+from lgc_lab.cli import main
+from lgc_lab.plan import command
+from lgc_lab.plan.profile import Job, measure
+from lgc_lab.recipes import find_recipe
 
 RankFactory = Callable[[int], Ranks]
 

@@ -19,9 +19,9 @@ from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_
 from torch.nn.parallel import DistributedDataParallel
 
 import lgc
-from lgc.app.cli import main
-from lgc.app.run_folder import SUMMARY
 from lgc.powersgd import one_bucket_mb
+from lgc_lab.cli import main
+from lgc_lab.training.run_folder import SUMMARY
 
 RankFactory = Callable[[int], Ranks]
 

@@ -12,15 +12,15 @@ import torch.nn.functional as F
 from recipe_data import camvid_folder, cifar10_folder, imagenet_folder
 from torch import Tensor, nn
 
-from lgc.app.train import Settings, make_optimizer
-from lgc.recipes import RECIPES, Recipe, find_recipe
-from lgc.recipes.camvid import CAMVID_PSPNET, VOID
-from lgc.recipes.gpt import GPT
-from lgc.recipes.pspnet import AUXILIARY_WEIGHT, PSPNet
-from lgc.recipes.recipe import ACCURACY, poly_decay, step_decay, warmup_and_cosine
-from lgc.recipes.resnet import Bottleneck, resnet, resnet20
-from lgc.recipes.text import TEXT_GPT
 from lgc.schemes import SCHEMES, parse_scheme
+from lgc_lab.recipes import RECIPES, Recipe, find_recipe
+from lgc_lab.recipes.camvid import CAMVID_PSPNET, VOID
+from lgc_lab.recipes.gpt import GPT
+from lgc_lab.recipes.pspnet import AUXILIARY_WEIGHT, PSPNet
+from lgc_lab.recipes.recipe import ACCURACY, poly_decay, step_decay, warmup_and_cosine
+from lgc_lab.recipes.resnet import Bottleneck, resnet, resnet20
+from lgc_lab.recipes.text import TEXT_GPT
+from lgc_lab.training.train import Settings, make_optimizer
 
 
 def count(model: nn.Module) -> int:

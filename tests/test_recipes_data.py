@@ -28,13 +28,13 @@ from recipe_data import (
     write_parquet,
 )
 
-from lgc.app.train import Settings, batches
-from lgc.recipes import Data, Split, find_recipe
-from lgc.recipes.camvid import VOID, load_camvid, scale_crop_and_flip
-from lgc.recipes.cifar10 import crop_and_flip, load_cifar10
-from lgc.recipes.data import Table, TensorSplit, cache_folder, map_in_threads
-from lgc.recipes.imagenet import load_imagenet, random_box
-from lgc.recipes.text import CONTEXT, TextSplit, load_text
+from lgc_lab.recipes import Data, Split, find_recipe
+from lgc_lab.recipes.camvid import VOID, load_camvid, scale_crop_and_flip
+from lgc_lab.recipes.cifar10 import crop_and_flip, load_cifar10
+from lgc_lab.recipes.data import Table, TensorSplit, cache_folder, map_in_threads
+from lgc_lab.recipes.imagenet import load_imagenet, random_box
+from lgc_lab.recipes.text import CONTEXT, TextSplit, load_text
+from lgc_lab.training.train import Settings, batches
 
 Loader = Callable[[str | None, int | None], Data]
 FOLDERS: dict[str, tuple[Loader, Callable[[Path], str]]] = {
@@ -100,7 +100,7 @@ def test_a_name_that_the_hub_does_not_have_or_cannot_be_asked_for_is_refused(mon
 
 
 DOWNLOAD = """
-from lgc.recipes.cifar10 import load_cifar10
+from lgc_lab.recipes.cifar10 import load_cifar10
 data = load_cifar10("someone/cifar10", None)
 print(len(data.train), len(data.test))
 """

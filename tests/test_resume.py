@@ -22,11 +22,11 @@ from ranks import Ranks
 from runs import ENVIRONMENT, LGC, LIMIT_S, TORCHRUN, children_of, measured, rows
 
 from lgc import checkpoint
-from lgc.app.cli import main
-from lgc.app.launch import _prepare, run_locally
-from lgc.app.run_folder import OtherRunError, claim, cut_metrics, is_to_be_overwritten, occupied
-from lgc.app.train import Output, Settings, Training
-from lgc.transport import Transport
+from lgc.comm.transport import Transport
+from lgc_lab.cli import main
+from lgc_lab.training.launch import _prepare, run_locally
+from lgc_lab.training.run_folder import OtherRunError, claim, cut_metrics, is_to_be_overwritten, occupied
+from lgc_lab.training.train import Output, Settings, Training
 
 STEPS = 56
 RUN = ["--recipe", "digits", "--workers", "2", "--batch-size", "8", "--steps", str(STEPS), "--checkpoint-every", "5"]

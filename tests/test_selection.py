@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lgc.selection import LONG, SAMPLES, largest
+from lgc.rounds.selection import LONG, SAMPLES, largest
 
 
 @pytest.mark.parametrize("rate", [1e-6, 1e-3, 0.02, 0.3, 1.0])

@@ -5,9 +5,10 @@ handle = lgc.attach(ddp_model, lgc.DGC(rate=0.01), optimizer)
 
 from lgc import checkpoint
 from lgc.coding import BFloat16, EliasFano, Float16, Float32, RangeCoder, RawIndices, Rice, Sign, Uniform
+from lgc.comm.traffic import Traffic, Wire
 from lgc.ddp import Handle, attach
-from lgc.layout import Role
-from lgc.schedule import Phase
+from lgc.rounds.layout import Role
+from lgc.rounds.schedule import Phase
 from lgc.schemes import (
     BF16,
     DGC,
@@ -23,7 +24,6 @@ from lgc.schemes import (
     TopK,
     parse_scheme,
 )
-from lgc.traffic import Traffic, Wire
 from lgc.version import __version__
 
 __all__ = [

@@ -1,9 +1,7 @@
-"""`python -m lgc` and the `lgc` command."""
+"""`python -m lgc` is the installed `lgc` command, whoever provides it: the library does not know its application."""
 
-try:
-    from lgc.app.cli import main
-except ModuleNotFoundError as error:
-    raise SystemExit(f"lgc's command line needs the package {error.name}: pip install 'lgc[app]'") from None
+from importlib.metadata import entry_points
 
 if __name__ == "__main__":
-    main()
+    (command,) = entry_points(group="console_scripts", name="lgc")
+    command.load()()

@@ -29,7 +29,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lgc.transport import SERVER, Transport
+from lgc.comm.transport import SERVER, Transport
 from lgc.version import __version__
 
 logger = logging.getLogger("lgc")

@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from torch._C._distributed_c10d import GradBucket
 from torch.nn.parallel import DistributedDataParallel
 
-from lgc.aggregators import Aggregator
-from lgc.plan.choice import Choice
+from lgc.choice.auto import Choice
+from lgc.comm.replicas import ReplicaError, compare, require_agreement, synchronise
+from lgc.comm.traffic import Traffic, Wire, summarise
+from lgc.comm.transport import LEAST_TIMEOUT, MOST_TIMEOUT, RankError, Transport, clock
 from lgc.powersgd import PowerSGDHook
-from lgc.replicas import ReplicaError, compare, require_agreement, synchronise
 from lgc.requirements import (
     advise,
     describe,
@@ -29,10 +30,9 @@ from lgc.requirements import (
     require_single_momentum,
     trained,
 )
-from lgc.schedule import Phase
+from lgc.rounds.aggregators import Aggregator
+from lgc.rounds.schedule import Phase
 from lgc.schemes import Auto, Dense, PowerSGD, Scheme, SparseScheme, parse_scheme
-from lgc.traffic import Traffic, Wire, summarise
-from lgc.transport import LEAST_TIMEOUT, MOST_TIMEOUT, RankError, Transport, clock
 
 logger = logging.getLogger("lgc")
 

@@ -17,7 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lgc.aggregators import (
+from lgc.coding import Float32, Kind, lane_width, pack, pack_lanes, size_limit, unpack, unpack_lanes
+from lgc.comm.replicas import digest
+from lgc.comm.transport import SERVER, Transport
+from lgc.rounds.aggregators import (
     Aggregator,
     Codecs,
     Exchange,
@@ -28,7 +31,7 @@ from lgc.aggregators import (
     root_mean_square,
     sum_in_order,
 )
-from lgc.autoencoder import (
+from lgc.rounds.autoencoder import (
     Optimizer,
     RingAutoencoder,
     ServerAutoencoder,
@@ -38,13 +41,10 @@ from lgc.autoencoder import (
     trainable,
     unpack_weights,
 )
-from lgc.coding import Float32, Kind, lane_width, pack, pack_lanes, size_limit, unpack, unpack_lanes
-from lgc.feedback import Feedback, Piece
-from lgc.layout import Layout, entries
-from lgc.replicas import digest
-from lgc.schedule import Phase, Schedule
-from lgc.selection import Region, largest
-from lgc.transport import SERVER, Transport
+from lgc.rounds.feedback import Feedback, Piece
+from lgc.rounds.layout import Layout, entries
+from lgc.rounds.schedule import Phase, Schedule
+from lgc.rounds.selection import Region, largest
 
 logger = logging.getLogger("lgc")
 

@@ -9,9 +9,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState, powerSGD_hook
 
-from lgc.schedule import Phase
+from lgc.comm.transport import Transport
+from lgc.rounds.schedule import Phase
 from lgc.schemes import PowerSGD
-from lgc.transport import Transport
 
 MB = 2**20
 

@@ -12,8 +12,7 @@ from typing import Any, ClassVar, Literal, Self, Union, get_args, get_origin, ge
 import torch
 from torch import Tensor
 
-from lgc.aggregators import Aggregator, Codecs, OwnAggregator, OwnTopK, ServerTopK, SharedAggregator
-from lgc.autoencoder import Optimizer, RingAutoencoder, RingLatent, ServerAutoencoder
+from lgc.choice.cost import Link
 from lgc.coding import (
     BFloat16,
     EliasFano,
@@ -27,13 +26,14 @@ from lgc.coding import (
     Uniform,
     ValueCodec,
 )
-from lgc.feedback import Feedback
-from lgc.layout import Layout, Role, Unit, plan_layout
+from lgc.comm.transport import Transport
 from lgc.lgc import LGCAggregator, Refresh, RingAggregator, ServerAggregator, Training
-from lgc.plan.cost import Link
-from lgc.schedule import Schedule
-from lgc.selection import Region
-from lgc.transport import Transport
+from lgc.rounds.aggregators import Aggregator, Codecs, OwnAggregator, OwnTopK, ServerTopK, SharedAggregator
+from lgc.rounds.autoencoder import Optimizer, RingAutoencoder, RingLatent, ServerAutoencoder
+from lgc.rounds.feedback import Feedback
+from lgc.rounds.layout import Layout, Role, Unit, plan_layout
+from lgc.rounds.schedule import Schedule
+from lgc.rounds.selection import Region
 
 FeedbackMode = Literal["reconstruction", "paper"]
 

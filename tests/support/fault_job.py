@@ -50,7 +50,7 @@ def main(log: Path, faults: list[Fault], arguments: list[str]) -> None:
     fault = next(iter(faults[len(read(log, "fault")) :]), None)
     if fault is not None and fault.rank == int(os.environ["RANK"]):
         await_moment(fault, lambda: happen(log, fault, Path(arguments[-1])))
-    from lgc.app.cli import main as lgc
+    from lgc_lab.cli import main as lgc
 
     sys.argv[1:] = arguments
     lgc()
@@ -74,9 +74,9 @@ def happen(log: Path, fault: Fault, folder: Path) -> None:
 
 def await_moment(fault: Fault, happens: Callable[[], None]) -> None:
     """Have the fault happen at its step and moment, once."""
-    from lgc.app.train import Training
+    from lgc.comm.transport import Transport
     from lgc.ddp import Handle
-    from lgc.transport import Transport
+    from lgc_lab.training.train import Training
 
     update, aggregate, open_round, count = Training.update, Handle._aggregate, Transport.open_round, Transport._count
     pending = [fault]

@@ -12,7 +12,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from lgc import checkpoint, transport
+from lgc import checkpoint
+from lgc.comm import transport
 
 CALLS = {"open", "os.rename", "os.mkdir", "os.remove", "os.rmdir"}  # audit events; os.fsync has none
 IN_A_WRITE = -1

@@ -12,7 +12,7 @@ from reference import Config
 from torch import Tensor
 
 import lgc
-from lgc.transport import Transport
+from lgc.comm.transport import Transport
 
 CODECS: dict[str, Any] = {
     "float32": lgc.Float32(),

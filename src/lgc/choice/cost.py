@@ -1,0 +1,249 @@
+"""The cost of a step on a link: t = compute + compression + the collectives that the backward pass does not hide.
+
+A collective of K ranks takes (messages in sequence) * latency + (bytes in sequence) / bandwidth:
+
+| collective | messages        | bytes, for a buffer of b a rank | algorithm                     |
+|------------|-----------------|---------------------------------|-------------------------------|
+| all-reduce | 2 (K-1)         | 2 (K-1)/K b                     | ring                          |
+| all-gather | K-1             | (K-1) b                         | ring                          |
+| broadcast  | ceil(log2 K)    | ceil(log2 K) b                  | binomial tree                 |
+| gather     | 1               | (K-1) b                         | direct, into one rank's link  |
+| relay      | as a message to the server, unless it is the source, and a broadcast                |
+
+but never less than it took where it was measured. Every rank has a link of its own, the same in both directions.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from typing import Literal, NamedTuple, Self
+
+from lgc.rounds.schedule import Phase
+
+PAYLOAD = 1448 / (1514 + 66 / 2)  # of an Ethernet frame with IPv4 and TCP, and an acknowledgement for every other one
+RATE_UNITS = {"kbit": 1e3, "mbit": 1e6, "gbit": 1e9}
+TIME_UNITS = {"us": 1e-6, "ms": 1e-3, "s": 1.0}
+TOLERANCE = 0.05  # below that, a difference between two predicted steps may be chance
+
+Kind = Literal["all-reduce", "all-gather", "broadcast", "gather", "relay"]
+
+
+class Link(NamedTuple):
+    """What joins the ranks: payload bytes per second each way, and seconds that a message takes on top."""
+
+    bandwidth: float
+    latency: float = 0.0
+
+    @classmethod
+    def parse(cls, bandwidth: str, latency: str = "0ms") -> Self:
+        """A link from its line rate (kbit, mbit, gbit per second) and latency (us, ms, s): "100mbit", "1ms".
+
+        6.4 % of the line rate go to headers and acknowledgements of TCP/IP and Ethernet.
+
+        Raises:
+            ValueError: if one is not that.
+        """
+        seconds = _quantity("latency", latency, TIME_UNITS, "1ms")
+        return cls(parse_rate("bandwidth", bandwidth) / 8 * PAYLOAD, seconds)
+
+    def __str__(self) -> str:
+        return f"{self.bandwidth * 8e-6:.3g} Mbit/s of payload, {self.latency * 1e3:.3g} ms"
+
+
+class Collective(NamedTuple):
+    """One collective of a round.
+
+    Attributes:
+        size: bytes of one rank's buffer.
+        seconds: what it took between the ranks that measured it, from the arrival of the last one on.
+        lead: how many seconds before the end of the backward pass it can start.
+    """
+
+    kind: Kind
+    size: int
+    seconds: float = 0.0
+    lead: float = 0.0
+
+    def sent_bytes(self, world_size: int) -> float:
+        """What a rank sends of it, on average over the ranks and over the possible sources."""
+        share = (world_size - 1) / world_size
+        factor = {
+            "all-reduce": 2 * share,
+            "all-gather": world_size - 1,
+            "broadcast": share,
+            "gather": share,
+            "relay": share + share / world_size,
+        }
+        return factor[self.kind] * self.size
+
+    def time(self, link: Link, world_size: int) -> float:
+        """Seconds from the arrival of the last rank on."""
+        others = world_size - 1
+        depth = math.ceil(math.log2(world_size))
+        messages, copies = {
+            "all-reduce": (2 * others, 2 * others / world_size),
+            "all-gather": (others, others),
+            "broadcast": (depth, depth),
+            "gather": (min(others, 1), others),
+            "relay": (depth + others / world_size, depth + others / world_size),
+        }[self.kind]
+        return max(self.seconds, messages * link.latency + copies * self.size / link.bandwidth)
+
+
+class StageCost(NamedTuple):
+    """Steps of one scheme that cost the same.
+
+    Attributes:
+        phase: of the schedule.
+        steps: how many there are; None for those that go on to the end.
+        seconds: of a rank's own work on top of the forward and backward pass.
+        collectives: in their order.
+    """
+
+    phase: str
+    steps: int | None
+    seconds: float
+    collectives: list[Collective]
+
+    def communication(self, link: Link, world_size: int) -> float:
+        """Seconds for which a rank waits for the link, after its backward pass."""
+        end = -math.inf
+        for collective in self.collectives:
+            end = max(end, -collective.lead) + collective.time(link, world_size)
+        return max(0.0, end)
+
+    def sent_bytes(self, world_size: int) -> float:
+        """What a rank sends per step, on average."""
+        return sum(collective.sent_bytes(world_size) for collective in self.collectives)
+
+
+class SchemeCost(NamedTuple):
+    """A scheme, as text, and its stages; the last one goes on to the end."""
+
+    scheme: str
+    stages: list[StageCost]
+
+
+class Profile(NamedTuple):
+    """What has been measured. The first arm is dense.
+
+    Attributes:
+        world_size: K, the number of ranks that the arms are for.
+        compute: seconds of a step that communicates nothing.
+    """
+
+    world_size: int
+    compute: float
+    arms: list[SchemeCost]
+
+    @property
+    def gradient_bytes(self) -> int:
+        """Of all gradients, as dense sends them."""
+        return sum(collective.size for collective in self.arms[0].stages[-1].collectives)
+
+
+class Early(NamedTuple):
+    """A stage before the last one: what a step of it takes."""
+
+    phase: str
+    steps: int
+    step: float
+
+
+class Prediction(NamedTuple):
+    """A step under one scheme on one link, once its early stages are over; seconds and bytes.
+
+    Attributes:
+        phase: the one it stays in; "dense" also in 16 bits.
+        speedup: how many times faster than dense.
+        pays_from: the first step from which on the run as a whole is ahead of dense, None if it never is.
+        step_at_half: the step on a link of half the bandwidth.
+    """
+
+    scheme: str
+    phase: str
+    sent_bytes: float
+    compute: float
+    compression: float
+    communication: float
+    step: float
+    speedup: float
+    early: list[Early]
+    pays_from: int | None
+    step_at_half: float
+
+
+def predict(profile: Profile, link: Link) -> list[Prediction]:
+    """What a step takes on `link`, by arm."""
+
+    def step(stage: StageCost, link: Link = link) -> float:
+        return profile.compute + stage.seconds + stage.communication(link, profile.world_size)
+
+    half = link._replace(bandwidth=link.bandwidth / 2)
+
+    dense = step(profile.arms[0].stages[-1])
+    predictions = []
+    for scheme, stages in profile.arms:
+        last = stages[-1]
+        early = [Early(stage.phase, stage.steps or 0, step(stage)) for stage in stages[:-1]]
+        predictions.append(
+            Prediction(
+                scheme,
+                last.phase,
+                last.sent_bytes(profile.world_size),
+                profile.compute,
+                last.seconds,
+                last.communication(link, profile.world_size),
+                step(last),
+                dense / step(last),
+                early,
+                _pays_from(early, step(last), dense),
+                step(last, half),
+            )
+        )
+    return predictions
+
+
+def choose(predictions: Sequence[Prediction], tolerance: float = TOLERANCE) -> Prediction:
+    """The fastest; of those within `tolerance` of it the first that compresses nothing, else the best on half the link.
+
+    So small a difference may be chance. That everything arrives is certain, and the link may be slower than it is taken
+    to be.
+    """
+    fastest = min(prediction.step for prediction in predictions)
+    equals = [prediction for prediction in predictions if prediction.step <= fastest * (1 + tolerance)]
+    complete = [prediction for prediction in equals if prediction.phase == Phase.DENSE.value]
+    return complete[0] if complete else min(equals, key=lambda one: one.step_at_half)
+
+
+def _pays_from(early: list[Early], step: float, dense: float) -> int | None:
+    if step >= dense:
+        return None
+    done, lost, caught_up = 0, 0.0, 0
+    for steps, pace in [*((stage.steps, stage.step) for stage in early), (0, step)]:
+        if lost > 0 and pace < dense:
+            caught_up = done + math.ceil(lost / (dense - pace))
+        done += steps
+        lost += steps * (pace - dense)
+    return caught_up
+
+
+def parse_rate(name: str, text: str) -> float:
+    """Bits per second, above 0, from a number with kbit, mbit or gbit.
+
+    Raises:
+        ValueError: if it is not that, of the argument `name`.
+    """
+    rate = _quantity(name, text, RATE_UNITS, "100mbit")
+    if rate == 0:
+        raise ValueError(f"{name} must be above 0, got {text!r}.")
+    return rate
+
+
+def _quantity(name: str, text: str, units: dict[str, float], example: str) -> float:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([a-z]+)", text.lower())
+    if match is None or match[2] not in units:
+        raise ValueError(f"{name} must be a number with {', '.join(units)}, as in {example}, got {text!r}.")
+    return float(match[1]) * units[match[2]]

@@ -1,0 +1,90 @@
+"""What must be the same on every rank, and how a difference is found and named."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lgc.comm.transport import Transport
+
+DESCRIPTION_LIMIT = 2**28  # bytes
+DIGEST_WORDS = 2**22
+
+
+class ReplicaError(RuntimeError):
+    """The ranks have different values of something replicated; raised on every rank."""
+
+
+def require_agreement(transport: Transport, what: str, description: Mapping[str, object]) -> None:
+    """Compare a flat JSON description with the other ranks', before they do `what` together; a collective.
+
+    Raises:
+        RuntimeError: on every rank, naming the first field that differs, and every rank's value.
+    """
+    text = json.dumps(description).encode()
+    digest = torch.frombuffer(bytearray(hashlib.sha256(text).digest()), dtype=torch.uint8)
+    digests = transport.all_gather(digest, "agreement")
+    if bool((digests == digests[0]).all()):
+        return
+    payload = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+    payloads = transport.all_gather_bytes(payload, "agreement", limit=DESCRIPTION_LIMIT)
+    ranks = [json.loads(bytes(row.tolist())) for row in payloads]
+    for key in dict.fromkeys(key for rank in ranks for key in rank):
+        values = [rank.get(key, "missing") for rank in ranks]
+        if any(value != values[0] for value in values):
+            by_rank = ", ".join(f"rank {rank}: {value}" for rank, value in enumerate(values))
+            raise RuntimeError(f"{what}: the ranks differ in {key}: {by_rank}.")
+    for position, keys in enumerate(zip(*ranks, strict=True)):
+        if len(set(keys)) > 1:
+            by_rank = ", ".join(f"rank {rank}: {key}" for rank, key in enumerate(keys))
+            raise RuntimeError(f"{what}: the ranks differ in the order of parameters, at {position}: {by_rank}.")
+
+
+class Difference(NamedTuple):
+    """Ranks whose replica of a tensor differs from that of most, without a majority from the first one's; and a rank
+    that has the latter."""
+
+    ranks: list[int]
+    source: int
+
+
+def compare(transport: Transport, tensors: Mapping[str, Tensor], *, counts: bool) -> dict[str, Difference]:
+    """Compare the tensors of the ranks that count, by name; a collective of 8 bytes a tensor, and 8 more."""
+    counting = torch.tensor(int(counts), device="cpu")
+    digests = torch.stack([*(digest(tensor).cpu() for tensor in tensors.values()), counting])
+    *by_tensor, counted = transport.all_gather(digests, "replica check").T.tolist()
+    ranks = [rank for rank, each in enumerate(counted) if each]
+    differences = {}
+    for name, of_all in zip(tensors, by_tensor, strict=True):
+        values = [of_all[rank] for rank in ranks]
+        usual = max(values, key=lambda value: (values.count(value), value == values[0]), default=None)
+        if values.count(usual) < len(values):
+            others = [rank for rank in ranks if of_all[rank] != usual]
+            differences[name] = Difference(others, next(rank for rank in ranks if rank not in others))
+    return differences
+
+
+def synchronise(transport: Transport, tensor: Tensor, *, source: int) -> None:
+    """Overwrite a tensor with that of rank `source`; a collective."""
+    with torch.no_grad():
+        tensor.copy_(transport.broadcast(tensor.detach(), "replica check", source=source))
+
+
+def digest(tensor: Tensor) -> Tensor:
+    """Sum of the tensor's 32-bit words times odd numbers of their places, modulo 2^64; int64, shape ().
+
+    Any single changed word changes it.
+    """
+    octets = tensor.detach().contiguous().view(-1).view(torch.uint8)
+    total = torch.zeros((), dtype=torch.int64, device=octets.device)
+    for start in range(0, octets.numel(), 4 * DIGEST_WORDS):  # in parts, whose copies are not in the way of training
+        part = octets[start : start + 4 * DIGEST_WORDS]
+        words = torch.nn.functional.pad(part, (0, -part.numel() % 4)).view(torch.int32).long()
+        places = torch.arange(start // 4, start // 4 + words.numel(), device=words.device)
+        total += (words * (2 * places + 1)).sum()
+    return total

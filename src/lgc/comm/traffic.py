@@ -1,0 +1,102 @@
+"""Byte counts and the ratios made of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from lgc.rounds.schedule import Phase
+
+SETUP = "setup"
+FLOAT32_BYTES = 4
+
+
+@dataclass
+class Traffic:
+    """What one rank sent and received in one phase, in bytes.
+
+    `upload_bytes` counts every buffer once, as the paper does: what this rank contributes, not how the collective
+    spreads it. `contents` splits `sent_bytes` by kind.
+    """
+
+    steps: int = 0
+    sent_bytes: int = 0
+    received_bytes: int = 0
+    upload_bytes: int = 0
+    contents: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass
+class Wire:
+    """Traffic of one rank by phase; `setup` is what attach exchanged before the first step."""
+
+    phases: dict[str, Traffic] = field(default_factory=dict)
+
+
+class Baseline(NamedTuple):
+    """What plain data-parallel training would have sent: ring all-reduce of float32 gradients."""
+
+    parameters: int
+    world_size: int
+
+    def bytes(self, steps: int) -> int:
+        """Bytes sent and received by all ranks together."""
+        return 4 * (self.world_size - 1) * self.upload(1) * steps
+
+    def upload(self, steps: int) -> int:
+        """Bytes that one rank contributes."""
+        return FLOAT32_BYTES * self.parameters * steps
+
+
+def summarise(ranks: list[Wire], parameters: int) -> dict[str, object]:
+    """Sums over all ranks, and ratios against float32 ring all-reduce of the same steps.
+
+    `ratio` is for the whole run, setup included, `ratio_compressed_phase` for that phase alone; `paper` has the
+    paper's way of counting, uploads averaged over the ranks. A ratio is None where nothing was sent or there was no
+    such phase.
+    """
+    baseline = Baseline(parameters, len(ranks))
+    phases = [{"name": str(name)} | _sum([wire.phases[name] for wire in ranks]) for name in ranks[0].phases]
+    steps = sum(traffic.steps for traffic in ranks[0].phases.values())
+    compressed = [phase for phase in phases if phase["name"] == Phase.COMPRESSED]
+    compressed_steps = ranks[0].phases.get(Phase.COMPRESSED, Traffic()).steps
+
+    def total(key: str, of: list[dict[str, object]]) -> int:
+        return sum(value for phase in of if isinstance(value := phase[key], int))
+
+    def ratio(base: int, sent: int) -> float | None:
+        return base / sent if base and sent else None
+
+    def both(of: list[dict[str, object]]) -> int:
+        return total("sent_bytes", of) + total("received_bytes", of)
+
+    return {
+        "sent_bytes": total("sent_bytes", phases),
+        "received_bytes": total("received_bytes", phases),
+        "max_rank_bytes": max(
+            sum(traffic.sent_bytes + traffic.received_bytes for traffic in wire.phases.values()) for wire in ranks
+        ),
+        "ratio": ratio(baseline.bytes(steps), both(phases)),
+        "ratio_compressed_phase": ratio(baseline.bytes(compressed_steps), both(compressed)),
+        "paper": {
+            "upload_bytes_per_rank": total("upload_bytes", phases) / len(ranks),
+            "ratio": ratio(baseline.upload(steps) * len(ranks), total("upload_bytes", phases)),
+            "ratio_compressed_phase": ratio(
+                baseline.upload(compressed_steps) * len(ranks), total("upload_bytes", compressed)
+            ),
+        },
+        "phases": phases,
+    }
+
+
+def _sum(ranks: list[Traffic]) -> dict[str, object]:
+    return {
+        "steps": ranks[0].steps,
+        "sent_bytes": sum(traffic.sent_bytes for traffic in ranks),
+        "received_bytes": sum(traffic.received_bytes for traffic in ranks),
+        "upload_bytes": sum(traffic.upload_bytes for traffic in ranks),
+        "contents": {
+            content: sum(traffic.contents.get(content, 0) for traffic in ranks)
+            for content in sorted({content for traffic in ranks for content in traffic.contents})
+        },
+    }

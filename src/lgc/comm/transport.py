@@ -1,0 +1,366 @@
+"""Every collective of a round, of `attach` and of checkpoints, counted; those of torch's PowerSGD hook by its shapes.
+
+Bytes are those of the buffers handed over, times what a rank sends and receives of them (K ranks, b bytes):
+
+| collective   | sends                           | receives              | algorithm                      |
+|--------------|---------------------------------|-----------------------|--------------------------------|
+| all-reduce   | 2 (K-1)/K b                     | 2 (K-1)/K b           | ring                           |
+| all-gather   | (K-1) b                         | (K-1) b               | ring                           |
+| broadcast    | b for each child in the tree    | b, the source nothing | binomial tree                  |
+| gather       | b, the destination nothing      | destination (K-1) b   | direct                         |
+| relay        | as send to rank 0 and broadcast |                       | point-to-point, binomial tree  |
+
+These are gloo's algorithms; other backends may spread the same totals differently over the ranks. Framing of the
+network below (TCP, Ethernet) is not included.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import functools
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from datetime import timedelta
+from typing import NamedTuple, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lgc.coding import PayloadError
+from lgc.comm.traffic import SETUP, Traffic, Wire
+
+SERVER = 0
+MESSAGE_LIMIT = 4096  # bytes of an error message
+ANNOUNCEMENT_WAIT_S = 2.0
+RELEASE_WAIT_S = 0.2
+LEAST_TIMEOUT, MOST_TIMEOUT = 0.001, 1e6  # seconds; the backends count milliseconds, in 32 bits
+
+T = TypeVar("T")
+
+
+def clock(device: torch.device) -> float:
+    """Seconds, once the device has computed what it was given; what is sent meanwhile is not waited for."""
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).synchronize()
+    return time.perf_counter()
+
+
+class Opening(NamedTuple):
+    """What all ranks know of each other once a round is open; one element a rank.
+
+    `lengths` are those of the two payloads that a rank may have prepared, in bytes.
+    """
+
+    finite: list[bool]
+    votes: list[bool]
+    lengths: list[tuple[int, int]]
+
+
+class RankError(RuntimeError):
+    """A rank could not take part in a round, or does not answer; raised on every rank, with what is known of it."""
+
+
+class Transport:
+    """Counted collectives of one process group.
+
+    Tensors may be on any device: they are staged where the backend takes them. At world size 1 nothing is sent.
+
+    Args:
+        group: whose collectives.
+        device: that this rank computes on; None is what the group is for.
+
+    Attributes:
+        device: where the collectives take tensors: the host under gloo, else this rank's GPU.
+        wire: bytes of this rank by phase.
+        seconds: that this rank has spent in collectives, waiting for other ranks included; but for asynchronous ones.
+    """
+
+    def __init__(self, group: dist.ProcessGroup, device: torch.device | None = None) -> None:
+        self.group = group
+        self.device = _staging_device(group, device)
+        self.rank = dist.get_rank(group)
+        self.world_size = dist.get_world_size(group)
+        self.wire = Wire()
+        self.seconds = 0.0
+        self._has_announced = False
+        if self.device.type == "cpu":
+            _release_at_exit()
+        self.begin(SETUP, steps=0)
+
+    def set_timeout(self, seconds: float) -> None:
+        """How long a rank waits for another in any collective of the group before it gives up."""
+        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), self.group)
+
+    def announce(self, error: Exception) -> None:
+        """Leave this rank's error where the others find it when their collectives fail."""
+        text = _message(error).decode(errors="ignore")
+        self._has_announced = True
+        _within(ANNOUNCEMENT_WAIT_S, lambda: self._store().set(self._error_key(self.rank), text))
+
+    def begin(self, phase: str, *, steps: int = 1) -> None:
+        """Count what follows under `phase`, as `steps` more steps of it."""
+        self._traffic = self.wire.phases.setdefault(phase, Traffic())
+        self._traffic.steps += steps
+
+    def open_round(
+        self,
+        step: int,
+        *,
+        finite: bool,
+        vote: bool = False,
+        lengths: tuple[int, int] = (0, 0),
+        error: Exception | None = None,
+    ) -> Opening:
+        """Tell all ranks this rank's state before anything else of the round is sent: 32 bytes a rank.
+
+        Raises:
+            RankError: on every rank, if one passes an error, or the ranks are at different steps.
+        """
+        message = b"" if error is None else _message(error)
+        flags = finite | vote << 1 | (error is not None) << 2
+        preamble = torch.tensor([step, flags, *(lengths if error is None else (len(message), 0))], device="cpu")
+        rows = self.all_gather(preamble, "preamble").tolist()
+        failed = [rank for rank, row in enumerate(rows) if row[1] & 4]
+        if failed:
+            message_lengths = [row[2] if rank in failed else 0 for rank, row in enumerate(rows)]
+            payload = torch.tensor(list(message), dtype=torch.uint8, device="cpu")
+            messages = self.all_gather_bytes(payload, "errors", message_lengths, limit=MESSAGE_LIMIT)
+            texts = [f"rank {rank}: {bytes(messages[rank].tolist()).decode(errors='replace')}" for rank in failed]
+            raise RankError(f"lgc: step {step}: {'; '.join(texts)}") from error
+        steps = [row[0] for row in rows]
+        if set(steps) != {step}:
+            raise RankError(f"lgc: the ranks are at different steps: {steps} (by rank).")
+        if self._has_announced:  # and yet all go on: it is no reason for a later failure
+            self._has_announced = False
+            _within(ANNOUNCEMENT_WAIT_S, lambda: self._store().delete_key(self._error_key(self.rank)))
+        return Opening(
+            [bool(row[1] & 1) for row in rows], [bool(row[1] & 2) for row in rows], [(row[2], row[3]) for row in rows]
+        )
+
+    def all_reduce(self, tensor: Tensor, content: str) -> Tensor:
+        """Sum over the ranks, the same bits on each; shape and dtype of `tensor`."""
+        self.count_all_reduce(_bytes(tensor), content)
+        return self._run(tensor.clone(), lambda buffer: dist.all_reduce(buffer, group=self.group))
+
+    def all_reduce_async(self, tensor: Tensor, content: str) -> torch.futures.Future[Tensor]:
+        """Sum over the ranks into `tensor`, in the background."""
+        self.count_all_reduce(_bytes(tensor), content)
+        work = dist.all_reduce(tensor, group=self.group, async_op=True)
+        assert work is not None
+        future: torch.futures.Future[Tensor] = work.get_future().then(lambda done: done.value()[0])
+        return future
+
+    def count_all_reduce(self, size: int, content: str) -> None:
+        """Count an all-reduce of `size` bytes, for one that is not performed here."""
+        share = 2 * (self.world_size - 1) * size // self.world_size
+        self._count(content, sent=share, received=share, upload=size)
+
+    def all_gather(self, tensor: Tensor, content: str) -> Tensor:
+        """The tensors of all ranks, which must have one shape and dtype: shape (K, *shape)."""
+        others = (self.world_size - 1) * _bytes(tensor)
+        self._count(content, sent=others, received=others, upload=_bytes(tensor))
+        staged = self._stage(tensor)
+        gathered = [torch.empty_like(staged) for _ in range(self.world_size)]
+        with self._timed():
+            dist.all_gather(gathered, staged, group=self.group)
+        return torch.stack(gathered).to(tensor.device)
+
+    def broadcast(self, tensor: Tensor, content: str, *, source: int) -> Tensor:
+        """The tensor of rank `source`; the others pass one of the same shape and dtype to receive into."""
+        size = _bytes(tensor)
+        is_source = self.rank == source
+        self._count(
+            content,
+            sent=size * _tree_children((self.rank - source) % self.world_size, self.world_size),
+            received=0 if is_source else size,
+            upload=size if is_source else 0,
+        )
+        return self._run(tensor, lambda buffer: dist.broadcast(buffer, group_src=source, group=self.group))
+
+    def gather(self, tensor: Tensor, content: str) -> Tensor | None:
+        """At rank 0 the tensors of all ranks, shape (K, *shape); None elsewhere."""
+        size = _bytes(tensor)
+        staged = self._stage(tensor)
+        if self.rank != SERVER:
+            self._count(content, sent=size, received=0, upload=size)
+            with self._timed():
+                dist.gather(staged, None, group_dst=SERVER, group=self.group)
+            return None
+        self._count(content, sent=0, received=(self.world_size - 1) * size, upload=size)
+        gathered = [torch.empty_like(staged) for _ in range(self.world_size)]
+        with self._timed():
+            dist.gather(staged, gathered, group_dst=SERVER, group=self.group)
+        return torch.stack(gathered).to(tensor.device)
+
+    def all_gather_bytes(
+        self, payload: Tensor, content: str, lengths: Sequence[int] | None = None, *, limit: int
+    ) -> list[Tensor]:
+        """The payloads of all ranks, uint8 of any lengths; padded to the longest on the way.
+
+        Args:
+            payload: this rank's, uint8, shape (bytes,).
+            content: what the bytes are counted as.
+            lengths: by rank, where they are known; else they are exchanged first.
+            limit: the greatest length that is possible.
+
+        Raises:
+            PayloadError: on every rank, if one announces more; before memory for it is taken.
+        """
+        if lengths is None:
+            lengths = self.all_gather(torch.tensor([payload.numel()], device="cpu"), content).flatten().tolist()
+        _require_possible(lengths, limit)
+        gathered = self.all_gather(_padded(payload, max(lengths)), content)
+        return [row[:length] for row, length in zip(gathered, lengths, strict=True)]
+
+    def gather_bytes(self, payload: Tensor, content: str, lengths: Sequence[int], *, limit: int) -> list[Tensor] | None:
+        """At rank 0 the payloads of all ranks, whose lengths are known; None elsewhere. Raises as all_gather_bytes."""
+        _require_possible(lengths, limit)
+        gathered = self.gather(_padded(payload, max(lengths)), content)
+        if gathered is None:
+            return None
+        return [row[:length] for row, length in zip(gathered, lengths, strict=True)]
+
+    def broadcast_bytes(
+        self, payload: Tensor, content: str, *, source: int, length: int | None = None, limit: int
+    ) -> Tensor:
+        """The payload of rank `source`; its length goes first where it is not known. Raises as all_gather_bytes."""
+        if length is None:
+            length = int(self.broadcast(torch.tensor([payload.numel()], device="cpu"), content, source=source))
+        _require_possible([length], limit)
+        if self.rank != source:
+            payload = torch.empty(length, dtype=torch.uint8, device="cpu")
+        return self.broadcast(payload, content, source=source)
+
+    def relay_bytes(self, payload: Tensor, content: str, *, source: int, length: int, limit: int) -> Tensor:
+        """The payload of rank `source`, of known length, by way of rank 0. Raises as all_gather_bytes."""
+        _require_possible([length], limit)
+        if self.rank != source:
+            payload = torch.empty(length, dtype=torch.uint8, device="cpu")
+        return self.relay(payload, content, source=source)
+
+    def relay(self, tensor: Tensor, content: str, *, source: int) -> Tensor:
+        """The tensor of rank `source`, which sends it to rank 0, which sends it to all."""
+        size = _bytes(tensor)
+        if source != SERVER and self.rank == source:
+            self._count(content, sent=size, received=0, upload=size)
+            with self._timed():
+                dist.send(self._stage(tensor), group_dst=SERVER, group=self.group)
+        elif source != SERVER and self.rank == SERVER:
+            self._count(content, sent=0, received=size, upload=0)
+            tensor = self._run(tensor, lambda buffer: dist.recv(buffer, group_src=source, group=self.group))
+        return self.broadcast(tensor, content, source=SERVER)
+
+    def _run(self, tensor: Tensor, collective: Callable[[Tensor], object]) -> Tensor:
+        buffer = self._stage(tensor)
+        with self._timed():
+            collective(buffer)
+        return buffer.to(tensor.device)
+
+    @contextlib.contextmanager
+    def _timed(self) -> Iterator[None]:
+        """A collective: its time, and in place of a lost connection the error that another rank has announced."""
+        started = clock(self.device)
+        try:
+            yield
+            clock(self.device)  # else NCCL would only have been told to
+        except RuntimeError as error:
+            reason = self._announced() or f"rank {self.rank}: an exchange with the other ranks has failed: {error}"
+            raise RankError(f"lgc: {reason}") from error
+        finally:
+            self.seconds += time.perf_counter() - started
+
+    def _announced(self) -> str | None:
+        deadline = time.monotonic() + ANNOUNCEMENT_WAIT_S
+        others = [rank for rank in range(self.world_size) if rank != self.rank]
+
+        def look() -> str | None:
+            while time.monotonic() < deadline:
+                for rank in others:
+                    if self._store().check([self._error_key(rank)]):
+                        message = self._store().get(self._error_key(rank))[:MESSAGE_LIMIT]
+                        return f"rank {rank}: {message.decode(errors='replace')}"
+                time.sleep(0.05)
+            return None
+
+        return _within(ANNOUNCEMENT_WAIT_S, look)
+
+    def _store(self) -> dist.Store:
+        return dist.distributed_c10d._get_default_store()
+
+    def _error_key(self, rank: int) -> str:
+        return f"lgc/{self.group.group_name}/error/{rank}"
+
+    def _stage(self, tensor: Tensor) -> Tensor:
+        return tensor.contiguous().to(self.device)
+
+    def _count(self, content: str, *, sent: int, received: int, upload: int) -> None:
+        alone = self.world_size == 1
+        self._traffic.sent_bytes += sent
+        self._traffic.received_bytes += received
+        self._traffic.upload_bytes += 0 if alone else upload
+        self._traffic.contents[content] = self._traffic.contents.get(content, 0) + sent
+
+
+def _staging_device(group: dist.ProcessGroup, device: torch.device | None) -> torch.device:
+    host = torch.device("cpu")
+    backends = dict(pair.split(":") for pair in dist.get_backend_config(group).split(","))  # by type of device
+    if device is None:
+        if host.type in backends:
+            return host
+        device = group.bound_device_id or torch.device("cuda", torch.cuda.current_device())
+    return host if backends.get(device.type, "gloo") == "gloo" else device
+
+
+def _require_possible(lengths: Sequence[int], limit: int) -> None:
+    for length in lengths:
+        if not 0 <= length <= limit:
+            raise PayloadError("length", f"0 to {limit} bytes, as announced", length)
+
+
+@functools.cache
+def _release_at_exit() -> None:
+    # gloo's threads drop the tensors of the last collective a little after it has returned, and need the GIL for that:
+    # in an interpreter that is ending by then, they abort the process (seen in one of ten short scripts).
+    atexit.register(time.sleep, RELEASE_WAIT_S)
+
+
+def _within(seconds: float, action: Callable[[], T]) -> T | None:
+    """The result of an action, or None if it fails or takes longer; it is then left to itself.
+
+    The store does not answer when the rank that hosts it is stopped or cut off, and its calls have no timeout then.
+    """
+    results: list[T] = []
+
+    def run() -> None:
+        with contextlib.suppress(Exception):  # the store may be gone with its rank
+            results.append(action())
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return results[0] if results else None
+
+
+def _message(error: Exception) -> bytes:
+    return f"{type(error).__name__}: {error}".encode()[:MESSAGE_LIMIT]
+
+
+def _padded(payload: Tensor, length: int) -> Tensor:
+    return torch.cat([payload, payload.new_zeros(length - payload.numel())])
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def _tree_children(position: int, world_size: int) -> int:
+    """How many ranks the one at `position` (0 the source) sends to in a binomial tree."""
+    children = 0
+    stride = 1
+    while stride < world_size:
+        children += position < stride and position + stride < world_size
+        stride *= 2
+    return children

@@ -1,0 +1,1 @@
+"""What the rounds of the schemes are made of."""

@@ -1,0 +1,1 @@
+"""The application: training on recipes, comparing, reporting, planning, measuring."""

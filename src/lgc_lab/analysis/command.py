@@ -1,0 +1,113 @@
+"""`lgc analyze`: train, measure, and make the page."""
+
+from __future__ import annotations
+
+import json
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import click
+from safetensors import SafetensorError
+
+from lgc_lab import options
+from lgc_lab.analysis.record import RECORDING, Recording, configuration, planned_steps, record, require_recordable
+from lgc_lab.training.launch import preload, start_ranks
+from lgc_lab.training.run_folder import occupied, require_same, write_whole
+from lgc_lab.training.train import Settings
+
+ROWS = "redundancy.jsonl"
+PAGE = "redundancy.html"
+LEAST_RECORDS = 2
+
+
+@click.command()
+@options.recipe(required=True)
+@options.workers
+@click.option("--every", type=click.IntRange(2), default=25, show_default=True, help="Steps from record to record.")
+@click.option(
+    "--scheme",
+    default="scalecom:values=float32",
+    show_default=True,
+    help="That trains: topk, dgc or scalecom, with arguments after colons: scalecom:rate=0.01:warmup_steps=50.",
+)
+@click.option(
+    "--samples",
+    type=click.IntRange(128),
+    default=2048,
+    show_default=True,
+    help="Coordinates of every layer that are recorded.",
+)
+@options.seed
+@options.epochs
+@options.steps
+@options.batch_size
+@options.data
+@options.limit_train
+@options.backbone
+@options.timeout
+@options.out
+@click.option("--overwrite", is_flag=True, help="Replace an analysis that is there.")
+def analyze(workers: int, every: int, samples: int, timeout: float, out: Path, overwrite: bool, **run: Any) -> None:
+    """Measure what the workers' gradients have in common.
+
+    Trains with --workers ranks on this machine and records a sample of every layer's gradient, of what error
+    feedback has accumulated, and of what would be sent:
+
+    \b
+    lgc analyze --recipe digits --workers 4 --every 10 --out runs/redundancy
+
+    OUT gets recording.safetensors (the samples), redundancy.jsonl (one JSON object a layer, quantity and step,
+    information in bits) and redundancy.html (the figures).
+    """
+    options.refuse_torchrun("analyze")
+    if (out / PAGE).exists() and not overwrite:
+        raise click.UsageError(f"{out} has an analysis; choose another --out, or --overwrite.")
+    try:
+        settings = Settings(world_size=workers, **run)
+        scheme = require_recordable(settings.resolve_scheme())
+        if scheme.rate == 1:
+            raise ValueError("analyze: the scheme's rate must be below 1, else there are no indices to look at.")
+    except ValueError as error:
+        raise click.UsageError(str(error)) from None
+    with options.reported_errors():
+        preload("lgc_lab.analysis.record")
+        steps = planned_steps(settings, settings.load_data())  # decodes into the cache that the ranks map
+    if (steps - 1) // every - max(0, scheme.warmup_steps - 1) // every < LEAST_RECORDS:
+        raise click.UsageError(
+            f"--every {every} leaves fewer than {LEAST_RECORDS} records in {steps} steps, of which "
+            f"{scheme.warmup_steps} are the warm-up."
+        )
+    with options.reported_errors(), occupied(out):
+        if overwrite or not _is_recorded(out, configuration(settings, every, samples)):
+            for name in (PAGE, ROWS, RECORDING):
+                (out / name).unlink(missing_ok=True)
+            limit = timedelta(seconds=timeout)
+            start_ranks(record, settings, out, every, samples, world_size=workers, timeout=limit)
+        click.echo(evaluate(out))
+
+
+def _is_recorded(out: Path, wanted: dict[str, Any]) -> bool:
+    """Whether there is this recording, whose evaluation was interrupted. Raises OtherRunError if there is another."""
+    try:
+        recording = Recording.load(out / RECORDING)
+    except (OSError, ValueError, KeyError, SafetensorError):
+        return False
+    require_same(recording.settings, wanted, f"{out} has a recording")
+    return True
+
+
+def evaluate(out: Path) -> str:
+    """Measure the recording in a folder: writes the rows and the page, returns a summary as text."""
+    from lgc_lab.analysis.measure import measure  # here, because most commands need neither scipy nor matplotlib
+    from lgc_lab.analysis.page import summarise, write_page
+
+    recording = Recording.load(out / RECORDING)
+    rows = list(measure(recording))
+    write_whole(out / ROWS, "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows))
+    write_page(recording, rows, out / PAGE)
+    training, recorded = recording.seconds["training"], recording.seconds["recording"]
+    return (
+        f"{summarise(recording, rows)}\n\n{out / PAGE}\n"
+        f"recording took {recorded:.2f} s beside {training:.2f} s of training ({recorded / training:.1%})"
+    )

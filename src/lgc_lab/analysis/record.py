@@ -1,0 +1,277 @@
+"""Train with a sparse scheme and keep, at rank 0, samples of what every worker would send."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from lgc.comm.transport import SERVER, Transport, clock
+from lgc.rounds.aggregators import Aggregator, Round
+from lgc.rounds.layout import POOL, Layout
+from lgc.rounds.selection import Region
+from lgc.schemes import ScaleCom, Scheme, SparseScheme, TopK
+from lgc_lab.recipes import Data
+from lgc_lab.training.train import Settings, batches, make_optimizer, steps_per_epoch
+
+RECORDING = "recording.safetensors"
+
+
+class Layer(NamedTuple):
+    """A weight, or the pool of all small tensors.
+
+    Attributes:
+        start, size: its place in the flat vector.
+        row: how many neighbouring coordinates belong to one output; all, for small tensors.
+        block: how many are a kernel (of a convolution) or a row (of a matrix).
+        sampled: how many of its coordinates are sampled.
+    """
+
+    name: str
+    start: int
+    size: int
+    row: int
+    block: int
+    sampled: int
+
+
+@dataclass(frozen=True)
+class Recording:
+    """What one training run left. T recorded steps, K workers, M sampled coordinates, k selected ones.
+
+    Attributes:
+        settings: what was recorded, see `configuration`.
+        layers: in the order of the flat vector.
+        coordinates: the sampled ones, layer after layer, shape (M,).
+        steps: the recorded ones, shape (T,).
+        gradient, accumulator: g and v before sending, of the step before and of the recorded one, (T, 2, K, M).
+        own: every worker's own top-k of v at the final rate, ascending, shape (T, K, k).
+        shared: every worker's v at the indices of the leader, shape (T, K, k).
+        sent: per step from `warmup_end` on, where something was sent and the mean that everyone got of it.
+        loss: of rank 0 at every step.
+        seconds: of training, and of recording beside it.
+        warmup_end: the first step at the final rate.
+        wire_bytes: sent and received by rank 0, for the analysis alone.
+    """
+
+    settings: dict[str, Any]
+    layers: list[Layer]
+    coordinates: NDArray[np.int64]
+    steps: NDArray[np.int64]
+    gradient: NDArray[np.float32]
+    accumulator: NDArray[np.float32]
+    own: NDArray[np.int64]
+    shared: NDArray[np.float32]
+    sent: list[tuple[NDArray[np.int64], NDArray[np.float32]]]
+    loss: NDArray[np.float32]
+    seconds: dict[str, float]
+    warmup_end: int
+    wire_bytes: int
+
+    @property
+    def workers(self) -> int:
+        """K."""
+        return int(self.gradient.shape[2])
+
+    def leader(self, record: int) -> int:
+        """The worker whose indices all others would use at a recorded step."""
+        return int(self.steps[record]) % self.workers
+
+    @classmethod
+    def load(cls, file: Path) -> Recording:
+        """Read what `record` wrote."""
+        with safe_open(file, framework="np") as stored:
+            header = json.loads(stored.metadata()["lgc"])
+            arrays = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 - not a mapping
+        counts, where, values = (arrays.pop(f"sent_{name}") for name in ("count", "where", "values"))
+        ends = np.cumsum(counts)
+        sent = [
+            (where[end - count : end].astype(np.int64), values[end - count : end])
+            for end, count in zip(ends.tolist(), counts.tolist(), strict=True)
+        ]
+        own = arrays.pop("own").astype(np.int64)
+        layers = [Layer(*layer) for layer in header.pop("layers")]
+        return cls(layers=layers, sent=sent, own=own, **arrays, **header)
+
+
+class Recorder:
+    """Watches one rank's rounds. Rank 0 is sent the samples; what it gathers counts as analysis, not as training."""
+
+    def __init__(self, aggregator: Aggregator, transport: Transport, *, every: int, samples: int, seed: int) -> None:
+        self.aggregator = aggregator
+        self.transport = transport
+        self.every = every
+        self.segments = [*aggregator.layout.own, *aggregator.layout.shared]
+        self.layers = find_layers(aggregator.layout, samples)
+        generator = torch.Generator().manual_seed(seed)
+        coordinates = [
+            torch.randperm(layer.size, generator=generator)[: layer.sampled].sort().values + layer.start
+            for layer in self.layers
+        ]
+        self.coordinates = torch.cat(coordinates).to(aggregator.feedback.residual.device)
+        self.seconds = 0.0
+        self.steps: list[int] = []
+        self._before: Tensor | None = None
+        self._kept: dict[str, list[Tensor]] = {"samples": [], "own": [], "shared": []}
+        self._sent: list[tuple[Tensor, Tensor]] = []
+
+    def sample(self, step: int, gradient: Tensor) -> None:
+        """Take in what a round is about to get; a collective at every recorded step."""
+        started = clock(gradient.device)
+        before, self._before = self._before, None
+        if (step + 1) % self.every == 0 or step % self.every == 0:
+            v = self.aggregator.feedback.accumulate(gradient)  # changes nothing, as the round does it again
+            samples = torch.stack([gradient[self.coordinates], v[self.coordinates]])
+            if step % self.every == 0 and before is not None:
+                self._record(step, torch.stack([before, samples]), v)
+            self._before = samples
+        self.seconds += clock(gradient.device) - started
+
+    def note_sent(self, step: int, result: Round) -> None:
+        """Take in what a round has given."""
+        started = clock(result.mean.device)
+        if self.transport.rank == SERVER and step >= self.aggregator.schedule.warmup_end:
+            where = result.mean.nonzero().flatten()
+            self._sent.append((where.to(torch.int32).cpu(), result.mean[where].cpu()))
+        self.seconds += clock(result.mean.device) - started
+
+    def save(self, file: Path, settings: dict[str, Any], losses: list[float], seconds: float) -> None:
+        """Write everything; at rank 0."""
+        samples = torch.stack(self._kept["samples"])  # (T, K, 2 steps, 2 quantities, M)
+        gradient, accumulator = samples.permute(3, 0, 2, 1, 4).contiguous()
+        tensors = {
+            "coordinates": self.coordinates.cpu(),
+            "steps": torch.tensor(self.steps),
+            "gradient": gradient.clone(),
+            "accumulator": accumulator.clone(),
+            "own": torch.stack(self._kept["own"]),
+            "shared": torch.stack(self._kept["shared"]),
+            "sent_count": torch.tensor([len(where) for where, _ in self._sent]),
+            "sent_where": torch.cat([torch.empty(0, dtype=torch.int32), *(where for where, _ in self._sent)]),
+            "sent_values": torch.cat([torch.empty(0), *(values for _, values in self._sent)]),
+            "loss": torch.tensor(losses),
+        }
+        header = {
+            "settings": settings,
+            "layers": self.layers,
+            "seconds": {"training": seconds - self.seconds, "recording": self.seconds},
+            "warmup_end": self.aggregator.schedule.warmup_end,
+            "wire_bytes": sum(
+                traffic.sent_bytes + traffic.received_bytes for traffic in self.transport.wire.phases.values()
+            ),
+        }
+        file.parent.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, file, metadata={"lgc": json.dumps(header)})
+
+    def _record(self, step: int, samples: Tensor, v: Tensor) -> None:
+        leader = step % self.transport.world_size
+        region = Region(self.segments)
+        own = region.elements(region.select(v)).to(torch.int32)
+        leaders = self.transport.broadcast(own.clone(), "indices", source=leader).long()
+        for name, tensor in (("samples", samples), ("own", own), ("shared", v[leaders])):
+            gathered = self.transport.gather(tensor, name)
+            if gathered is not None:
+                self._kept[name].append(gathered.cpu())
+        self.steps.append(step)
+
+
+def record(settings: Settings, out: Path, every: int, samples: int, device: torch.device) -> None:
+    """Run in every rank of the default process group; rank 0 writes `out`/recording.safetensors."""
+    recipe = settings.resolve_recipe()
+    scheme = require_recordable(settings.resolve_scheme())
+    with torch.random.fork_rng([]):
+        torch.manual_seed(settings.seed)
+        model = recipe.model().to(device)
+    group = dist.group.WORLD
+    assert group is not None
+    layout = scheme.layout(model.named_parameters())
+    aggregator = scheme.build(layout, Transport(group, device), device=device)
+    recorder = Recorder(aggregator, Transport(group, device), every=every, samples=samples, seed=settings.seed)
+    optimizer = make_optimizer(recipe, model, scheme)
+    data = Data(*(split.to(device) for split in settings.load_data()))
+    total = planned_steps(settings, data)
+    losses: list[float] = []
+    started = time.perf_counter()
+    hidden = dist.get_rank() != SERVER
+    steps = tqdm(batches(recipe, data, settings, total, device), total=total, unit="step", disable=hidden or None)
+    model.train()
+    for step, (inputs, targets) in enumerate(steps):
+        for parameters in optimizer.param_groups:
+            parameters["lr"] = recipe.learning_rate * recipe.learning_rate_factor(step / total)
+        loss = recipe.loss(model(inputs), targets)
+        optimizer.zero_grad()
+        torch.autograd.backward(loss)
+        gradient = flatten_gradients(model, layout, device)
+        recorder.sample(step, gradient)
+        result = aggregator.aggregate(gradient, step)
+        recorder.note_sent(step, result)
+        for name, mean in layout.by_name(result.mean).items():
+            model.get_parameter(name).grad = mean.clone()
+        optimizer.step()
+        losses.append(loss.item())
+        if not math.isfinite(losses[-1]):
+            raise RuntimeError(f"the training diverged: the loss of step {step} is {losses[-1]}.")
+    if not hidden:
+        recorder.save(out / RECORDING, configuration(settings, every, samples), losses, time.perf_counter() - started)
+
+
+def require_recordable(scheme: Scheme) -> SparseScheme:
+    """The scheme, if it sends values themselves and not what an autoencoder makes of them.
+
+    Raises:
+        ValueError: if it does not.
+    """
+    if not isinstance(scheme, TopK | ScaleCom):
+        raise ValueError(f"analyze: scheme must be {TopK.name}, dgc or {ScaleCom.name}, got {scheme.name}.")
+    return scheme
+
+
+def configuration(settings: Settings, every: int, samples: int) -> dict[str, Any]:
+    """What must be equal for two recordings to be the same one, as JSON values."""
+    return settings.configuration() | {"every": every, "samples": samples}
+
+
+def planned_steps(settings: Settings, data: Data) -> int:
+    """How many steps these settings train for."""
+    recipe = settings.resolve_recipe()
+    everything = recipe.epochs * steps_per_epoch(recipe, data, settings)
+    return min(settings.steps or everything, everything)
+
+
+def flatten_gradients(model: nn.Module, layout: Layout, device: torch.device) -> Tensor:
+    """All gradients in the order of the layout, shape (N,); zero where there is none."""
+    flat = torch.zeros(layout.size, device=device)
+    for name, view in layout.by_name(flat).items():
+        gradient = model.get_parameter(name).grad
+        if gradient is not None:
+            view.copy_(gradient)
+    return flat
+
+
+def find_layers(layout: Layout, samples: int) -> list[Layer]:
+    """Every weight, and neighbouring small tensors together as one layer, in the order of the flat vector."""
+    layers: list[Layer] = []
+    for name, place in sorted(layout.slices.items(), key=lambda item: item[1].start):
+        shape = layout.shapes[name]
+        size = place.stop - place.start
+        if len(shape) >= 2:
+            row, kernel = math.prod(shape[1:]), math.prod(shape[2:])
+            layers.append(Layer(name, place.start, size, row, kernel if kernel > 1 else row, min(size, samples)))
+        elif layers and layers[-1].name == POOL:
+            size += layers[-1].size
+            layers[-1] = Layer(POOL, layers[-1].start, size, size, size, min(size, samples))
+        else:
+            layers.append(Layer(POOL, place.start, size, size, size, min(size, samples)))
+    return layers

@@ -1,0 +1,164 @@
+"""`lgc bench link`: measure on a temporary network, and print, weigh and draw what came out."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import click
+
+from lgc.comm.transport import MOST_TIMEOUT
+from lgc_lab import options
+from lgc_lab.bench.link.measure import Plan, machine, measure
+from lgc_lab.bench.link.results import LOOPBACK, RESULTS, Results, bits_per_second
+from lgc_lab.bench.link.target import TimeToTarget, format_times, times_to_target
+from lgc_lab.launch.network import Network, NetworkError, temporary_network
+from lgc_lab.report.report import find_runs
+from lgc_lab.training.run_folder import OtherRunError, occupied, require_same, write_whole
+from lgc_lab.training.train import notify
+
+PICTURE = "link.svg"
+SCHEMES = "dense,bf16,powersgd:rank=1,powersgd:rank=2,powersgd:rank=4,dgc,scalecom,lgc-ring,lgc-ps"
+
+
+@click.command()
+@options.recipe(default="digits", show_default=True)
+@options.data
+@options.batch_size
+@click.option("--workers", "world_size", type=click.IntRange(2), default=4, show_default=True, help="Number of ranks.")
+@click.option("--schemes", default=SCHEMES, show_default=True, help="As for lgc compare.")
+@click.option(
+    "--rates", default="10mbit,100mbit,1gbit,unshaped", show_default=True, help="Of the links, in both directions."
+)
+@click.option("--steps", type=click.IntRange(1), default=20, show_default=True, help="Measured at a time, at most.")
+@click.option("--warm-up", type=click.IntRange(1), default=2, show_default=True, help="Steps before these.")
+@click.option(
+    "--seconds", type=options.Finite(0.001), default=5.0, show_default=True, help="Measured at a time, at most."
+)
+@click.option(
+    "--repeats", type=click.IntRange(1), default=3, show_default=True, help="Times that all schemes take turns."
+)
+@click.option("--loopback", is_flag=True, help="No network of its own, and no root: the link is not shaped.")
+@click.option(
+    "--timeout",
+    type=options.Finite(1, MOST_TIMEOUT),
+    default=600.0,
+    show_default=True,
+    help="Seconds that a rank waits for another.",
+)
+@click.option("--target", type=float, help="Value of the recipe's metric to reach; needs --runs.")
+@click.option(
+    "--runs",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="Folder of lgc compare with a finished run of every scheme.",
+)
+@options.out
+@click.option("--overwrite", is_flag=True, help="Measure again what is there already.")
+def link(
+    target: float | None, runs: Path | None, loopback: bool, timeout: float, out: Path, overwrite: bool, **run: Any
+) -> None:
+    """Measure what a step costs on slow links.
+
+    \b
+    lgc bench link --recipe digits --workers 4 --rates 10mbit,100mbit --out runs/link
+    lgc compare --recipe digits --workers 4 --schemes dense,dgc --out runs/digits
+    lgc bench link ... --out runs/link --runs runs/digits --target 98
+
+    Needs root: every rank gets a network namespace of its own, joined by a bridge to the others, and its link is
+    limited in both directions. They are removed at the end; nothing else of the machine's network is touched. Without
+    root, or with --loopback, the ranks talk over loopback, which is not limited.
+
+    OUT gets results.json with all samples, and link.svg. A link that has been measured is not measured again. With
+    --target, the steps that the training runs in --runs needed are weighed by the time they take on each link.
+    """
+    options.refuse_torchrun("bench link")
+    if (target is None) != (runs is None):
+        raise click.UsageError("--target and --runs go together.")
+    run["schemes"], run["rates"] = (tuple(options.split(run[name])) for name in ("schemes", "rates"))
+    with options.reported_errors():
+        plan = Plan(**run)
+        with occupied(out):
+            there = None if overwrite else _find(out, plan, loopback=loopback)
+            if there is None or not there.finished:
+                with _network(plan.world_size, loopback) as network:
+                    if there is not None and network is None:
+                        raise OtherRunError(
+                            f"{out} has a measurement of shaped links to go on with; choose another --out."
+                        )
+                    measure(plan, out, network, timedelta(seconds=timeout), there.cells if there else ())
+        results = Results.load(out)
+        click.echo(results.text())
+        times: list[TimeToTarget] = []
+        if runs is not None and target is not None:
+            times = times_to_target(results, find_runs([runs]), target)
+            click.echo(f"\n{format_times(results, times, target)}")
+        _write_picture(results, times, target, out / PICTURE)
+    click.echo(f"\n{out / PICTURE}")
+
+
+def _find(folder: Path, plan: Plan, *, loopback: bool) -> Results | None:
+    """What the folder has of this measurement, on the same kind of link.
+
+    Raises:
+        OtherRunError: if it has another one.
+        ValueError: if it has a file of that name which is none.
+    """
+    if not (folder / RESULTS).exists():
+        return None
+    try:
+        results = Results.read(folder)
+    except ValueError as error:
+        raise ValueError(f"{error} --overwrite starts anew.") from None
+    require_same(results.configuration, plan.configuration(), f"{folder} has a measurement")
+    if not results.finished:
+        require_same(results.content["machine"], machine(), f"{folder} has an unfinished measurement")
+    over_loopback = results.rates == [LOOPBACK]
+    if over_loopback and os.geteuid() != 0:  # who has to do without a network
+        return results
+    if over_loopback != loopback:
+        kinds = ("of shaped links", "over loopback")
+        raise OtherRunError(
+            f"{folder} has a measurement {kinds[not loopback]}, this one would be {kinds[loopback]}: choose another "
+            "--out, --loopback or --overwrite."
+        )
+    return results
+
+
+@contextmanager
+def _network(world_size: int, loopback: bool) -> Iterator[Network | None]:
+    """A network, or None and a note where there is to be or can be none."""
+    with ExitStack() as stack:
+        network = None
+        if not loopback:
+            try:
+                network = stack.enter_context(temporary_network(world_size))
+            except NetworkError as error:
+                notify(f"NOTE: shaped links need root, Linux and iproute2. {error}")
+        if network is None:
+            notify("NOTE: the link is NOT SHAPED: all ranks talk over loopback, and --rates is ignored.")
+        yield network
+
+
+def _write_picture(results: Results, times: Sequence[TimeToTarget], target: float | None, path: Path) -> None:
+    """Time a step, and to the target if there is one, against the speed of the link, as SVG."""
+    from lgc_lab.report.figures import Panel, draw_against_links  # here, because most commands need no matplotlib
+
+    speeds = [bits_per_second(rate) for rate in results.rates]
+    panels = [
+        Panel(
+            "ms a step",
+            {
+                scheme: [results.lasting(rate, scheme).split.step * 1e3 for rate in results.rates]
+                for scheme in results.schemes
+            },
+        )
+    ]
+    if times:
+        by_scheme = {scheme: [each.seconds for each in times if each.scheme == scheme] for scheme in results.schemes}
+        panels.append(Panel(f"seconds to {target:g}", by_scheme))
+    name = f"{results.configuration['recipe']} links"
+    write_whole(path, draw_against_links(name, speeds, panels))

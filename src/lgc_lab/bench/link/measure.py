@@ -1,0 +1,357 @@
+"""Measures the cells of a plan, in ranks of their own.
+
+Every rank runs `_measure`, which measures one cell after the other: a scheme in one of its phases on one link. All
+schemes take turns on a link, several times over, so that what else the machine does hits them alike.
+"""
+
+from __future__ import annotations
+
+import math
+import multiprocessing
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime, timedelta
+from multiprocessing.synchronize import Barrier
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lgc.rounds.aggregators import Aggregator
+from lgc.rounds.schedule import Phase, Schedule
+from lgc.schemes import Auto, LGCScheme, PowerSGD, Scheme, SparseScheme, require_different
+from lgc.version import __version__
+from lgc_lab.bench.link.results import COMPUTE, LOOPBACK, RESULTS, UNSHAPED, Cell, bits_per_second, step_seconds
+from lgc_lab.launch.network import Counters, Network, read_counters
+from lgc_lab.report.report import LineRate
+from lgc_lab.training.launch import preload, start_ranks
+from lgc_lab.training.run_folder import write_json
+from lgc_lab.training.train import Settings, Training, notify
+
+START_STEPS = 2
+TRAIN_STEPS = 4
+SETTLED_STEPS = 2  # compressed ones before anything is measured
+ENDLESS = 1_000_000  # epochs
+LEARNING_RATE = 1e-4  # so low that no scheme diverges: a round whose gradient is not finite is cut short
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What is to be measured.
+
+    Args:
+        recipe, data, batch_size: see `lgc_lab.training.train.Settings`.
+        world_size: number of ranks, at least 2.
+        schemes: text forms; lengths of phases are set to a few steps.
+        rates: of the links, as `LineRate.parse` reads them, or "unshaped".
+        steps: at most so many a cell, at least 1.
+        warm_up: steps of a cell before those that count.
+        seconds: stop a cell after about so long; a step that takes longer counts although it is the first.
+        repeats: how often every cell is measured, at least 1; early phases are measured once.
+    """
+
+    recipe: str
+    data: str | None
+    batch_size: int | None
+    world_size: int
+    schemes: tuple[str, ...]
+    rates: tuple[str, ...]
+    steps: int
+    warm_up: int
+    seconds: float
+    repeats: int
+
+    def __post_init__(self) -> None:
+        for text in self.rates:
+            if text != UNSHAPED:
+                LineRate.parse(text)
+        for text in self.schemes:
+            if isinstance(self.scheme(text), Auto):
+                raise ValueError("schemes must not have auto: it chooses once, on the first link that it sees.")
+        require_different(self.schemes, map(self.scheme, self.schemes))
+        if len(set(self.rates)) < len(self.rates):
+            raise ValueError(f"rates must differ, got {','.join(self.rates)}.")
+
+    def scheme(self, text: str) -> Scheme:
+        """As a run of the recipe has it."""
+        return self.training(text).resolve_scheme()
+
+    def training(self, text: str) -> Settings:
+        """Settings of a run with the scheme of this text form."""
+        return Settings(
+            recipe=self.recipe,
+            scheme=text,
+            world_size=self.world_size,
+            batch_size=self.batch_size,
+            data=self.data,
+            epochs=ENDLESS,
+        )
+
+    def configuration(self) -> dict[str, Any]:
+        """What must be equal for two measurements to be the same one, as JSON values."""
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
+
+
+def shortened(scheme: Scheme) -> Scheme:
+    """The same with phases of a few steps: each rate of the warm-up once, an autoencoder that is never refreshed."""
+    if isinstance(scheme, PowerSGD):
+        return replace(scheme, start_steps=START_STEPS)
+    if not isinstance(scheme, SparseScheme):
+        return scheme
+    short: dict[str, Any] = {"warmup_steps": min(scheme.warmup_steps, len(Schedule(scheme.rate).warmup_rates))}
+    if isinstance(scheme, LGCScheme):
+        short |= {"dense_steps": min(scheme.dense_steps, START_STEPS)}
+        short |= {"train_steps": min(scheme.train_steps, TRAIN_STEPS), "refresh_every": 0, "refresh_below": 0.0}
+    return replace(scheme, **short)
+
+
+def full_text(scheme: Scheme) -> str:
+    """The scheme with all its arguments, so that no recipe's default takes the place of one."""
+    return ":".join([scheme.name, *(f"{name}={text}" for name, text in scheme.arguments().items() if name != "roles")])
+
+
+def measure(plan: Plan, folder: Path, network: Network | None, timeout: timedelta, done: Sequence[Cell] = ()) -> None:
+    """Start the ranks, which write `folder`/results.json after every link.
+
+    Args:
+        plan: what to measure.
+        folder: of the results.
+        network: whose links are shaped; None is loopback.
+        timeout: for which a rank waits for another.
+        done: cells of links that have been measured before.
+
+    Raises:
+        ValueError, OSError: if the data is missing or malformed.
+        RankFailedError: if a rank failed; the others have been stopped.
+    """
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # else each rank warns that its address has no name
+    preload("lgc_lab.bench.link.measure")
+    plan.training("dense").load_data()  # decodes into the cache that the ranks map
+    barrier = multiprocessing.get_context("forkserver").Barrier(plan.world_size)
+    start_ranks(  # NCCL would not take the network, but go from GPU to GPU
+        _measure,
+        plan,
+        folder,
+        network,
+        barrier,
+        list(done),
+        world_size=plan.world_size,
+        timeout=timeout,
+        network=network,
+        backend="gloo",
+    )
+
+
+def _measure(
+    plan: Plan, folder: Path, network: Network | None, barrier: Barrier, cells: list[Cell], device: torch.device
+) -> None:
+    """Run in every rank of the default process group; rank 0 writes the results."""
+    rank = dist.get_rank()
+    arms: dict[str, Arm] = {COMPUTE: ComputeArm(plan.training("dense"), device, barrier)}
+    for text in plan.schemes:
+        arms[text] = Arm(plan.training(full_text(shortened(plan.scheme(text)))), device)
+    for text, arm in arms.items():
+        _say(f"preparing {text}")
+        arm.prepare()
+    meter = Meter(plan, barrier, has_network=network is not None)
+    rates = (LOOPBACK,) if network is None else plan.rates
+    measured = {cell.rate for cell in cells}
+    for rate in [rate for rate in rates if rate not in measured]:
+        if network is not None and rank == 0:
+            network.shape(bits_per_second(rate))
+        for repeat in range(plan.repeats):
+            for text, arm in arms.items():
+                for phase, samples in meter.phases(arm, early=repeat == 0):
+                    cells.append(meter.cell(rate, repeat, text, phase, samples))
+                    step_ms = 1e3 * step_seconds(cells[-1:])
+                    _say(f"{rate}, {repeat + 1} of {plan.repeats}, {text}, {phase}: {step_ms:.1f} ms")
+        if rank == 0:
+            _write(folder, plan, arms, cells, finished=rate == rates[-1])
+
+
+class Samples(NamedTuple):
+    """What one rank saw of some steps.
+
+    Attributes:
+        seconds: of a step, its compression and its communication, shape (steps, 3).
+        moved: bytes sent and received by the transport's count, bytes and packets by the interface's, shape (6,).
+    """
+
+    seconds: Tensor
+    moved: Tensor
+
+
+class Arm:
+    """A scheme at work, in all its phases one after the other."""
+
+    def __init__(self, settings: Settings, device: torch.device) -> None:
+        self.run = Training(settings, device)
+        self.run.recipe = replace(self.run.recipe, learning_rate=LEARNING_RATE)
+        self.run.handle.policy = replace(self.run.handle.policy, check_every=0)  # not every first step of a phase
+        self.batches = self.run.batches()
+
+    def step(self) -> None:
+        """One update.
+
+        Raises:
+            FloatingPointError: if the loss is not finite.
+        """
+        row = self.run.update(*next(self.batches))
+        if not math.isfinite(row["loss"]):
+            raise FloatingPointError(f"{self.run.scheme}: the loss is {row['loss']} after {self.run.step} steps.")
+
+    def seconds(self) -> tuple[float, float]:
+        """Compression and communication of the last step; NaN where they cannot be told."""
+        return self.run.handle.round_time or (float("nan"), float("nan"))
+
+    def count(self) -> tuple[int, int]:
+        """Bytes that this rank has sent and received so far, by the transport."""
+        phases = self.run.handle.wire.phases.values()
+        return (sum(phase.sent_bytes for phase in phases), sum(phase.received_bytes for phase in phases))
+
+    def phases(self) -> dict[str, tuple[int, int | None]]:
+        """First step and length of every phase; of the one that lasts, the length is None."""
+        if self.run.handle.aggregator is None:
+            first = Phase.COMPRESSED if isinstance(self.run.scheme, PowerSGD) else Phase.DENSE
+            return {str(first): (0, None)}
+        schedule = self.run.handle.aggregator.schedule
+        ends = {Phase.DENSE: schedule.dense_end, Phase.WARMUP: schedule.warmup_end, Phase.TRAIN: schedule.train_end}
+        found: dict[str, tuple[int, int | None]] = {}
+        first_step = 0
+        for phase, end in ends.items():
+            if end > first_step:
+                found[str(phase)] = (first_step, end - first_step)
+            first_step = end
+        return found | {str(Phase.COMPRESSED): (first_step, None)}
+
+    def go_to(self, step: int) -> None:
+        """Have the scheme do what it does at this step, with the state it has."""
+        aggregator: Aggregator | None = self.run.handle.aggregator
+        if aggregator is not None and self.run.handle.step != step:
+            self.run.handle.load_state_dict(self.run.handle.state_dict() | {"step": step})
+
+    def prepare(self) -> None:
+        """Go through all phases once."""
+        last = max(first for first, _ in self.phases().values())
+        for _ in range(max(last, START_STEPS) + SETTLED_STEPS):
+            self.step()
+
+
+class ComputeArm(Arm):
+    """Forward and backward pass and optimizer, without any exchange; a step is over when all ranks are done."""
+
+    def __init__(self, settings: Settings, device: torch.device, barrier: Barrier) -> None:
+        super().__init__(settings, device)
+        self.barrier = barrier
+
+    def step(self) -> None:
+        with self.run.ddp.no_sync():
+            super().step()
+        self.barrier.wait()
+
+
+class Meter:
+    """Measures steps of an arm in one rank; all ranks at once."""
+
+    def __init__(self, plan: Plan, barrier: Barrier, *, has_network: bool) -> None:
+        self.plan = plan
+        self.barrier = barrier
+        self.has_network = has_network
+
+    def phases(self, arm: Arm, *, early: bool) -> Iterator[tuple[str, Samples]]:
+        """Samples of every phase, or of the lasting one alone."""
+        for phase, (first, length) in arm.phases().items():
+            if length is None:
+                arm.go_to(first)
+                yield phase, self._lasting(arm)
+            elif early:
+                arm.go_to(first)
+                yield phase, self._whole(arm, length, may_stop=phase == Phase.DENSE)
+
+    def _whole(self, arm: Arm, length: int, *, may_stop: bool) -> Samples:
+        """All steps of a phase; one step is enough of one that is always the same, if it takes that long."""
+        probe = self._steps(arm, 1)
+        if length == 1 or (may_stop and self._slowest(probe) > self.plan.seconds):
+            return probe
+        rest = self._steps(arm, length - 1)
+        return Samples(torch.cat([probe.seconds, rest.seconds]), probe.moved + rest.moved)
+
+    def _lasting(self, arm: Arm) -> Samples:
+        probe = self._steps(arm, 1)
+        affordable = int(self.plan.seconds / self._slowest(probe))
+        if affordable == 0:
+            return probe
+        if self.plan.warm_up > 1:
+            self._steps(arm, min(self.plan.warm_up - 1, affordable))
+        return self._steps(arm, min(self.plan.steps, affordable))
+
+    def _steps(self, arm: Arm, count: int) -> Samples:
+        rows = []
+        self.barrier.wait()  # not a collective: it would be among what the counters count
+        before, counted_before = self._counters(), arm.count()
+        started = time.perf_counter()
+        for _ in range(count):
+            arm.step()
+            now = time.perf_counter()
+            rows.append((now - started, *arm.seconds()))
+            started = now
+        self.barrier.wait()  # all have all of this rank's bytes
+        after, counted_after = self._counters(), arm.count()
+        moved = [end - start for start, end in zip((*counted_before, *before), (*counted_after, *after), strict=True)]
+        return Samples(torch.tensor(rows, dtype=torch.float64), torch.tensor(moved, dtype=torch.int64))
+
+    def cell(self, rate: str, repeat: int, scheme: str, phase: str, samples: Samples) -> Cell:
+        """What all ranks saw; a collective."""
+        seconds, moved = ([torch.empty_like(part) for _ in range(dist.get_world_size())] for part in samples)
+        dist.all_gather(seconds, samples.seconds)
+        dist.all_gather(moved, samples.moved)
+        step, compression, communication = torch.stack(seconds, dim=1).unbind(dim=2)
+        is_split = not bool(compression.isnan().any())
+        sent, received, *of_interface = torch.stack(moved, dim=1).tolist()
+        return Cell(
+            rate,
+            repeat,
+            scheme,
+            phase,
+            step.tolist(),
+            compression.tolist() if is_split else None,
+            communication.tolist() if is_split else None,
+            sent,
+            received,
+            *(of_interface if self.has_network else [None] * len(of_interface)),
+        )
+
+    def _counters(self) -> Counters:
+        return read_counters() if self.has_network else Counters(0, 0, 0, 0)
+
+    def _slowest(self, samples: Samples) -> float:
+        slowest = samples.seconds[:, 0].max()
+        dist.all_reduce(slowest, dist.ReduceOp.MAX)
+        return float(slowest)
+
+
+def machine() -> dict[str, Any]:
+    """What the parts of one measurement must have in common."""
+    return {"cores": os.cpu_count(), "lgc": __version__, "torch": torch.__version__}
+
+
+def _write(folder: Path, plan: Plan, arms: Mapping[str, Arm], cells: list[Cell], *, finished: bool) -> None:
+    content = {
+        "finished": finished,
+        "configuration": plan.configuration(),
+        "measured": datetime.now(UTC).isoformat(timespec="seconds"),
+        "parameters": arms[COMPUTE].run.handle.parameters,
+        "schemes": {text: str(arm.run.scheme) for text, arm in arms.items() if text != COMPUTE},
+        "machine": machine() | {"threads_per_rank": torch.get_num_threads()},
+        "cells": [cell._asdict() for cell in cells],
+    }
+    write_json(folder / RESULTS, content)
+
+
+def _say(text: str) -> None:
+    if dist.get_rank() == 0:
+        notify(text)

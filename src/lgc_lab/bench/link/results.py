@@ -1,0 +1,246 @@
+"""What has been measured, and what is made of it: steps split into their parts, as a table."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from lgc.comm.transport import SERVER
+from lgc.rounds.schedule import Phase
+from lgc.schemes import Dense
+from lgc_lab.launch.network import HEADER_BYTES
+from lgc_lab.report.report import LineRate
+from lgc_lab.report.table import aligned
+
+RESULTS = "results.json"
+UNSHAPED = "unshaped"
+LOOPBACK = "loopback"
+COMPUTE = "compute"  # the arm that exchanges nothing
+
+
+class Cell(NamedTuple):
+    """Samples of one scheme in one phase on one link; what is a list of lists is by step and rank, in seconds.
+
+    `compression` and `communication` are None where the exchange goes on amid the backward pass. Bytes are by rank, of
+    all these steps together: `counted_*` by the transport, `counter_*` by the interface with headers, `packets_*` that
+    these were in; None without a network.
+    """
+
+    rate: str
+    repeat: int
+    scheme: str
+    phase: str
+    seconds: list[list[float]]
+    compression: list[list[float]] | None
+    communication: list[list[float]] | None
+    counted_sent: list[int]
+    counted_received: list[int]
+    counter_sent: list[int] | None
+    counter_received: list[int] | None
+    packets_sent: list[int] | None
+    packets_received: list[int] | None
+
+
+class Split(NamedTuple):
+    """Seconds of a step and what they went into.
+
+    The step is the median over all steps, on average over the ranks. It is not that of the slowest rank of each step:
+    another one is late every time, but in the end all take equally long. Compression and communication are those of
+    the rank that waits least in a step. While the autoencoder is trained, all are of the rank that does it. Where the
+    exchange goes on amid the backward pass, `compression` is None and `communication` has both: the step less what it
+    takes without any exchange.
+    """
+
+    step: float
+    compute: float
+    compression: float | None
+    communication: float
+
+
+class Row(NamedTuple):
+    """One scheme in one phase on one link.
+
+    `spread` is half of the range over the repeats. Bytes are those that all ranks together have sent, a step:
+    `counted` by the transport, `headers` and `payload` by the interfaces, None without a network.
+    """
+
+    rate: str
+    scheme: str
+    phase: str
+    split: Split
+    spread: float
+    counted: float
+    headers: float | None
+    payload: float | None
+
+
+class Results:
+    """A measurement of one link or more."""
+
+    def __init__(self, content: Mapping[str, Any]) -> None:
+        self.configuration: dict[str, Any] = content["configuration"]
+        self.finished = content.get("finished") is True
+        self.content = content
+        self.cells = [Cell(**cell) for cell in content["cells"]]
+        grouped: dict[tuple[str, str, str], list[Cell]] = {}
+        for cell in self.cells:
+            grouped.setdefault((cell.rate, cell.scheme, cell.phase), []).append(cell)
+        self.compute = {rate: step_seconds(group) for (rate, scheme, _), group in grouped.items() if scheme == COMPUTE}
+        self.rows = [self._row(group) for (_, scheme, _), group in grouped.items() if scheme != COMPUTE]
+
+    @classmethod
+    def load(cls, folder: Path) -> Results:
+        """Read a folder.
+
+        Raises:
+            ValueError: if there is no finished measurement.
+        """
+        results = cls.read(folder)
+        if not results.finished:
+            raise ValueError(f"{folder / RESULTS} is not a finished measurement: it was interrupted.")
+        return results
+
+    @classmethod
+    def read(cls, folder: Path) -> Results:
+        """Read a folder, whose measurement may have been interrupted after some of the links.
+
+        Raises:
+            ValueError: if there is none.
+        """
+        path = folder / RESULTS
+        try:
+            return cls(json.loads(path.read_text(encoding="utf-8")))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path} is not a measurement: {error!r}.") from None
+
+    @property
+    def rates(self) -> list[str]:
+        """Of the links, in the order they were measured."""
+        return list(dict.fromkeys(row.rate for row in self.rows))
+
+    @property
+    def schemes(self) -> list[str]:
+        """As they were asked for."""
+        return list(dict.fromkeys(row.scheme for row in self.rows))
+
+    def lasting(self, rate: str, scheme: str) -> Row:
+        """Of the phase that a long run spends its time in, which is a scheme's last."""
+        return [row for row in self.rows if (row.rate, row.scheme) == (rate, scheme)][-1]
+
+    def _row(self, cells: list[Cell]) -> Row:
+        rate = cells[0].rate
+        of_turns = [step_seconds([cell]) for cell in cells]
+        steps = sum(len(cell.seconds) for cell in cells)
+        counted = sum(sum(cell.counted_sent) for cell in cells) / steps
+        headers = payload = None
+        if all(cell.counter_sent and cell.packets_sent for cell in cells):
+            headers = HEADER_BYTES * sum(sum(cell.packets_sent or []) for cell in cells) / steps
+            payload = sum(sum(cell.counter_sent or []) for cell in cells) / steps - headers
+        return Row(
+            rate,
+            cells[0].scheme,
+            cells[0].phase,
+            _split(cells, self.compute[rate]),
+            (max(of_turns) - min(of_turns)) / 2,
+            counted,
+            headers,
+            payload,
+        )
+
+    def text(self) -> str:
+        """All rows as an aligned table, a block a link."""
+        blocks = []
+        unlimited = {(row.scheme, row.phase): row.split.step for row in self.rows if row.rate == UNSHAPED}
+        for rate in self.rates:
+            rows = [row for row in self.rows if row.rate == rate]
+            dense = next((row.split.step for row in rows if row.scheme == Dense.name), None)
+            lines = [_cells(row, dense, unlimited.get((row.scheme, row.phase))) for row in rows]
+            blocks.append(f"{rate}, compute alone {self.compute[rate] * 1e3:.1f} ms\n{aligned([COLUMNS, *lines])}")
+        settings = self.configuration
+        machine = self.content["machine"]
+        title = (
+            f"{settings['recipe']}, {self.content['parameters']:,} parameters, {settings['world_size']} ranks on "
+            f"{machine['cores']} cores, {settings['repeats']} repeats"
+        )
+        return "\n\n".join([title, *blocks])
+
+
+COLUMNS = [
+    "scheme",
+    "phase",
+    "step, ms",
+    "±",
+    "compute",
+    "compression",
+    "communication",
+    "link",
+    "against dense",
+    "kB a step",
+    "headers",
+    "counters",
+]
+
+
+def _cells(row: Row, dense: float | None, unlimited: float | None) -> list[str]:
+    split = row.split
+    compression = "-" if split.compression is None else f"{split.compression * 1e3:.1f}"
+    of_interface = ["-", "-"]
+    if row.headers is not None and row.payload is not None and row.counted:
+        difference = 100 * (row.payload / row.counted - 1)
+        of_interface = [f"{100 * row.headers / row.counted:+.1f} %", f"{difference:+.1f} %"]
+    return [
+        row.scheme,
+        row.phase,
+        f"{split.step * 1e3:.1f}",
+        f"{row.spread * 1e3:.1f}",
+        f"{split.compute * 1e3:.1f}",
+        compression,
+        f"{split.communication * 1e3:.1f}",
+        "-" if unlimited is None else f"{(split.step - unlimited) * 1e3:.1f}",
+        "-" if dense is None else f"{dense / split.step:.2f}x",
+        f"{row.counted / 1e3:,.1f}",
+        *of_interface,
+    ]
+
+
+def _split(cells: Sequence[Cell], compute: float) -> Split:
+    """Of one scheme in one phase, from all turns; `compute` is that of steps without any exchange."""
+    step = step_seconds(cells)
+    if cells[0].communication is None:
+        return Split(step, min(compute, step), None, max(0.0, step - compute))
+    waits, own = _by_step(cells, "communication"), _by_step(cells, "compression")
+    last = [min(_ranks(cells), key=wait.__getitem__) for wait in waits]
+    communication = _typical(cells, [wait[rank] for wait, rank in zip(waits, last, strict=True)])
+    compression = _typical(cells, [work[rank] for work, rank in zip(own, last, strict=True)])
+    return Split(step, max(0.0, step - compression - communication), compression, communication)
+
+
+def step_seconds(cells: Sequence[Cell]) -> float:
+    by_rank = [_typical(cells, of_rank) for of_rank in zip(*_by_step(cells, "seconds"), strict=True)]
+    return statistics.mean(by_rank[rank] for rank in _ranks(cells))
+
+
+def _ranks(cells: Sequence[Cell]) -> Sequence[int]:
+    """The ranks that count: one alone trains the autoencoder, and after a few steps all run at its pace."""
+    return [SERVER] if cells[0].phase == Phase.TRAIN else range(len(cells[0].seconds[0]))
+
+
+def _typical(cells: Sequence[Cell], of_steps: Sequence[float]) -> float:
+    """The median; of the warm-up, whose rates differ, the mean."""
+    return (statistics.mean if cells[0].phase == Phase.WARMUP else statistics.median)(of_steps)
+
+
+def _by_step(cells: Sequence[Cell], quantity: Literal["seconds", "compression", "communication"]) -> list[list[float]]:
+    """By step of all turns and rank; without the last step of training, the only one that sends the autoencoder."""
+    found: list[list[float]] = []
+    for cell in cells:
+        steps = getattr(cell, quantity)
+        found += steps[:-1] if cell.phase == Phase.TRAIN and len(steps) > 1 else steps
+    return found
+
+
+def bits_per_second(rate: str) -> float | None:
+    return None if rate in (UNSHAPED, LOOPBACK) else LineRate.parse(rate).bits_per_second

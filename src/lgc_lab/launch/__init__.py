@@ -1,0 +1,1 @@
+"""Ranks on this machine, and networks between them."""

@@ -1,0 +1,97 @@
+"""Options that mean the same in several commands, as decorators."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from lgc.comm.transport import MOST_TIMEOUT
+from lgc_lab.recipes import RECIPES, find_recipe
+from lgc_lab.training.launch import RankFailedError, under_torchrun
+from lgc_lab.training.run_folder import OtherRunError
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+class Finite(click.FloatRange):
+    """A number that is neither infinite nor NaN."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        number = float(super().convert(value, param, ctx))
+        if not math.isfinite(number):
+            self.fail(f"{value} is not a finite number.", param, ctx)
+        return number
+
+
+def _known_recipe(_context: click.Context, _parameter: click.Parameter, value: str | None) -> str | None:
+    try:
+        if value is not None:
+            find_recipe(value)
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from None
+    return value
+
+
+RECIPE_HELP = f"One of {', '.join(RECIPES)}; or your own, as MODULE:NAME."
+
+
+def recipe(**attributes: Any) -> Callable[[Command], Command]:
+    """`--recipe`, with a default or required as the attributes say."""
+    return click.option("--recipe", metavar="NAME", callback=_known_recipe, help=RECIPE_HELP, **attributes)
+
+
+epochs = click.option("--epochs", type=click.IntRange(1), help="Passes over the training data.  [the recipe's]")
+steps = click.option("--steps", type=click.IntRange(1), help="Stop after so many.  [at the end of the epochs]")
+batch_size = click.option("--batch-size", type=click.IntRange(1), help="Samples per rank and step.  [the recipe's]")
+data = click.option(
+    "--data", help="Folder in the hub's layout, or name on the Hugging Face hub.  [the recipe's, if it has one]"
+)
+limit_train = click.option("--limit-train", type=click.IntRange(1), help="Train on the first so many samples.  [all]")
+backbone = click.option("--backbone", help="For recipes that offer several.  [the recipe's first]")
+bf16 = click.option("--bf16", is_flag=True, help="Compute in bfloat16 by autocast, on the CPU and the GPU.")
+workers = click.option("--workers", type=click.IntRange(1), default=4, show_default=True, help="Ranks on this machine.")
+seed = click.option(
+    "--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the model and the shuffling."
+)
+timeout = click.option(
+    "--timeout",
+    type=Finite(1, MOST_TIMEOUT),
+    default=60.0,
+    show_default=True,
+    help="Seconds after which a rank that waits for another gives up.",
+)
+out = click.option(
+    "--out", type=click.Path(file_okay=False, path_type=Path), required=True, help="Folder of the results."
+)
+
+
+def split(text: str) -> list[str]:
+    """What is between the commas."""
+    return [part.strip() for part in text.split(",")]
+
+
+@contextmanager
+def reported_errors() -> Iterator[None]:
+    """What a user can do something about, as click prints it: bad input, other runs in the way, failed ranks."""
+    try:
+        yield
+    except OtherRunError as error:
+        raise click.UsageError(str(error)) from None
+    except RankFailedError as error:
+        click.echo(error.details, err=True)
+        raise click.ClickException(str(error)) from None
+    except (ValueError, OSError) as error:
+        if under_torchrun():  # which prints the first rank's traceback
+            raise
+        raise click.ClickException(str(error)) from None
+
+
+def refuse_torchrun(command: str) -> None:
+    """Raise UsageError in a rank of a torchrun job, for a command that starts ranks of its own."""
+    if under_torchrun():
+        raise click.UsageError(f"{command} starts its own ranks, on one machine; torchrun is for lgc train and plan.")

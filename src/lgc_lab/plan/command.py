@@ -1,0 +1,363 @@
+"""`lgc plan`: measure here, predict for a link, and recommend."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+import torch.distributed as dist
+
+from lgc.choice.cost import TOLERANCE, Collective, Link, Prediction, Profile, SchemeCost, StageCost, choose, predict
+from lgc.choice.rehearsal import probe
+from lgc.comm.transport import Transport
+from lgc.powersgd import bucket_mb
+from lgc.schemes import Auto, PowerSGD, Scheme, SparseScheme, parse_scheme, require_different
+from lgc_lab import options
+from lgc_lab.bench.link.results import LOOPBACK, UNSHAPED, Results
+from lgc_lab.plan.profile import FunctionJob, JobSource, RecipeJob, measure
+from lgc_lab.report.table import aligned
+from lgc_lab.training.launch import pick_device, preload, start_ranks, under_torchrun
+from lgc_lab.training.train import Settings, notify
+
+SCHEMES = "dense,bf16,powersgd:rank=1,powersgd:rank=2,powersgd:rank=4,dgc,topk,scalecom,lgc-ring,lgc-ps"
+MEASURED = "measured"
+TIMEOUT = timedelta(seconds=600)  # ranks wait for the one that trains an autoencoder
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is asked, to be sent to the ranks that measure."""
+
+    source: JobSource
+    schemes: dict[str, Scheme]  # as asked for, with what comes from the recipe
+    world_size: int
+
+
+@click.command()
+@options.recipe()
+@click.option(
+    "--model",
+    metavar="MODULE:FUNCTION",
+    help="The model, from Python: a function without arguments that returns it and its loss on one batch.",
+)
+@click.option("--workers", type=click.IntRange(2), help="Ranks that will train; not under torchrun.  [4]")
+@click.option(
+    "--ranks-per-machine",
+    type=click.IntRange(1),
+    default=1,
+    show_default=True,
+    help="Ranks that share a machine; so many measure here at once. A divisor of --workers; not under torchrun.",
+)
+@click.option(
+    "--bandwidth",
+    "bandwidths",
+    multiple=True,
+    help="Of each rank's link (kbit, mbit, gbit); several give a table each.  [measured under torchrun, else 100mbit]",
+)
+@click.option("--latency", default="0ms", show_default=True, help="Of a message (us, ms, s).")
+@click.option("--schemes", default=SCHEMES, show_default=True, help="To choose from, beside dense.")
+@options.batch_size
+@options.data
+@options.backbone
+@options.bf16
+@click.option(
+    "--check",
+    metavar="FOLDER",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="Of a finished lgc bench link: predict what was measured there, and print both.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
+def plan(
+    workers: int | None,
+    ranks_per_machine: int,
+    bandwidths: tuple[str, ...],
+    latency: str,
+    check: Path | None,
+    as_json: bool,
+    **run: Any,
+) -> None:
+    """Predict a step's time under every scheme, and recommend one for your link.
+
+    Measures a model's computation and every scheme's own on this machine, counts what would be sent, and adds what
+    that takes on the link:
+
+    \b
+    lgc plan --recipe digits --workers 4 --bandwidth 100mbit --latency 1ms
+    lgc plan --model train:job --workers 16 --bandwidth 1gbit
+    torchrun --nnodes 2 --nproc-per-node 1 --rdzv-backend c10d --rdzv-endpoint HOST:29500 \\
+        -m lgc plan --model train:job
+
+    Under torchrun the link is measured between its ranks, unless --bandwidth is given. The function of --model:
+
+    \b
+    def job():
+        model, x, y = Net(), torch.randn(32, 3, 32, 32), torch.randint(10, (32,))
+        return model, lambda model: cross_entropy(model(x), y)
+
+    Says nothing about accuracy: lgc compare does.
+    """
+    if check is not None:
+        options.refuse_torchrun("plan --check")
+        try:
+            click.echo(_check(check))
+        except (ValueError, OSError) as error:
+            raise click.UsageError(str(error)) from None
+        return
+    world_size = _world_size(workers, ranks_per_machine)
+    try:
+        question = _question(world_size, **run)
+        given = {bandwidth: Link.parse(bandwidth, latency) for bandwidth in bandwidths}
+        usual = {"100mbit": Link.parse("100mbit", latency)}
+    except (ValueError, OSError) as error:
+        raise click.UsageError(str(error)) from None
+    if under_torchrun():
+        profile, measured = _measure_in_job(question)
+        if os.environ["RANK"] != "0":
+            return
+        links = given or {MEASURED: measured}
+    else:
+        profile = _measure_here(question, ranks_per_machine)
+        links = given or usual
+    answers = {name: predict(profile, link) for name, link in links.items()}
+    if as_json:
+        click.echo(json.dumps([_as_json(name, links[name], profile, rows) for name, rows in answers.items()], indent=1))
+    else:
+        labels = _labels(question)
+        click.echo("\n\n".join(_as_text(name, links[name], profile, rows, labels) for name, rows in answers.items()))
+
+
+def _world_size(workers: int | None, ranks_per_machine: int) -> int:
+    """How many ranks the answer is for: those of the torchrun job, or as asked."""
+    if under_torchrun():
+        world_size = int(os.environ["WORLD_SIZE"])
+        if workers not in (None, world_size) or ranks_per_machine != 1:
+            raise click.UsageError("torchrun has started the ranks: leave out --workers and --ranks-per-machine.")
+        if world_size == 1:
+            raise click.UsageError("torchrun has started one rank; to measure a link takes at least 2.")
+        return world_size
+    world_size = workers or 4
+    if world_size % ranks_per_machine:
+        raise click.UsageError(f"--ranks-per-machine {ranks_per_machine} must divide --workers {world_size}.")
+    return world_size
+
+
+def _question(world_size: int, *, recipe: str | None, model: str | None, schemes: str, **run: Any) -> Question:
+    if (recipe is None) == (model is None):
+        raise ValueError("one of --recipe and --model must be given.")
+    texts = options.split(schemes)
+    source: JobSource
+    if recipe is not None:
+        settings = {text: Settings(recipe=recipe, scheme=text, world_size=world_size, **run) for text in texts}
+        planned = {text: one.resolve_scheme() for text, one in settings.items()}
+        source = RecipeJob(settings[texts[0]])
+        settings[texts[0]].load_data()  # decodes into the cache that the ranks map
+    else:
+        assert model is not None
+        if any(run.values()):
+            raise ValueError(
+                "--batch-size, --data, --backbone and --bf16 are for recipes; the function of --model decides them "
+                "itself (autocast goes into its loss)."
+            )
+        planned = {text: parse_scheme(text) for text in texts}
+        source = FunctionJob(model)
+        source.find()
+    if any(isinstance(scheme, Auto) for scheme in planned.values()):
+        raise ValueError("--schemes must be what auto could choose, not auto itself.")
+    require_different(texts, (planned[text] for text in texts))
+    return Question(source, planned, world_size)
+
+
+def _measure_here(question: Question, ranks: int) -> Profile:
+    """With so many ranks on this machine."""
+    preload("lgc_lab.plan.command")
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "profile.json"
+        with options.reported_errors():
+            start_ranks(_measure_and_write, question, path, world_size=ranks, timeout=TIMEOUT)
+        return _read(path.read_text(encoding="utf-8"))
+
+
+def _measure_and_write(question: Question, path: Path, device: torch.device) -> None:
+    """Run in every rank of the default process group; rank 0 writes the profile."""
+    group = dist.group.WORLD
+    assert group is not None
+    profile = _measure(question, Transport(group, device), device)
+    if dist.get_rank() == 0:
+        path.write_text(json.dumps(profile), encoding="utf-8")
+
+
+def _measure_in_job(question: Question) -> tuple[Profile, Link]:
+    """As one rank of a torchrun job: the ranks of a machine measure together, and all of them the link."""
+    on_machine = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    device, backend = pick_device(int(os.environ.get("LOCAL_RANK", "0")), on_machine)
+    dist.init_process_group(backend, timeout=TIMEOUT)
+    try:
+        assert dist.group.WORLD is not None
+        link = probe(Transport(dist.group.WORLD, device), device)
+        local, _ = dist.new_subgroups(group_size=on_machine)
+        profile = _measure(question, Transport(local, device), device)
+        dist.barrier()
+        return profile, link
+    finally:
+        dist.destroy_process_group()
+
+
+def _measure(question: Question, local: Transport, device: torch.device) -> Profile:
+    def tell(what: str) -> None:
+        if dist.get_rank() == 0:
+            notify(what)
+
+    schemes = list(question.schemes.values())
+    return measure(question.source, schemes, question.world_size, local, device, tell)
+
+
+def _read(text: str) -> Profile:
+    """A profile from its JSON, in which every tuple is a list."""
+    world_size, compute, arms = json.loads(text)
+    return Profile(
+        world_size,
+        compute,
+        [
+            SchemeCost(
+                scheme,
+                [
+                    StageCost(phase, steps, seconds, [Collective(*collective) for collective in collectives])
+                    for phase, steps, seconds, collectives in stages
+                ],
+            )
+            for scheme, stages in arms
+        ],
+    )
+
+
+def _check(folder: Path) -> str:
+    """What was measured in a folder of `lgc bench link`, beside what is predicted for it here and now."""
+    results = Results.load(folder)
+    run = {name: results.configuration[name] for name in ("recipe", "batch_size", "data")}
+    world_size, schemes = results.configuration["world_size"], ",".join(results.schemes)
+    question = _question(world_size, model=None, schemes=schemes, backbone=None, bf16=False, **run)
+    profile = _measure_here(question, world_size)
+    labels = _labels(question)
+    blocks = []
+    for rate in results.rates:
+        rows = [row for row in predict(profile, _link_of(rate)) if row.scheme in labels]
+        measured = [results.lasting(rate, labels[row.scheme]).split.step for row in rows]
+        table = [("scheme", "predicted", "measured", "error")]
+        for row, seconds in zip(rows, measured, strict=True):
+            difference = f"{100 * (row.step / seconds - 1):+.1f} %"
+            table.append((labels[row.scheme], f"{1e3 * row.step:,.1f} ms", f"{1e3 * seconds:,.1f} ms", difference))
+        advised = choose(rows)
+        loss = 100 * (measured[rows.index(advised)] / min(measured) - 1)
+        best = labels[rows[measured.index(min(measured))].scheme]
+        advice = (
+            f"advised {labels[advised.scheme]}; fastest when measured {best}; following the advice loses {loss:.1f} %"
+        )
+        blocks.append(f"{rate}\n\n{aligned(table)}\n\n{advice}")
+    return "\n\n".join(blocks)
+
+
+def _link_of(rate: str) -> Link:
+    return Link(math.inf) if rate in (UNSHAPED, LOOPBACK) else Link.parse(rate)
+
+
+def _labels(question: Question) -> dict[str, str]:
+    """The schemes as they were asked for, by their full text."""
+    return {str(scheme): text for text, scheme in question.schemes.items()}
+
+
+HEADER = ("scheme", "sent", "compute", "compression", "communication", "step", "vs dense", "ahead from")
+
+
+def _as_text(name: str, link: Link, profile: Profile, rows: Sequence[Prediction], labels: Mapping[str, str]) -> str:
+    table: list[tuple[str, ...]] = [HEADER]
+    for row in rows:
+        seconds = [f"{1e3 * value:,.1f} ms" for value in (row.compute, row.compression, row.communication, row.step)]
+        ahead = "-" if row.pays_from is None else f"step {row.pays_from:,}"
+        table.append(
+            (labels.get(row.scheme, row.scheme), _bytes(row.sent_bytes), *seconds, f"{row.speedup:.2f} x", ahead)
+        )
+    title = f"{profile.world_size} ranks, {name}: {link}"
+    if name != MEASURED:
+        title += "; what the latency adds is predicted, not validated" if link.latency else " (--latency sets it)"
+    return "\n".join([title, "", aligned(table), "", *_advice(rows, labels, profile)])
+
+
+def _advice(rows: Sequence[Prediction], labels: Mapping[str, str], profile: Profile) -> list[str]:
+    best = choose(rows)
+    scheme = parse_scheme(best.scheme)
+    if best == rows[0]:
+        return [f"Dense is best here: nothing is more than {TOLERANCE:.0%} faster. Use plain DDP."]
+    equals = [labels[row.scheme] for row in rows[1:] if row != best and row.step <= best.step * (1 + TOLERANCE)]
+    others = f", at which {' and '.join(equals)} are within {TOLERANCE:.0%} of it" if equals else ""
+    rate = f" at a rate of {100 * scheme.rate:g} %" if isinstance(scheme, SparseScheme) else ""
+    lines = [
+        f"{labels[best.scheme]} is best here, {best.speedup:.1f} times as fast as dense:",
+        "",
+        f"    {_attach(best)}",
+        "",
+        f"This is of speed alone{rate}{others}; lgc compare tells about accuracy.",
+    ]
+    if best.early:
+        steps = sum(stage.steps for stage in best.early)
+        mean = sum(stage.steps * stage.step for stage in best.early) / steps
+        phases = ", ".join(dict.fromkeys(stage.phase for stage in best.early))
+        lines += [
+            "",
+            f"Its first {steps} steps ({phases}) take {1e3 * mean:,.1f} ms on average; the run as a whole is ahead of "
+            f"dense from step {best.pays_from} on.",
+        ]
+    if scheme.makes_adams_step:
+        lines += ["", "It makes Adam's step: train with SGD without momentum."]
+    elif scheme.corrected_momentum:
+        lines += ["", "It has the momentum: give the optimizer none, or the scheme momentum=0."]
+    if isinstance(scheme, PowerSGD):
+        lines += [
+            "",
+            "On gloo it needs all gradients in one bucket: DistributedDataParallel(model, bucket_cap_mb="
+            f"{bucket_mb(profile.gradient_bytes)}).",
+        ]
+    return lines
+
+
+def _attach(best: Prediction) -> str:
+    return f'handle = lgc.attach(model, "{best.scheme}", optimizer)'
+
+
+def _as_json(name: str, link: Link, profile: Profile, rows: Sequence[Prediction]) -> dict[str, Any]:
+    best = choose(rows)
+    return {
+        "link": {"name": name, "bytes_per_s": link.bandwidth, "latency_s": link.latency, "measured": name == MEASURED},
+        "workers": profile.world_size,
+        "schemes": [
+            {
+                "scheme": row.scheme,
+                "sent_bytes": round(row.sent_bytes),
+                "compute_s": row.compute,
+                "compression_s": row.compression,
+                "communication_s": row.communication,
+                "step_s": row.step,
+                "speedup": row.speedup,
+                "early": [{"phase": stage.phase, "steps": stage.steps, "step_s": stage.step} for stage in row.early],
+                "ahead_from_step": row.pays_from,
+            }
+            for row in rows
+        ],
+        "recommended": best.scheme,
+        "attach": _attach(best) if best != rows[0] else None,
+    }
+
+
+def _bytes(count: float) -> str:
+    for unit, size in (("MB", 1e6), ("kB", 1e3)):
+        if count >= size:
+            return f"{count / size:,.1f} {unit}"
+    return f"{count:.0f} B"

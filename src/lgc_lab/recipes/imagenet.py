@@ -1,0 +1,187 @@
+"""ImageNet (ILSVRC 2012): 1,281,167 images to train on and 50,000 to test, a thousand classes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lgc_lab.recipes.data import (
+    Array,
+    Data,
+    Split,
+    Table,
+    cached,
+    check_label,
+    decode_image,
+    find_parquet,
+    new_array,
+)
+from lgc_lab.recipes.recipe import ACCURACY, Recipe, step_decay
+from lgc_lab.recipes.resnet import resnet
+
+CLASSES = 1000
+SIZE = 224
+SHORT_SIDE = 256  # of the image whose central 224 x 224 pixels are tested on
+AREA = (0.08, 1.0)
+ASPECT = (3 / 4, 4 / 3)
+ATTEMPTS = 10
+MEAN = (0.485, 0.456, 0.406)
+DEVIATION = (0.229, 0.224, 0.225)
+
+
+class Box(NamedTuple):
+    """Part of an image, in pixels from its upper left corner."""
+
+    left: float
+    upper: float
+    right: float
+    lower: float
+
+
+def central_box(width: int, height: int, side: float) -> Box:
+    """The square of this side in the middle."""
+    left, upper = (width - side) / 2, (height - side) / 2
+    return Box(left, upper, left + side, upper + side)
+
+
+def random_box(width: int, height: int, draws: Tensor) -> Box:
+    """A box of 8 to 100 % of the area with an aspect of 3/4 to 4/3. Source: Szegedy et al., arXiv 1409.4842.
+
+    Args:
+        draws: (attempts, 4) from [0, 1); the first attempt that lies within the image counts, else the middle.
+    """
+    for area, aspect, across, down in draws.tolist():
+        ratio = ASPECT[0] * (ASPECT[1] / ASPECT[0]) ** aspect
+        pixels = (AREA[0] + (AREA[1] - AREA[0]) * area) * width * height
+        box_width, box_height = (pixels * ratio) ** 0.5, (pixels / ratio) ** 0.5
+        if box_width <= width and box_height <= height:
+            left, upper = across * (width - box_width), down * (height - box_height)
+            return Box(left, upper, left + box_width, upper + box_height)
+    return central_box(width, height, min(width, height))
+
+
+class EncodedSplit(Split):
+    """Images that are decoded when they are asked for, in threads.
+
+    Args:
+        encoded: encoded image of an index, and where it is from.
+        labels: (samples,).
+    """
+
+    def __init__(self, encoded: Callable[[int], tuple[bytes, str]], labels: Tensor) -> None:
+        self.encoded = encoded
+        self.labels = labels
+        self.pool = ThreadPoolExecutor(os.cpu_count())
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def batch(self, indices: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
+        if generator is None:
+            images = self.pool.map(self.decode, indices.tolist())
+        else:
+            draws = torch.rand(len(indices), ATTEMPTS, 4, generator=generator)
+            mirrored = torch.rand(len(indices), generator=generator) < 0.5
+            images = self.pool.map(self.decode, indices.tolist(), draws, mirrored.tolist())
+        pixels = torch.from_numpy(np.stack(list(images))).permute(0, 3, 1, 2)
+        mean, deviation = (torch.tensor(values).view(3, 1, 1) for values in (MEAN, DEVIATION))
+        return (pixels / 255 - mean) / deviation, self.labels[indices].long()
+
+    def decode(self, index: int, draws: Tensor | None = None, mirrored: bool = False) -> Array:
+        """Part of an image as (224, 224, 3): random if there are draws, else the middle."""
+
+        def part(width: int, height: int) -> Box:
+            if draws is not None:
+                return random_box(width, height, draws)
+            return central_box(width, height, min(width, height) * SIZE / SHORT_SIDE)
+
+        encoded, where = self.encoded(index)
+        pixels = decode_image(encoded, where, part=part, resize=(SIZE, SIZE))
+        return pixels[:, ::-1] if mirrored else pixels
+
+
+def load_parquet(path: str, split: str, limit: int | None) -> EncodedSplit:
+    """The split's first `limit` images. Their encoded bytes are copied to the cache, to be read in any order."""
+    table = Table(find_parquet(path, split), images=[("image", "img")], labels=[("label",)])
+    image_column, label_column = table.columns
+    count = table.rows if limit is None else min(limit, table.rows)
+
+    def make(folder: Path) -> None:
+        lengths = [len(row.values[image_column]) for row in table.read(limit)]
+        ends = new_array(folder, "ends", np.int64, count)
+        ends[:] = np.cumsum(lengths)
+        content = new_array(folder, "content", np.uint8, int(ends[-1]))
+        labels = new_array(folder, "labels", np.int16, count)
+        for number, row in enumerate(table.read(limit)):
+            content[ends[number] - lengths[number] : ends[number]] = np.frombuffer(row.values[image_column], np.uint8)
+            labels[number] = check_label(row.values[label_column], CLASSES, f"{row.where}, column {label_column}")
+
+    arrays = cached(table.files, f"imagenet {split} {count}", ("ends", "content", "labels"), make)
+    content, ends = arrays["content"], arrays["ends"]
+
+    def encoded(index: int) -> tuple[bytes, str]:
+        start = int(ends[index - 1]) if index else 0
+        return content[start : int(ends[index])].numpy().tobytes(), f"{path}, {split}, image {index}"
+
+    return EncodedSplit(encoded, arrays["labels"])
+
+
+def load_folder(folder: Path, classes: list[str], limit: int | None) -> EncodedSplit:
+    """Images in one folder for each class; a limit takes them evenly spaced, so that all classes are there."""
+    files = [(file, label) for label, name in enumerate(classes) for file in sorted((folder / name).glob("*.JPEG"))]
+    if not files:
+        raise FileNotFoundError(f"{folder} has no images {classes[0]}/*.JPEG and so on.")
+    if limit is not None:
+        files = [files[position * len(files) // min(limit, len(files))] for position in range(min(limit, len(files)))]
+
+    def encoded(index: int) -> tuple[bytes, str]:
+        return files[index][0].read_bytes(), str(files[index][0])
+
+    return EncodedSplit(encoded, torch.tensor([label for _, label in files]))
+
+
+def load_imagenet(path: str | None, limit_train: int | None) -> Data:
+    """Folders train/<class>/*.JPEG and val/<class>/*.JPEG, or parquet files with columns image and label."""
+    if path is None:
+        raise ValueError("ImageNet needs data: a folder with train/ and val/, or ILSVRC/imagenet-1k.")
+    train, test = Path(path, "train"), Path(path, "val")
+    if not train.is_dir():
+        return Data(load_parquet(path, "train", limit_train), load_parquet(path, "validation", None))
+    classes = sorted(entry.name for entry in train.iterdir() if entry.is_dir())
+    if not 1 <= len(classes) <= CLASSES:
+        raise ValueError(f"{train} must have 1 .. {CLASSES} folders, one for each class, got {len(classes)}.")
+    if not test.is_dir():
+        raise FileNotFoundError(f"{path} has train/ but no val/.")
+    unknown = {entry.name for entry in test.iterdir() if entry.is_dir()} - set(classes)
+    if unknown:
+        raise ValueError(f"{test} has a class that {train} has not: {min(unknown)}.")
+    return Data(load_folder(train, classes, limit_train), load_folder(test, classes, None))
+
+
+IMAGENET_RESNET50 = Recipe(
+    name="imagenet-resnet50",
+    summary="ImageNet, ResNet-50 of 25.6 million parameters, 76.4 % after 90 epochs",
+    model=partial(resnet, "resnet50", zero_init=True),
+    data=load_imagenet,
+    loss=F.cross_entropy,
+    metric=ACCURACY,
+    batch_size=64,
+    evaluation_batch=128,
+    epochs=90,
+    learning_rate=0.1,
+    momentum=0.9,
+    weight_decay=1e-4,
+    learning_rate_factor=step_decay(30 / 90, 60 / 90, 80 / 90, warmup=5 / 90),
+    scheme_defaults={"rate": 0.001, "dense_steps": 200, "warmup_steps": 20_000, "train_steps": 300},
+)
+"""Goyal et al., arXiv 1706.02677, sections 5.1 and 5.3: 256 images a step at 0.1 (here 64 on each of 4 ranks), a tenth
+after 30, 60 and 80 of 90 epochs. Warm-up of the rate over four epochs: Lin et al., DGC, section 3.3."""

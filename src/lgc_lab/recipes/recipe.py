@@ -1,0 +1,106 @@
+"""What a recipe consists of."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from lgc_lab.recipes.data import Data
+
+WARMUP = 0.1  # fraction of the run over which the learning rate rises
+
+
+@dataclass(frozen=True, kw_only=True)
+class Metric:
+    """A number that says how good a model is.
+
+    Attributes:
+        name: for tables and files.
+        sums: of outputs and targets, a tensor that may be added up over batches and ranks.
+        value: the metric from those sums.
+        better: which of two values is the better one.
+    """
+
+    name: str
+    sums: Callable[[Tensor, Tensor], Tensor]
+    value: Callable[[Tensor], float]
+    better: Literal["higher", "lower"] = "higher"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """A training run but for the scheme.
+
+    Attributes:
+        name, summary: for the command line.
+        model: a new model, initialised from torch's default generator; takes the name of a backbone if the
+            recipe has backbones, else nothing.
+        data: reads the data set at a path (None: the recipe's own) with the first samples of the training
+            data only (None: all); raises ValueError or OSError where that fails. The first call decodes into
+            a cache, later ones map it into memory.
+        loss: of outputs and targets, a scalar.
+        metric: on the test data.
+        batch_size, least_batch_size: per rank.
+        evaluation_batch: samples that are evaluated at once, per rank.
+        epochs: over the training data, all ranks together.
+        optimizer: SGD, or AdamW with the weight decay on tensors of two or more dimensions only.
+        learning_rate, momentum, weight_decay: of the optimizer, for uncompressed training; momentum is the
+            first beta of AdamW.
+        learning_rate_factor: by progress in [0, 1).
+        backbones: names that `model` accepts; the first is the default.
+        scheme_defaults: arguments of schemes that suit the length of this run.
+    """
+
+    name: str
+    summary: str
+    model: Callable[..., nn.Module]
+    data: Callable[[str | None, int | None], Data]
+    loss: Callable[[Any, Tensor], Tensor]
+    metric: Metric
+    batch_size: int
+    least_batch_size: int = 1
+    evaluation_batch: int = 512
+    epochs: int
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    learning_rate: float
+    momentum: float
+    weight_decay: float
+    learning_rate_factor: Callable[[float], float]
+    backbones: tuple[str, ...] = ()
+    scheme_defaults: Mapping[str, Any] = field(default_factory=dict)
+
+
+def warmup_and_cosine(progress: float) -> float:
+    """A linear rise, then half a cosine to zero. Source: Loshchilov and Hutter, SGDR, arXiv 1608.03983."""
+    if progress < WARMUP:
+        return (progress + 0.01) / (WARMUP + 0.01)
+    return 0.5 * (1 + math.cos(math.pi * (progress - WARMUP) / (1 - WARMUP)))
+
+
+def step_decay(*milestones: float, warmup: float = 0.0) -> Callable[[float], float]:
+    """A linear rise over the fraction `warmup` of the run, then a tenth from each milestone on."""
+
+    def factor(progress: float) -> float:
+        if progress < warmup:
+            return (progress + 0.1 * warmup) / (1.1 * warmup)
+        return float(0.1 ** sum(progress >= milestone for milestone in milestones))
+
+    return factor
+
+
+def poly_decay(power: float) -> Callable[[float], float]:
+    """(1 - progress)^power. Source: Chen et al., DeepLab, arXiv 1606.00915."""
+    return lambda progress: float((1 - progress) ** power)
+
+
+def _count_correct(outputs: Tensor, targets: Tensor) -> Tensor:
+    correct = (outputs.argmax(dim=1) == targets).sum()
+    return torch.stack([correct, torch.tensor(len(targets), device=correct.device)]).double()
+
+
+ACCURACY = Metric(name="accuracy", sums=_count_correct, value=lambda sums: float(100 * sums[0] / sums[1]))

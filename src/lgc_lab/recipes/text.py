@@ -1,0 +1,110 @@
+"""A byte-level language model of the sources of Python's standard library, which every machine has."""
+
+from __future__ import annotations
+
+import math
+import sysconfig
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lgc_lab.recipes.data import Data, Split
+from lgc_lab.recipes.gpt import GPT
+from lgc_lab.recipes.recipe import Metric, Recipe, warmup_and_cosine
+
+BYTES = 256
+CONTEXT = 128
+TEST_EVERY = 20  # one file in this many is for testing
+NOT_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idlelib"}  # absent from some installations
+
+
+class TextSplit(Split):
+    """Windows of `CONTEXT` bytes and the bytes that follow each; with a generator they start anywhere.
+
+    Args:
+        text: bytes, uint8.
+        limit: number of windows, None is all that fit.
+    """
+
+    def __init__(self, text: Tensor, limit: int | None = None) -> None:
+        windows = max(0, len(text) - 1) // CONTEXT
+        self.windows = windows if limit is None else min(limit, windows)
+        self.text = text[: self.windows * CONTEXT + 1]
+
+    def __len__(self) -> int:
+        return self.windows
+
+    def batch(self, indices: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
+        starts = CONTEXT * indices
+        if generator is not None:
+            starts = starts + torch.randint(CONTEXT, starts.shape, generator=generator)
+            starts = starts.clamp(max=len(self.text) - CONTEXT - 1)
+        windows = self.text[starts[:, None] + torch.arange(CONTEXT + 1)].long()
+        return windows[:, :-1], windows[:, 1:]
+
+
+def load_text(path: str | None, limit_train: int | None) -> Data:
+    """Python sources below a folder, by default the standard library; every 20th file is for testing."""
+    folder = Path(path or sysconfig.get_path("stdlib"))
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder} is not a folder.")
+    found = (file for file in folder.rglob("*.py") if NOT_LIBRARY.isdisjoint(file.relative_to(folder).parts))
+    files = sorted(file for file in found if file.is_file())
+    if len(files) < 2:
+        raise FileNotFoundError(f"{folder} must have at least two *.py files to train and test on, got {len(files)}.")
+    train, test = (
+        [file for number, file in enumerate(files) if (number % TEST_EVERY == 0) == testing]
+        for testing in (False, True)
+    )
+    data = Data(TextSplit(read_text(train), limit_train), TextSplit(read_text(test)))
+    for part, split in zip(("train", "test"), data, strict=True):
+        if len(split) == 0:
+            raise ValueError(f"{folder} must have more than {CONTEXT} bytes to {part} on.")
+    return data
+
+
+def read_text(files: list[Path]) -> Tensor:
+    """The bytes of these files, one after another."""
+    content = bytearray(b"".join(file.read_bytes() for file in files))
+    return torch.from_numpy(np.frombuffer(content, dtype=np.uint8))
+
+
+def next_byte_loss(outputs: Tensor, targets: Tensor) -> Tensor:
+    """Mean cross entropy in nats."""
+    return F.cross_entropy(outputs.flatten(0, 1), targets.flatten())
+
+
+def _sum_losses(outputs: Tensor, targets: Tensor) -> Tensor:
+    total = F.cross_entropy(outputs.flatten(0, 1), targets.flatten(), reduction="sum")
+    return torch.stack([total, torch.tensor(targets.numel(), device=total.device)]).double()
+
+
+TEXT_GPT = Recipe(
+    name="text-gpt",
+    summary="Python's standard library by the byte, a GPT of 1.9 million parameters",
+    model=partial(GPT, vocabulary=BYTES, context=CONTEXT, width=192, depth=4, heads=4),
+    data=load_text,
+    loss=next_byte_loss,
+    metric=Metric(
+        name="bits_per_byte",
+        sums=_sum_losses,
+        value=lambda sums: float(sums[0] / sums[1] / math.log(2)),
+        better="lower",
+    ),
+    batch_size=16,
+    evaluation_batch=64,
+    epochs=4,
+    optimizer="adamw",
+    learning_rate=1e-3,
+    momentum=0.9,
+    weight_decay=0.1,
+    learning_rate_factor=warmup_and_cosine,
+    scheme_defaults={"rate": 0.001, "momentum": 0.0, "dense_steps": 200, "warmup_steps": 400, "train_steps": 300},
+)
+"""Betas 0.9 and 0.95, weight decay 0.1, warm-up and cosine as for GPT-3 (Brown et al., arXiv 2005.14165, appendix B);
+learning rate 1e-3 and about 64 windows a step as nanoGPT's character-level models. The scheme has no momentum
+correction: error feedback only, with Adam's own moments after the exchange."""
