@@ -7,8 +7,8 @@ from lgc import checkpoint
 from lgc.coding import BFloat16, EliasFano, Float16, Float32, RangeCoder, RawIndices, Rice, Sign, Uniform
 from lgc.comm.traffic import Traffic, Wire
 from lgc.ddp import Handle, attach
+from lgc.phase import Phase
 from lgc.rounds.layout import Role
-from lgc.rounds.schedule import Phase
 from lgc.schemes import (
     BF16,
     DGC,

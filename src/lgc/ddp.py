@@ -17,6 +17,7 @@ from lgc.choice.auto import Choice
 from lgc.comm.replicas import ReplicaError, compare, require_agreement, synchronise
 from lgc.comm.traffic import Traffic, Wire, summarise
 from lgc.comm.transport import LEAST_TIMEOUT, MOST_TIMEOUT, RankError, Transport, clock
+from lgc.phase import Phase
 from lgc.powersgd import PowerSGDHook
 from lgc.requirements import (
     advise,
@@ -31,7 +32,6 @@ from lgc.requirements import (
     trained,
 )
 from lgc.rounds.aggregators import Aggregator
-from lgc.rounds.schedule import Phase
 from lgc.schemes import Auto, Dense, PowerSGD, Scheme, SparseScheme, parse_scheme
 
 logger = logging.getLogger("lgc")

@@ -20,6 +20,7 @@ from torch import Tensor
 from lgc.coding import Float32, Kind, lane_width, pack, pack_lanes, size_limit, unpack, unpack_lanes
 from lgc.comm.replicas import digest
 from lgc.comm.transport import SERVER, Transport
+from lgc.phase import Phase
 from lgc.rounds.aggregators import (
     Aggregator,
     Codecs,
@@ -43,7 +44,7 @@ from lgc.rounds.autoencoder import (
 )
 from lgc.rounds.feedback import Feedback, Piece
 from lgc.rounds.layout import Layout, entries
-from lgc.rounds.schedule import Phase, Schedule
+from lgc.rounds.schedule import Schedule
 from lgc.rounds.selection import Region, largest
 
 logger = logging.getLogger("lgc")

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState, powerSGD_hook
 
 from lgc.comm.transport import Transport
-from lgc.rounds.schedule import Phase
+from lgc.phase import Phase
 from lgc.schemes import PowerSGD
 
 MB = 2**20

@@ -20,7 +20,7 @@ import re
 from collections.abc import Sequence
 from typing import Literal, NamedTuple, Self
 
-from lgc.rounds.schedule import Phase
+from lgc.phase import Phase
 
 PAYLOAD = 1448 / (1514 + 66 / 2)  # of an Ethernet frame with IPv4 and TCP, and an acknowledgement for every other one
 RATE_UNITS = {"kbit": 1e3, "mbit": 1e6, "gbit": 1e9}

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from lgc.choice.cost import Collective, Kind, Link, SchemeCost, StageCost
 from lgc.comm.transport import Transport, clock
-from lgc.rounds.schedule import Phase, Schedule, Stage
+from lgc.phase import Phase
+from lgc.rounds.schedule import Schedule, Stage
 from lgc.schemes import Dense, LGCScheme, SparseScheme
 
 LEAST_ROUNDS, MOST_ROUNDS = 3, 15

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from lgc.rounds.schedule import Phase
+from lgc.phase import Phase
 
 SETUP = "setup"
 FLOAT32_BYTES = 4

@@ -2,20 +2,12 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
 from typing import NamedTuple
+
+from lgc.phase import Phase
 
 WARMUP_START = 0.25
 WARMUP_FACTOR = 0.25
-
-
-class Phase(StrEnum):
-    """The phases of a run, in order. The paper counts warmup and train as one."""
-
-    DENSE = "dense"  # uncompressed
-    WARMUP = "warmup"  # top-k at a falling rate
-    TRAIN = "train"  # top-k at the final rate while the autoencoder is trained
-    COMPRESSED = "compressed"
 
 
 class Stage(NamedTuple):

@@ -25,8 +25,8 @@ from lgc.choice.rehearsal import (
     wants_more,
 )
 from lgc.comm.transport import Transport, clock
+from lgc.phase import Phase
 from lgc.powersgd import PowerSGDHook, one_bucket_mb
-from lgc.rounds.schedule import Phase
 from lgc.schemes import Dense, PowerSGD, Scheme, SparseScheme
 from lgc_lab.recipes import find_object
 from lgc_lab.training.train import Settings, make_optimizer

@@ -17,7 +17,7 @@ from matplotlib.ticker import LogLocator, NullFormatter, NullLocator, StrMethodF
 
 from lgc.choice.cost import PAYLOAD, RATE_UNITS
 from lgc.comm.traffic import SETUP
-from lgc.rounds.schedule import Phase
+from lgc.phase import Phase
 from lgc_lab.report.report import Line, LineRate, Run, Series
 
 SMOOTHING = 10

@@ -26,8 +26,8 @@ from lgc import checkpoint
 from lgc.comm.replicas import require_agreement
 from lgc.comm.transport import Transport
 from lgc.ddp import attach
+from lgc.phase import Phase
 from lgc.powersgd import one_bucket_mb
-from lgc.rounds.schedule import Phase
 from lgc.schemes import Auto, Dense, PowerSGD, Scheme, parse_scheme
 from lgc.version import __version__
 from lgc_lab.recipes import Data, Recipe, find_recipe, source_digest

@@ -21,8 +21,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lgc.phase import Phase
 from lgc.rounds.aggregators import Aggregator
-from lgc.rounds.schedule import Phase, Schedule
+from lgc.rounds.schedule import Schedule
 from lgc.schemes import Auto, LGCScheme, PowerSGD, Scheme, SparseScheme, require_different
 from lgc.version import __version__
 from lgc_lab.bench.link.results import COMPUTE, LOOPBACK, RESULTS, UNSHAPED, Cell, bits_per_second, step_seconds

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from lgc.comm.transport import SERVER
-from lgc.rounds.schedule import Phase
+from lgc.phase import Phase
 from lgc.schemes import Dense
 from lgc_lab.launch.network import HEADER_BYTES
 from lgc_lab.report.report import LineRate
