@@ -14,7 +14,11 @@ from click.testing import CliRunner
 from lgc_lab.cli import main
 
 ROOT = Path(__file__).parent.parent
-DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def document_id(path: Path) -> str:
+    return str(path.relative_to(ROOT))
 
 
 def run_script(script: str, folder: Path, *, fails: bool = False) -> str:
@@ -52,16 +56,32 @@ def test_the_script_of_the_guide_goes_on_after_a_damaged_checkpoint_and_a_kill(t
     assert resumed == whole.replace("steps 0", "steps 100")
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.name))
+def test_the_readme_has_at_most_120_lines() -> None:
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 120
+
+
+def test_the_index_lists_every_document() -> None:
+    index = (ROOT / "docs" / "README.md").read_text()
+    assert [path.name for path in DOCUMENTS if f"{path.name}](" not in index and path.name != "README.md"] == []
+
+
+def anchors(document: Path) -> set[str]:
+    """Targets within a document, as GitHub derives them from its headings."""
+    headings = re.findall(r"^#+ (.*)$", document.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=document_id)
 def test_links_within_the_project_lead_somewhere(document: Path) -> None:
-    for target in re.findall(r"\]\(([^)#]+)[^)]*\)", document.read_text()):
-        if not target.startswith("https://"):
-            assert (document.parent / target).exists(), target
+    for target, anchor in re.findall(r"\]\((?!https://)([^)#]*)#?([^)]*)\)", document.read_text()):
+        linked = document.parent / target if target else document
+        assert linked.exists(), target
+        assert not anchor or anchor in anchors(linked), f"{target}#{anchor}"
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.name))
+@pytest.mark.parametrize("document", DOCUMENTS, ids=document_id)
 def test_commands_in_the_documents_have_arguments_that_exist(document: Path) -> None:
-    pattern = r"lgc (train|compare|report|analyze|plan|bench link)((?: [^`\n\\]+|\\\n)*)"
+    pattern = r"lgc (train|compare|report|analyze|plan|bench link|bench codec)((?: [^`\n\\]+|\\\n)*)"
     for command, arguments in re.findall(pattern, document.read_text()):
         help_text = CliRunner().invoke(main, [*command.split(), "--help"]).output
         for option in re.findall(r"--[a-z0-9-]+", arguments):
