@@ -107,6 +107,7 @@ CAMVID_PSPNET = Recipe(
     summary="CamVid, PSPNet from scratch, mean IoU over 11 classes",
     model=partial(PSPNet, classes=CLASSES),
     data=load_camvid,
+    memory_format=torch.channels_last,
     loss=partial(pspnet_loss, void=VOID),
     metric=Metric(name="mean_iou", sums=count_confusion, value=mean_iou),
     batch_size=4,

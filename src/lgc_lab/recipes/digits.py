@@ -80,6 +80,7 @@ DIGITS = Recipe(
     summary="scikit-learn's digits, a ResNet of 1.0 million parameters, half a minute",
     model=small_resnet,
     data=load_digits,
+    memory_format=torch.channels_last,
     loss=F.cross_entropy,
     metric=ACCURACY,
     batch_size=16,
@@ -103,5 +104,6 @@ DIGITS_MLP = replace(
     name="digits-mlp",
     summary="scikit-learn's digits, a wide MLP of 10.5 million parameters that computes little for their number",
     model=wide_mlp,
+    memory_format=torch.contiguous_format,
 )
 """A step computes for a few ten milliseconds and has 42 MB of gradients: for the time on links."""

@@ -172,6 +172,7 @@ IMAGENET_RESNET50 = Recipe(
     summary="ImageNet, ResNet-50 of 25.6 million parameters, 76.4 % after 90 epochs",
     model=partial(resnet, "resnet50", zero_init=True),
     data=load_imagenet,
+    memory_format=torch.channels_last,
     loss=F.cross_entropy,
     metric=ACCURACY,
     batch_size=64,

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lgc_lab.recipes.data import Data
+from lgc_lab.recipes.data import Data, Split
 
 WARMUP = 0.1  # fraction of the run over which the learning rate rises
 
@@ -43,6 +43,8 @@ class Recipe:
         data: reads the data set at a path (None: the recipe's own) with the first samples of the training
             data only (None: all); raises ValueError or OSError where that fails. The first call decodes into
             a cache, later ones map it into memory.
+        memory_format: of the model and its inputs; `torch.channels_last`, in which convolutions are faster, takes
+            inputs of four dimensions.
         loss: of outputs and targets, a scalar.
         metric: on the test data.
         batch_size, least_batch_size: per rank.
@@ -60,6 +62,7 @@ class Recipe:
     summary: str
     model: Callable[..., nn.Module]
     data: Callable[[str | None, int | None], Data]
+    memory_format: torch.memory_format = torch.contiguous_format
     loss: Callable[[Any, Tensor], Tensor]
     metric: Metric
     batch_size: int
@@ -73,6 +76,19 @@ class Recipe:
     learning_rate_factor: Callable[[float], float]
     backbones: tuple[str, ...] = ()
     scheme_defaults: Mapping[str, Any] = field(default_factory=dict)
+
+    def make_model(self, device: torch.device) -> nn.Module:
+        """Make a new model on a device, in the recipe's memory format."""
+        model = self.model()
+        model.to(device, memory_format=self.memory_format)  # type: ignore[call-overload]  # torch's has them apart
+        return model
+
+    def make_batch(
+        self, split: Split, indices: Tensor, generator: torch.Generator | None, device: torch.device
+    ) -> tuple[Tensor, Tensor]:
+        """Make inputs and targets of these samples, see `Split.batch`, on a device and in the recipe's format."""
+        inputs, targets = split.batch(indices, generator)
+        return inputs.to(device, memory_format=self.memory_format), targets.to(device)
 
 
 def warmup_and_cosine(progress: float) -> float:
