@@ -19,7 +19,7 @@ from lgc_lab.analysis.estimators import Floats, gaussian_mutual_information, kra
 from lgc_lab.analysis.indices import IndexCosts, Integers
 from lgc_lab.analysis.measure import divide_by_scale, layer_of, measure, overlap
 from lgc_lab.analysis.record import RECORDING, Layer, Recording, record
-from lgc_lab.training.train import Settings
+from lgc_lab.training.settings import Settings
 
 EVERYTHING = 10**7
 SIZE, BLOCK, ENTRIES, WORKERS, RECORDS = 20_000, 10, 200, 4, 8

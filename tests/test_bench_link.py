@@ -26,9 +26,9 @@ from lgc_lab.bench.link.results import COMPUTE, LOOPBACK, RESULTS, Cell, Results
 from lgc_lab.bench.link.target import times_to_target
 from lgc_lab.cli import main
 from lgc_lab.launch.network import NAMESPACES, Network, NetworkError, read_counters, remove_stale, temporary_network
+from lgc_lab.launch.ranks import start_ranks
 from lgc_lab.recipes import RECIPES
 from lgc_lab.report.report import Run
-from lgc_lab.training.launch import start_ranks
 
 HERE = Path(__file__).parent
 LIMIT_S = 120

@@ -34,7 +34,8 @@ from lgc_lab.recipes.cifar10 import crop_and_flip, load_cifar10
 from lgc_lab.recipes.data import Table, TensorSplit, cache_folder, map_in_threads
 from lgc_lab.recipes.imagenet import load_imagenet, random_box
 from lgc_lab.recipes.text import CONTEXT, TextSplit, load_text
-from lgc_lab.training.train import Settings, batches
+from lgc_lab.training.batches import batches
+from lgc_lab.training.settings import Settings
 
 Loader = Callable[[str | None, int | None], Data]
 FOLDERS: dict[str, tuple[Loader, Callable[[Path], str]]] = {
@@ -454,7 +455,7 @@ class Indices(Split):
 def batches_of_rank(rank: int, world_size: int, start: int, total: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
     settings = Settings(recipe="digits", scheme="dense", world_size=world_size, batch_size=4, seed=3)
     data = Data(Indices(50), Indices(10))
-    return list(batches(settings.resolve_recipe(), data, settings, total, torch.device("cpu"), start=start))
+    return list(batches(settings, data, total, torch.device("cpu"), start=start))
 
 
 def test_an_epoch_is_one_shuffle_dealt_out_to_the_ranks_without_overlap(ranks: Callable[[int], Ranks]) -> None:

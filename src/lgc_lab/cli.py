@@ -17,12 +17,13 @@ from lgc_lab import options
 from lgc_lab.analysis.command import analyze
 from lgc_lab.bench.codec import codec
 from lgc_lab.bench.link.command import link
+from lgc_lab.launch.ranks import under_torchrun
 from lgc_lab.plan.command import plan
 from lgc_lab.recipes import RECIPES
 from lgc_lab.report.report import LineRate, Run, find_runs, format_table, load_runs, repeated, write_report
-from lgc_lab.training.launch import run_in_job, run_locally, under_torchrun
+from lgc_lab.training.job import run_in_job, run_locally
 from lgc_lab.training.run_folder import SUMMARY, is_finished
-from lgc_lab.training.train import Output, Settings
+from lgc_lab.training.settings import Output, Settings
 
 SCHEME_HELP = (
     "A name ({names}), with arguments after colons: lgc-ring:rate=0.002:feedback=paper. "

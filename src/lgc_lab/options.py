@@ -11,9 +11,9 @@ from typing import Any, TypeVar
 import click
 
 from lgc.comm.transport import MOST_TIMEOUT
+from lgc_lab.folder import OtherRunError
+from lgc_lab.launch.ranks import RankFailedError, under_torchrun
 from lgc_lab.recipes import RECIPES, find_recipe
-from lgc_lab.training.launch import RankFailedError, under_torchrun
-from lgc_lab.training.run_folder import OtherRunError
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 

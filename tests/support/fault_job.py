@@ -76,7 +76,7 @@ def await_moment(fault: Fault, happens: Callable[[], None]) -> None:
     """Have the fault happen at its step and moment, once."""
     from lgc.comm.transport import Transport
     from lgc.ddp import Handle
-    from lgc_lab.training.train import Training
+    from lgc_lab.training.loop import Training
 
     update, aggregate, open_round, count = Training.update, Handle._aggregate, Transport.open_round, Transport._count
     pending = [fault]

@@ -12,9 +12,9 @@ from safetensors import SafetensorError
 
 from lgc_lab import options
 from lgc_lab.analysis.record import RECORDING, Recording, configuration, planned_steps, record, require_recordable
-from lgc_lab.training.launch import preload, start_ranks
-from lgc_lab.training.run_folder import occupied, require_same, write_whole
-from lgc_lab.training.train import Settings
+from lgc_lab.folder import occupied, require_same, write_whole
+from lgc_lab.launch.ranks import preload, start_ranks
+from lgc_lab.training.settings import Settings
 
 ROWS = "redundancy.jsonl"
 PAGE = "redundancy.html"

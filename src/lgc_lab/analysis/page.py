@@ -17,8 +17,8 @@ from matplotlib.figure import Figure
 from lgc_lab.analysis.estimators import Estimate
 from lgc_lab.analysis.measure import PLANE_ERROR, VALUE_ERROR, Row
 from lgc_lab.analysis.record import Recording
+from lgc_lab.folder import write_whole
 from lgc_lab.report.figures import STYLE, to_svg
-from lgc_lab.training.run_folder import write_whole
 
 CLAIMED_SHARE = 0.8
 SHARE = "its part of the entropy"

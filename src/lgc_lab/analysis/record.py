@@ -24,7 +24,9 @@ from lgc.rounds.layout import POOL, Layout
 from lgc.rounds.selection import Region
 from lgc.schemes import ScaleCom, Scheme, SparseScheme, TopK
 from lgc_lab.recipes import Data
-from lgc_lab.training.train import Settings, batches, make_optimizer, steps_per_epoch
+from lgc_lab.training.batches import batches
+from lgc_lab.training.optimizer import make_optimizer
+from lgc_lab.training.settings import Settings
 
 RECORDING = "recording.safetensors"
 
@@ -193,7 +195,7 @@ def record(settings: Settings, out: Path, every: int, samples: int, device: torc
     scheme = require_recordable(settings.resolve_scheme())
     with torch.random.fork_rng([]):
         torch.manual_seed(settings.seed)
-        model = recipe.model().to(device)
+        model = recipe.make_model(device)
     group = dist.group.WORLD
     assert group is not None
     layout = scheme.layout(model.named_parameters())
@@ -205,7 +207,7 @@ def record(settings: Settings, out: Path, every: int, samples: int, device: torc
     losses: list[float] = []
     started = time.perf_counter()
     hidden = dist.get_rank() != SERVER
-    steps = tqdm(batches(recipe, data, settings, total, device), total=total, unit="step", disable=hidden or None)
+    steps = tqdm(batches(settings, data, total, device), total=total, unit="step", disable=hidden or None)
     model.train()
     for step, (inputs, targets) in enumerate(steps):
         for parameters in optimizer.param_groups:
@@ -245,9 +247,7 @@ def configuration(settings: Settings, every: int, samples: int) -> dict[str, Any
 
 def planned_steps(settings: Settings, data: Data) -> int:
     """How many steps these settings train for."""
-    recipe = settings.resolve_recipe()
-    everything = recipe.epochs * steps_per_epoch(recipe, data, settings)
-    return min(settings.steps or everything, everything)
+    return settings.total_steps(data)
 
 
 def flatten_gradients(model: nn.Module, layout: Layout, device: torch.device) -> Tensor:

@@ -38,7 +38,7 @@ from lgc.coding import (
     pack,
     unpack,
 )
-from lgc_lab.training.run_folder import write_json
+from lgc_lab.folder import write_json
 
 Positions = npt.NDArray[np.int64]
 Result = TypeVar("Result")

@@ -1,1 +1,1 @@
-"""Ranks on this machine, and networks between them."""
+"""Ranks on this machine, and a network between them; knows nothing of what they run."""

@@ -23,10 +23,10 @@ from lgc.powersgd import bucket_mb
 from lgc.schemes import Auto, PowerSGD, Scheme, SparseScheme, parse_scheme, require_different
 from lgc_lab import options
 from lgc_lab.bench.link.results import LOOPBACK, UNSHAPED, Results
+from lgc_lab.launch.ranks import pick_device, preload, start_ranks, under_torchrun
 from lgc_lab.plan.profile import FunctionJob, JobSource, RecipeJob, measure
-from lgc_lab.report.table import aligned
-from lgc_lab.training.launch import pick_device, preload, start_ranks, under_torchrun
-from lgc_lab.training.train import Settings, notify
+from lgc_lab.terminal import aligned, notify
+from lgc_lab.training.settings import Settings
 
 SCHEMES = "dense,bf16,powersgd:rank=1,powersgd:rank=2,powersgd:rank=4,dgc,topk,scalecom,lgc-ring,lgc-ps"
 MEASURED = "measured"

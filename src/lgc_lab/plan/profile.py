@@ -29,7 +29,8 @@ from lgc.phase import Phase
 from lgc.powersgd import PowerSGDHook, one_bucket_mb
 from lgc.schemes import Dense, PowerSGD, Scheme, SparseScheme
 from lgc_lab.recipes import find_object
-from lgc_lab.training.train import Settings, make_optimizer
+from lgc_lab.training.optimizer import make_optimizer
+from lgc_lab.training.settings import Settings
 
 WARMUP_STEPS = 3
 UNSTEADY = 2.0  # the longest step over the shortest
@@ -61,10 +62,10 @@ class RecipeJob:
 
     def __call__(self, device: torch.device) -> Job:
         recipe = self.settings.resolve_recipe()
-        model = recipe.model().to(device)
+        model = recipe.make_model(device)
         train = self.settings.load_data().train
-        batch = train.batch(torch.arange(recipe.batch_size), torch.Generator().manual_seed(0))
-        inputs, targets = (tensor.to(device) for tensor in batch)
+        generator = torch.Generator().manual_seed(0)
+        inputs, targets = recipe.make_batch(train, torch.arange(recipe.batch_size), generator, device)
 
         def loss(model: nn.Module) -> Tensor:
             with torch.autocast(device.type, dtype=torch.bfloat16, enabled=self.settings.bf16):

@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lgc.choice.cost import parse_rate
-from lgc_lab.report.table import aligned
-from lgc_lab.training.run_folder import METRICS, SUMMARY, read_objects, write_whole
+from lgc_lab.folder import read_objects, write_whole
+from lgc_lab.terminal import aligned
+from lgc_lab.training.run_folder import METRICS, SUMMARY
 
 RATIOS = ("wire.ratio", "wire.ratio_compressed_phase", "wire.paper.ratio_compressed_phase")
 SUMMARY_TYPES: dict[str, tuple[type, ...]] = {

@@ -9,17 +9,17 @@ summary.json      last and at once: a run that has it has finished
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import json
 import os
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
+
+from lgc_lab.folder import OtherRunError, read_objects, require_same, write_json, write_whole
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -31,65 +31,6 @@ CHECKPOINTS = "checkpoints"
 EVENTS = "tensorboard"
 OVERWRITE = "overwrite.pending"
 NOT_EVENTS = ("step", "epoch", "seconds", "phase")
-
-
-class OtherRunError(ValueError):
-    """A folder has a run of other settings (the message names the first field that differs), or one going on."""
-
-
-def require_same(there: Mapping[str, Any], wanted: Mapping[str, Any], where: str, *, but: tuple[str, ...] = ()) -> None:
-    """Two configurations are those of one run.
-
-    Args:
-        there: the configuration that was found.
-        wanted: the one that is to go on.
-        where: what has the first one, for the message.
-        but: fields that may differ.
-
-    Raises:
-        OtherRunError: naming the first field that differs, and both values.
-    """
-    for field, value in wanted.items():
-        if field not in but and there.get(field) != value:
-            raise OtherRunError(
-                f"{where} of other settings ({field}: {there.get(field)!r}, now {value!r}); choose another --out, or "
-                "--overwrite."
-            )
-
-
-@contextlib.contextmanager
-def occupied(folder: Path) -> Iterator[None]:
-    """Keep other jobs out of a folder for as long as the `with` block lasts, or this process lives.
-
-    Jobs of other machines too where the file system has such locks for all of them; NFS has them for each machine.
-
-    Raises:
-        OtherRunError: another job is in there.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(folder, os.O_RDONLY)
-    _held.add(descriptor)
-    try:
-        with contextlib.suppress(OSError):  # a file system without locks
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise OtherRunError(f"{folder} has a run that is going on; choose another --out, or stop it.") from None
-        yield
-    finally:
-        _held.discard(descriptor)
-        os.close(descriptor)
-
-
-def _let_go() -> None:
-    # A child has the lock for as long as it lives, and may outlive this process.
-    for descriptor in _held:
-        os.close(descriptor)
-    _held.clear()
-
-
-_held: set[int] = set()
-os.register_at_fork(after_in_child=_let_go)
 
 
 def is_to_be_overwritten(folder: Path, *, first_start: bool) -> bool:
@@ -127,14 +68,14 @@ def claim(folder: Path, configuration: Mapping[str, Any], *, overwrite: bool) ->
 def is_finished(folder: Path, configuration: Mapping[str, Any]) -> bool:
     """Whether a folder has a run of this configuration, finished; changes nothing. Raises as `claim`."""
     if _has_content(folder / SUMMARY):
-        there = _known(folder / SUMMARY).get("configuration")
+        there = _read_own(folder / SUMMARY).get("configuration")
         if not isinstance(there, dict):
             raise ValueError(f"{folder / SUMMARY} has no configuration; --overwrite starts anew.")
         require_same(there, configuration, f"{folder} has a finished run")
         return True
     settings, metrics, checkpoints = folder / SETTINGS, folder / METRICS, folder / CHECKPOINTS
     begun = _has_content(metrics) or checkpoints.exists()
-    there = _known(settings) if _has_content(settings) else {}
+    there = _read_own(settings) if _has_content(settings) else {}
     if (begun or there) and not {"recipe", "scheme"} <= there.keys():
         found = next(path for path in (settings, checkpoints, metrics) if path.exists())
         raise OtherRunError(
@@ -146,7 +87,7 @@ def is_finished(folder: Path, configuration: Mapping[str, Any]) -> bool:
     return False
 
 
-def _known(file: Path) -> dict[str, Any]:
+def _read_own(file: Path) -> dict[str, Any]:
     try:
         return read_objects(file)[0]
     except ValueError as error:
@@ -157,46 +98,6 @@ def _has_content(file: Path) -> bool:
     return file.exists() and file.stat().st_size > 0
 
 
-def write_json(path: Path, content: object) -> None:
-    """Write a JSON file that is there whole or not at all."""
-    write_whole(path, json.dumps(content, indent=1) + "\n")
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file that is there whole or not at all."""
-    path = Path(os.path.realpath(path))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.exists() and not path.is_file():  # a pipe, a terminal
-        path.write_text(text, encoding="utf-8")
-        return
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())  # else a power failure may leave an empty file under the name
-        os.replace(temporary, path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
-def read_objects(path: Path) -> list[dict[str, Any]]:
-    """The JSON objects of a file: one or, of a *.jsonl, one a line.
-
-    Raises:
-        ValueError: if it cannot be read, or has something else.
-    """
-    try:
-        text = path.read_text(encoding="utf-8")
-        objects = [json.loads(part) for part in (text.splitlines() if path.suffix == ".jsonl" else [text])]
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from None
-    if not all(isinstance(each, dict) for each in objects):
-        raise ValueError(f"{path} must have JSON objects.")
-    return objects
-
-
 def _clear(folder: Path) -> None:
     for name in (CHECKPOINTS, EVENTS):
         shutil.rmtree(folder / name, ignore_errors=True)
@@ -204,8 +105,8 @@ def _clear(folder: Path) -> None:
         (folder / name).unlink(missing_ok=True)
 
 
-class Recorder:
-    """Rank 0's record of a run: metrics.jsonl, a progress bar where there is a terminal, TensorBoard events.
+class RunLog:
+    """Rank 0's log of a run: metrics.jsonl, a progress bar where there is a terminal, TensorBoard events.
 
     Args:
         folder: of the run.
@@ -278,6 +179,4 @@ def cut_metrics(path: Path, step: int) -> None:
         except (ValueError, KeyError, TypeError):
             raise ValueError(f"{path}, line {len(kept) + 1} is not a row of a run: {line[:100]!r}.") from None
         kept.append(line)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_bytes(b"".join(kept))
-    os.replace(temporary, path)
+    write_whole(path, b"".join(kept))

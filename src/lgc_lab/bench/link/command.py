@@ -16,10 +16,10 @@ from lgc_lab import options
 from lgc_lab.bench.link.measure import Plan, machine, measure
 from lgc_lab.bench.link.results import LOOPBACK, RESULTS, Results, bits_per_second
 from lgc_lab.bench.link.target import TimeToTarget, format_times, times_to_target
+from lgc_lab.folder import OtherRunError, occupied, require_same, write_whole
 from lgc_lab.launch.network import Network, NetworkError, temporary_network
 from lgc_lab.report.report import find_runs
-from lgc_lab.training.run_folder import OtherRunError, occupied, require_same, write_whole
-from lgc_lab.training.train import notify
+from lgc_lab.terminal import notify
 
 PICTURE = "link.svg"
 SCHEMES = "dense,bf16,powersgd:rank=1,powersgd:rank=2,powersgd:rank=4,dgc,scalecom,lgc-ring,lgc-ps"

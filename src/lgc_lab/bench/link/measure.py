@@ -27,11 +27,13 @@ from lgc.rounds.schedule import Schedule
 from lgc.schemes import Auto, LGCScheme, PowerSGD, Scheme, SparseScheme, require_different
 from lgc.version import __version__
 from lgc_lab.bench.link.results import COMPUTE, LOOPBACK, RESULTS, UNSHAPED, Cell, bits_per_second, step_seconds
+from lgc_lab.folder import write_json
 from lgc_lab.launch.network import Counters, Network, read_counters
+from lgc_lab.launch.ranks import preload, start_ranks
 from lgc_lab.report.report import LineRate
-from lgc_lab.training.launch import preload, start_ranks
-from lgc_lab.training.run_folder import write_json
-from lgc_lab.training.train import Settings, Training, notify
+from lgc_lab.terminal import notify
+from lgc_lab.training.loop import Training
+from lgc_lab.training.settings import Settings
 
 START_STEPS = 2
 TRAIN_STEPS = 4

@@ -13,7 +13,7 @@ from lgc.phase import Phase
 from lgc.schemes import Dense
 from lgc_lab.launch.network import HEADER_BYTES
 from lgc_lab.report.report import LineRate
-from lgc_lab.report.table import aligned
+from lgc_lab.terminal import aligned
 
 RESULTS = "results.json"
 UNSHAPED = "unshaped"

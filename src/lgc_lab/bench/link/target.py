@@ -6,11 +6,11 @@ import statistics
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from lgc.schemes import Dense, parse_scheme
+from lgc import Dense, parse_scheme
 from lgc_lab.bench.link.results import Results
 from lgc_lab.recipes import find_recipe
 from lgc_lab.report.report import Run
-from lgc_lab.report.table import aligned
+from lgc_lab.terminal import aligned
 
 
 class TimeToTarget(NamedTuple):

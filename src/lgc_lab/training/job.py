@@ -1,40 +1,24 @@
-"""Ranks on this machine, or this process as one rank of a torchrun job."""
+"""Train in ranks on this machine, or as the one rank of a torchrun job that this process is."""
 
 from __future__ import annotations
 
 import contextlib
 import os
-import sys
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from datetime import timedelta
-from multiprocessing import forkserver, parent_process
-from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from lgc.comm.transport import Transport
-from lgc_lab.launch.network import Network
-from lgc_lab.training.run_folder import claim, is_to_be_overwritten, occupied
-from lgc_lab.training.train import Output, Settings, notify, train
+from lgc_lab.folder import occupied
+from lgc_lab.launch.ranks import pick_device, preload, start_ranks
+from lgc_lab.terminal import notify
+from lgc_lab.training.run_folder import claim, is_to_be_overwritten
+from lgc_lab.training.settings import Output, Settings
+from lgc_lab.training.train import train
 
 DATA_TIMEOUT = timedelta(hours=6)  # the first rank of each machine may have a data set to fetch and to decode
-STORE_PORT = 29500  # in a namespace of its own, where nobody else listens
-
-
-class RankFailedError(Exception):
-    """A rank of a local job failed; the message is its last line, `details` its traceback."""
-
-    def __init__(self, rank: int, details: str) -> None:
-        super().__init__(f"rank {rank}: {details.strip().splitlines()[-1]}")
-        self.details = details
-
-
-def under_torchrun() -> bool:
-    """Whether a launcher has set the variables of torch's env:// rendezvous."""
-    return all(name in os.environ for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"))
 
 
 def run_in_job(settings: Settings, output: Output, timeout: timedelta, *, overwrite: bool) -> bool:
@@ -118,95 +102,7 @@ def run_locally(settings: Settings, output: Output, timeout: timedelta, *, overw
             settings.load_data()
         if not claim(output.folder, settings.configuration(), overwrite=overwrite):
             return False
-        preload("lgc_lab.training.launch")
+        preload(train.__module__)
         settings.load_data()  # decodes into the cache that the ranks map
         start_ranks(train, settings, output, world_size=settings.world_size, timeout=timeout)
         return True
-
-
-def preload(module: str) -> None:
-    """Have this module imported for all ranks that will be started, in the background."""
-    mp.get_context("forkserver").set_forkserver_preload([module, "torch._dynamo"])
-    forkserver.ensure_running()
-
-
-def start_ranks(
-    function: Callable[..., None],
-    *arguments: Any,
-    world_size: int,
-    timeout: timedelta,
-    network: Network | None = None,
-    backend: str | None = None,
-) -> None:
-    """Run `function(*arguments, device)` in so many ranks of a process group on this machine, until all are done.
-
-    They talk over loopback or, where there is a network, each from its own namespace; by the backend that fits the
-    devices, unless one is given.
-
-    Raises:
-        RankFailedError: if a rank failed; the others have been stopped.
-    """
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) if network is None else None
-    ranks = mp.start_processes(
-        _local_rank,
-        (function, arguments, world_size, timeout, store.port if store else network, backend),
-        nprocs=world_size,
-        join=False,
-        start_method="forkserver",
-    )
-    try:
-        while not ranks.join():
-            pass
-    except (mp.ProcessRaisedException, mp.ProcessExitedException) as error:
-        raise RankFailedError(error.error_index, str(error)) from None
-    finally:
-        for process in ranks.processes:
-            process.terminate()
-        for process in ranks.processes:
-            process.join()
-
-
-def _local_rank(
-    rank: int,
-    function: Callable[..., None],
-    arguments: tuple[Any, ...],
-    world_size: int,
-    timeout: timedelta,
-    place: int | Network,
-    backend: str | None,
-) -> None:
-    """One rank; `place` is the port of the launcher's store, or the network whose rank 0 has the store."""
-    threading.Thread(target=_end_with_launcher, daemon=True).start()
-    if isinstance(place, Network):
-        os.environ["GLOO_SOCKET_IFNAME"] = place.enter(rank)
-        store = dist.TCPStore(place.address(0), STORE_PORT, is_master=rank == 0, wait_for_workers=False)
-    else:
-        if sys.platform == "linux":
-            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-        store = dist.TCPStore("127.0.0.1", place, is_master=False)
-    device, fitting = pick_device(rank, world_size)
-    if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // world_size))
-    dist.init_process_group(backend or fitting, store=store, rank=rank, world_size=world_size, timeout=timeout)
-    try:
-        function(*arguments, device)
-    finally:
-        dist.destroy_process_group()
-
-
-def _end_with_launcher() -> None:
-    # A killed launcher stops nothing, and the run that goes on in the folder must be the only one there.
-    launcher = parent_process()
-    assert launcher is not None
-    launcher.join()
-    os._exit(1)
-
-
-def pick_device(local_rank: int, local_world_size: int) -> tuple[torch.device, str]:
-    """A rank's device and backend: NCCL where every rank has a GPU, else gloo: on shared GPUs or on the CPU."""
-    gpus = torch.cuda.device_count()
-    if gpus == 0:
-        return torch.device("cpu"), "gloo"
-    device = torch.device("cuda", local_rank % gpus)
-    torch.cuda.set_device(device)
-    return device, "nccl" if local_world_size <= gpus else "gloo"
