@@ -4,7 +4,7 @@ handle = lgc.attach(ddp_model, lgc.DGC(rate=0.01), optimizer)
 """
 
 from lgc import checkpoint
-from lgc.coding import BFloat16, EliasFano, Float16, Float32, RangeCoder, RawIndices, Rice, Sign, Uniform
+from lgc.coding import BFloat16, Float16, Float32, RangeCoder, RawIndices, Rice, Sign, Uniform
 from lgc.comm.traffic import Traffic, Wire
 from lgc.ddp import Handle, attach
 from lgc.phase import Phase
@@ -34,7 +34,6 @@ __all__ = [
     "Auto",
     "BFloat16",
     "Dense",
-    "EliasFano",
     "Float16",
     "Float32",
     "Handle",

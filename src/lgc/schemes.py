@@ -15,7 +15,6 @@ from torch import Tensor
 from lgc.choice.cost import Link
 from lgc.coding import (
     BFloat16,
-    EliasFano,
     Float16,
     Float32,
     IndexCoder,
@@ -39,7 +38,6 @@ FeedbackMode = Literal["reconstruction", "paper"]
 
 INDEX_CODERS: dict[str, type[IndexCoder]] = {
     "raw": RawIndices,
-    "elias-fano": EliasFano,
     "rice": Rice,
     "range": RangeCoder,
 }

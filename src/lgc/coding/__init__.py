@@ -1,6 +1,7 @@
 """Bytes for indices, values and payloads. Nothing here communicates."""
 
-from lgc.coding.indices import EliasFano, IndexCoder, RangeCoder, RawIndices, Rice
+from lgc.coding.indices import IndexCoder, RangeCoder, RawIndices, Rice
+from lgc.coding.lanes import lane_width, lane_words, pack_lanes, unpack_lanes
 from lgc.coding.payload import Kind, PayloadError, header_size, pack, size_limit, unpack
 from lgc.coding.values import (
     BFloat16,
@@ -9,15 +10,10 @@ from lgc.coding.values import (
     Sign,
     Uniform,
     ValueCodec,
-    lane_width,
-    lane_words,
-    pack_lanes,
-    unpack_lanes,
 )
 
 __all__ = [
     "BFloat16",
-    "EliasFano",
     "Float16",
     "Float32",
     "IndexCoder",

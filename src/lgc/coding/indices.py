@@ -7,8 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib import import_module
-from types import ModuleType
-from typing import final
+from typing import Any, final
 
 import numpy as np
 import torch
@@ -19,6 +18,7 @@ from lgc.coding.payload import Octets, PayloadError, octets, tensor
 
 POSITION_LIMIT = 2**48
 RAW_LIMIT = 2**31
+ESCAPE = 255  # the quotient from which the range coder writes the excess apart
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,6 +44,25 @@ class _Segments:
     def pairs(self) -> list[tuple[int, int]]:
         """(n_s, k_s) as Python integers, which do not overflow."""
         return list(zip(self.sizes.tolist(), self.counts.tolist(), strict=True))
+
+    def gaps(self, local: Integers) -> Integers:
+        """Positions within their segments to the numbers of elements passed over before each."""
+        firsts, _ = self._firsts()
+        gaps = np.diff(local, prepend=-1) - 1
+        gaps[firsts] = local[firsts]
+        return gaps
+
+    def positions(self, gaps: Integers) -> Integers:
+        """Back from `gaps`."""
+        firsts, counts = self._firsts()
+        sums: Integers = np.cumsum(gaps + 1)
+        sums -= np.repeat(sums[firsts] - gaps[firsts], counts)
+        return sums
+
+    def _firsts(self) -> tuple[Integers, Integers]:
+        """Places of the first entries of the segments that have any, and these segments' k_s."""
+        counts = self.counts[self.counts > 0]
+        return np.cumsum(counts) - counts, counts
 
 
 @dataclass(frozen=True)
@@ -76,12 +95,8 @@ class IndexCoder(ABC):
             raise ValueError(
                 f"{type(self).__name__}.encode(indices=...) must be in [0, {total}), got {flat[0]} to {flat[-1]}."
             )
-        if not bool((flat[1:] > flat[:-1]).all()):
-            place = int(np.argmax(flat[1:] <= flat[:-1]))
-            raise ValueError(
-                f"{type(self).__name__}.encode(indices=...) must be strictly ascending, "
-                f"got {flat[place]} before {flat[place + 1]}."
-            )
+        if descent := _descent(flat):
+            raise ValueError(f"{type(self).__name__}.encode(indices=...) must be strictly ascending, got {descent}.")
         edges = np.cumsum(np.array(sizes, np.int64))
         counts = np.diff(np.searchsorted(flat, edges), prepend=0)
         segments = _Segments(np.array(sizes, np.int64), counts)
@@ -111,9 +126,8 @@ class IndexCoder(ABC):
             place = int(np.argmax(wrong))
             raise PayloadError("indices", f"in [0, {limits[place]}) of their segment", local[place])
         flat = local + segments.starts()
-        if not bool((flat[1:] > flat[:-1]).all()):
-            place = int(np.argmax(flat[1:] <= flat[:-1]))
-            raise PayloadError("indices", "strictly ascending", f"{flat[place]} before {flat[place + 1]}")
+        if descent := _descent(flat):
+            raise PayloadError("indices", "strictly ascending", descent)
         return torch.from_numpy(flat)
 
     def bound(self, sizes: Sequence[int], counts: Sequence[int]) -> int:
@@ -174,68 +188,41 @@ class RawIndices(IndexCoder):
         return 4 * segments.count
 
 
-class _LowAndUnary(IndexCoder):
-    """Low bits of fixed width in one stream, the rest in unary in another, so that both directions vectorise."""
+class _GapCoder(IndexCoder):
+    """The gaps' low bits, of fixed width, in one stream and their quotients in another, so that both vectorise."""
 
     def _encode(self, local: Integers, segments: _Segments) -> Octets:
         widths = segments.repeat(self._widths(segments))
-        numbers, previous = self._numbers(local, segments, widths)
-        low = pack_bits(numbers & ((1 << widths) - 1), widths)
-        return np.concatenate([low, pack_unary((numbers >> widths) - previous)])
+        gaps = segments.gaps(local)
+        low = pack_bits(gaps & ((1 << widths) - 1), widths)
+        return np.concatenate([low, self._encode_quotients(gaps >> widths, segments)])
 
     def _decode(self, data: Octets, segments: _Segments) -> Integers:
-        of_segment = self._widths(segments)
-        length = octet_count(int((of_segment * segments.counts).sum()))
-        widths = segments.repeat(of_segment)
+        length = self._low_size(segments)
+        widths = segments.repeat(self._widths(segments))
         low = unpack_bits(data[:length], widths, "indices.low")
-        high = unpack_unary(data[length:], segments.count, "indices.unary")
-        return self._positions(low, high, segments, widths)
+        return segments.positions((self._decode_quotients(data[length:], segments) << widths) + low)
 
-    def _bound(self, segments: _Segments) -> int:
-        widths = self._widths(segments)
-        unary = np.where(segments.counts > 0, segments.counts + (self._largest(segments) >> widths), 0)
-        return octet_count(int((widths * segments.counts).sum())) + octet_count(int(unary.sum()))
-
-    @abstractmethod
     def _widths(self, segments: _Segments) -> Integers:
-        """Width of the low bits, per segment, computed in integers: it must not differ between machines."""
+        return np.array([self._width(n, k) if k else 0 for n, k in segments.pairs()], np.int64)
+
+    def _low_size(self, segments: _Segments) -> int:
+        return octet_count(int((self._widths(segments) * segments.counts).sum()))
 
     @abstractmethod
-    def _numbers(self, local: Integers, segments: _Segments, widths: Integers) -> tuple[Integers, Integers]:
-        """What is split into low bits and the rest, and what is subtracted from the rest."""
+    def _width(self, size: int, count: int) -> int:
+        """Low bits of the gaps of `count` in `size`, computed in integers: it must not differ between machines."""
 
     @abstractmethod
-    def _positions(self, low: Integers, high: Integers, segments: _Segments, widths: Integers) -> Integers: ...
+    def _encode_quotients(self, quotients: Integers, segments: _Segments) -> Octets: ...
 
     @abstractmethod
-    def _largest(self, segments: _Segments) -> Integers:
-        """Largest sum, per segment, of what is written in unary, before its low bits are taken off."""
+    def _decode_quotients(self, data: Octets, segments: _Segments) -> Integers: ...
 
 
 @final
 @dataclass(frozen=True)
-class EliasFano(_LowAndUnary):
-    """Elias-Fano: floor(log2(n_s / k_s)) low bits of every position, the rest as unary differences.
-
-    At most 2 + log2(n_s / k_s) bits an index. Source: Elias, J. ACM 21(2), 1974; Fano, 1971.
-    """
-
-    def _widths(self, segments: _Segments) -> Integers:
-        return np.array([(n // k).bit_length() - 1 if k else 0 for n, k in segments.pairs()], np.int64)
-
-    def _numbers(self, local: Integers, segments: _Segments, widths: Integers) -> tuple[Integers, Integers]:
-        return local, _previous(local >> widths, segments, 0)
-
-    def _positions(self, low: Integers, high: Integers, segments: _Segments, widths: Integers) -> Integers:
-        return (_cumulate(high, segments) << widths) | low
-
-    def _largest(self, segments: _Segments) -> Integers:
-        return np.maximum(segments.sizes - 1, 0)
-
-
-@final
-@dataclass(frozen=True)
-class Rice(_LowAndUnary):
+class Rice(_GapCoder):
     """Golomb-Rice code of the gaps: r low bits of every gap, the rest in unary.
 
     r is the least integer with 2^r >= 0.4812 (n_s / k_s - 1/2), the optimum for geometric gaps. Above a density of 1/2
@@ -243,23 +230,24 @@ class Rice(_LowAndUnary):
     2004.
     """
 
-    def _widths(self, segments: _Segments) -> Integers:
-        return np.array([_rice_parameter(n, k) for n, k in segments.pairs()], np.int64)
+    def _width(self, size: int, count: int) -> int:
+        least = -(-2406 * (2 * size - count) // (10_000 * count))
+        return (least - 1).bit_length()
 
-    def _numbers(self, local: Integers, segments: _Segments, widths: Integers) -> tuple[Integers, Integers]:
-        gaps = local - _previous(local, segments, -1) - 1
-        return gaps, np.zeros_like(gaps)
+    def _encode_quotients(self, quotients: Integers, segments: _Segments) -> Octets:
+        return pack_unary(quotients)
 
-    def _positions(self, low: Integers, high: Integers, segments: _Segments, widths: Integers) -> Integers:
-        return _cumulate((high << widths) + low + 1, segments) - 1
+    def _decode_quotients(self, data: Octets, segments: _Segments) -> Integers:
+        return unpack_unary(data, segments.count, "indices.unary")
 
-    def _largest(self, segments: _Segments) -> Integers:
-        return segments.sizes - segments.counts
+    def _bound(self, segments: _Segments) -> int:
+        zeros = (segments.sizes - segments.counts) >> self._widths(segments)
+        return self._low_size(segments) + octet_count(segments.count + int(zeros[segments.counts > 0].sum()))
 
 
 @final
 @dataclass(frozen=True)
-class RangeCoder(IndexCoder):
+class RangeCoder(_GapCoder):
     """Range code of the gaps as geometric of mean n_s / k_s - 1, near the bound log2 C(n_s, k_s) at any density.
 
     Only the quotients of the gaps by 2^s are range coded, s such that their mean is below 16; within such a step the
@@ -270,16 +258,22 @@ class RangeCoder(IndexCoder):
     """
 
     def __post_init__(self) -> None:
-        _constriction()
+        _stream()
 
-    def _encode(self, local: Integers, segments: _Segments) -> Octets:
-        widths = segments.repeat(_flat_bits(segments))
-        gaps = local - _previous(local, segments, -1) - 1
-        quotients = gaps >> widths
-        symbols = np.minimum(quotients, _ESCAPE)
-        excess = (quotients - symbols)[symbols == _ESCAPE]
-        stream = _constriction().stream
-        encoder = stream.queue.RangeEncoder()
+    def _decode(self, data: Octets, segments: _Segments) -> Integers:
+        local = super()._decode(data, segments)
+        inside = bool((local < segments.repeat(segments.sizes)).all())
+        if inside and not np.array_equal(self._encode(local, segments), data):  # else bytes could follow unseen
+            raise PayloadError("indices.range", "the code of what it decodes to", "another code")
+        return local
+
+    def _width(self, size: int, count: int) -> int:
+        return _flat_bits(size, count)
+
+    def _encode_quotients(self, quotients: Integers, segments: _Segments) -> Octets:
+        symbols = np.minimum(quotients, ESCAPE)
+        excess = (quotients - symbols)[symbols == ESCAPE]
+        encoder = _stream().queue.RangeEncoder()
         place = 0
         for n, k in segments.pairs():
             if k:
@@ -287,102 +281,66 @@ class RangeCoder(IndexCoder):
             place += k
         chunks = np.stack([excess & 0xFFFF, (excess >> 16) & 0xFFFF, excess >> 32], axis=1).ravel()
         if chunks.size:
-            encoder.encode(chunks.astype(np.int32), stream.model.Uniform(2**16))
-        words = encoder.get_compressed().astype("<u4").view(np.uint8)
-        return np.concatenate([pack_bits(gaps & ((1 << widths) - 1), widths), words])
+            encoder.encode(chunks.astype(np.int32), _stream().model.Uniform(2**16))
+        words: Octets = encoder.get_compressed().astype("<u4").view(np.uint8)
+        return words
 
-    def _decode(self, data: Octets, segments: _Segments) -> Integers:
-        of_segment = _flat_bits(segments)
-        length = octet_count(int((of_segment * segments.counts).sum()))
-        widths = segments.repeat(of_segment)
-        low = unpack_bits(data[:length], widths, "indices.low")
-        if (data.size - length) % 4:
-            raise PayloadError("indices.range", "a multiple of 4 bytes", data.size - length)
-        high = _decode_quotients(np.frombuffer(data[length:].tobytes(), "<u4").astype(np.uint32), segments)
-        reach = float(np.ldexp(high.astype(np.float64), widths.astype(np.int32)).sum())
-        if reach >= POSITION_LIMIT:  # the sums below would overflow
+    def _decode_quotients(self, data: Octets, segments: _Segments) -> Integers:
+        if data.size % 4:
+            raise PayloadError("indices.range", "a multiple of 4 bytes", data.size)
+        decoder = _stream().queue.RangeDecoder(np.frombuffer(data.tobytes(), "<u4").astype(np.uint32))
+        quotients = np.zeros(segments.count, np.int64)
+        place = 0
+        try:
+            for n, k in segments.pairs():
+                if k:
+                    quotients[place : place + k] = decoder.decode(_geometric(n, k), k)
+                place += k
+            escaped = np.flatnonzero(quotients == ESCAPE)
+            if escaped.size:
+                chunks = decoder.decode(_stream().model.Uniform(2**16), 3 * escaped.size).astype(np.int64)
+                quotients[escaped] += chunks[0::3] | (chunks[1::3] << 16) | (chunks[2::3] << 32)
+        except (AssertionError, ValueError) as error:
+            raise PayloadError("indices.range", "a range code", str(error)) from error
+        widths = segments.repeat(self._widths(segments))
+        reach = float(np.ldexp(quotients.astype(np.float64), widths.astype(np.int32)).sum())
+        if reach >= POSITION_LIMIT:  # their sums would overflow
             raise PayloadError("indices.range", "of gaps that sum to less than 2^48", reach)
-        local = _cumulate((high << widths) + low + 1, segments) - 1
-        inside = bool((local < segments.repeat(segments.sizes)).all())
-        if inside and not np.array_equal(self._encode(local, segments), data):  # else bytes could follow unseen
-            raise PayloadError("indices.range", "the code of what it decodes to", "another code")
-        return local
+        return quotients
 
     def _bound(self, segments: _Segments) -> int:
-        low = int((_flat_bits(segments) * segments.counts).sum())
-        return octet_count(low) + 4 * (2 + octet_count(segments.count * (24 + 48)) // 4)
+        return self._low_size(segments) + 4 * (2 + octet_count(segments.count * (24 + 48)) // 4)
 
 
-_ESCAPE = 255
-
-
-def _constriction() -> ModuleType:
+def _stream() -> Any:
+    """The package `constriction`, as far as it is used here."""
     try:
-        return import_module("constriction")
+        return import_module("constriction").stream
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError("RangeCoder needs the package constriction: pip install 'lgc[coding]'.") from error
 
 
-def _decode_quotients(words: np.ndarray[tuple[int], np.dtype[np.uint32]], segments: _Segments) -> Integers:
-    stream = _constriction().stream
-    decoder = stream.queue.RangeDecoder(words)
-    quotients = np.zeros(segments.count, np.int64)
-    place = 0
-    try:
-        for n, k in segments.pairs():
-            if k:
-                quotients[place : place + k] = decoder.decode(_geometric(n, k), k)
-            place += k
-        escaped = np.flatnonzero(quotients == _ESCAPE)
-        if escaped.size:
-            chunks = decoder.decode(stream.model.Uniform(2**16), 3 * escaped.size).astype(np.int64).reshape(-1, 3)
-            quotients[escaped] += chunks[:, 0] | (chunks[:, 1] << 16) | (chunks[:, 2] << 32)
-    except (AssertionError, ValueError) as error:
-        raise PayloadError("indices.range", "a range code", str(error)) from error
-    return quotients
+def _descent(flat: Integers) -> str | None:
+    """The first two neighbours that do not ascend."""
+    ascends = flat[1:] > flat[:-1]
+    if ascends.all():
+        return None
+    place = int(np.argmin(ascends))
+    return f"{flat[place]} before {flat[place + 1]}"
 
 
 @lru_cache(maxsize=1024)
 def _geometric(size: int, count: int) -> object:
     """Model of the quotients of the gaps of `count` in `size`; only exactly rounded operations, equal everywhere."""
     ratio = 1.0 - count / size
-    for _ in range(_flat_bits_of(size, count)):
+    for _ in range(_flat_bits(size, count)):
         ratio *= ratio
-    powers = np.multiply.accumulate(np.concatenate([[1.0], np.full(_ESCAPE, ratio)]))
+    powers = np.multiply.accumulate(np.concatenate([[1.0], np.full(ESCAPE, ratio)]))
     probabilities = powers * (1.0 - ratio)
-    probabilities[_ESCAPE] = powers[_ESCAPE]
-    return _constriction().stream.model.Categorical(probabilities, perfect=False)
+    probabilities[ESCAPE] = powers[ESCAPE]
+    return _stream().model.Categorical(probabilities, perfect=False)
 
 
-def _flat_bits(segments: _Segments) -> Integers:
-    return np.array([_flat_bits_of(n, k) for n, k in segments.pairs()], np.int64)
-
-
-def _flat_bits_of(size: int, count: int) -> int:
+def _flat_bits(size: int, count: int) -> int:
     """Least s with size / count < 16 * 2^s: the bits of a gap that are flat."""
-    return (size // (16 * count)).bit_length() if count else 0
-
-
-def _rice_parameter(size: int, count: int) -> int:
-    if not count:
-        return 0
-    least = -(-2406 * (2 * size - count) // (10_000 * count))
-    return (least - 1).bit_length()
-
-
-def _previous(values: Integers, segments: _Segments, first: int) -> Integers:
-    """The value before each in its segment, `first` where there is none."""
-    previous = np.empty_like(values)
-    previous[1:] = values[:-1]
-    counts = segments.counts[segments.counts > 0]
-    previous[np.cumsum(counts) - counts] = first
-    return previous
-
-
-def _cumulate(values: Integers, segments: _Segments) -> Integers:
-    """Cumulative sum that starts again in every segment."""
-    sums: Integers = np.cumsum(values)
-    counts = segments.counts[segments.counts > 0]
-    starts = np.cumsum(counts) - counts
-    sums -= np.repeat(sums[starts] - values[starts], counts)
-    return sums
+    return (size // (16 * count)).bit_length()

@@ -17,7 +17,8 @@ Octets = npt.NDArray[np.uint8]
 MAGIC = b"LGCP"
 VERSION = 1
 PARTS_LIMIT = 255
-_FIXED = struct.Struct("<4sBBBBQ")  # magic, version, kind, number of parts, reserved, step
+_FIELDS = ("magic", "version", "kind", "parts", "reserved", "step")
+_FIXED = struct.Struct("<4sBBBBQ")
 _CHECKSUM = struct.Struct("<I")
 _START = _FIXED.size + _CHECKSUM.size  # of the parts' lengths
 
@@ -118,21 +119,12 @@ def unpack(data: Tensor | bytes, *, kind: int, step: int, bounds: Sequence[int])
         raise PayloadError("length", f"at least {header_size(len(bounds))} bytes", payload.size)
     if payload.size > size_limit(bounds):
         raise PayloadError("length", f"at most {size_limit(bounds)} bytes", payload.size)
-    magic, version, its_kind, parts, reserved, its_step = _FIXED.unpack(payload[: _FIXED.size].tobytes())
-    expected = {
-        "magic": MAGIC,
-        "version": VERSION,
-        "kind": int(kind),
-        "parts": len(bounds),
-        "reserved": 0,
-        "step": step,
-    }
-    for (field, right), value in zip(
-        expected.items(), (magic, version, its_kind, parts, reserved, its_step), strict=True
-    ):
+    received = _FIXED.unpack(payload[: _FIXED.size].tobytes())
+    expected = (MAGIC, VERSION, int(kind), len(bounds), 0, step)
+    for field, right, value in zip(_FIELDS, expected, received, strict=True):
         if value != right:
             raise PayloadError(field, str(right), value)
-    start = header_size(parts)
+    start = header_size(len(bounds))
     lengths = np.frombuffer(payload[_START:start].tobytes(), dtype="<u4").tolist()
     for place, (length, bound) in enumerate(zip(lengths, bounds, strict=True)):
         if length > bound:

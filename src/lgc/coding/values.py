@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import final
+from typing import ClassVar, final
 
 import numpy as np
 import numpy.typing as npt
@@ -16,8 +16,6 @@ from lgc.coding.bits import Integers, octet_count, pack_bits, unpack_bits
 from lgc.coding.payload import Octets, PayloadError, octets, tensor
 
 Floats = npt.NDArray[np.float32]
-
-WORD_BITS = 31  # of an int32 that lanes use: the sign bit stays clear, so no sum overflows
 
 
 @dataclass(frozen=True)
@@ -88,55 +86,48 @@ class ValueCodec(ABC):
     def _size(self, counts: Integers) -> int: ...
 
 
+class _Rounded(ValueCodec):
+    """Every value by itself in a floating-point format, rounded to nearest even, saturated at its largest."""
+
+    _dtype: ClassVar[torch.dtype]
+    _word: ClassVar[torch.dtype]  # the integer of that size
+
+    def _encode(self, values: Floats, counts: Integers) -> Octets:
+        limit = torch.finfo(self._dtype).max
+        rounded = torch.from_numpy(values).clamp(-limit, limit).to(self._dtype)
+        return rounded.view(self._word).numpy().astype(f"<i{self._dtype.itemsize}").view(np.uint8)
+
+    def _decode(self, data: Octets, counts: Integers) -> Floats:
+        words = np.frombuffer(data.tobytes(), f"<i{self._dtype.itemsize}").astype(f"=i{self._dtype.itemsize}")
+        values: Floats = torch.from_numpy(words).view(self._dtype).to(torch.float32).numpy()
+        return values
+
+    def _size(self, counts: Integers) -> int:
+        return self._dtype.itemsize * int(counts.sum())
+
+
 @final
 @dataclass(frozen=True)
-class Float32(ValueCodec):
+class Float32(_Rounded):
     """Values as they are, 32 bits each."""
 
-    def _encode(self, values: Floats, counts: Integers) -> Octets:
-        return values.astype("<f4").view(np.uint8)
-
-    def _decode(self, data: Octets, counts: Integers) -> Floats:
-        return np.frombuffer(data.tobytes(), "<f4").astype(np.float32)
-
-    def _size(self, counts: Integers) -> int:
-        return 4 * int(counts.sum())
+    _dtype, _word = torch.float32, torch.int32
 
 
 @final
 @dataclass(frozen=True)
-class Float16(ValueCodec):
+class Float16(_Rounded):
     """IEEE half precision, rounded to nearest even, saturated at 65504."""
 
-    def _encode(self, values: Floats, counts: Integers) -> Octets:
-        return np.clip(values, -65504.0, 65504.0).astype("<f2").view(np.uint8)
-
-    def _decode(self, data: Octets, counts: Integers) -> Floats:
-        return np.frombuffer(data.tobytes(), "<f2").astype(np.float32)
-
-    def _size(self, counts: Integers) -> int:
-        return 2 * int(counts.sum())
+    _dtype, _word = torch.float16, torch.int16
 
 
 @final
 @dataclass(frozen=True)
-class BFloat16(ValueCodec):
+class BFloat16(_Rounded):
     """The upper half of a float32, rounded to nearest even, saturated at its largest finite value."""
 
-    def _encode(self, values: Floats, counts: Integers) -> Octets:
-        words = values.view(np.uint32)
-        largest = np.uint32(0x7F7F0000)
-        magnitudes = words & np.uint32(0x7FFFFFFF)
-        rounded = magnitudes + np.uint32(0x7FFF) + ((magnitudes >> np.uint32(16)) & np.uint32(1))
-        rounded = np.minimum(rounded, largest) | (words & np.uint32(0x80000000))
-        upper: npt.NDArray[np.uint32] = rounded >> np.uint32(16)
-        return upper.astype("<u2").view(np.uint8)
-
-    def _decode(self, data: Octets, counts: Integers) -> Floats:
-        return (np.frombuffer(data.tobytes(), "<u2").astype(np.uint32) << np.uint32(16)).view(np.float32)
-
-    def _size(self, counts: Integers) -> int:
-        return 2 * int(counts.sum())
+    _dtype, _word = torch.bfloat16, torch.int16
 
 
 @final
@@ -265,66 +256,6 @@ class Uniform(ValueCodec):
         if self.bits in (8, 16):
             return np.frombuffer(data.tobytes(), f"<u{self.bits // 8}").astype(np.int64)
         return unpack_bits(data, np.full(count, self.bits, np.int64), "values.integers")
-
-
-def lane_width(largest: int, terms: int) -> int:
-    """Bits of a lane that holds the sum of `terms` integers in [0, largest]."""
-    return max(1, (largest * terms).bit_length())
-
-
-def lane_words(count: int, width: int) -> int:
-    """Number of int32 words that hold `count` lanes."""
-    return -(-count // _lanes(width))
-
-
-def pack_lanes(values: Tensor, width: int) -> Tensor:
-    """Integers as lanes of int32 words, floor(31 / width) in each, so that a sum of words is the sum of the lanes.
-
-    No lane carries into the next as long as no sum exceeds 2^width - 1: see `lane_width`. Lane j of a word holds
-    value j * words + word, so that packing and unpacking are sums of contiguous slices.
-
-    Args:
-        values: integers in [0, 2^width), one dimension, on any device.
-        width: bits of a lane, 1 to 31.
-
-    Returns:
-        int32 of shape (lane_words(count, width),) on the same device.
-
-    Raises:
-        ValueError: if a value or the width is out of range.
-    """
-    lanes = _lanes(width)
-    if values.numel() and (int(values.min()) < 0 or int(values.max()) >> width):
-        raise ValueError(
-            f"pack_lanes(values=...) must be in [0, {2**width - 1}], got {int(values.min())} to {int(values.max())}."
-        )
-    words = lane_words(values.numel(), width)
-    packed = torch.zeros(words, dtype=torch.int32, device=values.device)
-    for lane in range(lanes):
-        part = values[lane * words : (lane + 1) * words].to(torch.int32)
-        packed[: part.numel()] |= part << (lane * width)
-    return packed
-
-
-def unpack_lanes(words: Tensor, width: int, count: int) -> Tensor:
-    """The `count` integers, int32, that lie in the lanes of int32 words.
-
-    Raises:
-        ValueError: if the words are not those of `count` lanes.
-    """
-    lanes = _lanes(width)
-    if words.dtype != torch.int32 or words.numel() != lane_words(count, width):
-        raise ValueError(
-            f"unpack_lanes(words=...) must be {lane_words(count, width)} int32, got {words.numel()} {words.dtype}."
-        )
-    parts = [(words >> (lane * width)) & (2**width - 1) for lane in range(lanes)]
-    return torch.cat(parts)[:count]
-
-
-def _lanes(width: int) -> int:
-    if not 1 <= width <= WORD_BITS:
-        raise ValueError(f"lanes must be 1 to {WORD_BITS} bits wide, got {width}.")
-    return WORD_BITS // width
 
 
 def _positive(values: Tensor, scale: Tensor | float) -> Tensor:

@@ -1,11 +1,10 @@
-"""Size and speed of the codes for indices and values, and a fuzzer of their decoders."""
+"""What the codes for indices and values cost: bits and time."""
 
 from __future__ import annotations
 
 import math
 import time
 import zlib
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -22,12 +21,9 @@ from torch import Tensor
 
 from lgc.coding import (
     BFloat16,
-    EliasFano,
     Float16,
     Float32,
     IndexCoder,
-    Kind,
-    PayloadError,
     RangeCoder,
     RawIndices,
     Rice,
@@ -35,8 +31,6 @@ from lgc.coding import (
     Uniform,
     ValueCodec,
     header_size,
-    pack,
-    unpack,
 )
 from lgc_lab.folder import write_json
 
@@ -49,24 +43,27 @@ REPEATS = 5
 RAW_ENTRY_BITS = 64  # int32 and float32
 
 
-class IndexCost(NamedTuple):
+@dataclass(frozen=True)
+class IndexCost:
     """Cost of one code on one set of positions; milliseconds of one core per million indices."""
 
     code: str
     case: str
     entries: int
     bits: float
-    bound_bits: float
+    bound_bits: float  # log2 C(N, k) / k
     encode_ms: float
     decode_ms: float
 
-    @property
-    def ratio(self) -> float:
-        """Bits over the bound log2 C(N, k) / k."""
-        return self.bits / self.bound_bits
+    def __str__(self) -> str:
+        return (
+            f"{self.code:<20}{self.case:>8}{self.entries:>10}{self.bits:>12.3f}{self.bits / self.bound_bits:>10.4f}"
+            f"{self.encode_ms:>9.1f}{self.decode_ms:>9.1f}"
+        )
 
 
-class ValueCost(NamedTuple):
+@dataclass(frozen=True)
+class ValueCost:
     """Cost and loss of one value codec; `entry_bits` and `entry_gain` count a value and its Rice-coded index."""
 
     codec: str
@@ -74,6 +71,12 @@ class ValueCost(NamedTuple):
     squared_error: float
     entry_bits: float
     entry_gain: float
+
+    def __str__(self) -> str:
+        return (
+            f"{self.codec:<30}{self.bits:>11.3f}{self.squared_error:>15.2e}{self.entry_bits:>12.3f}"
+            f"{self.entry_gain:>14.2f}"
+        )
 
 
 @dataclass(frozen=True)
@@ -86,7 +89,10 @@ class CodecReport:
 
     def text(self) -> str:
         """The report as two tables."""
-        return "\n".join([*_index_table(self.indices), "", *_value_table(self.values)])
+        columns = f"{'entries':>10}{'bits/index':>12}{'/ bound':>10}{'encode':>9}{'decode':>9}  ms/million"
+        indices = [f"{'code':<20}{'case':>8}{columns}", *map(str, self.indices)]
+        columns = f"{'bits/value':>11}{'squared error':>15}{'bits/entry':>12}{'int32+fp32 /':>14}"
+        return "\n".join([*indices, "", f"{'values':<30}{columns}", *map(str, self.values)])
 
 
 class _Code(NamedTuple):
@@ -137,12 +143,8 @@ def log2_choose(size: int, count: int) -> float:
 
 def _sample(generator: np.random.Generator, size: int, count: int) -> Positions:
     """`count` of `size` positions, ascending, uniformly distributed."""
-    if size <= 64 * count:
-        return np.flatnonzero(generator.permutation(size) < count) if size <= 2**24 else _reject(generator, size, count)
-    return _reject(generator, size, count)
-
-
-def _reject(generator: np.random.Generator, size: int, count: int) -> Positions:
+    if size <= min(64 * count, 2**24):
+        return np.flatnonzero(generator.permutation(size) < count)
     drawn = np.zeros(0, np.int64)
     while drawn.size < count:
         drawn = np.union1d(drawn, generator.integers(0, size, count - drawn.size + 64))
@@ -156,14 +158,12 @@ def _uneven_counts(generator: np.random.Generator, sizes: Sequence[int], rate: f
     return [min(size, max(1, round(count))) for size, count in zip(sizes, counts.tolist(), strict=True)]
 
 
-def _index_coders() -> list[IndexCoder]:
-    """Those that are installed."""
-    ranged: list[IndexCoder] = [RangeCoder()] if find_spec("constriction") else []
-    return [RawIndices(), EliasFano(), Rice(), *ranged]
-
-
 def _codes(sizes: Sequence[int], counts: Sequence[int]) -> Iterator[_Code]:
-    for coder in _index_coders():
+    """Those that are installed."""
+    coders: list[IndexCoder] = [RawIndices(), Rice()]
+    if find_spec("constriction"):
+        coders.append(RangeCoder())
+    for coder in coders:
         yield _coder_code(coder, sizes, counts)
     yield _Code("int64", lambda positions: positions.tobytes(), lambda data: np.frombuffer(_raw(data), np.int64).copy())
     yield _Code(
@@ -207,13 +207,13 @@ def _sums(data: bytes) -> Positions:
 
 def _index_costs(case: str, positions: Positions, sizes: Sequence[int], counts: Sequence[int]) -> list[IndexCost]:
     bound = sum(map(log2_choose, sizes, counts)) / positions.size
+    millions = positions.size / 1e6
     costs = []
     for code in _codes(sizes, counts):
         data, encode_ms = _timed(partial(code.encode, positions))
         decoded, decode_ms = _timed(partial(code.decode, data))
         if not np.array_equal(decoded, positions):
             raise AssertionError(f"{code.name} does not decode what it encoded.")
-        millions = positions.size / 1e6
         bits = 8 * len(_raw(data)) / positions.size
         costs.append(
             IndexCost(code.name, case, positions.size, bits, bound, encode_ms / millions, decode_ms / millions)
@@ -249,154 +249,28 @@ def _value_costs(generator: np.random.Generator, counts: Sequence[int], index_bi
     return costs
 
 
-def _index_table(costs: Sequence[IndexCost]) -> list[str]:
-    lines = [
-        f"{'code':<20}{'case':>8}{'entries':>10}{'bits/index':>12}{'/ bound':>10}{'encode':>9}{'decode':>9}  ms/million"
-    ]
-    for cost in costs:
-        lines.append(
-            f"{cost.code:<20}{cost.case:>8}{cost.entries:>10}{cost.bits:>12.3f}{cost.ratio:>10.4f}"
-            f"{cost.encode_ms:>9.1f}{cost.decode_ms:>9.1f}"
-        )
-    return lines
-
-
-def _value_table(costs: Sequence[ValueCost]) -> list[str]:
-    lines = [f"{'values':<30}{'bits/value':>11}{'squared error':>15}{'bits/entry':>12}{'int32+fp32 /':>14}"]
-    for cost in costs:
-        lines.append(
-            f"{cost.codec:<30}{cost.bits:>11.3f}{cost.squared_error:>15.2e}{cost.entry_bits:>12.3f}{cost.entry_gain:>14.2f}"
-        )
-    return lines
-
-
-class _Target(NamedTuple):
-    """A decoder, bytes that it accepts, and what has to hold for whatever else it accepts."""
-
-    name: str
-    valid: bytes
-    check: Callable[[bytes], None]
-
-
-def fuzz(count: int, *, seed: int = 0) -> Counter[str]:
-    """Decode `count` mutated or random byte strings; numbers of those accepted and refused, by decoder.
-
-    A decoder may refuse with `PayloadError` only. Indices that it accepts must have exactly these bytes as
-    their code, values must be finite.
-
-    Raises:
-        AssertionError: if what was accepted breaks that.
-    """
-    generator = np.random.default_rng(seed)
-    targets = list(_targets(generator))
-    outcomes: Counter[str] = Counter()
-    choices = generator.integers(0, len(targets), count)
-    for choice in choices.tolist():
-        target = targets[choice]
-        try:
-            target.check(_mutate(generator, target.valid))
-            outcomes[f"{target.name} accepted"] += 1
-        except PayloadError:
-            outcomes[f"{target.name} refused"] += 1
-    return outcomes
-
-
-def _targets(generator: np.random.Generator) -> Iterator[_Target]:
-    sizes, counts = [1000, 0, 7, 50_000, 3], [20, 0, 7, 40, 0]
-    starts = np.cumsum([0, *sizes[:-1]])
-    positions = np.concatenate([_sample(generator, n, k) + s for n, k, s in zip(sizes, counts, starts, strict=True)])
-    indices = torch.from_numpy(positions)
-    for coder in _index_coders():
-        yield _Target(
-            type(coder).__name__,
-            _raw(coder.encode(indices, sizes)),
-            partial(_check_indices, coder, sizes, counts),
-        )
-    values = torch.from_numpy(generator.standard_t(3, sum(counts)).astype(np.float32))
-    codecs = (Float32(), Float16(), BFloat16(), Sign(), Uniform(bits=3), Uniform(bits=8), Uniform(bits=4, block=16))
-    for codec in codecs:
-        yield _Target(
-            type(codec).__name__,
-            _raw(codec.encode(values, counts)),
-            partial(_check_values, codec, counts),
-        )
-    parts = [Rice().encode(indices, sizes), Sign().encode(values, counts)]
-    bounds = [Rice().bound(sizes, counts), Sign().size(counts)]
-    yield _Target("payload", _raw(pack(parts, kind=Kind.ENTRIES, step=7)), partial(_check_payload, bounds))
-
-
-def _check_indices(coder: IndexCoder, sizes: Sequence[int], counts: Sequence[int], data: bytes) -> None:
-    decoded = coder.decode(data, sizes, counts)
-    if _raw(coder.encode(decoded, sizes)) != data:
-        raise AssertionError(f"{coder} accepts {data.hex()}, which is not the code of {decoded.tolist()}.")
-
-
-def _check_values(codec: ValueCodec, counts: Sequence[int], data: bytes) -> None:
-    if not bool(codec.decode(data, counts).isfinite().all()):
-        raise AssertionError(f"{codec} decodes {data.hex()} to values that are not finite.")
-
-
-def _check_payload(bounds: Sequence[int], data: bytes) -> None:
-    parts = unpack(data, kind=Kind.ENTRIES, step=7, bounds=bounds)
-    if _raw(pack(parts, kind=Kind.ENTRIES, step=7)) != data:
-        raise AssertionError(f"unpack accepts {data.hex()}, which pack does not write.")
-
-
-def _mutate(generator: np.random.Generator, valid: bytes) -> bytes:
-    """Bytes changed at up to three places, cut, lengthened, or drawn afresh."""
-    data = np.frombuffer(valid, np.uint8).copy()
-    kind = int(generator.integers(0, 8))
-    if kind == 0:
-        return data[: generator.integers(0, data.size)].tobytes()
-    if kind == 1:
-        return valid + generator.bytes(int(generator.integers(1, 9)))
-    if kind == 2:
-        return generator.bytes(int(generator.integers(0, 2 * data.size)))
-    if kind == 3:
-        return generator.bytes(data.size)
-    places = generator.integers(0, data.size, int(generator.integers(1, 4)))
-    data[places] ^= generator.integers(0, 256, places.size, np.uint8)
-    return data.tobytes()
-
-
 @click.command()
 @click.option(
     "--entries", default=1_000_000, show_default=True, type=click.IntRange(min=1000), help="Number of positions."
 )
-@click.option(
-    "--seed", type=click.IntRange(0), default=0, show_default=True, help="Seed of positions, values and mutations."
-)
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Seed of positions and values.")
 @click.option(
     "--out", type=click.Path(dir_okay=False, path_type=Path), help="Also write the numbers to this JSON file."
 )
-@click.option("--fuzz", "payloads", type=click.IntRange(min=1), help="Instead, decode this many broken payloads.")
-def codec(entries: int, seed: int, out: Path | None, payloads: int | None) -> None:
+def codec(entries: int, seed: int, out: Path | None) -> None:
     """Measure what an index and a value cost on the wire.
 
     An index costs at least log2 C(N, k) / k bits: 4.7 at a density of 10 %, 8.1 at 1 %, 11.4 at 0.1 %, 14.7 at 0.01 %.
     "/ bound" is how far a code is from that. "layers" is a ResNet50 whose layers' densities differ, 0.1 % over all;
     codes that know the layers' sizes gain from that. Times are processor time of one core. An entry is a value with its
     Rice-coded index; the last column is how many times smaller it is than int32 and float32.
-
-    With --fuzz nothing is measured: the decoders get mutated and random bytes and must refuse them with PayloadError
-    unless they are a valid code.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        if payloads is not None:
-            outcomes = fuzz(payloads, seed=seed)
-            click.echo("\n".join(f"{name:<20}{number:>10}" for name, number in sorted(outcomes.items())))
-            return
         report = run(entries=entries, seed=seed)
     finally:
         torch.set_num_threads(threads)
     click.echo(report.text())
     if out is not None:
-        indices = [cost._asdict() for cost in report.indices]
-        values = [cost._asdict() for cost in report.values]
-        write_json(out, asdict(report) | {"indices": indices, "values": values})
-
-
-if __name__ == "__main__":
-    codec()
+        write_json(out, asdict(report))
