@@ -337,8 +337,8 @@ def test_the_state_fits_in_torchs_own_checkpoints(
 def phase_after_resuming(rank: int, world_size: int, scheme: Any) -> list[str]:
     run, other = Run(scheme), Run(scheme)
     run.train(rank, PHASES["compressed"])
-    assert run.handle.aggregator is not None
-    run.handle.aggregator.schedule.retrain(run.handle.step, 5)  # as at the end of a compressed round
+    assert run.handle.synchronizer is not None
+    run.handle.synchronizer.aggregator.schedule.retrain(run.handle.step, 5)  # as at the end of a compressed round
     other.handle.load_state_dict(run.handle.state_dict())
     return [str(run.handle.phase), str(other.handle.phase)]
 

@@ -31,8 +31,8 @@ RankFactory = Callable[[int], Ranks]
 LEARNED: dict[str, Any] = {"rate": 0.05, "dense_steps": 3, "warmup_steps": 5, "train_steps": 6, "refresh_below": 0.0}
 SCHEMES: dict[str, Any] = {
     "dense": lgc.Dense(),
-    "fp16": lgc.FP16(),
-    "bf16": lgc.BF16(),
+    "fp16": lgc.DenseFP16(),
+    "bf16": lgc.DenseBF16(),
     "powersgd": lgc.PowerSGD(start_steps=3),
     "topk": lgc.TopK(rate=0.05, warmup_steps=4),
     "dgc": lgc.DGC(rate=0.05, warmup_steps=6, clip_norm=1.0),

@@ -382,8 +382,9 @@ def decoding(rank: int, world_size: int, scheme: Any, alike: bool) -> tuple[dict
             optimizer.step()
     finally:
         torch.backends.mkldnn.set_flags(_enabled=True)
-    aggregator: Any = handle.aggregator
-    return parameters(ddp), aggregator._exact
+    assert handle.synchronizer is not None
+    aggregator: Any = handle.synchronizer.aggregator
+    return parameters(ddp), aggregator.watch.exact
 
 
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="needs two kinds of kernels")
@@ -503,9 +504,9 @@ def branches(
         optimizer.zero_grad(set_to_none=set_to_none)
         ddp(coefficients(rank, step, everyone)).backward()
         optimizer.step()
-    assert handle.aggregator is not None
+    assert handle.synchronizer is not None
     slices = scheme.layout(list(ddp.module.named_parameters())).slices
-    residual = {name: handle.aggregator.feedback.residual[place].clone() for name, place in slices.items()}
+    residual = {name: handle.synchronizer.aggregator.feedback.residual[place].clone() for name, place in slices.items()}
     return {name: -value for name, value in parameters(ddp).items()}, residual
 
 
@@ -714,7 +715,7 @@ def attach_complex(rank: int, world_size: int, scheme: Any) -> None:
 
 def test_complex_parameters_are_for_schemes_that_send_everything(ranks: RankFactory) -> None:
     assert ranks(2).exceptions(attach_complex, lgc.Dense()) == [None, None]
-    for scheme in (lgc.TopK(rate=0.1), lgc.Auto()):
+    for scheme in (lgc.TopK(rate=0.1), lgc.ScaleCom(rate=0.1)):
         for failure in ranks(2).exceptions(attach_complex, scheme):
             assert type(failure) is ValueError
             assert "complex parameters (weight)" in str(failure)
@@ -787,8 +788,8 @@ def overflow_second_moment(rank: int, world_size: int) -> tuple[bool, float]:
     handle = lgc.attach(ddp, lgc.TopK(rate=0.5, second_moment=0.9), optimizer, on_nonfinite="propagate")
     x, _ = batch(rank, 0)
     (ddp(x).sum() * (1e25 if rank else 1.0)).backward()
-    assert handle.aggregator is not None
-    second = handle.aggregator.feedback.second_moment_buffer
+    assert handle.synchronizer is not None
+    second = handle.synchronizer.aggregator.feedback.second_moment_buffer
     assert second is not None
     return bool(torch.isnan(ddp.module.only.weight.grad).all()), float(second.abs().max())
 
@@ -911,7 +912,7 @@ def nan_round(
 
 
 def state_of(handle: Any) -> dict[str, Tensor]:
-    feedback = getattr(handle.aggregator, "feedback", None)
+    feedback = getattr(getattr(handle.synchronizer, "aggregator", None), "feedback", None)
     if feedback is None:
         return {}
     state = {"residual": feedback.residual.clone()}

@@ -56,20 +56,25 @@ def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) ->
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
+def aggregator_of(handle: lgc.Handle) -> Any:
+    assert handle.synchronizer is not None
+    return handle.synchronizer.aggregator
+
+
 # --- a rank that fails ---
 
 
 def fail_while_preparing(rank: int, world_size: int, scheme: Any, failing: int, at: int) -> None:
     training = Training(rank, scheme)
-    aggregator: Any = training.handle.aggregator
-    offer = aggregator.own.offer
+    aggregator: Any = aggregator_of(training.handle)
+    prepare = aggregator.own.prepare
 
     def fails(*args: Any) -> Any:
         if rank == failing and training.handle.step == at:
             raise ValueError("out of luck")
-        return offer(*args)
+        return prepare(*args)
 
-    aggregator.own.offer = fails
+    aggregator.own.prepare = fails
     for _ in range(STEPS):
         training.step()
 
@@ -95,7 +100,7 @@ def announce_too_much(rank: int, world_size: int, scheme: Any, length: int) -> N
     open_round = transport.open_round
 
     def exaggerate(*args: Any, **kwargs: Any) -> Any:
-        own, leader = kwargs["lengths"]
+        own, leader = (*kwargs["lengths"], 0)[:2]
         lengths = (own, leader)
         if rank == 1 and training.handle.step == 9:  # compressed, and led by rank 1
             lengths = (length, leader) if isinstance(scheme, lgc.DGC) else (own, length)
@@ -125,7 +130,7 @@ def test_a_rank_that_cannot_prepare_its_round_is_named_on_every_rank(ranks: Rank
 
 def fail_amid_round(rank: int, world_size: int, scheme: Any, failing: int, timeout: float = 4.0) -> None:
     training = Training(rank, scheme, timeout=timeout)  # this process lives on, and with it its connections
-    aggregator: Any = training.handle.aggregator
+    aggregator: Any = aggregator_of(training.handle)
     close = aggregator._close
 
     def fails(*args: Any) -> Any:
@@ -217,7 +222,7 @@ def test_a_killed_rank_is_noticed_at_once(ranks: RankFactory) -> None:
 def lose_count(rank: int, world_size: int, scheme: Any) -> None:
     training = Training(rank, scheme)
     for step in range(STEPS):
-        training.handle.step += (rank, step) == (1, 7)
+        training.handle._buckets.step += (rank, step) == (1, 7)
         x, y = batch(rank, step)
         training.optimizer.zero_grad()
         F.cross_entropy(training.ddp(x), y).backward()
@@ -305,7 +310,7 @@ def flip_a_bit(
 
 
 def autoencoder_of(handle: Any) -> torch.Tensor:
-    weight: torch.Tensor = handle.aggregator.autoencoder.encoder.downs[1].weight
+    weight: torch.Tensor = aggregator_of(handle).autoencoder.encoder.downs[1].weight
     return weight
 
 
@@ -397,14 +402,14 @@ def break_autoencoder(
     for step in range(40):
         if step == 8:
             with torch.no_grad():
-                for name, parameter in training.handle.aggregator.autoencoder.named_parameters():  # type: ignore[union-attr]
+                for name, parameter in aggregator_of(training.handle).autoencoder.named_parameters():
                     if ".out." in name and "decoder" in name:
                         parameter.copy_(parameter * factor if factor == factor else torch.full_like(parameter, factor))
                         parameter.add_(3.0 if factor == factor else 0.0)
         training.step()
         phases.append(str(training.handle.phase))
         assert all(torch.isfinite(p).all() for p in training.ddp.parameters()), f"step {step}"
-        assert torch.isfinite(training.handle.aggregator.feedback.residual).all(), f"step {step}"  # type: ignore[union-attr]
+        assert torch.isfinite(aggregator_of(training.handle).feedback.residual).all(), f"step {step}"
     return phases, parameters(training.ddp)
 
 
@@ -420,10 +425,11 @@ def test_an_autoencoder_that_gives_nan_is_replaced_by_the_values_in_the_same_ste
 
 def train_with_a_bad_loss(rank: int, world_size: int, scheme: Any) -> None:
     training = Training(rank, scheme)
-    aggregator: Any = training.handle.aggregator
-    loss_of = aggregator._loss
+    aggregator: Any = aggregator_of(training.handle)
+    training_exchange = aggregator.others[lgc.Phase.TRAIN]
+    loss_of = training_exchange.loss
     bad = [False]
-    aggregator._loss = lambda x, step: loss_of(x, step) * (float("inf") if bad[0] else 1.0)
+    training_exchange.loss = lambda x, step: loss_of(x, step) * (float("inf") if bad[0] else 1.0)
     for step in range(STEPS):
         bad[0] = step == 4
         before = [tensor.clone() for tensor in aggregator.autoencoder.parameters()]

@@ -19,7 +19,7 @@ from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_
 from torch.nn.parallel import DistributedDataParallel
 
 import lgc
-from lgc.powersgd import one_bucket_mb
+from lgc.schemes.powersgd import one_bucket_mb
 from lgc_lab.cli import main
 from lgc_lab.training.run_folder import SUMMARY
 

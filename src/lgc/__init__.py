@@ -4,18 +4,19 @@ handle = lgc.attach(ddp_model, lgc.DGC(rate=0.01), optimizer)
 """
 
 from lgc import checkpoint
+from lgc.attach import Handle, attach
+from lgc.choice.choose import choose
+from lgc.choice.cost import Link
 from lgc.coding import BFloat16, Float16, Float32, RangeCoder, RawIndices, Rice, Sign, Uniform
 from lgc.comm.traffic import Traffic, Wire
-from lgc.ddp import Handle, attach
 from lgc.phase import Phase
 from lgc.rounds.layout import Role
 from lgc.schemes import (
-    BF16,
     DGC,
-    FP16,
     SCHEMES,
-    Auto,
     Dense,
+    DenseBF16,
+    DenseFP16,
     LGCRing,
     LGCServer,
     PowerSGD,
@@ -24,21 +25,22 @@ from lgc.schemes import (
     TopK,
     parse_scheme,
 )
+from lgc.synchronizer import Synchronizer
 from lgc.version import __version__
 
 __all__ = [
-    "BF16",
     "DGC",
-    "FP16",
     "SCHEMES",
-    "Auto",
     "BFloat16",
     "Dense",
+    "DenseBF16",
+    "DenseFP16",
     "Float16",
     "Float32",
     "Handle",
     "LGCRing",
     "LGCServer",
+    "Link",
     "Phase",
     "PowerSGD",
     "RangeCoder",
@@ -48,6 +50,7 @@ __all__ = [
     "ScaleCom",
     "Scheme",
     "Sign",
+    "Synchronizer",
     "TopK",
     "Traffic",
     "Uniform",
@@ -55,5 +58,6 @@ __all__ = [
     "__version__",
     "attach",
     "checkpoint",
+    "choose",
     "parse_scheme",
 ]

@@ -11,10 +11,25 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from lgc.schemes import Auto, Dense, Scheme, SparseScheme
+from lgc.comm.transport import LEAST_TIMEOUT, MOST_TIMEOUT
+from lgc.schemes import Dense, Scheme, SparseScheme
 from lgc.version import __version__
 
 ADAPTIVE = {"betas", "alpha", "rho", "lr_decay"}  # what Adam, RMSprop, Adadelta and Adagrad have
+
+
+def require_types(scheme: object, optimizer: object, grad_scaler: object, timeout: float | None) -> None:
+    """Raise TypeError or ValueError if an argument of `attach` is not what it must be."""
+    if not isinstance(scheme, Scheme):
+        raise TypeError(f"attach(scheme=...) must be a scheme, such as lgc.DGC(), or its text form, got {scheme!r}.")
+    if not isinstance(optimizer, torch.optim.Optimizer | None):
+        raise TypeError(f"attach(optimizer=...) must be an optimizer or None, got {optimizer!r}.")
+    if not isinstance(grad_scaler, torch.amp.GradScaler | None):
+        raise TypeError(f"attach(grad_scaler=...) must be a GradScaler or None, got {grad_scaler!r}.")
+    if timeout is not None and not (isinstance(timeout, int | float) and LEAST_TIMEOUT <= timeout <= MOST_TIMEOUT):
+        raise ValueError(
+            f"attach(timeout=...) must be {LEAST_TIMEOUT} to {MOST_TIMEOUT:g} seconds, or None, got {timeout!r}."
+        )
 
 
 def require_ddp(model: nn.Module) -> DistributedDataParallel:
@@ -65,18 +80,11 @@ def parameters_of(optimizer: torch.optim.Optimizer) -> set[int]:
 def require_real(ddp: DistributedDataParallel, scheme: Scheme) -> None:
     """Raise ValueError for complex parameters under a scheme that flattens gradients to float32."""
     complex_ones = [name for name, parameter in trained(ddp) if parameter.is_complex()]
-    if complex_ones and isinstance(scheme, SparseScheme | Auto):
+    if complex_ones and isinstance(scheme, SparseScheme):
         raise ValueError(
             f"attach(model=...) has complex parameters ({', '.join(complex_ones)}), of which {scheme.name} would see "
             "one half; only dense, bf16, fp16 and powersgd take them."
         )
-
-
-def require_possible_candidates(ddp: DistributedDataParallel, scheme: Scheme) -> None:
-    """Raise ValueError if a candidate of `auto` has roles or units that this model cannot have."""
-    for candidate in scheme.candidates if isinstance(scheme, Auto) else ():
-        if isinstance(candidate, SparseScheme):
-            candidate.layout(trained(ddp))
 
 
 def require_optimizer_of(ddp: DistributedDataParallel, optimizer: torch.optim.Optimizer) -> None:
@@ -118,7 +126,7 @@ def advise(ddp: DistributedDataParallel, scheme: Scheme, optimizer: torch.optim.
             "attach, and broadcast them before evaluation and checkpoints.",
             stacklevel=3,
         )
-    if isinstance(scheme, SparseScheme | Auto) and optimizer is not None:
+    if isinstance(scheme, SparseScheme) and optimizer is not None:
         optimized = parameters_of(optimizer)
         others = [name for name, parameter in trained(ddp) if id(parameter) not in optimized]
         if others:

@@ -75,10 +75,11 @@ def happen(log: Path, fault: Fault, folder: Path) -> None:
 def await_moment(fault: Fault, happens: Callable[[], None]) -> None:
     """Have the fault happen at its step and moment, once."""
     from lgc.comm.transport import Transport
-    from lgc.ddp import Handle
+    from lgc.synchronizer import Synchronizer
     from lgc_lab.training.loop import Training
 
-    update, aggregate, open_round, count = Training.update, Handle._aggregate, Transport.open_round, Transport._count
+    update, synchronize = Training.update, Synchronizer.synchronize
+    open_round, count = Transport.open_round, Transport._count
     pending = [fault]
 
     def reach(moment: Moment, step: int) -> None:
@@ -99,14 +100,14 @@ def await_moment(fault: Fault, happens: Callable[[], None]) -> None:
         reach("during", getattr(transport, "open_step", -1))
         count(transport, content, **counts)
 
-    def faulty_aggregate(handle: Handle, *buckets: Any) -> Any:
-        mean = aggregate(handle, *buckets)
-        reach("after", handle.step - 1)
-        return mean
+    def faulty_synchronize(synchronizer: Synchronizer, tensors: Any, step: int, **arguments: Any) -> Any:
+        means = synchronize(synchronizer, tensors, step, **arguments)
+        reach("after", step)
+        return means
 
     replacements: dict[Any, dict[str, Any]] = {
         Training: {"update": faulty_update},
-        Handle: {"_aggregate": faulty_aggregate},
+        Synchronizer: {"synchronize": faulty_synchronize},
         Transport: {"open_round": remembered_round, "_count": faulty_count},
     }
     for owner, methods in replacements.items():

@@ -160,6 +160,6 @@ def run_rounds(
             )
         )
     order = sorted(shapes, key=lambda name: (layout.slices[name].start, layout.slices[name].stop))
-    server_residual = aggregator.own.residual
+    server_residual = getattr(aggregator, "server_residual", None)
     server_residual = None if server_residual is None else in_order(server_residual)
     return Run(steps, order, initial, weights(), server_residual)

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from lgc.comm.transport import Transport
+
+logger = logging.getLogger("lgc")
+
+OnDifference = Literal["raise", "synchronise"]
 
 DESCRIPTION_LIMIT = 2**28  # bytes
 DIGEST_WORDS = 2**22
@@ -67,6 +72,46 @@ def compare(transport: Transport, tensors: Mapping[str, Tensor], *, counts: bool
             others = [rank for rank in ranks if of_all[rank] != usual]
             differences[name] = Difference(others, next(rank for rank in ranks if rank not in others))
     return differences
+
+
+class ReplicaCheck:
+    """Compares, at an interval, what all ranks must have the same of.
+
+    Args:
+        transport: between the ranks.
+        every: steps from one comparison to the next; 0 is never.
+        on_difference: "raise" ReplicaError, or "synchronise" with a warning.
+    """
+
+    def __init__(self, transport: Transport, every: int, on_difference: OnDifference) -> None:
+        self._transport = transport
+        self._every = every
+        self._on_difference = on_difference
+
+    def is_due(self, step: int) -> bool:
+        """Whether to compare before the round of `step`."""
+        return self._every > 0 and step % self._every == 0 and self._transport.world_size > 1
+
+    def run(self, step: int, replicas: Mapping[str, Tensor], *, counts: bool) -> None:
+        """Compare the tensors by name, as they are before the round of `step`; a collective.
+
+        A rank does not count, and says so here, where it gives zeros for gradients: once its inputs have run out under
+        `join()`, it goes on like that, without updates of its own.
+
+        Raises:
+            ReplicaError: on every rank, naming the tensors and the ranks that differ.
+        """
+        differences = compare(self._transport, replicas, counts=counts)
+        if not differences:
+            return
+        found = "; ".join(f"{name} on rank {', '.join(map(str, each.ranks))}" for name, each in differences.items())
+        message = f"lgc: step {step}: the ranks are no longer the same: {found}"
+        if self._on_difference == "raise":
+            raise ReplicaError(f"{message}.")
+        if self._transport.rank == 0:
+            logger.warning("%s; taking those of the others.", message)
+        for name, difference in differences.items():
+            synchronise(self._transport, replicas[name], source=difference.source)
 
 
 def synchronise(transport: Transport, tensor: Tensor, *, source: int) -> None:

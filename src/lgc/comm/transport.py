@@ -33,6 +33,7 @@ from lgc.coding import PayloadError
 from lgc.comm.traffic import SETUP, Traffic, Wire
 
 SERVER = 0
+PAYLOADS = 2  # that the opening of a round announces
 MESSAGE_LIMIT = 4096  # bytes of an error message
 ANNOUNCEMENT_WAIT_S = 2.0
 RELEASE_WAIT_S = 0.2
@@ -51,7 +52,7 @@ def clock(device: torch.device) -> float:
 class Opening(NamedTuple):
     """What all ranks know of each other once a round is open; one element a rank.
 
-    `lengths` are those of the two payloads that a rank may have prepared, in bytes.
+    `lengths` are those of the payloads that a rank may have prepared, in bytes; 0 where it has none.
     """
 
     finite: list[bool]
@@ -100,6 +101,17 @@ class Transport:
         self._has_announced = True
         _within(ANNOUNCEMENT_WAIT_S, lambda: self._store().set(self._error_key(self.rank), text))
 
+    @contextlib.contextmanager
+    def announcing(self, *known: type[Exception]) -> Iterator[None]:
+        """Announce any error in here but those of types that all ranks raise."""
+        try:
+            yield
+        except known:
+            raise
+        except Exception as error:
+            self.announce(error)
+            raise
+
     def begin(self, phase: str, *, steps: int = 1) -> None:
         """Count what follows under `phase`, as `steps` more steps of it."""
         self._traffic = self.wire.phases.setdefault(phase, Traffic())
@@ -111,17 +123,25 @@ class Transport:
         *,
         finite: bool,
         vote: bool = False,
-        lengths: tuple[int, int] = (0, 0),
+        lengths: Sequence[int] = (),
         error: Exception | None = None,
     ) -> Opening:
         """Tell all ranks this rank's state before anything else of the round is sent: 32 bytes a rank.
+
+        Args:
+            step: of the round.
+            finite: whether this rank's gradient is.
+            vote: what this rank has to say.
+            lengths: of the payloads that this rank has prepared, in bytes, at most two.
+            error: why it could prepare none.
 
         Raises:
             RankError: on every rank, if one passes an error, or the ranks are at different steps.
         """
         message = b"" if error is None else _message(error)
         flags = finite | vote << 1 | (error is not None) << 2
-        preamble = torch.tensor([step, flags, *(lengths if error is None else (len(message), 0))], device="cpu")
+        announced, following = [*([len(message)] if error else lengths), 0, 0][:PAYLOADS]
+        preamble = torch.tensor([step, flags, announced, following], device="cpu")
         rows = self.all_gather(preamble, "preamble").tolist()
         failed = [rank for rank, row in enumerate(rows) if row[1] & 4]
         if failed:

@@ -197,6 +197,9 @@ class ServerAutoencoder(nn.Module):
         return decoded + (z - z.detach())
 
 
+Autoencoder = RingAutoencoder | ServerAutoencoder
+
+
 def make_optimizer(module: nn.Module, kind: Optimizer, learning_rate: float) -> torch.optim.Optimizer:
     """The optimizer of the autoencoder's own training."""
     if kind == "sgd":

@@ -44,13 +44,13 @@ class Feedback:
         self,
         size: int,
         *,
-        momentum: float,
-        second_moment: float,
-        clip_norm: float | None,
-        keep_loss: bool,
-        low_pass: float,
         world_size: int,
         device: torch.device,
+        momentum: float = 0.0,
+        second_moment: float = 0.0,
+        clip_norm: float | None = None,
+        keep_loss: bool = True,
+        low_pass: float = 1.0,
     ) -> None:
         self.momentum = momentum
         self.second_moment = second_moment
@@ -81,6 +81,15 @@ class Feedback:
         if self._pending_second_moment is not None:
             total = total + self._pending_second_moment.sum()
         return bool(torch.isfinite(total))
+
+    def buffers(self) -> dict[str, Tensor]:
+        """What is kept from round to round, each of shape (N,), by name."""
+        kept = {
+            "residual": self.residual,
+            "momentum": self.momentum_buffer,
+            "second_moment": self.second_moment_buffer,
+        }
+        return {name: buffer for name, buffer in kept.items() if buffer is not None}
 
     def _sgd(self, gradient: Tensor) -> Tensor:
         if self.momentum_buffer is None or self._pending_momentum is None:

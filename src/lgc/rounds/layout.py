@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Mapping
 from enum import StrEnum
 from fnmatch import fnmatchcase
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Self
 
 from torch import Tensor
 
@@ -103,43 +103,44 @@ class Layout:
         self.own = [segment for segment in segments if segment.role is Role.OWN]
         self.shared = [segment for segment in segments if segment.role is Role.SHARED]
 
+    @classmethod
+    def of(
+        cls,
+        tensors: Iterable[tuple[str, Tensor]],
+        *,
+        rate: float,
+        pooled_rate: float,
+        unit: Unit = 1,
+        first: Role,
+        last: Role,
+        small: Role,
+        other: Role,
+        overrides: Mapping[str, Role],
+    ) -> Self:
+        """The layout that gives every parameter a role by its kind and its place in the model.
+
+        Weights have two dimensions or more, everything else is small. The first weight is dense only where that costs
+        at most a quarter of what the other weights send.
+
+        Raises:
+            ValueError: if a pattern of `overrides` matches no parameter.
+        """
+        shapes = {name: tuple(parameter.shape) for name, parameter in tensors}
+        weights = [name for name, shape in shapes.items() if len(shape) >= 2]
+        roles = {name: other if name in weights else small for name in shapes}
+        if weights:
+            rest = sum(math.prod(shapes[name]) for name in weights[1:])
+            if first is not Role.DENSE or math.prod(shapes[weights[0]]) <= rate * rest / 4:
+                roles[weights[0]] = first
+            roles[weights[-1]] = last
+        for pattern, role in overrides.items():
+            matches = [name for name in shapes if fnmatchcase(name, pattern)]
+            if not matches:
+                raise ValueError(f"roles={{{pattern!r}: ...}} matches no parameter; there are {', '.join(shapes)}.")
+            roles |= dict.fromkeys(matches, role)
+        pooled = {name for name in shapes if name not in weights and roles[name] is small and small is not Role.DENSE}
+        return cls(shapes, roles, frozenset(pooled), rate=rate, pooled_rate=pooled_rate, unit=unit)
+
     def by_name(self, flat: Tensor) -> dict[str, Tensor]:
         """Views of the flat vector by parameter name, in the parameters' shapes."""
         return {name: flat[place].view(self.shapes[name]) for name, place in self.slices.items()}
-
-
-def plan_layout(
-    parameters: Iterable[tuple[str, Tensor]],
-    *,
-    rate: float,
-    pooled_rate: float,
-    unit: Unit = 1,
-    first: Role,
-    last: Role,
-    small: Role,
-    other: Role,
-    overrides: Mapping[str, Role],
-) -> Layout:
-    """Give every parameter a role by its kind and its place in the model.
-
-    Weights have two dimensions or more, everything else is small. The first weight is dense only where that costs
-    at most a quarter of what the other weights send.
-
-    Raises:
-        ValueError: if a pattern of `overrides` matches no parameter.
-    """
-    shapes = {name: tuple(parameter.shape) for name, parameter in parameters}
-    weights = [name for name, shape in shapes.items() if len(shape) >= 2]
-    roles = {name: other if name in weights else small for name in shapes}
-    if weights:
-        rest = sum(math.prod(shapes[name]) for name in weights[1:])
-        if first is not Role.DENSE or math.prod(shapes[weights[0]]) <= rate * rest / 4:
-            roles[weights[0]] = first
-        roles[weights[-1]] = last
-    for pattern, role in overrides.items():
-        matches = [name for name in shapes if fnmatchcase(name, pattern)]
-        if not matches:
-            raise ValueError(f"roles={{{pattern!r}: ...}} matches no parameter; there are {', '.join(shapes)}.")
-        roles |= dict.fromkeys(matches, role)
-    pooled = {name for name in shapes if name not in weights and roles[name] is small and small is not Role.DENSE}
-    return Layout(shapes, roles, frozenset(pooled), rate=rate, pooled_rate=pooled_rate, unit=unit)

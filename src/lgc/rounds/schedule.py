@@ -45,12 +45,6 @@ class Schedule:
             return Stage(Phase.WARMUP)
         return Stage(Phase.TRAIN if step < self.train_end else Phase.COMPRESSED)
 
-    def delay(self, steps: int) -> None:
-        """Begin so many steps later; until then the phase is dense."""
-        self.dense_end += steps
-        self.warmup_end += steps
-        self.train_end += steps
-
     def retrain(self, step: int, steps: int) -> None:
         """Go back to phase train for `steps` steps from `step` on."""
         self.train_end = step + steps

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from lgc.comm.transport import SERVER, Transport, clock
-from lgc.rounds.aggregators import Aggregator, Round
+from lgc.rounds.aggregator import Aggregator, Round
 from lgc.rounds.layout import POOL, Layout
 from lgc.rounds.selection import Region
 from lgc.schemes import ScaleCom, Scheme, SparseScheme, TopK

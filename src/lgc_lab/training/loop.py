@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from lgc import Dense, PowerSGD, __version__, attach
-from lgc.powersgd import one_bucket_mb
+from lgc.schemes.powersgd import one_bucket_mb
 from lgc_lab.folder import require_same
 from lgc_lab.recipes import Data, Recipe, source_digest
 from lgc_lab.terminal import notify
@@ -36,7 +36,7 @@ class Training:
         world_sizes: [step, number of ranks] from the start and from each change on.
     """
 
-    def __init__(self, settings: Settings, device: torch.device) -> None:
+    def __init__(self, settings: Settings, device: torch.device, *, check_every: int = 100) -> None:
         self._started = time.monotonic()
         self.started = datetime.now(UTC).isoformat(timespec="milliseconds")
         self.settings = settings
@@ -61,6 +61,7 @@ class Training:
             self.scheme,
             self.optimizer,
             timeout=None,  # the launcher has set it
+            check_every=check_every,
             on_nonfinite="propagate",  # a run that diverges is a result
         )
         self.forward = torch.compile(self.ddp) if settings.compile else self.ddp

@@ -97,9 +97,9 @@ def _tell_how_it_computes(run: Training) -> None:
 
 
 def _warn_of_short_run(run: Training) -> None:
-    if run.step or run.handle.aggregator is None:
+    if run.step or run.handle.synchronizer is None:
         return
-    schedule = run.handle.aggregator.schedule
+    schedule = run.handle.synchronizer.aggregator.schedule
     last = schedule.at(run.total - 1).phase
     if last is not Phase.COMPRESSED:
         names = [name for name in EARLY_PHASES if hasattr(run.scheme, name)]

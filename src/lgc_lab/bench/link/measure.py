@@ -1,7 +1,7 @@
-"""Measures the cells of a plan, in ranks of their own.
+"""Measures what a step costs on each link, in ranks of their own.
 
-Every rank runs `_measure`, which measures one cell after the other: a scheme in one of its phases on one link. All
-schemes take turns on a link, several times over, so that what else the machine does hits them alike.
+Every rank measures one cell after the other: a scheme in one of its phases on one link. All schemes take turns on a
+link, several times over, so that what else the machine does hits them alike.
 """
 
 from __future__ import annotations
@@ -21,16 +21,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lgc.choice.cost import parse_rate
 from lgc.phase import Phase
-from lgc.rounds.aggregators import Aggregator
 from lgc.rounds.schedule import Schedule
-from lgc.schemes import Auto, LGCScheme, PowerSGD, Scheme, SparseScheme, require_different
+from lgc.schemes import LGCScheme, PowerSGD, Scheme, SparseScheme, require_different
 from lgc.version import __version__
 from lgc_lab.bench.link.results import COMPUTE, LOOPBACK, RESULTS, UNSHAPED, Cell, bits_per_second, step_seconds
 from lgc_lab.folder import write_json
 from lgc_lab.launch.network import Counters, Network, read_counters
 from lgc_lab.launch.ranks import preload, start_ranks
-from lgc_lab.report.report import LineRate
 from lgc_lab.terminal import notify
 from lgc_lab.training.loop import Training
 from lgc_lab.training.settings import Settings
@@ -43,14 +42,14 @@ LEARNING_RATE = 1e-4  # so low that no scheme diverges: a round whose gradient i
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
+class Measurement:
     """What is to be measured.
 
     Args:
-        recipe, data, batch_size: see `lgc_lab.training.train.Settings`.
+        recipe, data, batch_size: see `lgc_lab.training.settings.Settings`.
         world_size: number of ranks, at least 2.
         schemes: text forms; lengths of phases are set to a few steps.
-        rates: of the links, as `LineRate.parse` reads them, or "unshaped".
+        rates: of the links, such as "100mbit", or "unshaped".
         steps: at most so many a cell, at least 1.
         warm_up: steps of a cell before those that count.
         seconds: stop a cell after about so long; a step that takes longer counts although it is the first.
@@ -71,10 +70,7 @@ class Plan:
     def __post_init__(self) -> None:
         for text in self.rates:
             if text != UNSHAPED:
-                LineRate.parse(text)
-        for text in self.schemes:
-            if isinstance(self.scheme(text), Auto):
-                raise ValueError("schemes must not have auto: it chooses once, on the first link that it sees.")
+                parse_rate("link", text)
         require_different(self.schemes, map(self.scheme, self.schemes))
         if len(set(self.rates)) < len(self.rates):
             raise ValueError(f"rates must differ, got {','.join(self.rates)}.")
@@ -117,11 +113,13 @@ def full_text(scheme: Scheme) -> str:
     return ":".join([scheme.name, *(f"{name}={text}" for name, text in scheme.arguments().items() if name != "roles")])
 
 
-def measure(plan: Plan, folder: Path, network: Network | None, timeout: timedelta, done: Sequence[Cell] = ()) -> None:
+def measure_links(
+    wanted: Measurement, folder: Path, network: Network | None, timeout: timedelta, done: Sequence[Cell] = ()
+) -> None:
     """Start the ranks, which write `folder`/results.json after every link.
 
     Args:
-        plan: what to measure.
+        wanted: what to measure.
         folder: of the results.
         network: whose links are shaped; None is loopback.
         timeout: for which a rank waits for another.
@@ -132,48 +130,57 @@ def measure(plan: Plan, folder: Path, network: Network | None, timeout: timedelt
         RankFailedError: if a rank failed; the others have been stopped.
     """
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # else each rank warns that its address has no name
-    preload("lgc_lab.bench.link.measure")
-    plan.training("dense").load_data()  # decodes into the cache that the ranks map
-    barrier = multiprocessing.get_context("forkserver").Barrier(plan.world_size)
+    preload(__name__)
+    wanted.training("dense").load_data()  # decodes into the cache that the ranks map
+    barrier = multiprocessing.get_context("forkserver").Barrier(wanted.world_size)
     start_ranks(  # NCCL would not take the network, but go from GPU to GPU
-        _measure,
-        plan,
+        _measure_cells,
+        wanted,
         folder,
         network,
         barrier,
         list(done),
-        world_size=plan.world_size,
+        world_size=wanted.world_size,
         timeout=timeout,
         network=network,
         backend="gloo",
     )
 
 
-def _measure(
-    plan: Plan, folder: Path, network: Network | None, barrier: Barrier, cells: list[Cell], device: torch.device
+def _measure_cells(
+    wanted: Measurement,
+    folder: Path,
+    network: Network | None,
+    barrier: Barrier,
+    cells: list[Cell],
+    device: torch.device,
 ) -> None:
     """Run in every rank of the default process group; rank 0 writes the results."""
     rank = dist.get_rank()
-    arms: dict[str, Arm] = {COMPUTE: ComputeArm(plan.training("dense"), device, barrier)}
-    for text in plan.schemes:
-        arms[text] = Arm(plan.training(full_text(shortened(plan.scheme(text)))), device)
+    arms: dict[str, Arm] = {COMPUTE: ComputeArm(wanted.training("dense"), device, barrier)}
+    for text in wanted.schemes:
+        arms[text] = Arm(wanted.training(full_text(shortened(wanted.scheme(text)))), device)
     for text, arm in arms.items():
         _say(f"preparing {text}")
         arm.prepare()
-    meter = Meter(plan, barrier, has_network=network is not None)
-    rates = (LOOPBACK,) if network is None else plan.rates
+    meter = Meter(wanted, barrier, has_network=network is not None)
+    rates = (LOOPBACK,) if network is None else wanted.rates
     measured = {cell.rate for cell in cells}
     for rate in [rate for rate in rates if rate not in measured]:
         if network is not None and rank == 0:
             network.shape(bits_per_second(rate))
-        for repeat in range(plan.repeats):
+        for repeat in range(wanted.repeats):
             for text, arm in arms.items():
                 for phase, samples in meter.phases(arm, early=repeat == 0):
                     cells.append(meter.cell(rate, repeat, text, phase, samples))
                     step_ms = 1e3 * step_seconds(cells[-1:])
-                    _say(f"{rate}, {repeat + 1} of {plan.repeats}, {text}, {phase}: {step_ms:.1f} ms")
+                    _say(f"{rate}, {repeat + 1} of {wanted.repeats}, {text}, {phase}: {step_ms:.1f} ms")
         if rank == 0:
-            _write(folder, plan, arms, cells, finished=rate == rates[-1])
+            _write(folder, wanted, arms, cells, finished=rate == rates[-1])
+
+
+COUNTED = ("counted_sent", "counted_received")  # by the transport
+MOVED = (*COUNTED, "counter_sent", "counter_received", "packets_sent", "packets_received")  # those of the interface
 
 
 class Samples(NamedTuple):
@@ -181,7 +188,7 @@ class Samples(NamedTuple):
 
     Attributes:
         seconds: of a step, its compression and its communication, shape (steps, 3).
-        moved: bytes sent and received by the transport's count, bytes and packets by the interface's, shape (6,).
+        moved: bytes and packets, in the order of `MOVED`, shape (6,).
     """
 
     seconds: Tensor
@@ -192,9 +199,8 @@ class Arm:
     """A scheme at work, in all its phases one after the other."""
 
     def __init__(self, settings: Settings, device: torch.device) -> None:
-        self.run = Training(settings, device)
+        self.run = Training(settings, device, check_every=0)  # not every first step of a phase
         self.run.recipe = replace(self.run.recipe, learning_rate=LEARNING_RATE)
-        self.run.handle.policy = replace(self.run.handle.policy, check_every=0)  # not every first step of a phase
         self.batches = self.run.batches()
 
     def step(self) -> None:
@@ -218,10 +224,10 @@ class Arm:
 
     def phases(self) -> dict[str, tuple[int, int | None]]:
         """First step and length of every phase; of the one that lasts, the length is None."""
-        if self.run.handle.aggregator is None:
+        if self.run.handle.synchronizer is None:
             first = Phase.COMPRESSED if isinstance(self.run.scheme, PowerSGD) else Phase.DENSE
             return {str(first): (0, None)}
-        schedule = self.run.handle.aggregator.schedule
+        schedule = self.run.handle.synchronizer.aggregator.schedule
         ends = {Phase.DENSE: schedule.dense_end, Phase.WARMUP: schedule.warmup_end, Phase.TRAIN: schedule.train_end}
         found: dict[str, tuple[int, int | None]] = {}
         first_step = 0
@@ -233,8 +239,7 @@ class Arm:
 
     def go_to(self, step: int) -> None:
         """Have the scheme do what it does at this step, with the state it has."""
-        aggregator: Aggregator | None = self.run.handle.aggregator
-        if aggregator is not None and self.run.handle.step != step:
+        if self.run.handle.synchronizer is not None and self.run.handle.step != step:
             self.run.handle.load_state_dict(self.run.handle.state_dict() | {"step": step})
 
     def prepare(self) -> None:
@@ -260,8 +265,8 @@ class ComputeArm(Arm):
 class Meter:
     """Measures steps of an arm in one rank; all ranks at once."""
 
-    def __init__(self, plan: Plan, barrier: Barrier, *, has_network: bool) -> None:
-        self.plan = plan
+    def __init__(self, wanted: Measurement, barrier: Barrier, *, has_network: bool) -> None:
+        self.wanted = wanted
         self.barrier = barrier
         self.has_network = has_network
 
@@ -278,19 +283,19 @@ class Meter:
     def _whole(self, arm: Arm, length: int, *, may_stop: bool) -> Samples:
         """All steps of a phase; one step is enough of one that is always the same, if it takes that long."""
         probe = self._steps(arm, 1)
-        if length == 1 or (may_stop and self._slowest(probe) > self.plan.seconds):
+        if length == 1 or (may_stop and self._slowest(probe) > self.wanted.seconds):
             return probe
         rest = self._steps(arm, length - 1)
         return Samples(torch.cat([probe.seconds, rest.seconds]), probe.moved + rest.moved)
 
     def _lasting(self, arm: Arm) -> Samples:
         probe = self._steps(arm, 1)
-        affordable = int(self.plan.seconds / self._slowest(probe))
+        affordable = int(self.wanted.seconds / self._slowest(probe))
         if affordable == 0:
             return probe
-        if self.plan.warm_up > 1:
-            self._steps(arm, min(self.plan.warm_up - 1, affordable))
-        return self._steps(arm, min(self.plan.steps, affordable))
+        if self.wanted.warm_up > 1:
+            self._steps(arm, min(self.wanted.warm_up - 1, affordable))
+        return self._steps(arm, min(self.wanted.steps, affordable))
 
     def _steps(self, arm: Arm, count: int) -> Samples:
         rows = []
@@ -314,18 +319,16 @@ class Meter:
         dist.all_gather(moved, samples.moved)
         step, compression, communication = torch.stack(seconds, dim=1).unbind(dim=2)
         is_split = not bool(compression.isnan().any())
-        sent, received, *of_interface = torch.stack(moved, dim=1).tolist()
+        by_rank = dict(zip(MOVED, torch.stack(moved, dim=1).tolist(), strict=True))
         return Cell(
-            rate,
-            repeat,
-            scheme,
-            phase,
-            step.tolist(),
-            compression.tolist() if is_split else None,
-            communication.tolist() if is_split else None,
-            sent,
-            received,
-            *(of_interface if self.has_network else [None] * len(of_interface)),
+            rate=rate,
+            repeat=repeat,
+            scheme=scheme,
+            phase=phase,
+            seconds=step.tolist(),
+            compression=compression.tolist() if is_split else None,
+            communication=communication.tolist() if is_split else None,
+            **{name: count if self.has_network or name in COUNTED else None for name, count in by_rank.items()},
         )
 
     def _counters(self) -> Counters:
@@ -342,10 +345,10 @@ def machine() -> dict[str, Any]:
     return {"cores": os.cpu_count(), "lgc": __version__, "torch": torch.__version__}
 
 
-def _write(folder: Path, plan: Plan, arms: Mapping[str, Arm], cells: list[Cell], *, finished: bool) -> None:
+def _write(folder: Path, wanted: Measurement, arms: Mapping[str, Arm], cells: list[Cell], *, finished: bool) -> None:
     content = {
         "finished": finished,
-        "configuration": plan.configuration(),
+        "configuration": wanted.configuration(),
         "measured": datetime.now(UTC).isoformat(timespec="seconds"),
         "parameters": arms[COMPUTE].run.handle.parameters,
         "schemes": {text: str(arm.run.scheme) for text, arm in arms.items() if text != COMPUTE},

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.distributed as dist
@@ -11,9 +13,34 @@ from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDSt
 
 from lgc.comm.transport import Transport
 from lgc.phase import Phase
-from lgc.schemes import PowerSGD
+from lgc.schemes.arguments import require_integer
+from lgc.schemes.scheme import Scheme
 
 MB = 2**20
+
+
+@dataclass(frozen=True, kw_only=True)
+class PowerSGD(Scheme):
+    """Low-rank factors of the larger weights by torch's own hook, with its error feedback and warm start.
+
+    On gloo that hook hangs with more than one bucket, so build the model as `DistributedDataParallel(model,
+    bucket_cap_mb=...)` with room for all gradients; else the first backward pass raises. The optimizer keeps its
+    momentum. `Handle.state_dict()` does not save the hook's state: a resumed run starts again with `start_steps`
+    uncompressed steps, an empty residual and new random factors. A NaN stays in the hook's residual for ever.
+    Source: Vogels et al., NeurIPS 2019, arXiv 1905.13727.
+
+    Args:
+        rank: of the factors, at least 1.
+        start_steps: uncompressed steps at the start, at least 2, which is when DDP's buckets are final.
+    """
+
+    name: ClassVar[str] = "powersgd"
+    rank: int = 1
+    start_steps: int = 10
+
+    def __post_init__(self) -> None:
+        require_integer(self, "rank", 1)
+        require_integer(self, "start_steps", 2)
 
 
 class PowerSGDHook:
@@ -47,7 +74,7 @@ class PowerSGDHook:
             raise RuntimeError(
                 "PowerSGD: DDP has several buckets, with which torch's hook hangs on gloo; build the model as "
                 "DistributedDataParallel(model, bucket_cap_mb=...) with room for all gradients "
-                "(lgc.powersgd.one_bucket_mb(model)), and in one dtype."
+                "(lgc.schemes.powersgd.one_bucket_mb(model)), and in one dtype."
             )
         if self.phase is Phase.DENSE:
             self._transport.count_all_reduce(buffer.numel() * buffer.element_size(), "values")

@@ -1,0 +1,219 @@
+"""Attach a scheme to a DistributedDataParallel model, and hold what is attached."""
+
+# No `from __future__ import annotations`: DDP compares the hook's annotations by identity.
+import weakref
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.futures import Future
+
+from lgc.comm.replicas import OnDifference, require_agreement
+from lgc.comm.traffic import Wire, summarise, wire_from_json
+from lgc.comm.transport import Transport
+from lgc.ddp import Buckets, CollectedBuckets, ReducedBuckets, RoundTime
+from lgc.phase import Phase
+from lgc.requirements import (
+    advise,
+    describe,
+    require_ddp,
+    require_exchangeable,
+    require_optimizer_of,
+    require_real,
+    require_single_momentum,
+    require_types,
+    trained,
+)
+from lgc.schemes import Scheme, SparseScheme, parse_scheme
+from lgc.synchronizer import OnNonfinite, Policy, Synchronizer, require_same_form
+
+STATE_VERSION = 4
+STATE_HINTS = {
+    "version": "; finish the run with the release of lgc that began it",
+    "world_size": "; lgc.checkpoint.load or reshard adapts it",
+    "scheme": "; to change it, load everything but the handle: what was owed is lost",
+}
+
+_attached: "weakref.WeakKeyDictionary[nn.Module, Handle]" = weakref.WeakKeyDictionary()
+
+
+def attach(
+    model: nn.Module,
+    scheme: Scheme | str,
+    optimizer: torch.optim.Optimizer | None = None,
+    *,
+    grad_scaler: torch.amp.GradScaler | None = None,
+    timeout: float | None = 60.0,
+    check_every: int = 100,
+    on_difference: OnDifference = "raise",
+    on_nonfinite: OnNonfinite | None = None,
+) -> "Handle":
+    """Exchange this model's gradients by `scheme` from now on. A collective: all ranks call it.
+
+        handle = lgc.attach(ddp_model, lgc.LGCRing(rate=1e-3), optimizer)
+
+    Args:
+        model: a DistributedDataParallel model (also under torch.compile) that has no communication hook yet.
+        scheme: a scheme, or its text form such as `"dgc:rate=0.01"`.
+        optimizer: the model's; checked, now and in every round, for a momentum on top of the scheme's, not changed.
+        grad_scaler: the one that scales the loss, so that what is kept between steps is in unscaled units.
+        timeout: seconds after which a rank that waits for another in the model's process group gives up; None leaves
+            the group's as it is. Longer than anything that one rank does while the others wait, such as a checkpoint.
+        check_every: compare parameters and replicated state across ranks every so many rounds; 0 is never.
+        on_difference: when they differ, "raise" ReplicaError, or "synchronise" them with a warning: by what most
+            ranks have, among equals rank 0 (under `join()`, of the ranks that still have inputs).
+        on_nonfinite: when a rank's gradient has a NaN or Inf, "raise" on all ranks, or "propagate" NaN gradients to
+            them, as plain DDP does and a GradScaler needs; None is "propagate" with a GradScaler that is enabled, else
+            "raise", since the optimizer would make every parameter NaN. No residual, momentum or autoencoder changes
+            in that round. For schemes that compress; the others reduce bucket by bucket, as plain DDP does.
+
+    Returns:
+        A handle to the phase, the byte counts and the state. The model keeps it alive.
+
+    Raises:
+        TypeError: the model is not a DistributedDataParallel model.
+        ValueError: a wrong argument, momentum applied twice, or something that DDP is set to and lgc cannot do.
+        RuntimeError: already attached, or (on every rank) the ranks differ in scheme, model or version.
+
+    The backward pass then raises, on every rank, ReplicaError when replicas differ and, with schemes that compress,
+    RankError when a rank has failed and FloatingPointError for a non-finite gradient.
+    """
+    ddp = require_ddp(model)
+    if ddp in _attached:
+        raise RuntimeError(f"attach: this model already has the scheme {_attached[ddp].scheme}.")
+    require_exchangeable(ddp)
+    if isinstance(scheme, str):
+        scheme = parse_scheme(scheme)
+    require_types(scheme, optimizer, grad_scaler, timeout)
+    skips = grad_scaler is not None and grad_scaler.is_enabled()
+    default: OnNonfinite = "propagate" if skips else "raise"
+    policy = Policy(check_every, on_difference, default if on_nonfinite is None else on_nonfinite)
+    require_real(ddp, scheme)
+    if optimizer is not None:
+        require_optimizer_of(ddp, optimizer)
+        require_single_momentum(scheme, optimizer)
+    transport = Transport(ddp.process_group, trained(ddp)[0][1].device)
+    if timeout is not None:
+        transport.set_timeout(timeout)
+    require_agreement(transport, "attach", describe(ddp, scheme, asdict(policy), transport.world_size))
+    if transport.rank == 0:
+        advise(ddp, scheme, optimizer)
+    buckets = (
+        CollectedBuckets(ddp, scheme, transport, policy, optimizer, grad_scaler)
+        if isinstance(scheme, SparseScheme)
+        else ReducedBuckets(ddp, scheme, transport, policy)
+    )
+    handle = Handle(scheme, transport, buckets, sum(parameter.numel() for _, parameter in trained(ddp)))
+    ddp.register_comm_hook(None, handle.exchange_bucket)
+    _attached[ddp] = handle
+    return handle
+
+
+class Handle:
+    """An attached scheme: what it is doing, what it has sent, and its state.
+
+    Attributes:
+        scheme: as attached.
+        transport: between the ranks, with the byte counts.
+        parameters: number of trained parameters N.
+        synchronizer: the rounds; None for the schemes that reduce bucket by bucket (dense, fp16, bf16, powersgd).
+    """
+
+    def __init__(self, scheme: Scheme, transport: Transport, buckets: Buckets, parameters: int) -> None:
+        self.scheme = scheme
+        self.transport = transport
+        self.parameters = parameters
+        self._buckets = buckets
+        self.synchronizer: Synchronizer | None = buckets.synchronizer
+
+    def exchange_bucket(self, _: object, bucket: dist.GradBucket) -> Future[torch.Tensor]:
+        """What DDP calls for every bucket."""
+        return self._buckets.exchange(bucket)
+
+    @property
+    def step(self) -> int:
+        """Number of rounds done; each synchronised backward pass is one."""
+        return self._buckets.step
+
+    @property
+    def phase(self) -> Phase:
+        """Of the last round; before the first one, of the first."""
+        return self._buckets.phase
+
+    @property
+    def round_time(self) -> RoundTime | None:
+        """Of the last round; None for the schemes that reduce bucket by bucket, amid the backward pass."""
+        return self._buckets.round_time
+
+    @property
+    def wire(self) -> Wire:
+        """Bytes of this rank by phase."""
+        return self.transport.wire
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """What this rank measured in the last round.
+
+        `autoencoder_loss` (rank 0 in phase train) and `reconstruction_error`, |x - y|^2 / |x|^2 (phase compressed).
+        """
+        return dict(self.synchronizer.aggregator.metrics) if self.synchronizer else {}
+
+    def wire_summary(self) -> dict[str, object]:
+        """Bytes of all ranks together, and the ratios against float32 all-reduce; a collective, not counted.
+
+        The keys are those of the `wire` part of a run's summary.json, see docs/usage.md.
+        """
+        contents, table = self.wire.table()
+        tables = Transport(self.transport.group, self.transport.device).all_gather(table, "counts")
+        return summarise([self.wire.with_counts(contents, rows) for rows in tables.tolist()], self.parameters)
+
+    def state_dict(self) -> dict[str, Any]:
+        """This rank's state, to be saved by every rank: tensors by parameter name, numbers and strings only.
+
+        It has the same keys at every step, which torch.distributed.checkpoint needs: it fills in those of the state
+        that it loads into. That is why the byte counts, one more phase after the other, are one text.
+        """
+        return {
+            "version": STATE_VERSION,
+            "scheme": str(self.scheme),
+            "world_size": self.transport.world_size,
+            "rank": self.transport.rank,
+            "step": self.step,
+            "phase": str(self.phase),
+            "wire": self.wire.to_json(),
+            "aggregator": self.synchronizer.state_dict() if self.synchronizer else {},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from the `state_dict` of the same rank, or from one that `lgc.checkpoint` has resharded.
+
+        The latter only into a new handle: it has, for the decoders that belong to ranks, what they start from.
+
+        Raises:
+            ValueError: naming the first field that does not fit; nothing has been changed then.
+        """
+        here = self.state_dict()
+        for key in ("version", "scheme", "world_size", "rank"):
+            if state.get(key) != here[key]:
+                hint = STATE_HINTS.get(key, "")
+                raise ValueError(f"state_dict: {key} was {state.get(key)!r}, here it is {here[key]!r}{hint}.")
+        step = state.get("step")
+        if type(step) is not int or step < 0:
+            raise ValueError(f"state_dict: step must be an integer of at least 0, got {step!r}.")
+        phase = state.get("phase")
+        if phase not in list(Phase):
+            raise ValueError(f"state_dict: phase must be one of {', '.join(Phase)}, got {phase!r}.")
+        wire = wire_from_json(state.get("wire"))
+        resharded = "resharded_from" in state
+        if resharded and self.synchronizer and self.step:
+            raise ValueError(f"state_dict: resharded, goes into a new handle only, this one is at step {self.step}.")
+        if self.synchronizer:
+            self.synchronizer.load_state_dict(state.get("aggregator"), step, resharded=resharded)
+        else:
+            require_same_form({}, state.get("aggregator"), "aggregator")
+        self._buckets.step = step
+        self._buckets.phase = Phase(phase)
+        self.wire.phases = wire.phases

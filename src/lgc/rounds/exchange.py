@@ -1,0 +1,96 @@
+"""How one region of the flat vector is exchanged."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lgc.comm.transport import Transport
+from lgc.rounds.feedback import Piece
+
+
+class Exchanged(NamedTuple):
+    """What an exchange gives: parts of the mean, to be added up, and what this rank sent, as the others decode it."""
+
+    mean: list[Piece]
+    sent: Piece
+
+
+class Exchange(ABC):
+    """One region of the pending residual v, shape (N,), exchanged in one way.
+
+    A round first prepares all its exchanges, so that its opening can tell every rank how long the payloads are, or that
+    a rank has failed; then it performs them, one after the other.
+    """
+
+    def prepare(self, v: Tensor, least_rate: float, step: int) -> Tensor | None:
+        """The payload that this rank is about to send, uint8, shape (bytes,); None if this kind announces none.
+
+        Does not communicate.
+        """
+        return None
+
+    @abstractmethod
+    def exchange(
+        self, v: Tensor, payload: Tensor | None, lengths: list[int], least_rate: float, step: int
+    ) -> Exchanged:
+        """What all ranks get of v, and what this rank contributed; a collective.
+
+        Args:
+            v: the pending residual, shape (N,); not changed.
+            payload: what `prepare` returned.
+            lengths: of the payloads, by rank, in bytes.
+            least_rate: every segment sends at this rate, or at its own where that is larger.
+            step: of the round, counted from 0.
+        """
+
+
+class DenseExchange(Exchange):
+    """All-reduce of a whole region.
+
+    Args:
+        transport: between the ranks.
+        where: the region.
+        dtype: in which it is summed; None is float32.
+    """
+
+    def __init__(self, transport: Transport, where: slice, dtype: torch.dtype | None = None) -> None:
+        self.transport = transport
+        self.where = where
+        self.dtype = dtype
+
+    def exchange(
+        self, v: Tensor, payload: Tensor | None, lengths: list[int], least_rate: float, step: int
+    ) -> Exchanged:
+        sent = v[self.where].clone()
+        if sent.numel() == 0:
+            return Exchanged([], Piece(self.where, sent))
+        if self.dtype is None:
+            mean = self.transport.all_reduce(sent, "values") / self.transport.world_size
+        else:
+            mean = self.transport.all_reduce(sent.to(self.dtype) / self.transport.world_size, "values").float()
+        return Exchanged([Piece(self.where, mean)], Piece(self.where, sent))
+
+
+def nothing() -> Tensor:
+    """The empty payload, of a rank that sends none where others do."""
+    return torch.empty(0, dtype=torch.uint8, device="cpu")
+
+
+def root_mean_square(x: Tensor) -> Tensor:
+    """Of all elements, shape (1,)."""
+    norm = torch.linalg.vector_norm(x, dtype=torch.float64)  # squares of float32 may vanish
+    mean: Tensor = norm / math.sqrt(max(x.numel(), 1))
+    return mean.float().view(1)
+
+
+def sum_in_order(rows: Tensor) -> Tensor:
+    """Sum over the first dimension, the same bits on any hardware."""
+    total = rows[0].clone()
+    for row in rows[1:]:
+        total += row
+    return total

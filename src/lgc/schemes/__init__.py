@@ -1,0 +1,85 @@
+"""The schemes. Each file has a method whole: its arguments, and the round that they describe."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields
+from typing import Any, get_type_hints
+
+from lgc.schemes.arguments import from_text
+from lgc.schemes.dense import Dense, DenseBF16, DenseFP16
+from lgc.schemes.learned import LGCScheme
+from lgc.schemes.lgc_ring import LGCRing
+from lgc.schemes.lgc_server import LGCServer
+from lgc.schemes.powersgd import PowerSGD
+from lgc.schemes.scalecom import ScaleCom
+from lgc.schemes.scheme import RoundScheme, Scheme
+from lgc.schemes.sparse import SparseScheme
+from lgc.schemes.topk import DGC, TopK
+
+__all__ = [
+    "DGC",
+    "SCHEMES",
+    "Dense",
+    "DenseBF16",
+    "DenseFP16",
+    "LGCRing",
+    "LGCScheme",
+    "LGCServer",
+    "PowerSGD",
+    "RoundScheme",
+    "ScaleCom",
+    "Scheme",
+    "SparseScheme",
+    "TopK",
+    "parse_scheme",
+    "require_different",
+]
+
+SCHEMES: dict[str, type[Scheme]] = {
+    scheme.name: scheme for scheme in (Dense, DenseFP16, DenseBF16, PowerSGD, TopK, DGC, ScaleCom, LGCRing, LGCServer)
+}
+
+
+def parse_scheme(text: str, defaults: Mapping[str, Any] | None = None) -> Scheme:
+    """The scheme that `name[:paper][:argument=value]...` describes, such as `lgc-ring:rate=0.002:feedback=paper`.
+
+    Args:
+        text: the scheme's name, `paper` for the raw settings of its paper, and the arguments to set.
+        defaults: values for arguments that the scheme takes and `text` does not set.
+
+    Raises:
+        ValueError: naming the unknown scheme or argument, or the bound and the value.
+    """
+    name, *settings = text.split(":")
+    if name == "auto":
+        raise ValueError(
+            "there is no scheme 'auto': measure before attaching, by lgc.choose(...) in a script or by `lgc plan`, and "
+            "attach what that finds."
+        )
+    if name not in SCHEMES:
+        raise ValueError(f"unknown scheme {name!r}; there are {', '.join(SCHEMES)}.")
+    scheme = SCHEMES[name]
+    hints = get_type_hints(scheme)
+    known = {item.name for item in fields(scheme)}
+    arguments = {argument: value for argument, value in (defaults or {}).items() if argument in known}
+    if settings[:1] == ["paper"] and issubclass(scheme, SparseScheme):
+        settings = settings[1:]
+        arguments |= scheme.paper_arguments()
+    for setting in settings:
+        key, equals, value = setting.partition("=")
+        if not equals:
+            raise ValueError(f"{name}: {setting!r} is not of the form argument=value.")
+        if key not in known:
+            raise ValueError(f"{name} has no argument {key!r}; it takes {', '.join(sorted(known)) or 'none'}.")
+        arguments[key] = from_text(f"{name}:{key}", value, hints[key])
+    return scheme(**arguments)
+
+
+def require_different(texts: Sequence[str], schemes: Iterable[Scheme]) -> None:
+    """Raise ValueError if two of these texts are the same scheme, once a recipe's defaults have completed them."""
+    seen: dict[str, str] = {}
+    for text, scheme in zip(texts, map(str, schemes), strict=True):
+        if scheme in seen:
+            raise ValueError(f"schemes must differ, and {seen[scheme]} and {text} are the same here.")
+        seen[scheme] = text

@@ -1,0 +1,121 @@
+"""The arguments of schemes: their bounds, and their text form, as on the command line."""
+
+from __future__ import annotations
+
+import re
+import types
+from collections.abc import Mapping
+from typing import Any, Literal, get_args, get_origin
+
+from lgc.coding import (
+    BFloat16,
+    Float16,
+    Float32,
+    IndexCoder,
+    RangeCoder,
+    RawIndices,
+    Rice,
+    Sign,
+    Uniform,
+    ValueCodec,
+)
+from lgc.rounds.layout import Role, Unit
+
+INDEX_CODERS: dict[str, type[IndexCoder]] = {"raw": RawIndices, "rice": Rice, "range": RangeCoder}
+VALUE_CODECS: dict[str, type[ValueCodec]] = {
+    "float32": Float32,
+    "float16": Float16,
+    "bfloat16": BFloat16,
+    "sign": Sign,
+}
+
+
+def to_text(value: object) -> str:
+    """An argument's value as `from_text` reads it."""
+    if isinstance(value, Uniform):
+        return f"uniform{value.bits}" + ("" if value.block is None else f"x{value.block}")
+    for name, codec in (INDEX_CODERS | VALUE_CODECS).items():
+        if type(value) is codec:
+            return name
+    return str(value)
+
+
+def from_text(where: str, text: str, hint: Any) -> Any:
+    """The value of an argument of type `hint`.
+
+    Raises:
+        ValueError: naming the argument, `where`, what it may be, and the text.
+    """
+    if hint == Unit:
+        if text != "kernel" and not text.isdecimal():
+            raise ValueError(f'{where} must be a number of elements or "kernel", got {text!r}.')
+        return int(text) if text.isdecimal() else "kernel"
+    options = [option for option in get_args(hint) or (hint,) if option is not type(None)]
+    if all(isinstance(option, type) and issubclass(option, IndexCoder | ValueCodec) for option in options):
+        return _codec(where, text, INDEX_CODERS if hint is IndexCoder else VALUE_CODECS)
+    if get_origin(hint) is types.UnionType:
+        if text.lower() == "none":
+            return None
+        (hint,) = options
+    if get_origin(hint) is Literal or hint is Role:
+        return text  # the scheme checks it
+    if hint is bool:
+        if text.lower() not in ("true", "false"):
+            raise ValueError(f"{where} must be true or false, got {text!r}.")
+        return text.lower() == "true"
+    return _number(where, text, hint)
+
+
+def require(scheme: object, name: str, bound: str, holds: bool) -> None:
+    """Raise ValueError naming class, argument, bound and value, unless it holds."""
+    if not holds:
+        raise ValueError(f"{type(scheme).__name__}({name}=...) must be {bound}, got {getattr(scheme, name)!r}.")
+
+
+def require_number(scheme: object, name: str) -> float:
+    """The value of an argument that must be a number."""
+    value = getattr(scheme, name)
+    require(scheme, name, "a number", isinstance(value, int | float) and not isinstance(value, bool))
+    return float(value)
+
+
+def require_integer(scheme: object, name: str, least: int) -> None:
+    """Raise ValueError unless an argument is an integer of at least `least`."""
+    value = getattr(scheme, name)
+    require(scheme, name, "an integer", isinstance(value, int) and not isinstance(value, bool))
+    require(scheme, name, f"at least {least}", value >= least)
+
+
+def require_one_of(scheme: object, name: str, options: tuple[str, ...]) -> None:
+    """Raise ValueError unless an argument is one of these."""
+    require(scheme, name, f"one of {', '.join(options)}", getattr(scheme, name) in options)
+
+
+def require_role(scheme: object, name: str, value: object) -> Role:
+    """The role that an argument, or a part of one, names."""
+    if value not in list(Role):
+        options = ", ".join(Role)
+        raise ValueError(f"{type(scheme).__name__}({name}=...) must be one of {options}, got {value!r}.")
+    return Role(str(value))
+
+
+def _codec(where: str, text: str, codecs: Mapping[str, type[IndexCoder] | type[ValueCodec]]) -> IndexCoder | ValueCodec:
+    of_values = codecs is VALUE_CODECS
+    uniform = re.fullmatch(r"uniform(\d+)(?:x(\d+))?", text) if of_values else None
+    if uniform:
+        bits, block = uniform.groups()
+        return Uniform(bits=int(bits), block=None if block is None else int(block))
+    if text not in codecs:
+        options = ", ".join(codecs) + (", uniformBITS or uniformBITSxBLOCK" if of_values else "")
+        raise ValueError(f"{where} must be one of {options}, got {text!r}.")
+    return codecs[text]()
+
+
+def _number(where: str, text: str, hint: Any) -> int | float:
+    if hint not in (int, float):
+        raise ValueError(f"{where} cannot be set in text, only from Python.")
+    try:
+        return int(text) if hint is int else float(text)
+    except ValueError:
+        kind = "an integer" if hint is int else "a number"
+        raise ValueError(f"{where} must be {kind}, got {text!r}.") from None

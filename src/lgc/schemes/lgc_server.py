@@ -1,0 +1,158 @@
+"""Learned Gradient Compression with a parameter server. Source: LGC, arXiv 2103.08870."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from lgc.coding import Float32, Kind, Uniform, ValueCodec, pack, size_limit, unpack
+from lgc.comm.transport import SERVER, Transport
+from lgc.rounds.aggregator import Aggregator
+from lgc.rounds.autoencoder import ServerAutoencoder, replicated
+from lgc.rounds.exchange import Exchanged, nothing, root_mean_square, sum_in_order
+from lgc.rounds.feedback import Piece
+from lgc.rounds.layout import Layout, entries
+from lgc.rounds.selection import largest
+from lgc.schemes.arguments import require, require_number
+from lgc.schemes.learned import LearnedExchange, LGCAggregator, LGCScheme, scaled
+
+
+@dataclass(frozen=True, kw_only=True)
+class LGCServer(LGCScheme):
+    """Learned Gradient Compression with a parameter server at rank 0.
+
+    Args:
+        innovation: fraction of the values at the leader's indices that every rank sends itself, in (0, 1].
+        latent: how the leader's latent becomes bytes.
+    """
+
+    name: ClassVar[str] = "lgc-ps"
+    innovation: float = 0.01
+    latent: ValueCodec = Uniform(bits=4)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self, "latent", "a value codec", isinstance(self.latent, ValueCodec))
+        require(self, "innovation", "in (0, 1]", 0 < require_number(self, "innovation") <= 1)
+
+    def build(self, layout: Layout, transport: Transport, *, device: torch.device) -> Aggregator:
+        generator = torch.Generator().manual_seed(self.seed)
+        autoencoder = ServerAutoencoder(transport.world_size, generator, self.latent, self.innovation)
+        return ServerAggregator(self, layout, transport, device, autoencoder, ServerExchange)
+
+
+class ServerExchange(LearnedExchange):
+    """Phase compressed: the leader's latent, and every rank's innovation. The server relays both to all ranks.
+
+    z   = E(x_leader / s)            the common part; x_k a rank's values, s the leader's root mean square
+    e_k = the largest of x_k / s     the innovation
+    y_k = s D_k(z, e_k)              what rank k contributed; every rank computes it of all ranks
+    y   = mean of y_k                what every rank applies; feedback keeps x_k - y_k
+    """
+
+    autoencoder: ServerAutoencoder
+
+    @property
+    def _selected(self) -> int:
+        """Number of values at the leader's indices."""
+        return sum(self.region.element_counts())
+
+    def prepare(self, v: Tensor, least_rate: float, step: int) -> Tensor:
+        """The leader's indices, scale and latent; nothing from the other ranks."""
+        if not self.leads(step) or not self._selected:
+            return nothing()
+        positions = self.region.select(v)
+        x = v[self.region.elements(positions)]
+        scale = root_mean_square(x)
+        with replicated(v.device):
+            z = self.autoencoder.encoder(scaled(x, scale)[None]).nan_to_num(0.0, 0.0, 0.0)
+        parts = [self.encode_indices(positions), Float32().encode(scale, [1]), self.autoencoder.encode_latent(z)]
+        return pack(parts, kind=Kind.LATENT, step=step)
+
+    def exchange(
+        self, v: Tensor, payload: Tensor | None, lengths: list[int], least_rate: float, step: int
+    ) -> Exchanged:
+        if not self._selected:
+            return Exchanged([], Piece(slice(0), v[:0]))
+        indices, scale, z = self._relay_common(v, payload, lengths, least_rate, step)
+        x = v[indices]
+        innovations = self._relay_innovations(scaled(x, scale), step)
+        with replicated(x.device):
+            y = self.watch.decode(partial(self.autoencoder.decode, z, innovations)) * scale
+        if not bool(torch.isfinite(y).all()):  # known to every rank, since y is the same on all
+            return self.fall_back(v, indices, least_rate, step)
+        self.watch.observe(x, y[self.transport.rank])
+        mean = sum_in_order(y) / self.transport.world_size
+        return Exchanged([Piece(indices, mean)], Piece(indices, y[self.transport.rank]))
+
+    def loss(self, x: Tensor, step: int) -> Tensor:
+        count = entries(x.shape[1], self.autoencoder.innovation)
+        codec = self.codecs.values
+        innovations = torch.zeros_like(x)
+        for innovation, vector in zip(innovations, x, strict=True):
+            where = largest(vector, count)
+            innovation[where] = codec.decode(codec.encode(vector[where], [count]), [count]).to(x.device)
+        return self.autoencoder.loss(x, innovations, self.leader(step))
+
+    def _relay_common(
+        self, v: Tensor, payload: Tensor | None, lengths: list[int], least_rate: float, step: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The leader's indices, scale and latent, by way of the server."""
+        assert payload is not None
+        mu, leader = self._selected, self.leader(step)
+        bounds = [self.index_bound(least_rate), Float32().size([1]), self.autoencoder.latent_size(mu)]
+        packet = self.transport.relay_bytes(
+            payload, "indices and latents", source=leader, length=lengths[leader], limit=size_limit(bounds)
+        )
+        index_code, scale_code, latent_code = unpack(packet, kind=Kind.LATENT, step=step, bounds=bounds)
+        indices = self.decode_indices(index_code, least_rate, v.device)
+        z = self.autoencoder.decode_latent(latent_code, mu)
+        return indices, Float32().decode(scale_code, [1]).to(v.device), z.to(v.device)
+
+    def _relay_innovations(self, x: Tensor, step: int) -> Tensor:
+        """The innovations of all ranks, shape (K, mu), by way of the server."""
+        positions = largest(x, entries(x.numel(), self.autoencoder.innovation))
+        sizes, counts = [x.numel()], [positions.numel()]
+        parts = [self.codecs.indices.encode(positions, sizes), self.codecs.values.encode(x[positions], counts)]
+        payload = pack(parts, kind=Kind.INNOVATION, step=step)
+        bounds = [self.codecs.indices.bound(sizes, counts), self.codecs.values.size(counts)]
+        innovations = torch.zeros(self.transport.world_size, x.numel(), device=x.device)
+        for innovation, received in zip(innovations, self._relay_all(payload, size_limit(bounds)), strict=True):
+            index_code, value_code = unpack(received, kind=Kind.INNOVATION, step=step, bounds=bounds)
+            where = self.codecs.indices.decode(index_code, sizes, counts).to(x.device)
+            innovation[where] = self.codecs.values.decode(value_code, counts).to(x.device)
+        return innovations
+
+    def _relay_all(self, payload: Tensor, limit: int) -> list[Tensor]:
+        """The payloads of all ranks, none longer than `limit`, by way of the server."""
+        own_length = torch.tensor([payload.numel()], device="cpu")
+        lengths = self.transport.all_gather(own_length, "innovations").flatten().tolist()
+        gathered = self.transport.gather_bytes(payload, "innovations", lengths, limit=limit)
+        together = torch.cat(gathered) if gathered is not None else payload
+        together = self.transport.broadcast_bytes(
+            together, "innovations", source=SERVER, length=sum(lengths), limit=limit * len(lengths)
+        )
+        return list(together.split(lengths))
+
+
+class ServerAggregator(LGCAggregator):
+    """Its decoders belong to ranks."""
+
+    def adapt_state(self, state: Mapping[str, Any], step: int) -> Mapping[str, Any]:
+        """Keep the encoder; the decoders start anew, and phase train does from `step` on."""
+        fresh = self.state_dict()
+        encoder = {
+            name: tensor for name, tensor in state["replicated"]["autoencoder"].items() if name.startswith("encoder.")
+        }
+        train_steps = self.schedule.train_end - self.schedule.warmup_end
+        replicated_state = fresh["replicated"] | {
+            "autoencoder": fresh["replicated"]["autoencoder"] | encoder,
+            "train_end": max(self.schedule.train_end, step + train_steps),
+            "updates": state["replicated"]["updates"],
+        }
+        return {**state, "replicated": replicated_state, "server": fresh["server"]}

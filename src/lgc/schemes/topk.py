@@ -1,0 +1,101 @@
+"""Every rank's own largest values: sparse gradient descent, and Deep Gradient Compression."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from lgc.comm.transport import Transport
+from lgc.rounds.aggregator import Aggregator
+from lgc.rounds.exchange import DenseExchange, Exchange
+from lgc.rounds.feedback import Feedback
+from lgc.rounds.layout import Layout, Role
+from lgc.rounds.schedule import Schedule, Stage
+from lgc.rounds.selection import Region
+from lgc.rounds.topk import OwnTopK, ServerTopK
+from lgc.schemes.arguments import require
+from lgc.schemes.sparse import SparseScheme
+
+
+@dataclass(frozen=True, kw_only=True)
+class TopK(SparseScheme):
+    """Sparse gradient descent: each rank's own top-k with error feedback.
+
+    Args:
+        server: gather at rank 0, which selects again from the sum and keeps a residual of its own, so that
+            traffic per rank does not grow with the number of ranks.
+    """
+
+    name: ClassVar[str] = "topk"
+    momentum: float = 0.0
+    warmup_steps: int = 0
+    server: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self, "server", "True or False", isinstance(self.server, bool))
+        if Role.SHARED in {self.small, *self.roles.values()}:
+            raise ValueError(f"{type(self).__name__} has no leader: roles must be dense or own, got shared.")
+
+    def layout(self, tensors: Iterable[tuple[str, Tensor]]) -> Layout:
+        return self._lay_out(tensors, first=Role.OWN, last=Role.OWN, other=Role.OWN)
+
+    def build(self, layout: Layout, transport: Transport, *, device: torch.device) -> Aggregator:
+        region = Region(layout.own)
+        own = OwnTopK(transport, region, self.codecs)
+        if self.server:
+            own = ServerTopK(transport, region, self.codecs, layout.size, device)
+        schedule = Schedule(self.rate, warmup_steps=self.warmup_steps)
+        return OwnAggregator(layout, transport, schedule, self.new_feedback(layout, transport, device), own)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DGC(TopK):
+    """Deep Gradient Compression: own top-k with momentum correction, clipping and rate warm-up.
+
+    With `low_pass=1` also momentum factor masking, as in its paper. Source: Lin et al., ICLR 2018, arXiv 1712.01887.
+    """
+
+    name: ClassVar[str] = "dgc"
+    momentum: float = 0.9
+    warmup_steps: int = 100
+
+
+class OwnAggregator(Aggregator):
+    """The round of both. In the order of DGC's algorithm 4:
+
+    u = m u + g;  v = v + u          momentum correction and local accumulation, `Feedback.accumulate`
+    the largest |v| of every layer   `OwnTopK.prepare`, at the rate of the warm-up's stage (section 3.3)
+    their mean over the ranks        `OwnTopK.exchange`
+    v = 0 (and u = 0) where sent     `Feedback.settle`; what a codec lost stays
+    """
+
+    def __init__(
+        self, layout: Layout, transport: Transport, schedule: Schedule, feedback: Feedback, own: OwnTopK
+    ) -> None:
+        super().__init__(layout, transport, schedule, feedback)
+        self.dense = DenseExchange(transport, layout.dense)
+        self.own = own
+
+    def exchanges(self, stage: Stage) -> Sequence[Exchange]:
+        return [self.dense, self.own]
+
+    @property
+    def server_residual(self) -> Tensor | None:
+        """What the server still owes, at rank 0, shape (N,)."""
+        return self.own.residual if isinstance(self.own, ServerTopK) else None
+
+    def state_dict(self) -> dict[str, Any]:
+        state = super().state_dict()
+        if self.server_residual is not None:
+            state["server"]["residual"] = self.named_copies(self.server_residual)
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        super().load_state_dict(state)
+        if self.server_residual is not None:
+            self.set_named(self.server_residual, state["server"]["residual"])
