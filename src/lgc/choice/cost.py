@@ -18,6 +18,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple, Self
 
 from lgc.phase import Phase
@@ -30,15 +31,27 @@ TOLERANCE = 0.05  # below that, a difference between two predicted steps may be 
 Kind = Literal["all-reduce", "all-gather", "broadcast", "gather", "relay"]
 
 
-class Link(NamedTuple):
-    """What joins the ranks: payload bytes per second each way, and seconds that a message takes on top."""
+@dataclass(frozen=True)
+class Link:
+    """What joins the ranks.
+
+    Args:
+        bandwidth: payload bytes per second each way, above 0.
+        latency: seconds that a message takes on top, at least 0.
+    """
 
     bandwidth: float
     latency: float = 0.0
 
+    def __post_init__(self) -> None:
+        if not self.bandwidth > 0:
+            raise ValueError(f"Link(bandwidth=...) must be above 0, got {self.bandwidth}.")
+        if not self.latency >= 0:
+            raise ValueError(f"Link(latency=...) must be at least 0, got {self.latency}.")
+
     @classmethod
     def parse(cls, bandwidth: str, latency: str = "0ms") -> Self:
-        """A link from its line rate (kbit, mbit, gbit per second) and latency (us, ms, s): "100mbit", "1ms".
+        """Read a link from its line rate (kbit, mbit, gbit per second) and latency (us, ms, s): "100mbit", "1ms".
 
         6.4 % of the line rate go to headers and acknowledgements of TCP/IP and Ethernet.
 
@@ -52,7 +65,8 @@ class Link(NamedTuple):
         return f"{self.bandwidth * 8e-6:.3g} Mbit/s of payload, {self.latency * 1e3:.3g} ms"
 
 
-class Collective(NamedTuple):
+@dataclass(frozen=True)
+class Collective:
     """One collective of a round.
 
     Attributes:
@@ -92,7 +106,8 @@ class Collective(NamedTuple):
         return max(self.seconds, messages * link.latency + copies * self.size / link.bandwidth)
 
 
-class StageCost(NamedTuple):
+@dataclass(frozen=True)
+class StageCost:
     """Steps of one scheme that cost the same.
 
     Attributes:
@@ -119,14 +134,16 @@ class StageCost(NamedTuple):
         return sum(collective.sent_bytes(world_size) for collective in self.collectives)
 
 
-class SchemeCost(NamedTuple):
+@dataclass(frozen=True)
+class SchemeCost:
     """A scheme, as text, and its stages; the last one goes on to the end."""
 
     scheme: str
     stages: list[StageCost]
 
 
-class Profile(NamedTuple):
+@dataclass(frozen=True)
+class Profile:
     """What has been measured. The first arm is dense.
 
     Attributes:
@@ -181,16 +198,16 @@ def predict(profile: Profile, link: Link) -> list[Prediction]:
     def step(stage: StageCost, link: Link = link) -> float:
         return profile.compute + stage.seconds + stage.communication(link, profile.world_size)
 
-    half = link._replace(bandwidth=link.bandwidth / 2)
+    half = replace(link, bandwidth=link.bandwidth / 2)
 
     dense = step(profile.arms[0].stages[-1])
     predictions = []
-    for scheme, stages in profile.arms:
-        last = stages[-1]
-        early = [Early(stage.phase, stage.steps or 0, step(stage)) for stage in stages[:-1]]
+    for arm in profile.arms:
+        *first, last = arm.stages
+        early = [Early(stage.phase, stage.steps or 0, step(stage)) for stage in first]
         predictions.append(
             Prediction(
-                scheme,
+                arm.scheme,
                 last.phase,
                 last.sent_bytes(profile.world_size),
                 profile.compute,
@@ -206,8 +223,8 @@ def predict(profile: Profile, link: Link) -> list[Prediction]:
     return predictions
 
 
-def choose(predictions: Sequence[Prediction], tolerance: float = TOLERANCE) -> Prediction:
-    """The fastest; of those within `tolerance` of it the first that compresses nothing, else the best on half the link.
+def recommend(predictions: Sequence[Prediction], tolerance: float = TOLERANCE) -> Prediction:
+    """Take the fastest; of those within `tolerance` the first that compresses nothing, else the best on half the link.
 
     So small a difference may be chance. That everything arrives is certain, and the link may be slower than it is taken
     to be.

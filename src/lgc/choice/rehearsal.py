@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from itertools import count
+from itertools import count, islice
 from statistics import fmean, median
 from typing import NamedTuple, TypeVar
 
@@ -15,15 +17,15 @@ from lgc.choice.cost import Collective, Kind, Link, SchemeCost, StageCost
 from lgc.comm.transport import Transport, clock
 from lgc.phase import Phase
 from lgc.rounds.schedule import Schedule, Stage
-from lgc.schemes import Dense, LGCScheme, SparseScheme
+from lgc.schemes import Dense, RoundScheme
+from lgc.schemes.learned import LGCScheme
 
 LEAST_ROUNDS, MOST_ROUNDS = 3, 15
-BRIEF = 0.5  # seconds of repeated measuring within a run, by `auto`
-THOROUGH = 3.0  # by `lgc plan`
 LONG_ROUND = 1.0  # seconds; one such exchange of everything is enough
 PROBE_BYTES = (2**18, 2**26)
 PROBE_SECONDS = 0.1
 PROBE_MESSAGES = 5
+CONTENT = "rehearsal"  # what the ranks tell each other of their measurements is counted as
 
 Result = TypeVar("Result")
 
@@ -81,37 +83,22 @@ class Rehearsal(Transport):
         return result
 
 
-class _Fixed(Schedule):
-    """Always the same stage."""
-
-    def __init__(self, rate: float, stage: Stage) -> None:
-        super().__init__(rate)
-        self.stage = stage
-
-    def at(self, step: int) -> Stage:
-        return self.stage
-
-
-class NonfiniteError(ArithmeticError):
-    """The gradient to rehearse with is not finite; raised on every rank."""
-
-
 def rehearse(
-    scheme: SparseScheme,
+    scheme: RoundScheme,
     gradients: Mapping[str, Tensor],
     local: Transport,
     world_size: int,
     *,
     early: bool,
-    work: Callable[[], object] | None = None,
-    dense_work: Callable[[], object] | None = None,
-    enough: float = BRIEF,
-    limit: float = float("inf"),
+    work: Callable[[], object],
+    dense_work: Callable[[], object],
+    enough: float,
+    limit: float = math.inf,
 ) -> SchemeCost | None:
-    """What rounds of `scheme` with these gradients cost; a collective of the ranks in `local`.
+    """Measure what rounds of `scheme` with these gradients cost; a collective of the ranks in `local`.
 
     The scheme's real aggregator does them, with a residual of its own that is dropped afterwards. The last stage is
-    measured several times after a round that does not count, each time with as many rounds in a row as there are
+    measured several times after two rounds that do not count, each time with as many rounds in a row as there are
     ranks, if there is time, so that each leads once; the early ones are single rounds.
 
     Args:
@@ -122,52 +109,34 @@ def rehearse(
         early: whether to rehearse the stages before the last one too.
         work: what a rank does beside every round, a forward and backward pass and the optimizer's step. Ranks that
             share cores share them in both.
-        dense_work: what is taken off for that, the same under dense, whose optimizer may have more to do; `work` by
-            default.
+        dense_work: what is taken off for that, the same under dense, whose optimizer may have more to do.
         enough: seconds after which the last one is not repeated any more.
-        limit: give up if the round that does not count takes longer than this, in seconds.
+        limit: give up if the first round of the last stage takes longer than this, in seconds.
 
     Returns:
         The costs, the same on every rank; None if it was given up.
 
     Raises:
-        NonfiniteError: a gradient is not finite.
+        FloatingPointError: on every rank, if a gradient is not finite.
     """
-    transport = Rehearsal(local, world_size)
-    rounds = _Rounds(_rehearsed(scheme, early=early), gradients, transport, work, dense_work or work)
+    rounds = _Rounds(_rehearsed(scheme, early=early), gradients, Rehearsal(local, world_size), work, dense_work)
     *first, (last, _) = rounds.stages
-    costs = [rounds.cost(stage).of(stage, steps) for stage, steps in first] if early else []
-    if early:
-        rounds.cost(last)  # whose end freezes the autoencoder
-    settling = rounds.cost(last)
-    if settling.seconds + sum(one.seconds for one in settling.collectives) > limit:
+    costs = [replace(rounds.cost(stage)[1], steps=steps) for stage, steps in first] if early else []
+    if rounds.alone(last) > limit:  # its end freezes the autoencoder
         return None
-    in_a_row = rounds_in_a_row(settling.spent, local, enough)
-    found: list[_Cost] = []
-    while wants_more([each.spent for each in found], enough):
-        found.append(rounds.cost(last, in_a_row))
-    return SchemeCost(str(scheme), [*costs, _median(found).of(last, None)])
+    settling, _ = rounds.cost(last)
+    in_a_row = rounds_in_a_row(settling, local, enough)
+    found = repeated(lambda: rounds.cost(last, in_a_row), enough)
+    return SchemeCost(str(scheme), [*costs, _median(found)])
 
 
-class _Cost(NamedTuple):
-    """What rounds of a stage cost: the seconds to measure them, and of each a rank's own work and the collectives."""
-
-    spent: float
-    seconds: float
-    collectives: list[Collective]
-
-    def of(self, stage: Stage, steps: int | None) -> StageCost:
-        """As the cost of so many steps of that stage."""
-        return StageCost(stage.phase.value, steps, self.seconds, self.collectives)
-
-
-def _median(costs: Sequence[_Cost]) -> _Cost:
+def _median(costs: Sequence[StageCost]) -> StageCost:
     """Of each part for itself."""
-    spent, seconds, of_each = zip(*costs, strict=True)
     collectives = [
-        of_all[0]._replace(seconds=median([one.seconds for one in of_all])) for of_all in zip(*of_each, strict=True)
+        replace(of_all[0], seconds=median([one.seconds for one in of_all]))
+        for of_all in zip(*(cost.collectives for cost in costs), strict=True)
     ]
-    return _Cost(median(spent), median(seconds), collectives)
+    return replace(costs[0], seconds=median([cost.seconds for cost in costs]), collectives=collectives)
 
 
 class _Rounds:
@@ -179,11 +148,11 @@ class _Rounds:
 
     def __init__(
         self,
-        scheme: SparseScheme,
+        scheme: RoundScheme,
         gradients: Mapping[str, Tensor],
         transport: Rehearsal,
-        work: Callable[[], object] | None,
-        dense_work: Callable[[], object] | None,
+        work: Callable[[], object],
+        dense_work: Callable[[], object],
     ) -> None:
         self._gradients = gradients
         self._transport = transport
@@ -194,69 +163,63 @@ class _Rounds:
         self._layout = scheme.layout(gradients.items())
         self._aggregator = scheme.build(self._layout, transport, device=self._device)
         self._flat = torch.zeros(self._layout.size, device=self._device)
-        self._rate = scheme.rate
         self.stages = _stages(self._aggregator.schedule)
         there, meant = self._local.world_size, transport.world_size
         self._steps = (turn * meant + leader for turn in count() for leader in range(there))  # whoever leads is there
 
-    def cost(self, stage: Stage, in_a_row: int = 1) -> _Cost:
-        """Time so many rounds of a stage; a collective."""
-        beside = elapsed(self._dense_work, self._local, self._device, in_a_row) if self._dense_work else 0.0
-        self._aggregator.schedule = _Fixed(self._rate, stage)
-        self._transport.collectives = []
-        agree(self._local, [0.0])  # all start together
-        started = clock(self._device)
-        nonfinite = [rank for _ in range(in_a_row) for rank in self._perform()]
-        seconds = clock(self._device) - started
-        if nonfinite:
-            raise NonfiniteError(f"the gradient is not finite on rank {nonfinite[0]}.")
-        waited = [one.seconds for one in self._transport.collectives]
-        ends, *waits = zip(*agree(self._local, [seconds, *waited]), strict=True)
+    def alone(self, stage: Stage) -> float:
+        """Seconds of one round with nothing beside it; a collective."""
+        return max(row[0] for row in self._perform(stage, 1, lambda: None))
+
+    def cost(self, stage: Stage, in_a_row: int = 1) -> tuple[float, StageCost]:
+        """Seconds that it takes to time so many rounds of a stage, and what one of them costs; a collective."""
+        beside = elapsed(self._dense_work, self._local, self._device, in_a_row)
+        ends, *waits = zip(*self._perform(stage, in_a_row, self._work), strict=True)
         end = max(ends) if in_a_row == 1 else fmean(ends)  # in a row, a rank that is late does not hold up the others
         least = [min(of_ranks) for of_ranks in waits]  # the others wait for the last rank as well
         own = (end - sum(least)) / in_a_row - beside
         length = len(least) // in_a_row
         collectives = [
-            one._replace(seconds=fmean(least[position::length]))
+            replace(one, seconds=fmean(least[position::length]))
             for position, one in enumerate(self._transport.collectives[:length])
         ]
-        return _Cost(end + in_a_row * beside, max(0.0, own), collectives)
+        return end + in_a_row * beside, StageCost(stage.phase.value, None, max(0.0, own), collectives)
 
-    def _perform(self) -> Sequence[int]:
-        """One round; the ranks whose gradient is not finite."""
-        if self._work:
-            self._work()
-        for name, view in self._layout.by_name(self._flat).items():
-            view.copy_(self._gradients[name])
-        result = self._aggregator.aggregate(self._flat, next(self._steps))
-        self._flat.copy_(result.mean)  # as it is copied back to DDP's buckets
-        return result.nonfinite_ranks
+    def _perform(self, stage: Stage, times: int, work: Callable[[], object]) -> list[list[float]]:
+        """Seconds of so many rounds together, and of each of their collectives, by rank."""
+        _hold(self._aggregator.schedule, stage)
+        self._transport.collectives = []
+        agree(self._local, [0.0])  # all start together
+        started = clock(self._device)
+        for step in islice(self._steps, times):
+            work()
+            for name, view in self._layout.by_name(self._flat).items():
+                view.copy_(self._gradients[name])
+            result = self._aggregator.aggregate(self._flat, step)
+            self._flat.copy_(result.mean)  # as it is copied back to DDP's buckets
+            if result.nonfinite_ranks:
+                raise FloatingPointError(f"the gradient is not finite on rank {result.nonfinite_ranks[0]}.")
+        seconds = clock(self._device) - started
+        return agree(self._local, [seconds, *(one.seconds for one in self._transport.collectives)])
 
 
 class Bucket(NamedTuple):
-    """A bucket of DDP: when it is complete, in seconds, and the form of its tensor."""
+    """A bucket of DDP: how many seconds before the end of the backward pass it is complete, and its tensor's form."""
 
-    time: float
+    lead: float
     elements: int
     dtype: torch.dtype
-
-
-def before_end(buckets: Sequence[Bucket], transport: Transport) -> list[Bucket]:
-    """The buckets of a backward pass, with the seconds before its end as time, on average over the ranks."""
-    end = buckets[-1].time
-    by_rank = agree(transport, [end - bucket.time for bucket in buckets])
-    return [b._replace(time=fmean(leads)) for b, leads in zip(buckets, zip(*by_rank, strict=True), strict=True)]
 
 
 def rehearse_dense(
     scheme: Dense, gradients: Mapping[str, Tensor], buckets: Sequence[Bucket], visible: float, local: Transport
 ) -> SchemeCost:
-    """What all-reduce of every bucket as soon as it is complete costs; a collective of the ranks in `local`.
+    """Find what all-reduce of every bucket as soon as it is complete costs; a collective of the ranks in `local`.
 
     Args:
         scheme: dense, or one that converts what it sends.
         gradients: this rank's, by parameter name, in the model's order; not changed.
-        buckets: in their order, with the seconds before the end of the backward pass.
+        buckets: in their order.
         visible: seconds that float32 all-reduce was seen to add to a step.
         local: the ranks that are there.
     """
@@ -267,8 +230,8 @@ def rehearse_dense(
         _, wide = _all_reduce_seconds(flat, flat.dtype, local)
         visible = max(0.0, visible - (wide - narrow))
     sizes = [bucket.elements * (scheme.dtype or bucket.dtype).itemsize for bucket in buckets]
-    collectives = [Collective("all-reduce", size, lead=b.time) for size, b in zip(sizes, buckets, strict=True)]
-    collectives[-1] = collectives[-1]._replace(seconds=visible)
+    collectives = [Collective("all-reduce", size, lead=b.lead) for size, b in zip(sizes, buckets, strict=True)]
+    collectives[-1] = replace(collectives[-1], seconds=visible)
     return SchemeCost(str(scheme), [StageCost(Phase.DENSE.value, None, seconds, collectives)])
 
 
@@ -280,7 +243,7 @@ def _all_reduce_seconds(flat: Tensor, dtype: torch.dtype, local: Transport) -> t
         started = clock(flat.device)
         converted = flat.to(dtype)
         sending = clock(flat.device)
-        total = local.all_reduce(converted, "plan")
+        total = local.all_reduce(converted, CONTENT)
         received = clock(flat.device)
         flat.copy_(total)
         by_rank = agree(local, [sending - started + clock(flat.device) - received, received - sending])
@@ -290,7 +253,7 @@ def _all_reduce_seconds(flat: Tensor, dtype: torch.dtype, local: Transport) -> t
 
 
 def probe(transport: Transport, device: torch.device) -> Link:
-    """Latency and bandwidth between the ranks of a group, from a few all-reduces; a collective, well under a second.
+    """Measure latency and bandwidth between the ranks of a group, by a few all-reduces; a collective of under a second.
 
     The larger ones double in size until one takes a tenth of a second. The same result on every rank.
     """
@@ -302,7 +265,7 @@ def probe(transport: Transport, device: torch.device) -> Link:
         tensor = torch.zeros(size // 4, device=device)
         agree(transport, [0.0])
         started = clock(device)
-        transport.all_reduce(tensor, "probe")
+        transport.all_reduce(tensor, CONTENT)
         return min(row[0] for row in agree(transport, [clock(device) - started]))
 
     small = median([seconds(4 * world_size) for _ in range(PROBE_MESSAGES + 1)][1:])
@@ -316,7 +279,7 @@ def probe(transport: Transport, device: torch.device) -> Link:
 
 def agree(transport: Transport, numbers: list[float]) -> list[list[float]]:
     """The numbers of all ranks, by rank; all pass the same count of them."""
-    rows: list[list[float]] = transport.all_gather(torch.tensor(numbers, dtype=torch.float64), "plan").tolist()
+    rows: list[list[float]] = transport.all_gather(torch.tensor(numbers, dtype=torch.float64), CONTENT).tolist()
     return rows
 
 
@@ -334,12 +297,18 @@ def rounds_in_a_row(seconds: float, local: Transport, enough: float) -> int:
     return local.world_size if local.world_size * seconds < enough else 1
 
 
-def wants_more(seconds: Sequence[float], enough: float) -> bool:
-    """Whether to measure once more; short measurements are repeated more often."""
-    return len(seconds) < LEAST_ROUNDS or (len(seconds) < MOST_ROUNDS and sum(seconds) < enough)
+def repeated(measure: Callable[[], tuple[float, Result]], enough: float) -> list[Result]:
+    """What is measured, 3 to 15 times, within so many seconds if it can be; `measure` also gives the seconds."""
+    spent: list[float] = []
+    found: list[Result] = []
+    while len(spent) < LEAST_ROUNDS or (len(spent) < MOST_ROUNDS and sum(spent) < enough):
+        seconds, result = measure()
+        spent.append(seconds)
+        found.append(result)
+    return found
 
 
-def _rehearsed(scheme: SparseScheme, *, early: bool) -> SparseScheme:
+def _rehearsed(scheme: RoundScheme, *, early: bool) -> RoundScheme:
     """The same, whose autoencoder, if it has one, is not judged by gradients that are always the same.
 
     Without early stages it goes without training too, so that its weights need not be sent.
@@ -354,8 +323,16 @@ def _stages(of: Schedule) -> list[tuple[Stage, int]]:
     stages: list[tuple[Stage, int]] = []
     for step in range(of.train_end):
         stage = of.at(step)
-        if stages and stages[-1][0] == stage:
+        if stages and stages[-1][0][1:] == stage[1:]:  # but for the step
             stages[-1] = (stage, stages[-1][1] + 1)
         else:
             stages.append((stage, 1))
     return [*stages, (of.at(of.train_end), 0)]
+
+
+def _hold(schedule: Schedule, stage: Stage) -> None:
+    """Have every step at this stage."""
+    schedule.dense_end = sys.maxsize if stage.phase is Phase.DENSE else 0
+    schedule.warmup_end = 0 if stage.phase in (Phase.TRAIN, Phase.COMPRESSED) else sys.maxsize
+    schedule.train_end = 0 if stage.phase is Phase.COMPRESSED else sys.maxsize
+    schedule.warmup_rates = [stage.least_rate] if stage.least_rate else []

@@ -7,8 +7,9 @@ import math
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,20 +17,22 @@ import click
 import torch
 import torch.distributed as dist
 
-from lgc.choice.cost import TOLERANCE, Collective, Link, Prediction, Profile, SchemeCost, StageCost, choose, predict
+from lgc.choice.cost import TOLERANCE, Collective, Link, Prediction, Profile, SchemeCost, StageCost, predict, recommend
+from lgc.choice.profile import Profiler
 from lgc.choice.rehearsal import probe
 from lgc.comm.transport import Transport
-from lgc.powersgd import bucket_mb
-from lgc.schemes import Auto, PowerSGD, Scheme, SparseScheme, parse_scheme, require_different
+from lgc.schemes import Dense, PowerSGD, Scheme, SparseScheme, parse_scheme, require_different
+from lgc.schemes.powersgd import bucket_mb
 from lgc_lab import options
 from lgc_lab.bench.link.results import LOOPBACK, UNSHAPED, Results
 from lgc_lab.launch.ranks import pick_device, preload, start_ranks, under_torchrun
-from lgc_lab.plan.profile import FunctionJob, JobSource, RecipeJob, measure
+from lgc_lab.plan.jobs import FunctionJob, JobSource, RecipeJob
 from lgc_lab.terminal import aligned, notify
 from lgc_lab.training.settings import Settings
 
 SCHEMES = "dense,bf16,powersgd:rank=1,powersgd:rank=2,powersgd:rank=4,dgc,topk,scalecom,lgc-ring,lgc-ps"
 MEASURED = "measured"
+THOROUGH = 3.0  # seconds after which a scheme is not measured again
 TIMEOUT = timedelta(seconds=600)  # ranks wait for the one that trains an autoencoder
 
 
@@ -120,12 +123,12 @@ def plan(
     except (ValueError, OSError) as error:
         raise click.UsageError(str(error)) from None
     if under_torchrun():
-        profile, measured = _measure_in_job(question)
+        profile, measured = _profile_in_job(question)
         if os.environ["RANK"] != "0":
             return
         links = given or {MEASURED: measured}
     else:
-        profile = _measure_here(question, ranks_per_machine)
+        profile = _profile_here(question, ranks_per_machine)
         links = given or usual
     answers = {name: predict(profile, link) for name, link in links.items()}
     if as_json:
@@ -170,32 +173,38 @@ def _question(world_size: int, *, recipe: str | None, model: str | None, schemes
         planned = {text: parse_scheme(text) for text in texts}
         source = FunctionJob(model)
         source.find()
-    if any(isinstance(scheme, Auto) for scheme in planned.values()):
-        raise ValueError("--schemes must be what auto could choose, not auto itself.")
     require_different(texts, (planned[text] for text in texts))
     return Question(source, planned, world_size)
 
 
-def _measure_here(question: Question, ranks: int) -> Profile:
+def _profile_here(question: Question, ranks: int) -> Profile:
     """With so many ranks on this machine."""
     preload("lgc_lab.plan.command")
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "profile.json"
         with options.reported_errors():
-            start_ranks(_measure_and_write, question, path, world_size=ranks, timeout=TIMEOUT)
-        return _read(path.read_text(encoding="utf-8"))
+            start_ranks(_write_profile, question, path, world_size=ranks, timeout=TIMEOUT)
+        return _read_profile(path)
 
 
-def _measure_and_write(question: Question, path: Path, device: torch.device) -> None:
+def _write_profile(question: Question, path: Path, device: torch.device) -> None:
     """Run in every rank of the default process group; rank 0 writes the profile."""
-    group = dist.group.WORLD
-    assert group is not None
-    profile = _measure(question, Transport(group, device), device)
+    assert dist.group.WORLD is not None
+    profile = _profile(question, dist.group.WORLD, device)
     if dist.get_rank() == 0:
-        path.write_text(json.dumps(profile), encoding="utf-8")
+        path.write_text(json.dumps(asdict(profile)), encoding="utf-8")
 
 
-def _measure_in_job(question: Question) -> tuple[Profile, Link]:
+def _read_profile(path: Path) -> Profile:
+    content = json.loads(path.read_text(encoding="utf-8"))
+    for arm in content["arms"]:
+        for stage in arm["stages"]:
+            stage["collectives"] = [Collective(**collective) for collective in stage["collectives"]]
+        arm["stages"] = [StageCost(**stage) for stage in arm["stages"]]
+    return Profile(**content | {"arms": [SchemeCost(**arm) for arm in content["arms"]]})
+
+
+def _profile_in_job(question: Question) -> tuple[Profile, Link]:
     """As one rank of a torchrun job: the ranks of a machine measure together, and all of them the link."""
     on_machine = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     device, backend = pick_device(int(os.environ.get("LOCAL_RANK", "0")), on_machine)
@@ -204,39 +213,30 @@ def _measure_in_job(question: Question) -> tuple[Profile, Link]:
         assert dist.group.WORLD is not None
         link = probe(Transport(dist.group.WORLD, device), device)
         local, _ = dist.new_subgroups(group_size=on_machine)
-        profile = _measure(question, Transport(local, device), device)
+        profile = _profile(question, local, device)
         dist.barrier()
         return profile, link
     finally:
         dist.destroy_process_group()
 
 
-def _measure(question: Question, local: Transport, device: torch.device) -> Profile:
+def _profile(question: Question, group: dist.ProcessGroup, device: torch.device) -> Profile:
+    """Measure what is asked; a collective of the ranks that share this machine."""
+
     def tell(what: str) -> None:
         if dist.get_rank() == 0:
             notify(what)
 
-    schemes = list(question.schemes.values())
-    return measure(question.source, schemes, question.world_size, local, device, tell)
-
-
-def _read(text: str) -> Profile:
-    """A profile from its JSON, in which every tuple is a list."""
-    world_size, compute, arms = json.loads(text)
-    return Profile(
-        world_size,
-        compute,
-        [
-            SchemeCost(
-                scheme,
-                [
-                    StageCost(phase, steps, seconds, [Collective(*collective) for collective in collectives])
-                    for phase, steps, seconds, collectives in stages
-                ],
-            )
-            for scheme, stages in arms
-        ],
-    )
+    tell(f"measuring compute, {torch.get_num_threads()} threads a rank")
+    make_job = partial(question.source, device, group)
+    profiler = Profiler(make_job, Transport(group, device), question.world_size, enough=THOROUGH)
+    if profiler.unsteady:
+        tell(f"WARNING: {profiler.unsteady}")
+    for scheme in question.schemes.values():
+        if scheme != Dense():
+            tell(f"measuring {scheme}")
+            profiler.add(scheme, early=True)
+    return profiler.profile
 
 
 def _check(folder: Path) -> str:
@@ -245,7 +245,7 @@ def _check(folder: Path) -> str:
     run = {name: results.configuration[name] for name in ("recipe", "batch_size", "data")}
     world_size, schemes = results.configuration["world_size"], ",".join(results.schemes)
     question = _question(world_size, model=None, schemes=schemes, backbone=None, bf16=False, **run)
-    profile = _measure_here(question, world_size)
+    profile = _profile_here(question, world_size)
     labels = _labels(question)
     blocks = []
     for rate in results.rates:
@@ -255,7 +255,7 @@ def _check(folder: Path) -> str:
         for row, seconds in zip(rows, measured, strict=True):
             difference = f"{100 * (row.step / seconds - 1):+.1f} %"
             table.append((labels[row.scheme], f"{1e3 * row.step:,.1f} ms", f"{1e3 * seconds:,.1f} ms", difference))
-        advised = choose(rows)
+        advised = recommend(rows)
         loss = 100 * (measured[rows.index(advised)] / min(measured) - 1)
         best = labels[rows[measured.index(min(measured))].scheme]
         advice = (
@@ -292,7 +292,7 @@ def _as_text(name: str, link: Link, profile: Profile, rows: Sequence[Prediction]
 
 
 def _advice(rows: Sequence[Prediction], labels: Mapping[str, str], profile: Profile) -> list[str]:
-    best = choose(rows)
+    best = recommend(rows)
     scheme = parse_scheme(best.scheme)
     if best == rows[0]:
         return [f"Dense is best here: nothing is more than {TOLERANCE:.0%} faster. Use plain DDP."]
@@ -333,7 +333,7 @@ def _attach(best: Prediction) -> str:
 
 
 def _as_json(name: str, link: Link, profile: Profile, rows: Sequence[Prediction]) -> dict[str, Any]:
-    best = choose(rows)
+    best = recommend(rows)
     return {
         "link": {"name": name, "bytes_per_s": link.bandwidth, "latency_s": link.latency, "measured": name == MEASURED},
         "workers": profile.world_size,

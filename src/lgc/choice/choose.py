@@ -1,0 +1,252 @@
+"""`lgc.choose`: which scheme makes a step the shortest, found out before one is attached."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import logging
+import math
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from lgc.choice.cost import TOLERANCE, Link, Prediction, predict, recommend
+from lgc.choice.profile import Job, Profiler, stand_in, wrap
+from lgc.comm.replicas import require_agreement
+from lgc.comm.transport import SERVER, RankError, Transport
+from lgc.schemes import Dense, PowerSGD, RoundScheme, Scheme, parse_scheme
+
+logger = logging.getLogger("lgc")
+
+BRIEF = 0.5  # seconds after which a scheme is not measured again
+PATIENCE = 2.0  # a first round that takes so many times what there is to win ends a candidate's rehearsal
+
+T = TypeVar("T")
+
+
+def choose(
+    model: nn.Module,
+    make_loss: Callable[[nn.Module], Tensor],
+    candidates: Sequence[Scheme | str],
+    *,
+    link: Link | None = None,
+    group: dist.ProcessGroup | None = None,
+) -> Scheme:
+    """Find the scheme with which a training step takes least time. A collective: all ranks call it, before `attach`.
+
+        scheme = lgc.choose(ddp_model, lambda model: cross_entropy(model(x), y), ["bf16", "dgc:rate=0.01"])
+        handle = lgc.attach(ddp_model, scheme, optimizer)
+
+    It measures steps of a copy of the model without and with dense exchange, then rounds of the candidates with that
+    copy's gradients, by all ranks over their real link. **Speed alone decides**: what a scheme does to accuracy is not
+    looked at, so give only candidates that the model trains well with. A candidate keeps the momentum it is given; the
+    optimizer for `attach` is the one that goes with the scheme that is returned.
+
+    The model, its gradients and buffers, and torch's random state are left as they were. Until it returns, it takes the
+    memory of a second model with its gradients, DDP's buckets and SGD's momentum, of what the scheme in turn keeps, and
+    for PowerSGD of a third one. What it sends is in no handle's counts.
+
+    Args:
+        model: a DistributedDataParallel model, or the module that will be made one; also under torch.compile. Its
+            mode, `train()` or `eval()`, is that in which it is measured.
+        make_loss: calls the model it is given, which is a copy, and returns the loss of one batch, a finite number;
+            called some twenty times and more. What else it changes, such as an iterator over data, stays changed.
+        candidates: schemes, or their text forms, at least one; dense is always among them.
+        link: decide as if the link were no faster than this; None is the link as it is.
+        group: of a module's ranks, the default one unless given; a DDP model has its own.
+
+    Returns:
+        One of the candidates, or dense where nothing is more than 5 % faster; the same on every rank. Rank 0 logs why
+        at level INFO, logger `lgc`. One rank alone has nothing to exchange, and gets dense.
+
+    Raises:
+        TypeError, ValueError: a wrong argument of this rank; or a candidate that this model cannot have.
+        RankError: a wrong argument of another rank.
+        RuntimeError: on every rank: they differ in candidates, link or model.
+    """
+    inner = getattr(model, "_orig_mod", model)  # torch.compile's wrapper
+    group, device = _group_of(inner, group), _device_of(inner)
+    transport = Transport(group, device)
+    schemes = _together(transport, lambda: _checked(candidates, link))
+    parameters = {f"parameter {name}": [*p.shape, str(p.dtype)] for name, p in inner.named_parameters()}
+    described = {"candidates": [str(scheme) for scheme in schemes], "link": repr(link)}
+    require_agreement(transport, "choose", {**described, **parameters})
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        make_job = partial(_copied, model, make_loss, transport)
+        profiler = Profiler(make_job, transport, transport.world_size, enough=BRIEF)
+        for scheme in schemes:
+            _require_possible(scheme, profiler.gradients)
+            if isinstance(scheme, PowerSGD) and transport.device.type == "cpu":
+                _require_one_bucket(scheme, inner, profiler)
+        return _fastest(schemes, profiler, link or Link(math.inf), log=transport.rank == SERVER)
+
+
+def _fastest(schemes: Sequence[Scheme], profiler: Profiler, link: Link, *, log: bool) -> Scheme:
+    """Measure the schemes, and choose one or dense by what has been measured of all ranks."""
+    dense = predict(profiler.profile, link)[0]
+    measured: list[Scheme] = [Dense()]
+    given_up = []
+    for scheme in schemes if dense.communication > TOLERANCE * dense.compute else ():
+        if scheme == Dense():
+            continue
+        if profiler.add(scheme, early=False, limit=PATIENCE * dense.communication):
+            measured.append(scheme)
+        else:
+            given_up.append(str(scheme))
+    predictions = predict(profiler.profile, link)
+    best = recommend(predictions)
+    if log:
+        if profiler.unsteady:
+            logger.warning("choose: %s", profiler.unsteady)
+        _log(best, predictions, given_up)
+    return measured[predictions.index(best)]
+
+
+def _log(best: Prediction, predictions: Sequence[Prediction], given_up: Sequence[str]) -> None:
+    reason = "per step: " + ", ".join(f"{one.scheme} {one.step:.3g} s" for one in predictions)
+    if given_up:
+        reason += f"; slower at once, and given up: {', '.join(given_up)}"
+    elif len(predictions) == 1:
+        reason = "no candidate can win that back"
+    logger.info(
+        "choose: %s. A dense step takes %.3g s, %.3g s of it for the exchange; %s.",
+        best.scheme,
+        predictions[0].step,
+        predictions[0].communication,
+        reason,
+    )
+
+
+def _group_of(model: nn.Module, group: dist.ProcessGroup | None) -> dist.ProcessGroup:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"choose(model=...) must be a module, got {model!r}.")
+    if isinstance(model, DistributedDataParallel):
+        if group is not None:
+            raise ValueError("choose(group=...) must be None with a DistributedDataParallel model, which has its own.")
+        return model.process_group
+    group = group or dist.group.WORLD
+    if group is None:
+        raise ValueError("choose(group=...) must be a process group, got None and there is no default one.")
+    return group
+
+
+def _device_of(model: nn.Module) -> torch.device:
+    devices = {parameter.device for parameter in model.parameters() if parameter.requires_grad}
+    if len(devices) != 1:
+        found = ", ".join(sorted(map(str, devices))) or "no trained parameters"
+        raise ValueError(f"choose(model=...) must have its trained parameters on one device, got {found}.")
+    return devices.pop()
+
+
+def _checked(candidates: Sequence[Scheme | str], link: Link | None) -> list[Scheme]:
+    """The candidates as schemes."""
+    if isinstance(candidates, str) or not isinstance(candidates, Sequence) or not candidates:
+        raise ValueError(f"choose(candidates=...) must be a sequence of at least one scheme, got {candidates!r}.")
+    if not isinstance(link, Link | None):
+        raise TypeError(f'choose(link=...) must be None or a link, such as lgc.Link.parse("10mbit"), got {link!r}.')
+    schemes = []
+    for candidate in candidates:
+        try:
+            scheme = parse_scheme(candidate) if isinstance(candidate, str) else candidate
+        except ValueError as error:
+            raise ValueError(f"choose(candidates=...): {error}") from None
+        if not isinstance(scheme, Scheme):
+            raise TypeError(f"choose(candidates=...) must be schemes, or their text forms, got {candidate!r}.")
+        schemes.append(scheme)
+    return schemes
+
+
+def _require_possible(scheme: Scheme, gradients: Mapping[str, Tensor]) -> None:
+    """Raise ValueError, alike on every rank, if a model with these gradients cannot have this scheme."""
+    if not isinstance(scheme, RoundScheme) or isinstance(scheme, Dense):
+        return
+    complex_ones = [name for name, gradient in gradients.items() if gradient.is_complex()]
+    if complex_ones:
+        names = ", ".join(complex_ones)
+        raise ValueError(f"choose(candidates=...): {scheme} would see one half of complex parameters: {names}.")
+    try:
+        scheme.layout(gradients.items())
+    except ValueError as error:
+        raise ValueError(f"choose(candidates=...): {error}") from None
+
+
+def _require_one_bucket(scheme: PowerSGD, model: nn.Module, profiler: Profiler) -> None:
+    """Raise ValueError, alike on every rank, if DDP has several buckets, or will have."""
+    forms = profiler.buckets if isinstance(model, DistributedDataParallel) else {b.dtype for b in profiler.buckets}
+    if len(forms) > 1:
+        raise ValueError(
+            f"choose(candidates=...): on gloo {scheme} needs a model with one bucket: in one dtype, and built as "
+            "DistributedDataParallel(model, bucket_cap_mb=lgc.schemes.powersgd.one_bucket_mb(model))."
+        )
+
+
+def _copied(
+    model: nn.Module, make_loss: Callable[[nn.Module], Tensor], transport: Transport, bucket_cap_mb: int | None
+) -> Job:
+    """Make a job of a copy of the model, in DDP as the model is, or will be by default; a collective."""
+    inner = getattr(model, "_orig_mod", model)
+    arguments = {}
+    module = inner
+    if isinstance(inner, DistributedDataParallel):
+        module = inner.module
+        arguments = {
+            "device_ids": inner.device_ids,
+            "bucket_cap_mb": None if inner.bucket_bytes_cap_default else inner.bucket_bytes_cap / 2**20,
+            "find_unused_parameters": inner.find_unused_parameters or inner.static_graph,
+            "gradient_as_bucket_view": inner.gradient_as_bucket_view,
+        }
+    if bucket_cap_mb is not None:
+        arguments["bucket_cap_mb"] = bucket_cap_mb
+    ddp = wrap(_together(transport, lambda: copy.deepcopy(module)), transport.group, **arguments)
+    called = ddp if inner is model else copy.deepcopy(model, {id(inner): ddp})  # torch.compile's wrapper, of the copy
+    _together(transport, lambda: _require_gradients(ddp, make_loss))
+    return Job(ddp, lambda: make_loss(called), partial(stand_in, ddp))
+
+
+def _require_gradients(ddp: DistributedDataParallel, make_loss: Callable[[nn.Module], Tensor]) -> None:
+    """Raise unless the loss of this rank is a finite number with a finite gradient of every parameter."""
+    calls: list[nn.Module] = []
+    noting = ddp.register_forward_pre_hook(lambda module, _: calls.append(module))
+    with ddp.no_sync():
+        loss = make_loss(ddp)
+        if not calls:
+            raise ValueError("choose(make_loss=...) must call the model that it is given, not another one.")
+        if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
+            raise ValueError(
+                f"choose(make_loss=...) must return a tensor of one number, with a gradient, got {loss!r}."
+            )
+        if not bool(loss.isfinite()):
+            raise ValueError(f"choose(make_loss=...) must return a finite loss, got {loss.item()}.")
+        torch.autograd.backward(loss)
+    noting.remove()
+    for name, parameter in ddp.module.named_parameters():
+        if parameter.grad is not None and not bool(parameter.grad.isfinite().all()):
+            raise ValueError(f"choose(make_loss=...) must have a finite gradient, that of {name!r} is not.")
+        expected = parameter.requires_grad and not ddp.find_unused_parameters and name not in ddp.parameters_to_ignore
+        if parameter.grad is None and expected:
+            raise ValueError(
+                f"choose(make_loss=...) must give every trained parameter a gradient, {name!r} has none; for others "
+                "build the model as DistributedDataParallel(model, find_unused_parameters=True)."
+            )
+    ddp.zero_grad()
+
+
+def _together(transport: Transport, action: Callable[[], T]) -> T:
+    """The result of what every rank does by itself; if one fails, all raise. A collective.
+
+    Raises:
+        RankError: on the ranks that have not failed themselves, with the others' errors.
+    """
+    try:
+        result = action()
+    except Exception as error:
+        with contextlib.suppress(RankError):
+            transport.open_round(0, finite=True, error=error)
+        raise
+    transport.open_round(0, finite=True)
+    return result
