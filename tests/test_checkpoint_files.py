@@ -262,31 +262,31 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "manifest nested": (lambda p: (p / "manifest.json").write_text("[" * 100_000), "manifest.json is not a JSON obj"),
     "manifest a list": (lambda p: (p / "manifest.json").write_text("[1]"), "manifest.json is not a JSON object"),
     "manifest huge": (lambda p: os.truncate(p / "manifest.json", 2**40), "manifest.json: size must be at most"),
-    "newer schema": (lambda p: rewrite(p, schema=2), "manifest.json: schema must be at most 1, got 2"),
+    "newer schema": (lambda p: rewrite(p, schema=3), "manifest.json: schema must be at most 2, got 3"),
     "no schema": (lambda p: rewrite(p, schema=None), "manifest.json: schema must be an integer, got None"),
     "other step": (lambda p: rewrite(p, step=3), "manifest.json: step must be step-0000000002, got 3"),
     "other world size": (lambda p: rewrite(p, world_size=2), "manifest.json: world_size must be 1, got 2"),
     "no files": (lambda p: rewrite(p, files=[], world_size=0), r"manifest.json: files must be a list, got \[\]"),
     "absurd size": (lambda p: rewrite(p, files=entry(p, size=2**62)), r"files\[0\].size must be .*, got 461168"),
     "absurd shape": (
-        lambda p: rewrite(p, files=entry(p, tensors={"/w": ["float32", [2**40, 2**40]]})),
+        lambda p: rewrite(p, files=entry(p, tensors={"/w": {"dtype": "float32", "shape": [2**40, 2**40]}})),
         r"files\[0\].size must be 4835703278458516698824704 and",
     ),
     "negative shape": (
-        lambda p: rewrite(p, files=entry(p, tensors={"/w": ["float32", [-6]]})),
-        r"files\[0\].tensors\['/w'\] must be \[dtype, shape\]",
+        lambda p: rewrite(p, files=entry(p, tensors={"/w": {"dtype": "float32", "shape": [-6]}})),
+        r"files\[0\].tensors\['/w'\] must be an object of dtype and shape",
     ),
     "other shape": (
-        lambda p: rewrite(p, files=entry(p, tensors={"/w": ["float32", [2, 3]]})),
-        r"rank-0000.*: tensors\['/w'\] must be \['float32', \[2, 3\]\], got \['float32', \[6\]\]",
+        lambda p: rewrite(p, files=entry(p, tensors={"/w": {"dtype": "float32", "shape": [2, 3]}})),
+        r"rank-0000.*: tensors\['/w'\] must be {.*\[2, 3\]}, got {.*\[6\]}",
     ),
     "path outside": (
         lambda p: rewrite(p, files=entry(p, name="../x")),
         r"files\[0\].name must be rank-0000.*, got '\.\./x'",
     ),
     "tensor of no form": (
-        lambda p: rewrite(p, files=entry(p, tensors={"/w": [["float32"], [6]]})),
-        r"files\[0\].tensors\['/w'\] must be \[dtype, shape\]",
+        lambda p: rewrite(p, files=entry(p, tensors={"/w": {"dtype": ["float32"], "shape": [6]}})),
+        r"files\[0\].tensors\['/w'\] must be an object of dtype and shape",
     ),
     "field unknown": (lambda p: rewrite(p, files=entry(p, more=1)), r"files\[0\] must be an object of name, size"),
 }
@@ -349,8 +349,26 @@ def test_latest_passes_over_what_is_not_complete_and_the_next_save_replaces_it(
 
 
 def test_latest_does_not_pass_over_a_checkpoint_of_a_newer_version(two: list[Path]) -> None:
-    rewrite(two[0], schema=2)
+    rewrite(two[0], schema=3)
     assert checkpoint.latest(two[0].parent) == two[0]
+
+
+def test_a_run_of_an_older_form_is_neither_gone_on_with_nor_begun_anew_nor_removed(
+    two: list[Path], alone: dist.ProcessGroup
+) -> None:
+    directory = two[0].parent
+    for path in two:
+        rewrite(path, schema=1)
+    message = "schema must be 2, got 1; an older lgc wrote it .*: finish this run with the release that began it"
+    for action in (
+        lambda: checkpoint.load(two[0], group=alone),
+        lambda: checkpoint.resume(directory, group=alone),
+        lambda: checkpoint.save(directory, {"step": 3}, step=3, group=alone),
+    ):
+        with pytest.raises(CheckpointError, match=message) as failure:
+            action()
+        assert not isinstance(failure.value, RefusedError)  # which is set aside
+    assert sorted(directory.iterdir()) == sorted(two)
 
 
 def test_no_flipped_bit_of_the_manifest_goes_unnoticed(two: list[Path]) -> None:

@@ -197,7 +197,8 @@ class Uniform(ValueCodec):
 
         Values beyond the scale are clamped to it.
         """
-        scaled = values.to(torch.float64) / _positive(values, scale) * self.levels
+        scales = torch.as_tensor(scale, dtype=torch.float64, device=values.device)
+        scaled = values.to(torch.float64) / torch.where(scales > 0, scales, torch.inf) * self.levels
         return scaled.round().clamp(-self.levels, self.levels).to(torch.int32)
 
     def dequantise(self, quantised: Tensor, scale: Tensor | float, terms: int = 1) -> Tensor:
@@ -232,19 +233,15 @@ class Uniform(ValueCodec):
         return ((shifted - self.levels) * np.repeat(scales, groups) / self.levels).astype(np.float32)
 
     def _size(self, counts: Integers) -> int:
-        return 4 * self._group_count(counts) + octet_count(self.bits * int(counts.sum()))
-
-    def _group_count(self, counts: Integers) -> int:
-        return int((counts > 0).sum()) if self.block is None else int((-(-counts // self.block)).sum())
+        return 4 * self._groups(counts).size + octet_count(self.bits * int(counts.sum()))
 
     def _groups(self, counts: Integers) -> Integers:
         """Number of values of every scale."""
         filled = counts[counts > 0]
-        if self.block is None:
-            return filled
-        blocks = -(-filled // self.block)
-        groups = np.full(int(blocks.sum()), self.block, np.int64)
-        groups[np.cumsum(blocks) - 1] = filled - (blocks - 1) * self.block
+        block = self.block or counts.max(initial=1)
+        blocks = -(-filled // block)
+        groups = np.full(int(blocks.sum()), block, np.int64)
+        groups[np.cumsum(blocks) - 1] = filled - (blocks - 1) * block
         return groups
 
     def _pack(self, shifted: Integers) -> Octets:
@@ -256,11 +253,6 @@ class Uniform(ValueCodec):
         if self.bits in (8, 16):
             return np.frombuffer(data.tobytes(), f"<u{self.bits // 8}").astype(np.int64)
         return unpack_bits(data, np.full(count, self.bits, np.int64), "values.integers")
-
-
-def _positive(values: Tensor, scale: Tensor | float) -> Tensor:
-    scales = torch.as_tensor(scale, dtype=torch.float64, device=values.device)
-    return torch.where(scales > 0, scales, torch.inf)
 
 
 def _scales(data: Octets, field: str) -> Floats:

@@ -19,11 +19,12 @@ from __future__ import annotations
 import atexit
 import contextlib
 import functools
+import json
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -34,6 +35,7 @@ from lgc.comm.traffic import SETUP, Traffic, Wire
 
 SERVER = 0
 PAYLOADS = 2  # that the opening of a round announces
+JSON_LIMIT = 2**28  # bytes
 MESSAGE_LIMIT = 4096  # bytes of an error message
 ANNOUNCEMENT_WAIT_S = 2.0
 RELEASE_WAIT_S = 0.2
@@ -234,6 +236,12 @@ class Transport:
         _require_possible(lengths, limit)
         gathered = self.all_gather(_padded(payload, max(lengths)), content)
         return [row[:length] for row, length in zip(gathered, lengths, strict=True)]
+
+    def all_gather_json(self, value: object, content: str) -> list[Any]:
+        """The JSON values of all ranks. Raises as all_gather_bytes."""
+        payload = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+        payloads = self.all_gather_bytes(payload, content, limit=JSON_LIMIT)
+        return [json.loads(payload.numpy().tobytes()) for payload in payloads]
 
     def gather_bytes(self, payload: Tensor, content: str, lengths: Sequence[int], *, limit: int) -> list[Tensor] | None:
         """At rank 0 the payloads of all ranks, whose lengths are known; None elsewhere. Raises as all_gather_bytes."""

@@ -1,0 +1,208 @@
+"""What the ranks do together: save, find, load and resume; everything that one refuses or fails at, all do."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import itertools
+import logging
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from lgc.checkpoint import files
+from lgc.checkpoint.files import CheckpointError, RefusedError
+from lgc.checkpoint.nested import State
+from lgc.checkpoint.resharding import Keys, at, reshard, scheme_of, with_handles
+from lgc.comm.transport import SERVER, Transport
+
+logger = logging.getLogger("lgc")
+
+
+def save(directory: Path | str, state: State, *, step: int, group: dist.ProcessGroup, keep: int = 2) -> Path:
+    """Write every rank's state as the checkpoint of `step`; a collective.
+
+    Args:
+        directory: holds the checkpoints of one run; the same folder for all ranks.
+        state: this rank's; nested dicts (keys str or int), lists and tuples of tensors, numbers, strings, booleans
+            and None, such as the `state_dict()` of a handle, a module and an optimizer.
+        step: at least 0, and above that of every checkpoint that is there.
+        group: the ranks that save; the handle's.
+        keep: how many complete checkpoints stay, at least 1; older ones are removed once this one is complete.
+
+    Returns:
+        The folder of the checkpoint.
+
+    Raises:
+        ValueError: a wrong argument.
+        CheckpointError: on every rank, naming each rank that failed and its file. The older checkpoints are
+            untouched then.
+    """
+    if step < 0:
+        raise ValueError(f"checkpoint.save(step=...) must be at least 0, got {step}.")
+    if keep < 1:
+        raise ValueError(f"checkpoint.save(keep=...) must be at least 1, got {keep}.")
+    path = Path(directory) / f"step-{step:010d}"
+    transport = Transport(group)
+    together = partial(_together, transport, "checkpoint.save")
+    steps = together(lambda: step)
+    if len(set(steps)) != 1:
+        raise CheckpointError(f"checkpoint.save(step=...) must be the same on every rank, got {steps} (by rank).")
+    together(lambda: files.prepare(path), only=SERVER)
+    try:
+        entries = together(lambda: files.write_rank(path, transport.rank, state))
+        together(lambda: files.publish(path, step, entries, scheme_of(state)), only=SERVER)
+    except CheckpointError:
+        if transport.rank == SERVER:
+            with contextlib.suppress(OSError):
+                files.remove(path)
+        raise
+    try:
+        together(lambda: files.remove_old(path.parent, keep), only=SERVER)
+    except CheckpointError as error:  # no reason to end a run
+        if transport.rank == SERVER:
+            logger.warning("%s is complete; older ones stay for now: %s", path, error)
+    return path
+
+
+def available(directory: Path | str, *, group: dist.ProcessGroup | None = None) -> list[Path]:
+    """The complete checkpoints of a folder, newest first.
+
+    Complete is one that has a valid manifest and all its files in their full size; what is in them is for `load` to
+    check. One of a newer schema is in the list, and `load` refuses it.
+
+    Args:
+        directory: holds the checkpoints of one run.
+        group: whose ranks all get what the first of them finds, as a collective; None is by oneself.
+
+    Raises:
+        CheckpointError: a manifest is there and cannot be read, which may be no fault of the checkpoint, or is of an
+            older schema.
+    """
+    if group is not None:
+        names = _together(
+            Transport(group), "checkpoint.available", lambda: [path.name for path in available(directory)], only=SERVER
+        )
+        return [Path(directory) / name for name in names[SERVER]]
+    flaws = files.flaws(Path(directory))
+    for path, flaw in flaws.items():
+        if flaw is not None:
+            logger.warning("%s is not a complete checkpoint: %s", path, flaw)
+    return [path for path, flaw in flaws.items() if flaw is None]
+
+
+def latest(directory: Path | str) -> Path | None:
+    """The newest complete checkpoint of a folder, None where there is none; raises as `available`."""
+    return next(iter(available(directory)), None)
+
+
+def set_aside(path: Path, *, group: dist.ProcessGroup) -> Path:
+    """Rename a checkpoint that `load` refused, so that it is not found any more; a collective. Returns the new path.
+
+    Raises:
+        CheckpointError: on every rank, if it cannot be renamed.
+    """
+
+    def rename() -> str:
+        numbers = itertools.chain([""], (f"-{number}" for number in itertools.count(2)))
+        paths = (path.with_name(f"{path.name}.refused{number}") for number in numbers)
+        aside = next(path for path in paths if not path.exists())
+        path.rename(aside)
+        return aside.name
+
+    return path.with_name(_together(Transport(group), "checkpoint.set_aside", rename, only=SERVER)[SERVER])
+
+
+def resume(directory: Path | str, *, group: dist.ProcessGroup) -> dict[str, Any] | None:
+    """This rank's state from the newest checkpoint that is not refused, None if there is none; a collective.
+
+    Rank 0 logs which one it is, at level INFO. What is refused is set aside, with a warning: the run then goes on from
+    an older checkpoint, and repeats the steps since. To have the last word on that, use `available`, `load` and
+    `set_aside`.
+
+    Raises:
+        CheckpointError: on every rank, if a file cannot be read or renamed, which may be no fault of the checkpoint,
+            or a checkpoint is of an older schema.
+    """
+    for path in available(directory, group=group):
+        try:
+            state = load(path, group=group)
+        except RefusedError as error:
+            aside = set_aside(path, group=group)
+            if dist.get_rank(group) == 0:
+                logger.warning("%s\nThis checkpoint is now %s; going on from the one before it, if any.", error, aside)
+        else:
+            if dist.get_rank(group) == 0:
+                logger.info("goes on from step %d (%s)", int(path.name.removeprefix("step-")), path)
+            return state
+    return None
+
+
+def load(path: Path, *, group: dist.ProcessGroup) -> dict[str, Any]:
+    """This rank's state from a checkpoint of these ranks, or of another number of ranks; a collective.
+
+    As `load_rank`, but a file that one rank refuses is refused by all.
+
+    Raises:
+        RefusedError: on every rank, naming each rank that refused, the file, and what is wrong with it.
+        CheckpointError: the same, where a file could not be read, which may be no fault of the checkpoint, or is of an
+            older schema.
+    """
+    transport = Transport(group)
+    state: dict[str, Any] = {}
+
+    def read() -> str:
+        state.update(load_rank(path, rank=transport.rank, world_size=transport.world_size))
+        return hashlib.sha256((path / files.MANIFEST).read_bytes()).hexdigest()
+
+    manifests = _together(transport, "checkpoint.load", read)
+    if len(set(manifests)) != 1:
+        raise CheckpointError(f"checkpoint.load: the ranks have different checkpoints: {manifests} (sha256 by rank).")
+    return state
+
+
+def load_rank(path: Path, *, rank: int, world_size: int) -> dict[str, Any]:
+    """The state of one rank out of `world_size`, verified before anything of it is used.
+
+    At the world size of the checkpoint it is what that rank saved, bit for bit: tensors are contiguous, on the CPU,
+    each with storage of its own, and every mapping is a dict. At another one, the state of a handle is resharded
+    (see `reshard`), wherever in the nested state it is, and everything else is that of the saved rank `rank % K`: what
+    differs between ranks otherwise, such as a random generator, is for the caller to set.
+
+    Raises:
+        RefusedError: naming the file and the field, what was expected and what is there.
+        CheckpointError: naming the file that could not be read or is of an older schema.
+    """
+    if not 0 <= rank < world_size:
+        raise ValueError(f"checkpoint.load_rank(rank=...) must be in 0 .. {world_size - 1}, got {rank}.")
+    entries = files.read_manifest(path)
+    state = files.read_rank(path, entries[rank % len(entries)])
+    if len(entries) == world_size:
+        return state
+
+    def resharded(keys: Keys) -> dict[str, Any]:
+        return reshard((at(files.read_rank(path, entry), keys) for entry in entries), rank=rank, world_size=world_size)
+
+    return dict(with_handles(state, resharded))
+
+
+def _together(transport: Transport, what: str, action: Callable[[], Any], only: int | None = None) -> list[Any]:
+    """Do something on every rank, or `only` on one; what it returned on each (JSON values). All raise if one fails."""
+    result, error, cause = None, None, None
+    try:
+        if only in (None, transport.rank):
+            result = action()
+    except Exception as exception:
+        error = str(exception) if isinstance(exception, CheckpointError) else repr(exception)
+        cause = exception
+    answer = {"result": result, "error": error, "refused": isinstance(cause, RefusedError)}
+    answers = transport.all_gather_json(answer, "checkpoint")
+    failures = {rank: answer for rank, answer in enumerate(answers) if answer["error"]}
+    if failures:
+        kind = RefusedError if all(answer["refused"] for answer in failures.values()) else CheckpointError
+        texts = (f"rank {rank}: {answer['error']}" for rank, answer in failures.items())
+        raise kind(f"{what}: {'; '.join(texts)}") from cause
+    return [answer["result"] for answer in answers]
