@@ -80,6 +80,15 @@ def test_links_within_the_project_lead_somewhere(document: Path) -> None:
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=document_id)
+def test_files_and_tests_that_the_documents_name_exist(document: Path) -> None:
+    text = document.read_text()
+    for path in re.findall(r"`((?:src|tests|tools)/[\w/.]+)`", text):
+        assert (ROOT / path).exists(), path
+    for file, test in re.findall(r"`(test_\w+): (\w+?)(?:_?\.\.\.)?`", text):
+        assert f"def test_{test}" in (ROOT / "tests" / f"{file}.py").read_text(), f"{file}: {test}"
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=document_id)
 def test_commands_in_the_documents_have_arguments_that_exist(document: Path) -> None:
     pattern = r"lgc (train|compare|report|analyze|plan|bench link|bench codec)((?: [^`\n\\]+|\\\n)*)"
     for command, arguments in re.findall(pattern, document.read_text()):
