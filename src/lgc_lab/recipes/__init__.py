@@ -47,7 +47,7 @@ __all__ = [
 
 
 def find_recipe(name: str) -> Recipe:
-    """The recipe of this name, or of the form `module:NAME`, that of a user's own module.
+    """Find the recipe of this name; `module:NAME` is one of a user's own module.
 
     Raises:
         ValueError: if there is none, with the names that there are.
@@ -63,10 +63,10 @@ def find_recipe(name: str) -> Recipe:
 
 
 def find_object(what: str, text: str) -> Any:
-    """What a module that can be imported from here has under a name: `module:name`.
+    """Import what `module:name` names, from the current folder or what is installed.
 
     Raises:
-        ValueError: if there is none, of the argument `what`.
+        ValueError: if there is none; the message calls it `what`.
     """
     module, _, name = text.partition(":")
     if not name or not all(part.isidentifier() for part in (*module.split("."), name)):
@@ -80,7 +80,7 @@ def find_object(what: str, text: str) -> Any:
 
 
 def source_digest(name: str) -> str | None:
-    """Of the file that has a user's own recipe, `module:NAME`: SHA-256, 16 digits; None for the others."""
+    """Digest the file of a user's own recipe, `module:NAME`: SHA-256, 16 digits; None for the project's recipes."""
     if ":" not in name:
         return None
     file = sys.modules[name.partition(":")[0]].__file__

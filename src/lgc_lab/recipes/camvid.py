@@ -17,6 +17,7 @@ from lgc_lab.recipes.data import (
     decode_image,
     decoded,
     find_parquet,
+    standardised,
 )
 from lgc_lab.recipes.imagenet import DEVIATION, MEAN
 from lgc_lab.recipes.pspnet import PSPNet, pspnet_loss
@@ -57,8 +58,7 @@ def scale_crop_and_flip(images: Tensor, annotations: Tensor, generator: torch.Ge
 
 def to_batch(images: Tensor, annotations: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
     """Normalised inputs and targets from uint8 images and annotations."""
-    mean, deviation = (torch.tensor(values, device=images.device).view(3, 1, 1) for values in (MEAN, DEVIATION))
-    inputs, targets = (images / 255 - mean) / deviation, annotations.long()
+    inputs, targets = standardised(images, MEAN, DEVIATION), annotations.long()
     return (inputs, targets) if generator is None else scale_crop_and_flip(inputs, targets, generator)
 
 

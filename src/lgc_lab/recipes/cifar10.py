@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -18,6 +19,7 @@ from lgc_lab.recipes.data import (
     decode_image,
     decoded,
     find_parquet,
+    standardised,
 )
 from lgc_lab.recipes.recipe import ACCURACY, Recipe, step_decay, warmup_and_cosine
 from lgc_lab.recipes.resnet import resnet, resnet20
@@ -43,8 +45,7 @@ def to_batch(images: Tensor, labels: Tensor, generator: torch.Generator | None) 
     """Normalised inputs and targets from uint8 images and labels."""
     if generator is not None:
         images = crop_and_flip(images, generator)
-    mean, deviation = (torch.tensor(values, device=images.device).view(3, 1, 1) for values in (MEAN, DEVIATION))
-    return (images / 255 - mean) / deviation, labels.long()
+    return standardised(images, MEAN, DEVIATION), labels.long()
 
 
 def load_split(path: str, split: str, limit: int | None) -> TensorSplit:
@@ -89,21 +90,14 @@ the learning rate at half and at three quarters of them; the same fractions of a
 
 
 def _bottleneck_recipe(name: str, millions: str) -> Recipe:
-    return Recipe(
+    return replace(
+        CIFAR10_RESNET20,
         name=f"cifar10-{name}",
         summary=f"CIFAR-10, {name} with the CIFAR stem, {millions} million parameters",
         model=partial(resnet, name, classes=CLASSES, stem="cifar"),
-        data=load_cifar10,
-        memory_format=torch.channels_last,
-        loss=F.cross_entropy,
-        metric=ACCURACY,
-        batch_size=32,
         epochs=200,
-        learning_rate=0.1,
-        momentum=0.9,
         weight_decay=5e-4,
         learning_rate_factor=warmup_and_cosine,
-        scheme_defaults={"rate": 0.001, "dense_steps": 200, "warmup_steps": 400, "train_steps": 300},
     )
 
 

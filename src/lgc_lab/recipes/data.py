@@ -35,7 +35,7 @@ SHARD = re.compile(r".*-(\d{5})-of-(\d{5})\.parquet")
 
 
 class Split(ABC):
-    """Samples that are read in batches."""
+    """Samples, read in batches."""
 
     @abstractmethod
     def __len__(self) -> int:
@@ -51,7 +51,7 @@ class Split(ABC):
 
 
 class Data(NamedTuple):
-    """What to train on and what to test on."""
+    """A split to train on and one to test on."""
 
     train: Split
     test: Split
@@ -180,7 +180,7 @@ class Table:
 
     @property
     def rows(self) -> int:
-        """Of all files."""
+        """Number of rows in all files."""
         return sum(self._rows)
 
     def read(self, limit: int | None = None) -> Iterator[Row]:
@@ -279,8 +279,14 @@ def decode_image(
         raise ValueError(f"{where}: {error}") from None
 
 
+def standardised(images: Tensor, mean: Sequence[float], deviation: Sequence[float]) -> Tensor:
+    """Images (batch, channels, height, width) of uint8 as floats, by the channels' mean and deviation in [0, 1]."""
+    centre, scale = (torch.tensor(values, device=images.device).view(-1, 1, 1) for values in (mean, deviation))
+    return (images / 255 - centre) / scale
+
+
 def check_label(label: int, classes: int, where: str) -> int:
-    """The label, if it is one of `classes`.
+    """Check that a label is one of `classes`, and return it.
 
     Raises:
         ValueError: if it is not.
@@ -307,7 +313,7 @@ def map_in_threads(function: Callable[[Any], Any], items: Iterator[Any], ahead: 
 
 
 def cache_folder() -> Path:
-    """Where decoded data is kept: $LGC_CACHE, or lgc in the user's cache folder."""
+    """Find where decoded data is kept: $LGC_CACHE, or lgc in the user's cache folder."""
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(os.environ.get("LGC_CACHE") or Path(base, "lgc"))
 
@@ -345,13 +351,13 @@ def cached(
 
 
 def _making(folder: Path) -> str:
-    """How the names of folders begin in which this machine makes this one; another's may not see its locks."""
+    """Name the start of all folders in which this machine makes this one; other machines may not see its locks."""
     return f"making-{folder.name}-{socket.gethostname()}-"
 
 
 @contextmanager
 def _alone(folder: Path) -> Iterator[None]:
-    """Wait for who else makes this folder, and remove what was left when one was killed at it."""
+    """Wait for others that make this folder, and remove what a killed one has left."""
     with Path(f"{folder}.lock").open("w") as lock:
         with suppress(OSError):  # a file system without locks: each makes its own, and the first one counts
             try:

@@ -10,35 +10,28 @@ from torch import Tensor, nn
 
 from lgc_lab.recipes.data import Data, TensorSplit
 from lgc_lab.recipes.recipe import ACCURACY, Recipe, warmup_and_cosine
+from lgc_lab.recipes.resnet import BasicBlock, conv
 
 TEST_FRACTION = 1 / 3
 
 
-class Block(nn.Module):
-    """Basic residual block. Source: He et al., CVPR 2016, arXiv 1512.03385."""
-
-    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride=stride, padding=1, bias=False)
-        self.norm1 = nn.BatchNorm2d(outputs)
-        self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
-        self.norm2 = nn.BatchNorm2d(outputs)
-        self.shortcut = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride=stride, bias=False), nn.BatchNorm2d(outputs))
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = F.relu(self.norm1(self.conv1(x)))
-        return F.relu(self.norm2(self.conv2(h)) + self.shortcut(x))
+def block(inputs: int, outputs: int, stride: int) -> nn.Module:
+    """Make a residual block whose shortcut has a convolution also where the shape stays."""
+    block = BasicBlock(inputs, outputs, stride=stride, entering=1, dilation=1)
+    if isinstance(block.shortcut, nn.Identity):
+        block.shortcut = nn.Sequential(conv(inputs, outputs, 1, stride), nn.BatchNorm2d(outputs))
+    return block
 
 
 def small_resnet() -> nn.Module:
     """Three residual blocks at 8, 4 and 2 pixels: (batch, 1, 8, 8) -> (batch, 10), 1.0 million parameters."""
     return nn.Sequential(
-        nn.Conv2d(1, 32, 3, padding=1, bias=False),
+        conv(1, 32, 3),
         nn.BatchNorm2d(32),
         nn.ReLU(),
-        Block(32, 32, 1),
-        Block(32, 96, 2),
-        Block(96, 256, 2),
+        block(32, 32, 1),
+        block(32, 96, 2),
+        block(96, 256, 2),
         nn.AdaptiveAvgPool2d(1),
         nn.Flatten(),
         nn.Linear(256, 10),
@@ -54,7 +47,7 @@ def wide_mlp() -> nn.Module:
 
 
 def to_batch(pixels: Tensor, labels: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
-    """As they are: digits are not augmented."""
+    """Return them as they are: digits are not augmented."""
     return pixels, labels
 
 

@@ -24,6 +24,7 @@ from lgc_lab.recipes.data import (
     decode_image,
     find_parquet,
     new_array,
+    standardised,
 )
 from lgc_lab.recipes.recipe import ACCURACY, Recipe, step_decay
 from lgc_lab.recipes.resnet import resnet
@@ -93,8 +94,7 @@ class EncodedSplit(Split):
             mirrored = torch.rand(len(indices), generator=generator) < 0.5
             images = self.pool.map(self.decode, indices.tolist(), draws, mirrored.tolist())
         pixels = torch.from_numpy(np.stack(list(images))).permute(0, 3, 1, 2)
-        mean, deviation = (torch.tensor(values).view(3, 1, 1) for values in (MEAN, DEVIATION))
-        return (pixels / 255 - mean) / deviation, self.labels[indices].long()
+        return standardised(pixels, MEAN, DEVIATION), self.labels[indices].long()
 
     def decode(self, index: int, draws: Tensor | None = None, mirrored: bool = False) -> Array:
         """Part of an image as (224, 224, 3): random if there are draws, else the middle."""
@@ -140,8 +140,8 @@ def load_folder(folder: Path, classes: list[str], limit: int | None) -> EncodedS
     files = [(file, label) for label, name in enumerate(classes) for file in sorted((folder / name).glob("*.JPEG"))]
     if not files:
         raise FileNotFoundError(f"{folder} has no images {classes[0]}/*.JPEG and so on.")
-    if limit is not None:
-        files = [files[position * len(files) // min(limit, len(files))] for position in range(min(limit, len(files)))]
+    count = len(files) if limit is None else min(limit, len(files))
+    files = [files[position * len(files) // count] for position in range(count)]
 
     def encoded(index: int) -> tuple[bytes, str]:
         return files[index][0].read_bytes(), str(files[index][0])

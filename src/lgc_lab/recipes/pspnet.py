@@ -6,15 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lgc_lab.recipes.resnet import conv, initialise, resnet
+from lgc_lab.recipes.resnet import initialise, normalised, resnet
 
 BINS = (1, 2, 3, 6)
 AUXILIARY_WEIGHT = 0.4
-
-
-def normalised(inputs: int, outputs: int, kernel: int) -> nn.Sequential:
-    """Convolution, batch norm, ReLU."""
-    return nn.Sequential(conv(inputs, outputs, kernel), nn.BatchNorm2d(outputs), nn.ReLU())
 
 
 class PyramidPooling(nn.Module):

@@ -1,4 +1,4 @@
-"""What a recipe consists of."""
+"""A recipe and its parts: metrics and learning-rate schedules."""
 
 from __future__ import annotations
 

@@ -18,6 +18,11 @@ def conv(inputs: int, outputs: int, kernel: int, stride: int = 1, dilation: int 
     return nn.Conv2d(inputs, outputs, kernel, stride, padding, dilation, bias=False)
 
 
+def normalised(inputs: int, outputs: int, kernel: int, stride: int = 1) -> nn.Sequential:
+    """Convolution, batch norm, ReLU."""
+    return nn.Sequential(conv(inputs, outputs, kernel, stride), nn.BatchNorm2d(outputs), nn.ReLU())
+
+
 class BasicBlock(nn.Module):
     """Two 3x3 convolutions; `entering` is the dilation of the first."""
 
@@ -79,17 +84,15 @@ class PaddedShortcut(nn.Module):
 
 
 def stem_layers(stem: Stem, outputs: int) -> list[nn.Module]:
-    """What comes before the blocks: 7x7 and pooling, the same with three 3x3, or one 3x3 without pooling."""
-    if stem == "cifar":
-        return [conv(3, outputs, 3), nn.BatchNorm2d(outputs), nn.ReLU()]
-    pool = nn.MaxPool2d(3, stride=2, padding=1)
-    if stem == "imagenet":
-        return [conv(3, outputs, 7, 2), nn.BatchNorm2d(outputs), nn.ReLU(), pool]
-    layers: list[nn.Module] = []
+    """Layers before the blocks: 7x7 and pooling, three 3x3 and pooling, or one 3x3 alone."""
     half = outputs // 2
-    for inputs, width, stride in ((3, half, 2), (half, half, 1), (half, outputs, 1)):
-        layers += [conv(inputs, width, 3, stride), nn.BatchNorm2d(width), nn.ReLU()]
-    return [*layers, pool]
+    convolutions = {
+        "imagenet": [(3, outputs, 7, 2)],
+        "deep": [(3, half, 3, 2), (half, half, 3, 1), (half, outputs, 3, 1)],
+        "cifar": [(3, outputs, 3, 1)],
+    }
+    layers = [layer for arguments in convolutions[stem] for layer in normalised(*arguments)]
+    return layers if stem == "cifar" else [*layers, nn.MaxPool2d(3, stride=2, padding=1)]
 
 
 class ResNet(nn.Module):
