@@ -166,9 +166,9 @@ class Handle:
 
         The keys are those of the `wire` part of a run's summary.json, see docs/usage.md.
         """
-        contents, table = self.wire.table()
-        tables = Transport(self.transport.group, self.transport.device).all_gather(table, "counts")
-        return summarise([self.wire.with_counts(contents, rows) for rows in tables.tolist()], self.parameters)
+        uncounted = Transport(self.transport.group, self.transport.device)
+        wires = uncounted.all_gather_json(self.wire.to_json(), "counts")
+        return summarise([wire_from_json(wire) for wire in wires], self.parameters)
 
     def state_dict(self) -> dict[str, Any]:
         """This rank's state, to be saved by every rank: tensors by parameter name, numbers and strings only.

@@ -19,6 +19,7 @@ from lgc.phase import Phase
 from lgc.rounds.schedule import Schedule, Stage
 from lgc.schemes import Dense, RoundScheme
 from lgc.schemes.learned import LGCScheme
+from lgc.synchronizer import Policy, Synchronizer
 
 LEAST_ROUNDS, MOST_ROUNDS = 3, 15
 LONG_ROUND = 1.0  # seconds; one such exchange of everything is enough
@@ -155,15 +156,15 @@ class _Rounds:
         dense_work: Callable[[], object],
     ) -> None:
         self._gradients = gradients
+        self._means = {name: torch.empty_like(gradient) for name, gradient in gradients.items()}
         self._transport = transport
         self._local = transport.local
         self._work = work
         self._dense_work = dense_work
         self._device = next(iter(gradients.values())).device
-        self._layout = scheme.layout(gradients.items())
-        self._aggregator = scheme.build(self._layout, transport, device=self._device)
-        self._flat = torch.zeros(self._layout.size, device=self._device)
-        self.stages = _stages(self._aggregator.schedule)
+        self._synchronizer = Synchronizer(scheme, gradients, transport, Policy(check_every=0))
+        self._schedule = self._synchronizer.aggregator.schedule
+        self.stages = _stages(self._schedule)
         there, meant = self._local.world_size, transport.world_size
         self._steps = (turn * meant + leader for turn in count() for leader in range(there))  # whoever leads is there
 
@@ -187,18 +188,13 @@ class _Rounds:
 
     def _perform(self, stage: Stage, times: int, work: Callable[[], object]) -> list[list[float]]:
         """Seconds of so many rounds together, and of each of their collectives, by rank."""
-        _hold(self._aggregator.schedule, stage)
+        _hold(self._schedule, stage)
         self._transport.collectives = []
-        agree(self._local, [0.0])  # all start together
-        started = clock(self._device)
+        started = start_together(self._local, self._device)
         for step in islice(self._steps, times):
             work()
-            for name, view in self._layout.by_name(self._flat).items():
-                view.copy_(self._gradients[name])
-            result = self._aggregator.aggregate(self._flat, step)
-            self._flat.copy_(result.mean)  # as it is copied back to DDP's buckets
-            if result.nonfinite_ranks:
-                raise FloatingPointError(f"the gradient is not finite on rank {result.nonfinite_ranks[0]}.")
+            for name, mean in self._synchronizer.synchronize(self._gradients, step).items():
+                self._means[name].copy_(mean)  # as it is copied back to DDP's buckets
         seconds = clock(self._device) - started
         return agree(self._local, [seconds, *(one.seconds for one in self._transport.collectives)])
 
@@ -239,8 +235,7 @@ def _all_reduce_seconds(flat: Tensor, dtype: torch.dtype, local: Transport) -> t
     """What converting there and back, and what all-reduce takes."""
     rounds: list[tuple[float, float]] = []
     while len(rounds) <= LEAST_ROUNDS and (not rounds or sum(rounds[-1]) < LONG_ROUND):
-        agree(local, [0.0])  # all start together
-        started = clock(flat.device)
+        started = start_together(local, flat.device)
         converted = flat.to(dtype)
         sending = clock(flat.device)
         total = local.all_reduce(converted, CONTENT)
@@ -263,8 +258,7 @@ def probe(transport: Transport, device: torch.device) -> Link:
 
     def seconds(size: int) -> float:
         tensor = torch.zeros(size // 4, device=device)
-        agree(transport, [0.0])
-        started = clock(device)
+        started = start_together(transport, device)
         transport.all_reduce(tensor, CONTENT)
         return min(row[0] for row in agree(transport, [clock(device) - started]))
 
@@ -283,10 +277,15 @@ def agree(transport: Transport, numbers: list[float]) -> list[list[float]]:
     return rows
 
 
+def start_together(transport: Transport, device: torch.device) -> float:
+    """The time, once all ranks are here; a collective."""
+    agree(transport, [0.0])
+    return clock(device)
+
+
 def elapsed(action: Callable[[], object], transport: Transport, device: torch.device, times: int = 1) -> float:
     """Seconds of an action, `times` in a row from a common start; the mean over the ranks. A collective."""
-    agree(transport, [0.0])
-    started = clock(device)
+    started = start_together(transport, device)
     for _ in range(times):
         action()
     return fmean(row[0] for row in agree(transport, [(clock(device) - started) / times]))

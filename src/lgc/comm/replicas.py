@@ -17,7 +17,6 @@ logger = logging.getLogger("lgc")
 
 OnDifference = Literal["raise", "synchronise"]
 
-DESCRIPTION_LIMIT = 2**28  # bytes
 DIGEST_WORDS = 2**22
 
 
@@ -36,9 +35,7 @@ def require_agreement(transport: Transport, what: str, description: Mapping[str,
     digests = transport.all_gather(digest, "agreement")
     if bool((digests == digests[0]).all()):
         return
-    payload = torch.frombuffer(bytearray(text), dtype=torch.uint8)
-    payloads = transport.all_gather_bytes(payload, "agreement", limit=DESCRIPTION_LIMIT)
-    ranks = [json.loads(bytes(row.tolist())) for row in payloads]
+    ranks = transport.all_gather_json(description, "agreement")
     for key in dict.fromkeys(key for rank in ranks for key in rank):
         values = [rank.get(key, "missing") for rank in ranks]
         if any(value != values[0] for value in values):

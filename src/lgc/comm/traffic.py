@@ -6,9 +6,6 @@ import json
 from dataclasses import asdict, dataclass, field
 from typing import NamedTuple
 
-import torch
-from torch import Tensor
-
 from lgc.phase import Phase
 
 SETUP = "setup"
@@ -29,10 +26,6 @@ class Traffic:
     upload_bytes: int = 0
     contents: dict[str, int] = field(default_factory=dict)
 
-    def counts(self) -> tuple[int, int, int, int]:
-        """All but the contents."""
-        return self.steps, self.sent_bytes, self.received_bytes, self.upload_bytes
-
 
 @dataclass
 class Wire:
@@ -44,22 +37,6 @@ class Wire:
         """As `wire_from_json` reads it."""
         return json.dumps({name: asdict(traffic) for name, traffic in self.phases.items()})
 
-    def table(self) -> tuple[list[str], Tensor]:
-        """The contents, and all counts, one row a phase."""
-        contents = sorted({content for traffic in self.phases.values() for content in traffic.contents})
-        rows = [
-            [*traffic.counts(), *(traffic.contents.get(content, 0) for content in contents)]
-            for traffic in self.phases.values()
-        ]
-        return contents, torch.tensor(rows, dtype=torch.int64)
-
-    def with_counts(self, contents: list[str], rows: list[list[int]]) -> Wire:
-        """The same phases with the counts of another rank's table."""
-        phases = {}
-        for name, (steps, sent, received, upload, *by_content) in zip(self.phases, rows, strict=True):
-            phases[name] = Traffic(steps, sent, received, upload, dict(zip(contents, by_content, strict=True)))
-        return Wire(phases)
-
 
 def wire_from_json(text: object) -> Wire:
     """The byte counts by phase that a state has as text.
@@ -69,7 +46,8 @@ def wire_from_json(text: object) -> Wire:
     """
     try:
         wire = Wire({name: Traffic(**traffic) for name, traffic in json.loads(str(text)).items()})
-        counts = [count for each in wire.phases.values() for count in (*each.counts(), *each.contents.values())]
+        rows = [asdict(traffic) for traffic in wire.phases.values()]
+        counts = [count for row in rows for count in (*row.pop("contents").values(), *row.values())]
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"state_dict: wire is not the byte counts by phase: {error}.") from None
     for count in counts:

@@ -68,7 +68,7 @@ class Aggregator(ABC):
         self.transport.begin(stage.phase)
         v = self.feedback.accumulate(gradient)  # u = m u + g;  v = v + u
         exchanges = self.exchanges(stage)
-        opening, payloads = self._open(v, exchanges, stage, step)
+        opening, payloads = self._open(v, exchanges, stage)
         nonfinite_ranks = tuple(rank for rank, finite in enumerate(opening.finite) if not finite)
         if nonfinite_ranks:
             self.finish(step, [])
@@ -77,24 +77,22 @@ class Aggregator(ABC):
         exchanged = []
         for exchange, payload in zip(exchanges, payloads, strict=True):
             lengths = [] if payload is None else list(next(columns))
-            exchanged.append(exchange.exchange(v, payload, lengths, stage.least_rate, step))
+            exchanged.append(exchange.exchange(v, payload, lengths, stage))
         result = self._close(exchanged)
         self.finish(step, opening.votes)
         return result
 
-    def _open(
-        self, v: Tensor, exchanges: Sequence[Exchange], stage: Stage, step: int
-    ) -> tuple[Opening, list[Tensor | None]]:
+    def _open(self, v: Tensor, exchanges: Sequence[Exchange], stage: Stage) -> tuple[Opening, list[Tensor | None]]:
         """Prepare what this rank sends, and open the round."""
         finite = self.feedback.is_finite(v)
         payloads: list[Tensor | None] = []
         error = None
         try:
-            payloads = [exchange.prepare(v, stage.least_rate, step) for exchange in exchanges] if finite else []
+            payloads = [exchange.prepare(v, stage) for exchange in exchanges] if finite else []
         except Exception as exception:
             error = exception
         lengths = [payload.numel() for payload in payloads if payload is not None]
-        opening = self.transport.open_round(step, finite=finite, vote=self.vote(), lengths=lengths, error=error)
+        opening = self.transport.open_round(stage.step, finite=finite, vote=self.vote(), lengths=lengths, error=error)
         return opening, payloads
 
     def _close(self, exchanged: Sequence[Exchanged]) -> Round:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lgc.comm.transport import Transport
 from lgc.rounds.feedback import Piece
+from lgc.rounds.schedule import Stage
 
 
 class Exchanged(NamedTuple):
@@ -27,7 +28,7 @@ class Exchange(ABC):
     a rank has failed; then it performs them, one after the other.
     """
 
-    def prepare(self, v: Tensor, least_rate: float, step: int) -> Tensor | None:
+    def prepare(self, v: Tensor, stage: Stage) -> Tensor | None:
         """The payload that this rank is about to send, uint8, shape (bytes,); None if this kind announces none.
 
         Does not communicate.
@@ -35,17 +36,14 @@ class Exchange(ABC):
         return None
 
     @abstractmethod
-    def exchange(
-        self, v: Tensor, payload: Tensor | None, lengths: list[int], least_rate: float, step: int
-    ) -> Exchanged:
+    def exchange(self, v: Tensor, payload: Tensor | None, lengths: list[int], stage: Stage) -> Exchanged:
         """What all ranks get of v, and what this rank contributed; a collective.
 
         Args:
             v: the pending residual, shape (N,); not changed.
             payload: what `prepare` returned.
             lengths: of the payloads, by rank, in bytes.
-            least_rate: every segment sends at this rate, or at its own where that is larger.
-            step: of the round, counted from 0.
+            stage: step and least rate of the round.
         """
 
 
@@ -63,9 +61,7 @@ class DenseExchange(Exchange):
         self.where = where
         self.dtype = dtype
 
-    def exchange(
-        self, v: Tensor, payload: Tensor | None, lengths: list[int], least_rate: float, step: int
-    ) -> Exchanged:
+    def exchange(self, v: Tensor, payload: Tensor | None, lengths: list[int], stage: Stage) -> Exchanged:
         sent = v[self.where].clone()
         if sent.numel() == 0:
             return Exchanged([], Piece(self.where, sent))

@@ -11,8 +11,9 @@ WARMUP_FACTOR = 0.25
 
 
 class Stage(NamedTuple):
-    """Phase of a step, and the least rate of its segments (0 after the warm-up: each has its own)."""
+    """A step, counted from 0, its phase, and the least rate of its segments (0 after the warm-up: each has its own)."""
 
+    step: int
     phase: Phase
     least_rate: float = 0.0
 
@@ -37,13 +38,13 @@ class Schedule:
     def at(self, step: int) -> Stage:
         """The stage of `step`, counted from 0."""
         if step < self.dense_end:
-            return Stage(Phase.DENSE)
+            return Stage(step, Phase.DENSE)
         if step < self.warmup_end and self.warmup_rates:
             done = (step - self.dense_end) * len(self.warmup_rates) // (self.warmup_end - self.dense_end)
-            return Stage(Phase.WARMUP, self.warmup_rates[done])
+            return Stage(step, Phase.WARMUP, self.warmup_rates[done])
         if step < self.warmup_end:
-            return Stage(Phase.WARMUP)
-        return Stage(Phase.TRAIN if step < self.train_end else Phase.COMPRESSED)
+            return Stage(step, Phase.WARMUP)
+        return Stage(step, Phase.TRAIN if step < self.train_end else Phase.COMPRESSED)
 
     def retrain(self, step: int, steps: int) -> None:
         """Go back to phase train for `steps` steps from `step` on."""

@@ -111,10 +111,10 @@ class LearnedExchange(SharedTopK, ABC):
     def loss(self, x: Tensor, step: int) -> Tensor:
         """The autoencoder's loss on the scaled vectors of all ranks, shape (K, mu)."""
 
-    def fall_back(self, v: Tensor, indices: Tensor, least_rate: float, step: int) -> Exchanged:
+    def fall_back(self, v: Tensor, indices: Tensor, stage: Stage) -> Exchanged:
         """The values, in place of an autoencoder whose result is not finite; it is trained again from the start."""
-        self.watch.fail(step)
-        return self.exchange_values(v, indices, least_rate, step)
+        self.watch.fail(stage.step)
+        return self.exchange_values(v, indices, stage)
 
 
 class TrainingExchange(SharedTopK):
@@ -127,10 +127,8 @@ class TrainingExchange(SharedTopK):
         self.updates = scheme.autoencoder_updates
         self.metrics = metrics
 
-    def exchange(
-        self, v: Tensor, payload: Tensor | None, lengths: list[int], least_rate: float, step: int
-    ) -> Exchanged:
-        indices, scale = self.receive(v, payload, lengths, least_rate, step)
+    def exchange(self, v: Tensor, payload: Tensor | None, lengths: list[int], stage: Stage) -> Exchanged:
+        indices, scale = self.receive(v, payload, lengths, stage)
         x = v[indices]
         if x.numel() == 0:
             return Exchanged([], Piece(indices, x))
@@ -138,7 +136,7 @@ class TrainingExchange(SharedTopK):
         mean = torch.empty_like(x) if vectors is None else vectors.mean(dim=0)
         mean = self.transport.broadcast(mean, "values", source=SERVER)
         if vectors is not None:
-            self._train(scaled(vectors, scale), step)
+            self._train(scaled(vectors, scale), stage.step)
         return Exchanged([Piece(indices, mean)], Piece(indices, x))
 
     def _train(self, x: Tensor, step: int) -> None:

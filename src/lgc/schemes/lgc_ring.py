@@ -16,6 +16,7 @@ from lgc.rounds.autoencoder import RingAutoencoder, RingLatent, replicated
 from lgc.rounds.exchange import Exchanged
 from lgc.rounds.feedback import Piece
 from lgc.rounds.layout import Layout
+from lgc.rounds.schedule import Stage
 from lgc.schemes.arguments import require
 from lgc.schemes.learned import LearnedExchange, LGCAggregator, LGCScheme, scaled
 
@@ -52,10 +53,8 @@ class RingExchange(LearnedExchange):
 
     autoencoder: RingAutoencoder
 
-    def exchange(
-        self, v: Tensor, payload: Tensor | None, lengths: list[int], least_rate: float, step: int
-    ) -> Exchanged:
-        indices, scale = self.receive(v, payload, lengths, least_rate, step)
+    def exchange(self, v: Tensor, payload: Tensor | None, lengths: list[int], stage: Stage) -> Exchanged:
+        indices, scale = self.receive(v, payload, lengths, stage)
         x = v[indices]
         if x.numel() == 0:
             return Exchanged([], Piece(indices, x))
@@ -65,7 +64,7 @@ class RingExchange(LearnedExchange):
             decoder = partial(self.autoencoder.decoder, torch.cat([z, z_k]), x.numel())
             y, y_k = self.watch.decode(decoder, same=slice(1)) * scale
         if not bool(torch.isfinite(y).all()):  # known to every rank, since y is the same on all
-            return self.fall_back(v, indices, least_rate, step)
+            return self.fall_back(v, indices, stage)
         y_k = torch.where(torch.isfinite(y_k), y_k, y)
         self.watch.observe(x, y_k)
         return Exchanged([Piece(indices, y)], Piece(indices, y_k))

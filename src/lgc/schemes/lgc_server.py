@@ -17,6 +17,7 @@ from lgc.rounds.autoencoder import ServerAutoencoder, replicated
 from lgc.rounds.exchange import Exchanged, nothing, root_mean_square, sum_in_order
 from lgc.rounds.feedback import Piece
 from lgc.rounds.layout import Layout, entries
+from lgc.rounds.schedule import Stage
 from lgc.rounds.selection import largest
 from lgc.schemes.arguments import require, require_number
 from lgc.schemes.learned import LearnedExchange, LGCAggregator, LGCScheme, scaled
@@ -62,9 +63,9 @@ class ServerExchange(LearnedExchange):
         """Number of values at the leader's indices."""
         return sum(self.region.element_counts())
 
-    def prepare(self, v: Tensor, least_rate: float, step: int) -> Tensor:
+    def prepare(self, v: Tensor, stage: Stage) -> Tensor:
         """The leader's indices, scale and latent; nothing from the other ranks."""
-        if not self.leads(step) or not self._selected:
+        if not self.leads(stage.step) or not self._selected:
             return nothing()
         positions = self.region.select(v)
         x = v[self.region.elements(positions)]
@@ -72,20 +73,18 @@ class ServerExchange(LearnedExchange):
         with replicated(v.device):
             z = self.autoencoder.encoder(scaled(x, scale)[None]).nan_to_num(0.0, 0.0, 0.0)
         parts = [self.encode_indices(positions), Float32().encode(scale, [1]), self.autoencoder.encode_latent(z)]
-        return pack(parts, kind=Kind.LATENT, step=step)
+        return pack(parts, kind=Kind.LATENT, step=stage.step)
 
-    def exchange(
-        self, v: Tensor, payload: Tensor | None, lengths: list[int], least_rate: float, step: int
-    ) -> Exchanged:
+    def exchange(self, v: Tensor, payload: Tensor | None, lengths: list[int], stage: Stage) -> Exchanged:
         if not self._selected:
             return Exchanged([], Piece(slice(0), v[:0]))
-        indices, scale, z = self._relay_common(v, payload, lengths, least_rate, step)
+        indices, scale, z = self._relay_common(v, payload, lengths, stage)
         x = v[indices]
-        innovations = self._relay_innovations(scaled(x, scale), step)
+        innovations = self._relay_innovations(scaled(x, scale), stage.step)
         with replicated(x.device):
             y = self.watch.decode(partial(self.autoencoder.decode, z, innovations)) * scale
         if not bool(torch.isfinite(y).all()):  # known to every rank, since y is the same on all
-            return self.fall_back(v, indices, least_rate, step)
+            return self.fall_back(v, indices, stage)
         self.watch.observe(x, y[self.transport.rank])
         mean = sum_in_order(y) / self.transport.world_size
         return Exchanged([Piece(indices, mean)], Piece(indices, y[self.transport.rank]))
@@ -100,17 +99,17 @@ class ServerExchange(LearnedExchange):
         return self.autoencoder.loss(x, innovations, self.leader(step))
 
     def _relay_common(
-        self, v: Tensor, payload: Tensor | None, lengths: list[int], least_rate: float, step: int
+        self, v: Tensor, payload: Tensor | None, lengths: list[int], stage: Stage
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The leader's indices, scale and latent, by way of the server."""
         assert payload is not None
-        mu, leader = self._selected, self.leader(step)
-        bounds = [self.index_bound(least_rate), Float32().size([1]), self.autoencoder.latent_size(mu)]
+        mu, leader = self._selected, self.leader(stage.step)
+        bounds = [self.index_bound(stage), Float32().size([1]), self.autoencoder.latent_size(mu)]
         packet = self.transport.relay_bytes(
             payload, "indices and latents", source=leader, length=lengths[leader], limit=size_limit(bounds)
         )
-        index_code, scale_code, latent_code = unpack(packet, kind=Kind.LATENT, step=step, bounds=bounds)
-        indices = self.decode_indices(index_code, least_rate, v.device)
+        index_code, scale_code, latent_code = unpack(packet, kind=Kind.LATENT, step=stage.step, bounds=bounds)
+        indices = self.decode_indices(index_code, stage, v.device)
         z = self.autoencoder.decode_latent(latent_code, mu)
         return indices, Float32().decode(scale_code, [1]).to(v.device), z.to(v.device)
 
