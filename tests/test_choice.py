@@ -349,14 +349,14 @@ def chosen(
 def test_all_ranks_choose_the_same_compressor_on_a_slow_link(ranks: RankFactory, form: str) -> None:
     compressors = ["topk:rate=0.01", "powersgd" if form == "module" else "lgc-ring:rate=0.02"]
     candidates = ["bf16", lgc.TopK(rate=0.01), "dense", compressors[1]]
-    first, *others = ranks(3).run(chosen, "wide", candidates, Link.parse("1mbit"), form)
+    first, other = ranks(2).run(chosen, "wide", candidates, Link.parse("1mbit"), form)
     assert first.scheme in compressors
-    assert [other.scheme for other in others] == [first.scheme] * 2
+    assert other.scheme == first.scheme
     (message,) = [text for text in first.messages if text.startswith("choose: ") and "A dense step takes " in text]
     assert message.startswith(f"choose: {first.scheme}. A dense step takes ")
     assert "per step: dense " in message
     assert "bf16 " in message
-    assert all(not other.messages for other in others)
+    assert not other.messages
 
 
 def test_whatever_is_measured_is_the_same_on_all_ranks(ranks: RankFactory) -> None:

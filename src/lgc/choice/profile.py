@@ -98,7 +98,7 @@ class Profiler:
         self._enough = enough
         self._job = make_job(None)
         model = self._job.ddp.module
-        self._device = next(model.parameters()).device
+        self._device = next(p.device for p in model.parameters() if p.requires_grad)
         self._step = self._job.step(Dense())
         watch = _Watch(model, local, self._device)
         self._job.ddp.register_comm_hook(None, watch.hook)

@@ -27,6 +27,7 @@ from lgc_lab import options
 from lgc_lab.bench.link.results import LOOPBACK, UNSHAPED, Results
 from lgc_lab.launch.ranks import pick_device, preload, start_ranks, under_torchrun
 from lgc_lab.plan.jobs import FunctionJob, JobSource, RecipeJob
+from lgc_lab.recipes import find_object
 from lgc_lab.terminal import aligned, notify
 from lgc_lab.training.settings import Settings
 
@@ -171,8 +172,8 @@ def _question(world_size: int, *, recipe: str | None, model: str | None, schemes
                 "itself (autocast goes into its loss)."
             )
         planned = {text: parse_scheme(text) for text in texts}
+        find_object("model", model)  # raises here rather than in the ranks
         source = FunctionJob(model)
-        source.find()
     require_different(texts, (planned[text] for text in texts))
     return Question(source, planned, world_size)
 

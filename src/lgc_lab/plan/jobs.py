@@ -5,22 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Protocol
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from lgc.choice.profile import Job, stand_in, wrap
 from lgc_lab.recipes import find_object
 from lgc_lab.training.optimizer import make_optimizer
 from lgc_lab.training.settings import Settings
 
-
-class JobSource(Protocol):
-    """Makes the job, in every rank of a group, with so large buckets of DDP."""
-
-    def __call__(self, device: torch.device, group: dist.ProcessGroup, bucket_cap_mb: int | None) -> Job: ...
+# Makes the job, in every rank of a group, with so large buckets of DDP.
+JobSource = Callable[[torch.device, dist.ProcessGroup, int | None], Job]
 
 
 @dataclass(frozen=True)
@@ -31,10 +27,10 @@ class RecipeJob:
 
     def __call__(self, device: torch.device, group: dist.ProcessGroup, bucket_cap_mb: int | None) -> Job:
         recipe = self.settings.resolve_recipe()
-        ddp = wrap(recipe.model().to(device), group, bucket_cap_mb=bucket_cap_mb)
+        ddp = wrap(recipe.make_model(device), group, bucket_cap_mb=bucket_cap_mb)
         train = self.settings.load_data().train
-        batch = train.batch(torch.arange(recipe.batch_size), torch.Generator().manual_seed(0))
-        inputs, targets = (tensor.to(device) for tensor in batch)
+        generator = torch.Generator().manual_seed(0)
+        inputs, targets = recipe.make_batch(train, torch.arange(recipe.batch_size), generator, device)
 
         def loss() -> Tensor:
             with torch.autocast(device.type, dtype=torch.bfloat16, enabled=self.settings.bf16):
@@ -54,15 +50,6 @@ class FunctionJob:
 
     def __call__(self, device: torch.device, group: dist.ProcessGroup, bucket_cap_mb: int | None) -> Job:
         with device:
-            model, loss = self.find()()
+            model, loss = find_object("model", self.text)()
         ddp = wrap(model.to(device), group, bucket_cap_mb=bucket_cap_mb)
         return Job(ddp, partial(loss, ddp), partial(stand_in, ddp))
-
-    def find(self) -> Callable[[], tuple[nn.Module, Callable[[nn.Module], Tensor]]]:
-        """The function.
-
-        Raises:
-            ValueError: if there is none.
-        """
-        function: Callable[[], tuple[nn.Module, Callable[[nn.Module], Tensor]]] = find_object("model", self.text)
-        return function
