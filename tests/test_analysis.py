@@ -17,8 +17,8 @@ from lgc.rounds.layout import POOL
 from lgc_lab.analysis.command import PAGE, ROWS, analyze
 from lgc_lab.analysis.estimators import Floats, gaussian_mutual_information, kraskov_mutual_information, log_binomial
 from lgc_lab.analysis.indices import IndexCosts, Integers
-from lgc_lab.analysis.measure import divide_by_scale, layer_of, measure, overlap
 from lgc_lab.analysis.record import RECORDING, Layer, Recording, record
+from lgc_lab.analysis.redundancy import divide_by_scale, layer_of, measure_redundancy, overlap
 from lgc_lab.training.settings import Settings
 
 EVERYTHING = 10**7
@@ -97,8 +97,6 @@ def test_indices_that_repeat_cost_less_given_recency(generator: np.random.Genera
     costs = last_costs(recording)
     assert costs["independent"] - costs["recency"] == pytest.approx(2, abs=0.05)
     assert costs["past"] == pytest.approx(costs["recency"], abs=0.05)
-    assert costs["sent_before"] == 1
-    assert costs["sent_before_chance"] == 0.25
 
 
 def test_indices_that_fill_kernels_cost_one_index_a_kernel(generator: np.random.Generator) -> None:
@@ -121,7 +119,7 @@ def test_indices_that_all_workers_select_cost_nothing_given_another_worker(gener
 @pytest.mark.parametrize("correlation", [0.0, 0.8])
 def test_measured_information_is_that_of_the_values(correlation: float, generator: np.random.Generator) -> None:
     recording = synthetic(selections(generator), correlation=correlation, generator=generator)
-    rows = list(measure(recording))
+    rows = list(measure_redundancy(recording))
     truth = gaussian_mutual_information(correlation) / math.log(2)
     for row in (row for row in rows if row["kind"] != "index"):
         tolerance = 0.03 if row["kind"] == "layer" else 0.1  # 200 entries of 3 pairs, 4000 samples of 2 pairs
@@ -137,7 +135,7 @@ def test_measured_information_is_that_of_the_values(correlation: float, generato
 
 def test_entropy_of_normal_values_is_their_rate_at_one_per_cent_error(generator: np.random.Generator) -> None:
     """A uniform quantiser with an ideal coder needs a quarter of a bit more than 1/2 log2(100)."""
-    row = next(measure(synthetic(selections(generator), generator=generator)))
+    row = next(measure_redundancy(synthetic(selections(generator), generator=generator)))
     assert row["entropy"] == pytest.approx(0.5 * math.log2(100) + 0.25, abs=0.05)
 
 

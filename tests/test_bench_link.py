@@ -21,14 +21,14 @@ from click.testing import CliRunner
 
 from lgc.schemes import SCHEMES, LGCServer, TopK, parse_scheme
 from lgc_lab.bench.link import command
-from lgc_lab.bench.link.measure import Plan, full_text, shortened
+from lgc_lab.bench.link.measure import Measurement, full_text, shortened
 from lgc_lab.bench.link.results import COMPUTE, LOOPBACK, RESULTS, Cell, Results
 from lgc_lab.bench.link.target import times_to_target
 from lgc_lab.cli import main
 from lgc_lab.launch.network import NAMESPACES, Network, NetworkError, read_counters, remove_stale, temporary_network
 from lgc_lab.launch.ranks import start_ranks
 from lgc_lab.recipes import RECIPES
-from lgc_lab.report.report import Run
+from lgc_lab.report.runs import Run
 
 HERE = Path(__file__).parent
 LIMIT_S = 120
@@ -370,7 +370,7 @@ def test_loopback_says_that_the_link_is_not_shaped(tmp_path: Path, monkeypatch: 
 # --- what is made of it ---
 
 
-@pytest.mark.parametrize("name", [name for name in SCHEMES if name != "auto"])
+@pytest.mark.parametrize("name", SCHEMES)
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_full_text_is_the_scheme_whatever_the_recipe(name: str, recipe: str) -> None:
     scheme = parse_scheme(name)
@@ -386,7 +386,7 @@ def test_shortened_phases_are_those_of_the_scheme() -> None:
     assert shortened(parse_scheme("bf16")) == parse_scheme("bf16")
 
 
-def plan(**changes: Any) -> Plan:
+def measurement(**changes: Any) -> Measurement:
     arguments: dict[str, Any] = {
         "recipe": "digits",
         "data": None,
@@ -399,7 +399,7 @@ def plan(**changes: Any) -> Plan:
         "seconds": 1.0,
         "repeats": 2,
     }
-    return Plan(**(arguments | changes))
+    return Measurement(**(arguments | changes))
 
 
 @pytest.mark.parametrize(
@@ -409,13 +409,12 @@ def plan(**changes: Any) -> Plan:
         ({"schemes": ("dgc:rate=2",)}, r"DGC\(rate=\.\.\.\) must be in \(0, 1\], got 2"),
         ({"schemes": ("dgc", "dgc")}, "dgc and dgc are the same here"),
         ({"schemes": ("dgc", "dgc:rate=0.003")}, "dgc and dgc:rate=0.003 are the same here"),
-        ({"schemes": ("dense", "auto")}, "schemes must not have auto"),
         ({"rates": ("unshaped", "10mbit", "unshaped")}, "rates must differ, got unshaped,10mbit,unshaped"),
     ],
 )
-def test_plans_are_checked_before_anything_starts(changes: dict[str, Any], message: str) -> None:
+def test_what_is_to_be_measured_is_checked_before_anything_starts(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        plan(**changes)
+        measurement(**changes)
 
 
 def made_up() -> Results:
@@ -443,7 +442,7 @@ def made_up() -> Results:
                 found.append(cell(rate, repeat, "lgc-ring", phase, factor * number, (0.05, 0.02)))
     return Results(
         {
-            "configuration": plan().configuration(),
+            "configuration": measurement().configuration(),
             "parameters": 1,
             "machine": {"cores": 2},
             "schemes": {"dense": "dense", "lgc-ring": "lgc-ring"},

@@ -26,7 +26,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from lgc_lab.cli import main
 from lgc_lab.report.figures import _mean_by_step, _smoothed
-from lgc_lab.report.report import Run, by_recipe, find_runs, format_table, write_report
+from lgc_lab.report.report import format_table, write_report
+from lgc_lab.report.runs import Run, by_recipe, find_runs
 from lgc_lab.training.loop import Training
 from lgc_lab.training.settings import Settings
 

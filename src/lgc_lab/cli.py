@@ -11,6 +11,7 @@ from typing import Any
 
 import click
 
+from lgc.choice.cost import parse_rate
 from lgc.schemes import SCHEMES, require_different
 from lgc.version import __version__
 from lgc_lab import options
@@ -20,7 +21,8 @@ from lgc_lab.bench.link.command import link
 from lgc_lab.launch.ranks import under_torchrun
 from lgc_lab.plan.command import plan
 from lgc_lab.recipes import RECIPES
-from lgc_lab.report.report import LineRate, Run, find_runs, format_table, load_runs, repeated, write_report
+from lgc_lab.report.report import format_table, write_report
+from lgc_lab.report.runs import Run, find_runs, load_runs, repeated
 from lgc_lab.training.job import run_in_job, run_locally
 from lgc_lab.training.run_folder import SUMMARY, is_finished
 from lgc_lab.training.settings import Output, Settings
@@ -154,28 +156,28 @@ def compare(recipes: str, workers: int, schemes: str, seeds: int, out: Path, **r
     options.refuse_torchrun("compare")
     overwrite = run["overwrite"]
     launch, run = _launcher(run)
-    planned = {
+    wanted = {
         out / folder: settings
-        for folder, settings in _plan(options.split(recipes), options.split(schemes), workers, seeds, run).items()
+        for folder, settings in _settings_by_folder(
+            options.split(recipes), options.split(schemes), workers, seeds, run
+        ).items()
     }
     with options.reported_errors():  # of the last run before the first one starts
         left = [
             settings
-            for folder, settings in planned.items()
+            for folder, settings in wanted.items()
             if overwrite or not is_finished(folder, settings.configuration())
         ]
         for settings in {settings.recipe: settings for settings in left}.values():
             settings.load_data()
     try:
-        for number, (folder, settings) in enumerate(planned.items(), 1):
-            click.echo(
-                f"[{number}/{len(planned)}] {settings.recipe}, {settings.scheme}, seed {settings.seed}", err=True
-            )
+        for number, (folder, settings) in enumerate(wanted.items(), 1):
+            click.echo(f"[{number}/{len(wanted)}] {settings.recipe}, {settings.scheme}, seed {settings.seed}", err=True)
             launch(settings, folder)
     finally:
-        runs = load_runs([folder for folder in planned if (folder / SUMMARY).exists()], _left_out)
+        runs = load_runs([folder for folder in wanted if (folder / SUMMARY).exists()], _left_out)
         if runs:
-            write_report(runs, out / "report.html", [LineRate.parse(LINK)])
+            write_report(runs, out / "report.html", [parse_rate("link", LINK)])
             click.echo(format_table(runs))
             click.echo(f"\n{out / 'report.html'}")
 
@@ -212,7 +214,7 @@ main.add_command(plan)
     callback=lambda _context, _parameter, values: _links(values),
     help="Speed (kbit, mbit, gbit) of a link to predict the time on; several give a figure each.",
 )
-def report(folders: tuple[Path, ...], out: Path | None, links: list[LineRate]) -> None:
+def report(folders: tuple[Path, ...], out: Path | None, links: list[float]) -> None:
     """Write one page about all finished runs in FOLDERS and below.
 
     \b
@@ -238,9 +240,9 @@ def _left_out(why: object) -> None:
     click.echo(f"WARNING: left out: {why}", err=True)
 
 
-def _links(texts: tuple[str, ...]) -> list[LineRate]:
+def _links(texts: tuple[str, ...]) -> list[float]:
     try:
-        return [LineRate.parse(text) for text in texts]
+        return [parse_rate("link", text) for text in texts]
     except ValueError as error:
         raise click.BadParameter(str(error)) from None
 
@@ -259,24 +261,24 @@ def _of_recipe(recipe: str, recipes: Sequence[str], values: tuple[str, ...]) -> 
     return next(reversed([*for_all, *own]), None)
 
 
-def _plan(
+def _settings_by_folder(
     recipes: list[str], schemes: list[str], workers: int, seeds: int, run: dict[str, Any]
 ) -> dict[Path, Settings]:
     """The folder of every run and its settings, checked before the first one starts."""
-    planned: dict[Path, Settings] = {}
+    wanted: dict[Path, Settings] = {}
     for recipe in recipes:
         own = run | {name: _of_recipe(recipe, recipes, run[name]) for name in OF_RECIPES}
         for scheme in schemes:
             for seed in range(seeds):
                 parts = [recipe.replace(":", ",")] if len(recipes) > 1 else []
                 parts += [scheme.replace(":", ","), *([f"seed-{seed}"] if seed else [])]
-                planned[Path(*parts)] = _settings(recipe, scheme, workers, seed, own)
+                wanted[Path(*parts)] = _settings(recipe, scheme, workers, seed, own)
         resolved = [_settings(recipe, scheme, workers, 0, own).resolve_scheme() for scheme in schemes]
         try:
             require_different(schemes, resolved)
         except ValueError as error:
             raise click.UsageError(f"{recipe}: {error}") from None
-    return planned
+    return wanted
 
 
 def _launcher(run: dict[str, Any]) -> tuple[Callable[[Settings, Path], None], dict[str, Any]]:

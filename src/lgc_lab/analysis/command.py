@@ -11,7 +11,7 @@ import click
 from safetensors import SafetensorError
 
 from lgc_lab import options
-from lgc_lab.analysis.record import RECORDING, Recording, configuration, planned_steps, record, require_recordable
+from lgc_lab.analysis.record import RECORDING, Recording, configuration, record, require_recordable
 from lgc_lab.folder import occupied, require_same, write_whole
 from lgc_lab.launch.ranks import preload, start_ranks
 from lgc_lab.training.settings import Settings
@@ -71,8 +71,8 @@ def analyze(workers: int, every: int, samples: int, timeout: float, out: Path, o
     except ValueError as error:
         raise click.UsageError(str(error)) from None
     with options.reported_errors():
-        preload("lgc_lab.analysis.record")
-        steps = planned_steps(settings, settings.load_data())  # decodes into the cache that the ranks map
+        preload(record.__module__)
+        steps = settings.total_steps(settings.load_data())  # decodes into the cache that the ranks map
     if (steps - 1) // every - max(0, scheme.warmup_steps - 1) // every < LEAST_RECORDS:
         raise click.UsageError(
             f"--every {every} leaves fewer than {LEAST_RECORDS} records in {steps} steps, of which "
@@ -91,7 +91,7 @@ def _is_recorded(out: Path, wanted: dict[str, Any]) -> bool:
     """Whether there is this recording, whose evaluation was interrupted. Raises OtherRunError if there is another."""
     try:
         recording = Recording.load(out / RECORDING)
-    except (OSError, ValueError, KeyError, SafetensorError):
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError):
         return False
     require_same(recording.settings, wanted, f"{out} has a recording")
     return True
@@ -99,15 +99,16 @@ def _is_recorded(out: Path, wanted: dict[str, Any]) -> bool:
 
 def evaluate(out: Path) -> str:
     """Measure the recording in a folder: writes the rows and the page, returns a summary as text."""
-    from lgc_lab.analysis.measure import measure  # here, because most commands need neither scipy nor matplotlib
-    from lgc_lab.analysis.page import summarise, write_page
+    from lgc_lab.analysis.page import Analysis  # here, because most commands need neither scipy nor matplotlib
+    from lgc_lab.analysis.redundancy import measure_redundancy
 
     recording = Recording.load(out / RECORDING)
-    rows = list(measure(recording))
+    rows = list(measure_redundancy(recording))
     write_whole(out / ROWS, "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows))
-    write_page(recording, rows, out / PAGE)
+    analysis = Analysis(recording, rows)
+    analysis.write_page(out / PAGE)
     training, recorded = recording.seconds["training"], recording.seconds["recording"]
     return (
-        f"{summarise(recording, rows)}\n\n{out / PAGE}\n"
+        f"{analysis.summary()}\n\n{out / PAGE}\n"
         f"recording took {recorded:.2f} s beside {training:.2f} s of training ({recorded / training:.1%})"
     )

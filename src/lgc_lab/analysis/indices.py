@@ -80,8 +80,6 @@ class IndexCosts:
             "entries": float(entries),
             "uniform": float(log_binomial(universe, entries)) / math.log(2) / entries,
             "layer": float(log_binomial(sizes, layers).sum()) / math.log(2) / entries,
-            "sent_before": float((self.last[own] >= 0).mean()),
-            "sent_before_chance": float((self.last[self.searched] >= 0).mean()),
         }
         hits = np.zeros(len(self.last), dtype=np.int64)
         np.add.at(hits, own.ravel(), 1)

@@ -3,37 +3,73 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterable, Sequence
-from importlib.resources import files
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import jinja2
-import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 from lgc_lab.analysis.estimators import Estimate
-from lgc_lab.analysis.measure import PLANE_ERROR, VALUE_ERROR, Row
 from lgc_lab.analysis.record import Recording
-from lgc_lab.folder import write_whole
-from lgc_lab.report.figures import STYLE, to_svg
+from lgc_lab.analysis.redundancy import PLANE_ERROR, VALUE_ERROR, Row
+from lgc_lab.report.figures import draw
+from lgc_lab.report.page import write_page
 
 CLAIMED_SHARE = 0.8
 SHARE = "its part of the entropy"
 QUANTITIES = {"gradient": "gradient", "accumulator": "accumulator v"}
-INDEX_COSTS = {
-    "uniform": "uniform",
-    "layer": "exact counts per layer",
-    "independent": "independent, by layer",
-    "recency": "time since last sent",
-    "magnitude": "magnitude last sent",
-    "row": "recent density of kernel or row",
-    "output": "recent density of output",
-    "past": "time and both densities",
-    "kernel": "others in the kernel or row, same step",
-    "worker": "another worker's selection, same step",
+LAYER_COLUMNS = {
+    f"entropy at {PLANE_ERROR:.0%} error": ("entropy",),
+    "shared by two workers at that": ("quantised_mutual_information",),
+    "the same, shuffled": ("quantised_shuffled_mutual_information",),
+    "shared by two workers (Kraskov)": ("kraskov_mutual_information",),
+    "the same, histogram": ("histogram_mutual_information",),
+    "Kraskov, shuffled": ("shuffled_mutual_information",),
+    "Kraskov, over channel scales": ("unscaled_mutual_information",),
+    "shared by the signs": ("sign_mutual_information",),
+    "shared by the magnitudes": ("magnitude_mutual_information",),
+    "correlation of two workers": ("pearson",),
+    "correlation of two halves of the workers": ("pooled_pearson",),
+    "shared by two halves of the workers": ("pooled_mutual_information",),
+    "shared with the step before": ("temporal_mutual_information",),
+    "correlation with the step before": ("temporal_pearson",),
+    SHARE: ("quantised_mutual_information", "entropy"),
+    f"{SHARE}, uncorrected histograms": ("plug_in_mutual_information", "plug_in_entropy"),
+    f"{SHARE}, uncorrected histograms, shuffled": (
+        "plug_in_shuffled_mutual_information",
+        "plug_in_shuffled_entropy",
+    ),
+}  # a column, or the ratio of two
+SHARED_COLUMNS = {
+    "top-k: overlap of two workers": "overlap",
+    "sent: correlation with the leader": "pearson",
+    "sent: leader and another share (Kraskov)": "kraskov_mutual_information",
+    "sent: leader and another share, shuffled": "shuffled_mutual_information",
+    "sign: entropy": "sign_entropy",
+    "sign: shared with another worker": "sign_mutual_information",
+    "magnitude: shared with another worker": "magnitude_mutual_information",
+    f"others: enough for {VALUE_ERROR:.0%} error, alone": "alone_bound",
+    f"others: enough for {VALUE_ERROR:.0%} error, given the leader": "given_leader_bound",
+    f"others: Shannon lower bound at {VALUE_ERROR:.0%} error": "others_bound",
+    f"magnitude: Shannon lower bound at {VALUE_ERROR:.0%} error": "magnitude_bound",
+    "magnitude: error of one for all": "sign_coding_error",
+}
+INDEX_COLUMNS = {
+    "index: uniform": "uniform",
+    "index: exact counts per layer": "layer",
+    "index: independent, by layer": "independent",
+    "index: time since last sent": "recency",
+    "index: magnitude last sent": "magnitude",
+    "index: recent density of kernel or row": "row",
+    "index: recent density of output": "output",
+    "index: time and both densities": "past",
+    "index: others in the kernel or row, same step": "kernel",
+    "index: another worker's selection, same step": "worker",
+}
+SIGN_COLUMNS = {
+    "sign: shared with the sign last sent there": "sign_last",
+    "sign: shared with the sum last sent in the kernel or row": "sign_row",
 }
 
 
@@ -69,67 +105,39 @@ class Analysis:
             f"{settings['scheme']}, {len(self.recording.loss)} steps"
         )
 
-    def lines(self) -> list[Line]:
-        """The table."""
-        lines = []
-        for quantity, name in QUANTITIES.items():
-            rows = self.rows_of(quantity)
-            entropy = self._line(f"{name}: entropy at {PLANE_ERROR:.0%} error", by_step(rows, "entropy"))
-            information = self._line(
-                f"{name}: shared by two workers (Kraskov)", by_step(rows, "kraskov_mutual_information")
-            )
-            quantised = self._line(
-                f"{name}: shared by two workers at that", by_step(rows, "quantised_mutual_information")
-            )
-            control = self._line(f"{name}: the same, shuffled", by_step(rows, "quantised_shuffled_mutual_information"))
-            lines += [entropy, quantised, control, information]
-            lines += [
-                self._line(f"{name}: the same, histogram", by_step(rows, "histogram_mutual_information")),
-                self._line(f"{name}: the same, shuffled", by_step(rows, "shuffled_mutual_information")),
-                self._line(f"{name}: the same, over channel scales", by_step(rows, "unscaled_mutual_information")),
-                self._line(f"{name}: shared by the signs", by_step(rows, "sign_mutual_information")),
-                self._line(f"{name}: shared by the magnitudes", by_step(rows, "magnitude_mutual_information")),
-                self._line(f"{name}: correlation of two workers", by_step(rows, "pearson")),
-                self._line(f"{name}: correlation of two halves of the workers", by_step(rows, "pooled_pearson")),
-                self._line(f"{name}: shared by two halves of the workers", by_step(rows, "pooled_mutual_information")),
-                self._line(f"{name}: shared with the step before", by_step(rows, "temporal_mutual_information")),
-                self._line(f"{name}: correlation with the step before", by_step(rows, "temporal_pearson")),
-                self._line(f"{name}: {SHARE}", by_step(rows, "quantised_mutual_information", over="entropy")),
-                self._line(
-                    f"{name}: {SHARE}, uncorrected histograms",
-                    by_step(rows, "plug_in_mutual_information", over="plug_in_entropy"),
-                ),
-                self._line(
-                    f"{name}: {SHARE}, uncorrected histograms, shuffled",
-                    by_step(rows, "plug_in_shuffled_mutual_information", over="plug_in_shuffled_entropy"),
-                ),
-            ]
-        for label, column in {
-            "top-k: overlap of two workers": "overlap",
-            "sent: correlation with the leader": "pearson",
-            "sent: correlation of two others": "others_pearson",
-            "sent: leader and another share (Kraskov)": "kraskov_mutual_information",
-            "sent: leader and another share, shuffled": "shuffled_mutual_information",
-            "sent: leader and the others' mean share": "mean_mutual_information",
-            "sign: entropy": "sign_entropy",
-            "sign: shared with another worker": "sign_mutual_information",
-            "magnitude: shared with another worker": "magnitude_mutual_information",
-            "others: shared by two of them": "others_mutual_information",
-            f"others: enough for {VALUE_ERROR:.0%} error, alone": "alone_bound",
-            f"others: enough for {VALUE_ERROR:.0%} error, given the leader": "given_leader_bound",
-            f"others: Shannon lower bound at {VALUE_ERROR:.0%} error": "others_bound",
-            f"magnitude: Shannon lower bound at {VALUE_ERROR:.0%} error": "magnitude_bound",
-            "magnitude: error of one for all": "sign_coding_error",
-        }.items():
-            lines.append(self._line(label, by_step(self.shared, column)))
-        for column, label in INDEX_COSTS.items():
-            lines.append(self._line(f"index: {label}", by_step(self.indices, column)))
-        for column, label in {
-            "sign_last": "sign: shared with the sign last sent there",
-            "sign_row": "sign: shared with the sum last sent in the kernel or row",
-        }.items():
-            lines.append(self._line(label, by_step(self.indices, column)))
-        return [line for line in lines if line.early.value == line.early.value]
+    def summary(self) -> str:
+        """The table as aligned text."""
+        lines = list(self.lines())
+        width = max(len(line.label) for line in lines)
+        text = [f"{'':{width}}  {'first half':>16}  {'second half':>16}"]
+        text += [f"{line.label:{width}}  {_format(line.early):>16}  {_format(line.late):>16}" for line in lines]
+        return "\n".join([self.title, *text])
+
+    def write_page(self, page: Path) -> None:
+        """Write one HTML page that holds everything it shows; it opens without a network."""
+        figures = []
+        for title, caption, plot, size in FIGURES:
+            svg = draw(title, size, lambda figure, plot=plot: plot(figure.subplots(), self))  # type: ignore[misc]
+            figures.append({"title": title, "caption": caption, "svg": svg})
+        lines = [(line.label, _format(line.early), _format(line.late)) for line in self.lines()]
+        version = self.recording.settings.get("version", "")
+        write_page(
+            page, "analysis/redundancy.html.jinja", title=self.title, lines=lines, figures=figures, versions=version
+        )
+
+    def lines(self) -> Iterator[Line]:
+        """The table, without what was not measured."""
+        series = {
+            f"{name}: {label}": by_step(self.rows_of(quantity), *columns)
+            for quantity, name in QUANTITIES.items()
+            for label, columns in LAYER_COLUMNS.items()
+        }
+        series |= {label: by_step(self.shared, column) for label, column in SHARED_COLUMNS.items()}
+        series |= {label: by_step(self.indices, column) for label, column in (INDEX_COLUMNS | SIGN_COLUMNS).items()}
+        for label, values in series.items():
+            line = Line(label, self.over(0, values), self.over(1, values))
+            if line.early.value == line.early.value:
+                yield line
 
     def rows_of(self, quantity: str) -> list[Row]:
         """Rows of one quantity, all layers and steps."""
@@ -138,9 +146,6 @@ class Analysis:
     def over(self, window: int, series: dict[int, float]) -> Estimate:
         """Mean and standard error over the records of a window, 0 the first; NaN if there is none."""
         return mean_and_error([value for step, value in series.items() if step in self.windows[window]])
-
-    def _line(self, label: str, series: dict[int, float]) -> Line:
-        return Line(label, self.over(0, series), self.over(1, series))
 
 
 def mean_and_error(values: Sequence[float]) -> Estimate:
@@ -161,32 +166,6 @@ def by_step(rows: Iterable[Row], column: str, over: str | None = None) -> dict[i
             total[0] += weight * row[column]
             total[1] += weight * (row[over] if over else 1.0)
     return {step: value / weight for step, (value, weight) in sums.items()}
-
-
-def summarise(recording: Recording, rows: Sequence[Row]) -> str:
-    """The table as aligned text."""
-    analysis = Analysis(recording, rows)
-    lines = analysis.lines()
-    width = max(len(line.label) for line in lines)
-    text = [f"{'':{width}}  {'first half':>16}  {'second half':>16}"]
-    text += [f"{line.label:{width}}  {_format(line.early):>16}  {_format(line.late):>16}" for line in lines]
-    return "\n".join([analysis.title, *text])
-
-
-def write_page(recording: Recording, rows: Sequence[Row], page: Path) -> None:
-    """One HTML page that holds everything it shows; opens without a network."""
-    analysis = Analysis(recording, rows)
-    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    template = environment.from_string(
-        files("lgc_lab.analysis").joinpath("redundancy.html.jinja").read_text(encoding="utf-8")
-    )
-    figures = [
-        {"title": title, "caption": caption, "svg": _svg(title, plot, analysis, size)}
-        for title, caption, plot, size in FIGURES
-    ]
-    lines = [(line.label, _format(line.early), _format(line.late)) for line in analysis.lines()]
-    version = recording.settings.get("version", "")
-    write_whole(page, template.render(title=analysis.title, lines=lines, figures=figures, versions=version))
 
 
 def _plot_plane(axes: Axes, analysis: Analysis) -> None:
@@ -283,8 +262,8 @@ def _heat_map(quantity: str) -> Callable[[Axes, Analysis], None]:
 
 def _plot_budget(axes: Axes, analysis: Analysis) -> None:
     bars: list[tuple[str, Estimate, str]] = []
-    for column, label in INDEX_COSTS.items():
-        bars.append((f"index: {label}", analysis.over(1, by_step(analysis.indices, column)), "C0"))
+    for label, column in INDEX_COLUMNS.items():
+        bars.append((label, analysis.over(1, by_step(analysis.indices, column)), "C0"))
     parts = {
         "leader's sign": ("sign_entropy", "sign_mutual_information"),
         "leader's magnitude": ("magnitude_bound", "magnitude_mutual_information"),
@@ -345,14 +324,6 @@ FIGURES: list[tuple[str, str, Callable[[Axes, Analysis], None], tuple[float, flo
     ("Gradients, by layer", "Shared by two workers (Kraskov).", _heat_map("gradient"), (5.6, 4.6)),
     ("Accumulators, by layer", "Shared by two workers (Kraskov).", _heat_map("accumulator"), (5.6, 4.6)),
 ]
-
-
-def _svg(name: str, plot: Callable[[Axes, Analysis], None], analysis: Analysis, size: tuple[float, float]) -> str:
-    style: dict[Any, Any] = {**STYLE, "svg.hashsalt": name}
-    with mpl.rc_context(style):
-        figure = Figure(figsize=size, layout="constrained")
-        plot(figure.subplots(), analysis)
-        return to_svg(figure)
 
 
 def _format(estimate: Estimate) -> str:

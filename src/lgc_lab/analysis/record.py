@@ -11,11 +11,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from numpy.typing import NDArray
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from lgc.comm.transport import SERVER, Transport, clock
@@ -23,9 +22,7 @@ from lgc.rounds.aggregator import Aggregator, Round
 from lgc.rounds.layout import POOL, Layout
 from lgc.rounds.selection import Region
 from lgc.schemes import ScaleCom, Scheme, SparseScheme, TopK
-from lgc_lab.recipes import Data
-from lgc_lab.training.batches import batches
-from lgc_lab.training.optimizer import make_optimizer
+from lgc_lab.training.loop import Training
 from lgc_lab.training.settings import Settings
 
 RECORDING = "recording.safetensors"
@@ -104,12 +101,12 @@ class Recording:
             for end, count in zip(ends.tolist(), counts.tolist(), strict=True)
         ]
         own = arrays.pop("own").astype(np.int64)
-        layers = [Layer(*layer) for layer in header.pop("layers")]
+        layers = [Layer(**layer) for layer in header.pop("layers")]
         return cls(layers=layers, sent=sent, own=own, **arrays, **header)
 
 
 class Recorder:
-    """Watches one rank's rounds. Rank 0 is sent the samples; what it gathers counts as analysis, not as training."""
+    """Observes one rank's rounds. Rank 0 is sent the samples; what it gathers counts as analysis, not as training."""
 
     def __init__(self, aggregator: Aggregator, transport: Transport, *, every: int, samples: int, seed: int) -> None:
         self.aggregator = aggregator
@@ -129,8 +126,8 @@ class Recorder:
         self._kept: dict[str, list[Tensor]] = {"samples": [], "own": [], "shared": []}
         self._sent: list[tuple[Tensor, Tensor]] = []
 
-    def sample(self, step: int, gradient: Tensor) -> None:
-        """Take in what a round is about to get; a collective at every recorded step."""
+    def before_round(self, step: int, gradient: Tensor) -> None:
+        """Sample what a round is about to take in; a collective at every recorded step."""
         started = clock(gradient.device)
         before, self._before = self._before, None
         if (step + 1) % self.every == 0 or step % self.every == 0:
@@ -141,8 +138,8 @@ class Recorder:
             self._before = samples
         self.seconds += clock(gradient.device) - started
 
-    def note_sent(self, step: int, result: Round) -> None:
-        """Take in what a round has given."""
+    def after_round(self, step: int, result: Round) -> None:
+        """Keep what a round has given."""
         started = clock(result.mean.device)
         if self.transport.rank == SERVER and step >= self.aggregator.schedule.warmup_end:
             where = result.mean.nonzero().flatten()
@@ -167,7 +164,7 @@ class Recorder:
         }
         header = {
             "settings": settings,
-            "layers": self.layers,
+            "layers": [layer._asdict() for layer in self.layers],
             "seconds": {"training": seconds - self.seconds, "recording": self.seconds},
             "warmup_end": self.aggregator.schedule.warmup_end,
             "wire_bytes": sum(
@@ -191,40 +188,19 @@ class Recorder:
 
 def record(settings: Settings, out: Path, every: int, samples: int, device: torch.device) -> None:
     """Run in every rank of the default process group; rank 0 writes `out`/recording.safetensors."""
-    recipe = settings.resolve_recipe()
-    scheme = require_recordable(settings.resolve_scheme())
-    with torch.random.fork_rng([]):
-        torch.manual_seed(settings.seed)
-        model = recipe.make_model(device)
-    group = dist.group.WORLD
-    assert group is not None
-    layout = scheme.layout(model.named_parameters())
-    aggregator = scheme.build(layout, Transport(group, device), device=device)
-    recorder = Recorder(aggregator, Transport(group, device), every=every, samples=samples, seed=settings.seed)
-    optimizer = make_optimizer(recipe, model, scheme)
-    data = Data(*(split.to(device) for split in settings.load_data()))
-    total = planned_steps(settings, data)
+    run = Training(settings, device)
+    synchronizer = run.handle.synchronizer
+    assert synchronizer is not None  # schemes that can be recorded have rounds
+    transport = Transport(run.group, device)
+    recorder = Recorder(synchronizer.aggregator, transport, every=every, samples=samples, seed=settings.seed)
+    synchronizer.observers.append(recorder)
     losses: list[float] = []
     started = time.perf_counter()
-    hidden = dist.get_rank() != SERVER
-    steps = tqdm(batches(settings, data, total, device), total=total, unit="step", disable=hidden or None)
-    model.train()
-    for step, (inputs, targets) in enumerate(steps):
-        for parameters in optimizer.param_groups:
-            parameters["lr"] = recipe.learning_rate * recipe.learning_rate_factor(step / total)
-        loss = recipe.loss(model(inputs), targets)
-        optimizer.zero_grad()
-        torch.autograd.backward(loss)
-        gradient = flatten_gradients(model, layout, device)
-        recorder.sample(step, gradient)
-        result = aggregator.aggregate(gradient, step)
-        recorder.note_sent(step, result)
-        for name, mean in layout.by_name(result.mean).items():
-            model.get_parameter(name).grad = mean.clone()
-        optimizer.step()
-        losses.append(loss.item())
+    hidden = transport.rank != SERVER
+    for inputs, targets in tqdm(run.batches(), total=run.total, unit="step", disable=hidden or None):
+        losses.append(run.update(inputs, targets)["loss"])
         if not math.isfinite(losses[-1]):
-            raise RuntimeError(f"the training diverged: the loss of step {step} is {losses[-1]}.")
+            raise RuntimeError(f"the training diverged: the loss of step {run.step - 1} is {losses[-1]}.")
     if not hidden:
         recorder.save(out / RECORDING, configuration(settings, every, samples), losses, time.perf_counter() - started)
 
@@ -243,21 +219,6 @@ def require_recordable(scheme: Scheme) -> SparseScheme:
 def configuration(settings: Settings, every: int, samples: int) -> dict[str, Any]:
     """What must be equal for two recordings to be the same one, as JSON values."""
     return settings.configuration() | {"every": every, "samples": samples}
-
-
-def planned_steps(settings: Settings, data: Data) -> int:
-    """How many steps these settings train for."""
-    return settings.total_steps(data)
-
-
-def flatten_gradients(model: nn.Module, layout: Layout, device: torch.device) -> Tensor:
-    """All gradients in the order of the layout, shape (N,); zero where there is none."""
-    flat = torch.zeros(layout.size, device=device)
-    for name, view in layout.by_name(flat).items():
-        gradient = model.get_parameter(name).grad
-        if gradient is not None:
-            view.copy_(gradient)
-    return flat
 
 
 def find_layers(layout: Layout, samples: int) -> list[Layer]:

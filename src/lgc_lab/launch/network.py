@@ -135,7 +135,7 @@ def temporary_network(world_size: int) -> Iterator[Network]:
 
 
 def read_counters() -> Counters:
-    """Of the interface of the namespace that the calling thread is in."""
+    """Read the counters of the interface in the calling thread's namespace."""
     lines = Path("/proc/thread-self/net/dev").read_text().splitlines()
     (fields,) = (line.split(":")[1].split() for line in lines if line.split(":")[0].strip() == INTERFACE)
     received, received_packets, sent, sent_packets = (int(fields[i]) for i in (0, 1, 8, 9))

@@ -1,4 +1,4 @@
-"""The figures of a report, as SVG text. Apart from report.py, so that the command line starts without matplotlib."""
+"""Figures as SVG text, those of a report among them. Imported where one is drawn: most commands need no matplotlib."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import io
 import math
 import re
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import matplotlib as mpl
@@ -18,7 +19,7 @@ from matplotlib.ticker import LogLocator, NullFormatter, NullLocator, StrMethodF
 from lgc.choice.cost import PAYLOAD, RATE_UNITS
 from lgc.comm.traffic import SETUP
 from lgc.phase import Phase
-from lgc_lab.report.report import Line, LineRate, Run, Series
+from lgc_lab.report.runs import Line, Run, Series
 
 SMOOTHING = 10
 LATE = 0.5  # fraction of a run's evaluations from which on the metric's axis shows all
@@ -38,24 +39,15 @@ STYLE: dict[Any, Any] = {
 ZOOM = "The axis shows the later half of every run in full; what lies outside came before."
 
 
-class Drawing(NamedTuple):
-    """A figure to be drawn: its words, and what puts the lines on the axes."""
-
-    title: str
-    caption: str
-    draw: Callable[[Axes, list[Line]], None]
-
-
-def draw_figures(lines: list[Line], links: list[LineRate]) -> list[dict[str, str]]:
-    """All figures of one recipe: title, caption and svg."""
-    return [
-        {
-            "title": drawing.title,
-            "caption": drawing.caption,
-            "svg": _svg(f"{lines[0].recipe} {drawing.title}", drawing, lines),
-        }
-        for drawing in _drawings(lines, links)
-    ]
+def draw(name: str, size: tuple[float, float], plot: Callable[[Figure], object]) -> str:
+    """Draw a figure as an element of a page; the same bytes for the same name, size (inches) and plot."""
+    with mpl.rc_context({**STYLE, "svg.hashsalt": name}):
+        figure = Figure(figsize=size, layout="constrained")
+        plot(figure)
+        text = io.StringIO()
+        figure.savefig(text, format="svg", metadata={"Date": None})
+    svg = text.getvalue()
+    return svg[svg.index("<svg") :]
 
 
 class Panel(NamedTuple):
@@ -66,7 +58,7 @@ class Panel(NamedTuple):
 
 
 def draw_against_links(name: str, speeds: list[float | None], panels: list[Panel]) -> str:
-    """SVG of one panel below the other, both axes logarithmic.
+    """Draw one panel below the other, both axes logarithmic, as SVG.
 
     Args:
         name: the figure's, for its ids.
@@ -76,11 +68,8 @@ def draw_against_links(name: str, speeds: list[float | None], panels: list[Panel
     known = [speed for speed in speeds if speed is not None]
     limitless = 10 * max(known, default=1e9)
     xs = [limitless if speed is None else speed for speed in speeds]
-    labels = list(panels[0].values)
-    rows = math.ceil(len(labels) / 2)
-    with mpl.rc_context({**STYLE, "svg.hashsalt": name}):
-        size = (WIDTH, HEIGHT * len(panels) + LEGEND_ROW * rows)
-        figure = Figure(figsize=size, layout="constrained")
+
+    def plot(figure: Figure) -> None:
         for axes, panel in zip(figure.subplots(len(panels), sharex=True, squeeze=False)[:, 0], panels, strict=True):
             for label, values in panel.values.items():
                 axes.plot(xs, [math.nan if value is None else value for value in values], marker="o", label=label)
@@ -90,7 +79,9 @@ def draw_against_links(name: str, speeds: list[float | None], panels: list[Panel
         axes.set_xlabel("link")
         axes.xaxis.set_minor_locator(NullLocator())
         figure.legend(*axes.get_legend_handles_labels(), loc="outside lower left", ncols=2, handlelength=1.4)
-        return to_svg(figure)
+
+    rows = math.ceil(len(panels[0].values) / 2)
+    return draw(name, (WIDTH, HEIGHT * len(panels) + LEGEND_ROW * rows), plot)
 
 
 def _speed(bits_per_second: float) -> str:
@@ -99,61 +90,59 @@ def _speed(bits_per_second: float) -> str:
     return f"{bits_per_second / size:g} {unit.capitalize()}/s"
 
 
-def _drawings(lines: list[Line], links: list[LineRate]) -> list[Drawing]:
+def draw_figures(lines: list[Line], links: Sequence[float]) -> list[dict[str, str]]:
+    """Draw all figures of one recipe: title, caption and svg.
+
+    Args:
+        lines: of the recipe.
+        links: bits per second of those to predict the time on.
+    """
     metric = lines[0].runs[0].metric
-    several = any(len(line.runs) > 1 for line in lines)
-    seeds = " Thick: mean over the seeds; thin: each seed." if several else ""
-    drawings = [
-        Drawing("Against steps", f"Test {metric} after every epoch.{seeds} {ZOOM}", _steps),
-        Drawing("Against bytes", "The same over what rank 0 has sent and received by then.", _bytes),
-        *(
-            Drawing(
-                f"Against time on a link of {link.text}",
-                "Predicted: this machine's time, plus rank 0's bytes (the larger of sent and received) "
-                "and their headers over the link.",
-                _time(link),
-            )
-            for link in links
-        ),
-        Drawing("Bytes by phase", "Sent and received by all ranks, mean over the seeds.", _phases),
-    ]
-    if all(_phase_bytes(run, name) == 0 for line in lines for run in line.runs for name in (SETUP, *Phase)):
-        drawings = [drawing for drawing in drawings if drawing.draw not in (_bytes, _phases)]
-    if any(run.series("step", "autoencoder_loss")[0] for line in lines for run in line.runs):
-        drawings += [
-            Drawing(
-                "Loss of the autoencoder", f"At rank 0, while it is trained. Mean of {SMOOTHING} steps.{seeds}", _loss
-            ),
-            Drawing(
-                "What the autoencoder loses",
-                "Squared error of its reconstruction over the squared values, at rank 0; 1 is as bad as sending "
-                f"nothing. Mean of {SMOOTHING} steps.{seeds}",
-                _reconstruction,
-            ),
-        ]
-    return drawings
+    runs = [run for line in lines for run in line.runs]
+    seeds = " Thick: mean over the seeds; thin: each seed." if len(runs) > len(lines) else ""
+    has_bytes = any(_phase_bytes(run, name) for run in runs for name in (SETUP, *Phase))
+    figures: list[dict[str, str]] = []
+
+    def add(title: str, caption: str, plot: Callable[[Axes, list[Line]], None]) -> None:
+        svg = _with_legend(f"{lines[0].recipe} {title}", lines, plot)
+        figures.append({"title": title, "caption": caption, "svg": svg})
+
+    add("Against steps", f"Test {metric} after every epoch.{seeds} {ZOOM}", _steps)
+    if has_bytes:
+        add("Against bytes", "The same over what rank 0 has sent and received by then.", _bytes)
+    for link in links:
+        add(
+            f"Against time on a link of {_speed(link)}",
+            "Predicted: this machine's time, plus rank 0's bytes (the larger of sent and received) "
+            "and their headers over the link.",
+            partial(_time, link),
+        )
+    if has_bytes:
+        add("Bytes by phase", "Sent and received by all ranks, mean over the seeds.", _phases)
+    if any(run.series("step", "autoencoder_loss")[0] for run in runs):
+        add("Loss of the autoencoder", f"At rank 0, while it is trained. Mean of {SMOOTHING} steps.{seeds}", _loss)
+        add(
+            "What the autoencoder loses",
+            "Squared error of its reconstruction over the squared values, at rank 0; 1 is as bad as sending "
+            f"nothing. Mean of {SMOOTHING} steps.{seeds}",
+            _reconstruction,
+        )
+    return figures
 
 
-def _svg(name: str, drawing: Drawing, lines: list[Line]) -> str:
+def _with_legend(name: str, lines: list[Line], plot: Callable[[Axes, list[Line]], None]) -> str:
     longest = max(len(line.label) for line in lines)
     columns = 3 if longest <= 12 else 2 if longest <= 24 else 1
     rows = sum(_wrapped(line.label, LEGEND_WIDTH).count("\n") + 1 for line in lines)
-    with mpl.rc_context({**STYLE, "svg.hashsalt": name}):
-        figure = Figure(figsize=(WIDTH, HEIGHT + LEGEND_ROW * math.ceil(rows / columns)), layout="constrained")
+
+    def fill(figure: Figure) -> None:
         axes = figure.subplots()
-        drawing.draw(axes, lines)
+        plot(axes, lines)
         handles, labels = axes.get_legend_handles_labels()
         if labels:
             figure.legend(handles, labels, loc="outside lower left", ncols=columns, handlelength=1.4, columnspacing=1.2)
-        return to_svg(figure)
 
-
-def to_svg(figure: Figure) -> str:
-    """The figure as an element of a page; the same bytes for the same figure and `svg.hashsalt`."""
-    text = io.StringIO()
-    figure.savefig(text, format="svg", metadata={"Date": None})
-    svg = text.getvalue()
-    return svg[svg.index("<svg") :]
+    return draw(name, (WIDTH, HEIGHT + LEGEND_ROW * math.ceil(rows / columns)), fill)
 
 
 def _wrapped(label: str, width: int) -> str:
@@ -243,15 +232,15 @@ def _bytes(axes: Axes, lines: list[Line]) -> None:
     _plot_metric(axes, lines, series, "MB of rank 0", "log")
 
 
-def _time(link: LineRate) -> Callable[[Axes, list[Line]], None]:
+def _time(bits_per_second: float, axes: Axes, lines: list[Line]) -> None:
     def series(run: Run) -> Series:
         seconds, values = run.series("seconds", run.metric)
         sent, _ = run.series("rank0_sent_bytes", run.metric)
         received, _ = run.series("rank0_received_bytes", run.metric)
-        on_link = [8 * max(a, b) / (PAYLOAD * link.bits_per_second) for a, b in zip(sent, received, strict=True)]
+        on_link = [8 * max(a, b) / (PAYLOAD * bits_per_second) for a, b in zip(sent, received, strict=True)]
         return [a + b for a, b in zip(seconds, on_link, strict=True)], values
 
-    return lambda axes, lines: _plot_metric(axes, lines, series, "seconds", "log")
+    _plot_metric(axes, lines, series, "seconds", "log")
 
 
 def _phases(axes: Axes, lines: list[Line]) -> None:

@@ -13,12 +13,12 @@ import click
 
 from lgc.comm.transport import MOST_TIMEOUT
 from lgc_lab import options
-from lgc_lab.bench.link.measure import Plan, machine, measure
+from lgc_lab.bench.link.measure import Measurement, machine, measure_links
 from lgc_lab.bench.link.results import LOOPBACK, RESULTS, Results, bits_per_second
 from lgc_lab.bench.link.target import TimeToTarget, format_times, times_to_target
 from lgc_lab.folder import OtherRunError, occupied, require_same, write_whole
 from lgc_lab.launch.network import Network, NetworkError, temporary_network
-from lgc_lab.report.report import find_runs
+from lgc_lab.report.runs import find_runs
 from lgc_lab.terminal import notify
 
 PICTURE = "link.svg"
@@ -80,16 +80,16 @@ def link(
         raise click.UsageError("--target and --runs go together.")
     run["schemes"], run["rates"] = (tuple(options.split(run[name])) for name in ("schemes", "rates"))
     with options.reported_errors():
-        plan = Plan(**run)
+        wanted = Measurement(**run)
         with occupied(out):
-            there = None if overwrite else _find(out, plan, loopback=loopback)
+            there = None if overwrite else _find(out, wanted, loopback=loopback)
             if there is None or not there.finished:
-                with _network(plan.world_size, loopback) as network:
+                with _network(wanted.world_size, loopback) as network:
                     if there is not None and network is None:
                         raise OtherRunError(
                             f"{out} has a measurement of shaped links to go on with; choose another --out."
                         )
-                    measure(plan, out, network, timedelta(seconds=timeout), there.cells if there else ())
+                    measure_links(wanted, out, network, timedelta(seconds=timeout), there.cells if there else ())
         results = Results.load(out)
         click.echo(results.text())
         times: list[TimeToTarget] = []
@@ -100,7 +100,7 @@ def link(
     click.echo(f"\n{out / PICTURE}")
 
 
-def _find(folder: Path, plan: Plan, *, loopback: bool) -> Results | None:
+def _find(folder: Path, wanted: Measurement, *, loopback: bool) -> Results | None:
     """What the folder has of this measurement, on the same kind of link.
 
     Raises:
@@ -113,7 +113,7 @@ def _find(folder: Path, plan: Plan, *, loopback: bool) -> Results | None:
         results = Results.read(folder)
     except ValueError as error:
         raise ValueError(f"{error} --overwrite starts anew.") from None
-    require_same(results.configuration, plan.configuration(), f"{folder} has a measurement")
+    require_same(results.configuration, wanted.configuration(), f"{folder} has a measurement")
     if not results.finished:
         require_same(results.content["machine"], machine(), f"{folder} has an unfinished measurement")
     over_loopback = results.rates == [LOOPBACK]

@@ -319,7 +319,9 @@ class Meter:
         dist.all_gather(moved, samples.moved)
         step, compression, communication = torch.stack(seconds, dim=1).unbind(dim=2)
         is_split = not bool(compression.isnan().any())
-        by_rank = dict(zip(MOVED, torch.stack(moved, dim=1).tolist(), strict=True))
+        counts: dict[str, Any] = dict(zip(MOVED, torch.stack(moved, dim=1).tolist(), strict=True))
+        if not self.has_network:
+            counts |= dict.fromkeys(set(MOVED) - set(COUNTED))
         return Cell(
             rate=rate,
             repeat=repeat,
@@ -328,7 +330,7 @@ class Meter:
             seconds=step.tolist(),
             compression=compression.tolist() if is_split else None,
             communication=communication.tolist() if is_split else None,
-            **{name: count if self.has_network or name in COUNTED else None for name, count in by_rank.items()},
+            **counts,
         )
 
     def _counters(self) -> Counters:

@@ -8,11 +8,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from lgc.choice.cost import parse_rate
 from lgc.comm.transport import SERVER
 from lgc.phase import Phase
 from lgc.schemes import Dense
 from lgc_lab.launch.network import HEADER_BYTES
-from lgc_lab.report.report import LineRate
 from lgc_lab.terminal import aligned
 
 RESULTS = "results.json"
@@ -243,4 +243,5 @@ def _by_step(cells: Sequence[Cell], quantity: Literal["seconds", "compression", 
 
 
 def bits_per_second(rate: str) -> float | None:
-    return None if rate in (UNSHAPED, LOOPBACK) else LineRate.parse(rate).bits_per_second
+    """Read a rate such as "100mbit"; None where the link is not limited."""
+    return None if rate in (UNSHAPED, LOOPBACK) else parse_rate("link", rate)

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from lgc import Dense, parse_scheme
 from lgc_lab.bench.link.results import Results
 from lgc_lab.recipes import find_recipe
-from lgc_lab.report.report import Run
+from lgc_lab.report.runs import Run
 from lgc_lab.terminal import aligned
 
 

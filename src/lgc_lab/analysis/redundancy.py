@@ -18,7 +18,6 @@ from lgc_lab.analysis.estimators import (
     Estimate,
     differential_entropy,
     discrete_entropy,
-    gaussian_mutual_information,
     histogram_mutual_information,
     kraskov_mutual_information,
     plug_in_information,
@@ -40,8 +39,8 @@ Row = dict[str, Any]
 Floats = NDArray[np.float32]
 
 
-def measure(recording: Recording, seed: int = 0) -> Iterator[Row]:
-    """All rows: `kind` is layer (raw gradients and accumulators), shared (values sent) or index (where)."""
+def measure_redundancy(recording: Recording, seed: int = 0) -> Iterator[Row]:
+    """Measure all rows: `kind` is layer (raw gradients and accumulators), shared (values sent) or index (where)."""
     generator = np.random.default_rng(seed)
     indices = IndexCosts(recording)
     for record, step in enumerate(recording.steps.tolist()):
@@ -100,7 +99,6 @@ def layer_row(now: Floats, before: Floats, unscaled: Floats | None, generator: n
     workers = len(now)
     unit = now / root_mean_square(now)
     row = in_bits("entropy", average(quantised_entropy(x, PLANE_STEP) for x in unit))
-    row |= in_bits("differential_entropy", average(spread(unit, generator)))
     row |= in_bits("temporal_mutual_information", average(kraskov(now, before, generator)))
     row |= {"temporal_pearson": float(np.mean([pearson(*pair) for pair in zip(now, before, strict=True)]))}
     if workers > 1:
@@ -114,7 +112,8 @@ def layer_row(now: Floats, before: Floats, unscaled: Floats | None, generator: n
         if unscaled is not None:
             shared = average(kraskov(unscaled[firsts], unscaled[seconds], generator))
             row |= in_bits("unscaled_mutual_information", shared)
-        row |= linear_row(now)
+        row["pearson"] = float(np.mean([pearson(x, y) for x, y in combinations(now, 2)]))
+        row["pearson_error"] = math.sqrt(1 / (now.shape[1] * (workers // 2)))
     if workers > 3:
         halves = now[: workers // 2].mean(axis=0), now[workers - workers // 2 :].mean(axis=0)
         row |= {"pooled_pearson": pearson(*halves)}
@@ -141,20 +140,6 @@ def pair_row(pairs: list[tuple[Floats, Floats]], generator: np.random.Generator)
     return row
 
 
-def linear_row(values: Floats) -> Row:
-    """Pearson's correlation and the cosine over all pairs of workers, and what normal variables would share."""
-    pairs = list(combinations(values, 2))
-    correlations = [pearson(x, y) for x, y in pairs]
-    cosines = [float(x @ y / max(math.sqrt(float(x @ x) * float(y @ y)), 1e-30)) for x, y in pairs]
-    error = math.sqrt(1 / (values.shape[1] * (len(values) // 2)))
-    return {
-        "pearson": float(np.mean(correlations)),
-        "pearson_error": error,
-        "cosine": float(np.mean(cosines)),
-        "gaussian_mutual_information": float(np.mean([gaussian_mutual_information(r) for r in correlations])) * BITS,
-    }
-
-
 def shared_row(recording: Recording, record: int, generator: np.random.Generator) -> Row:
     """The values at the leader's indices, each layer in units of the leader's root mean square there."""
     leader = recording.leader(record)
@@ -179,14 +164,11 @@ def shared_row(recording: Recording, record: int, generator: np.random.Generator
         }
         if len(others):
             row |= pair_row([(x, y) for y in others], generator)
-            row |= in_bits("mean_mutual_information", kraskov_mutual_information(x, others.mean(axis=0), generator))
     if len(others):
         correlations = [pearson(x, y) for y in others]
         row |= {
             "pearson": float(np.mean(correlations)),
             "pearson_error": 1 / math.sqrt(len(places) * len(others)),
-            "cosine": float(np.mean([x @ y / math.sqrt(max((x @ x) * (y @ y), 1e-60)) for y in others])),
-            "others_energy": float((others**2).mean()),
             "alone_bound": _normal_rate(1),
             "given_leader_bound": float(np.mean([_normal_rate(1 - r**2) for r in correlations])),
         }
@@ -203,21 +185,13 @@ def _normal_rate(variance: float) -> float:
 
 
 def others_row(others: NDArray[np.float64], generator: np.random.Generator) -> Row:
-    """The values at the leader's indices of the workers that did not choose them, (K - 1, k)."""
+    """Shannon's lower bound of the values that the workers have who did not choose the indices, (K - 1, k)."""
     unit = [y / math.sqrt(float((y**2).mean())) for y in others if len(np.unique(y)) >= 2 * MINIMUM_SAMPLES]
     if not unit:
         return {}
-    entropy = average(differential_entropy(y, generator) for y in unit)
-    bound = in_bits("others_bound", entropy)
-    at_error = 0.5 * math.log2(2 * math.pi * math.e * VALUE_ERROR)
-    bound["others_bound"] -= at_error
-    bound["others_laplace_bound"] = math.log2(2 * math.e * float(np.mean(np.abs(unit)))) - at_error
-    if len(unit) < 2:
-        return bound
-    pairs = list(combinations(unit, 2))
-    shared = average(kraskov_mutual_information(a, b, generator) for a, b in pairs)
-    correlation = float(np.mean([pearson(a, b) for a, b in pairs]))
-    return bound | in_bits("others_mutual_information", shared) | {"others_pearson": correlation}
+    bound = in_bits("others_bound", average(differential_entropy(y, generator) for y in unit))
+    bound["others_bound"] -= 0.5 * math.log2(2 * math.pi * math.e * VALUE_ERROR)
+    return bound
 
 
 def overlap(own: NDArray[np.int64]) -> float:
@@ -247,11 +221,6 @@ def kraskov(
 ) -> Iterator[Estimate]:
     """Kraskov's estimate for each pair."""
     return (kraskov_mutual_information(x, y, generator) for x, y in zip(xs, ys, strict=True))
-
-
-def spread(rows: Floats, generator: np.random.Generator) -> Iterator[Estimate]:
-    """Differential entropy of each row."""
-    return (differential_entropy(row, generator) for row in rows)
 
 
 def root_mean_square(rows: Floats) -> Floats:
