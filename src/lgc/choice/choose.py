@@ -55,7 +55,7 @@ def choose(
         model: a DistributedDataParallel model, or the module that will be made one; also under torch.compile. Its
             mode, `train()` or `eval()`, is that in which it is measured.
         make_loss: calls the model it is given, which is a copy, and returns the loss of one batch, a finite number;
-            called some twenty times and more. What else it changes, such as an iterator over data, stays changed.
+            called at least twenty times. What else it changes, such as an iterator over data, stays changed.
         candidates: schemes, or their text forms, at least one; dense is always among them.
         link: decide as if the link were no faster than this; None is the link as it is.
         group: of a module's ranks, the default one unless given; a DDP model has its own.
@@ -65,9 +65,9 @@ def choose(
         at level INFO, logger `lgc`. One rank alone has nothing to exchange, and gets dense.
 
     Raises:
-        TypeError, ValueError: a wrong argument of this rank; or a candidate that this model cannot have.
-        RankError: a wrong argument of another rank.
-        RuntimeError: on every rank: they differ in candidates, link or model.
+        TypeError, ValueError: an argument of this rank is wrong, or this model cannot have a candidate.
+        RankError: an argument of another rank is wrong.
+        RuntimeError: the ranks differ in candidates, link or model; raised on every rank.
     """
     inner = getattr(model, "_orig_mod", model)  # torch.compile's wrapper
     group, device = _group_of(inner, group), _device_of(inner)
@@ -102,7 +102,7 @@ def _fastest(schemes: Sequence[Scheme], profiler: Profiler, link: Link, *, log: 
     best = recommend(predictions)
     if log:
         if profiler.unsteady:
-            logger.warning("choose: %s", profiler.unsteady)
+            logger.warning("choose: %s Do not trust the choice.", profiler.unsteady)
         _log(best, predictions, given_up)
     return measured[predictions.index(best)]
 
@@ -230,8 +230,8 @@ def _require_gradients(ddp: DistributedDataParallel, make_loss: Callable[[nn.Mod
         expected = parameter.requires_grad and not ddp.find_unused_parameters and name not in ddp.parameters_to_ignore
         if parameter.grad is None and expected:
             raise ValueError(
-                f"choose(make_loss=...) must give every trained parameter a gradient, {name!r} has none; for others "
-                "build the model as DistributedDataParallel(model, find_unused_parameters=True)."
+                f"choose(make_loss=...) must give every trained parameter a gradient, {name!r} has none; if that "
+                "is meant, build the model as DistributedDataParallel(model, find_unused_parameters=True)."
             )
     ddp.zero_grad()
 

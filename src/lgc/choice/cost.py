@@ -44,10 +44,10 @@ class Link:
     latency: float = 0.0
 
     def __post_init__(self) -> None:
-        if not self.bandwidth > 0:
-            raise ValueError(f"Link(bandwidth=...) must be above 0, got {self.bandwidth}.")
-        if not self.latency >= 0:
-            raise ValueError(f"Link(latency=...) must be at least 0, got {self.latency}.")
+        for name, bound in (("bandwidth", "a number above 0"), ("latency", "a number of at least 0")):
+            value = getattr(self, name)
+            if not isinstance(value, int | float) or not (value > 0 or (value == 0 and name == "latency")):
+                raise ValueError(f"Link({name}=...) must be {bound}, got {value!r}; Link.parse reads text.")
 
     @classmethod
     def parse(cls, bandwidth: str, latency: str = "0ms") -> Self:

@@ -129,7 +129,7 @@ class Profiler:
         if max(plain) > UNSTEADY * min(plain):
             self.unsteady = (
                 f"a step took {1e3 * min(plain):.1f} to {1e3 * max(plain):.1f} ms: something else runs on this "
-                "machine, or there are more threads (OMP_NUM_THREADS) than cores. Do not trust what follows."
+                "machine, or there are more threads (OMP_NUM_THREADS) than cores."
             )
 
     def add(self, scheme: Scheme, *, early: bool, limit: float = math.inf) -> bool:

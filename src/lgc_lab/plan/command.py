@@ -232,7 +232,7 @@ def _profile(question: Question, group: dist.ProcessGroup, device: torch.device)
     make_job = partial(question.source, device, group)
     profiler = Profiler(make_job, Transport(group, device), question.world_size, enough=THOROUGH)
     if profiler.unsteady:
-        tell(f"WARNING: {profiler.unsteady}")
+        tell(f"WARNING: {profiler.unsteady} Do not trust what follows.")
     for scheme in question.schemes.values():
         if scheme != Dense():
             tell(f"measuring {scheme}")
