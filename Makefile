@@ -6,15 +6,21 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 DEMO_OUT ?= runs/demo
 
-.PHONY: demo test check audit faults soak clean
+.PHONY: demo test test-all check audit faults soak clean
 
 demo: $(INSTALLED)
 	$(BIN)/lgc compare --recipe digits --workers 4 \
 		--schemes dense,topk,dgc,scalecom,lgc-ring,lgc-ps --out $(DEMO_OUT)
 
 # In the order of the files, so that none of the longest is left to the end; three at a time, as some only wait.
+PYTEST := $(BIN)/pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder
+
 test: $(INSTALLED)
-	$(BIN)/pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder
+	$(PYTEST)
+
+# With all cells of all grids, those of faults among them; about an hour and a half.
+test-all: $(INSTALLED)
+	$(PYTEST) -m "not long"
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -26,9 +32,9 @@ check: $(INSTALLED)
 audit: $(INSTALLED)
 	$(BIN)/python tools/audit.py
 
-# All cells of the fault grid, up to an hour; six of them are in the suite.
+# All cells of the fault grid, up to an hour; two of them are in the suite.
 faults: $(INSTALLED)
-	$(BIN)/pytest --numprocesses 2 -m "long or not long" -k "not soak" tests/test_fault_grid.py
+	$(BIN)/pytest --numprocesses 2 -m "not long" tests/test_fault_grid.py
 
 # Ten random faults in one job, a few minutes; SOAK_SEED=N repeats one.
 soak: $(INSTALLED)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -17,6 +18,27 @@ settings.load_profile("lgc")
 
 # In a suite that a shell has started in the background SIGINT is ignored, and what it starts inherits that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Of a test marked as a grid, leave as many cells in the suite as it takes to have every value of every parameter.
+
+    All others are for `make test-all`.
+    """
+    grids: dict[str, list[pytest.Function]] = defaultdict(list)
+    for item in items:
+        if isinstance(item, pytest.Function) and item.get_closest_marker("grid"):
+            grids[item.nodeid.partition("[")[0]].append(item)
+    for cells in grids.values():
+        values = {cell.nodeid: {(name, repr(v)) for name, v in cell.callspec.params.items()} for cell in cells}
+        missing = set.union(*values.values())
+        while missing:
+            best = max(cells, key=lambda cell: len(values[cell.nodeid] & missing))
+            missing -= values[best.nodeid]
+            cells.remove(best)
+        for cell in cells:
+            cell.add_marker("exhaustive")
 
 
 @pytest.fixture(scope="session")

@@ -325,6 +325,7 @@ def through_dcp(rank: int, world_size: int, scheme: Any, directory: Path) -> lis
     return [run.state(), other.state()]
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("scheme", ["dense", "dgc-server", "lgc-ps"])
 @pytest.mark.parametrize("through", [through_torch_save, through_dcp])
 def test_the_state_fits_in_torchs_own_checkpoints(

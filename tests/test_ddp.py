@@ -89,6 +89,7 @@ def train_both(rank: int, world_size: int, model: str, arguments: dict[str, Any]
     return [train(rank, world_size, model, scheme, 8, arguments, micro_batches=micro) for scheme in (None, lgc.Dense())]
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
 @pytest.mark.parametrize(
     ("model", "arguments", "micro_batches"),
@@ -150,6 +151,7 @@ def test_buckets_do_not_change_the_training_run(ranks: RankFactory, scheme: str)
 # --- exactness across ranks, phases, any module ---
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("world_size", [3, 4])
 @every_scheme
 def test_parameters_stay_bit_identical_across_ranks(ranks: RankFactory, scheme: str, world_size: int) -> None:
@@ -159,6 +161,7 @@ def test_parameters_stay_bit_identical_across_ranks(ranks: RankFactory, scheme: 
     assert all(torch.isfinite(tensor).all() for tensor in results[0].parameters.values())
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("world_size", [1, 2])
 @every_scheme
 def test_the_handle_crosses_the_phases_at_the_configured_steps(
@@ -202,6 +205,7 @@ def test_the_autoencoder_is_trained_again_after_every_so_many_compressed_steps(
         assert_same(result.parameters, results[0].parameters)
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("model", [model for model in MODELS if model != "wide"])
 @pytest.mark.parametrize("scheme", LEARNING)
 def test_any_module_learns(ranks: RankFactory, scheme: str, model: str) -> None:
@@ -282,6 +286,7 @@ def backward_twice(rank: int, world_size: int, scheme: Any, zero_grad: bool, ste
             optimizer.step()
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("step_first", [True, False], ids=["after a step", "before a step"])
 @pytest.mark.parametrize("scheme", COMPRESSING)
 def test_a_second_backward_without_zero_grad_is_refused_on_every_rank(
@@ -358,6 +363,7 @@ def uneven_and_checked(rank: int, world_size: int, scheme: Any, on_difference: A
     return parameters(ddp)
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("on_difference", ["raise", "synchronise"])
 @pytest.mark.parametrize("scheme", ["dense", "dgc", "lgc-ring"])
 def test_ranks_whose_inputs_have_run_out_are_not_compared(ranks: RankFactory, scheme: str, on_difference: str) -> None:
@@ -387,6 +393,7 @@ def decoding(rank: int, world_size: int, scheme: Any, alike: bool) -> tuple[dict
     return parameters(ddp), aggregator.watch.exact
 
 
+@pytest.mark.grid
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="needs two kinds of kernels")
 @pytest.mark.parametrize("alike", [True, False])
 @pytest.mark.parametrize("scheme", LGC)
@@ -459,6 +466,7 @@ def test_two_models_in_one_process_train_as_each_alone(ranks: RankFactory) -> No
             assert together[i].bytes_by_phase == alone[i][rank].bytes_by_phase
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 @pytest.mark.parametrize("scheme", ["dense", "topk", "lgc-ring"])
 def test_a_compiled_model_trains_as_an_uncompiled_one(ranks: RankFactory, scheme: str, backend: str) -> None:
@@ -921,6 +929,7 @@ def state_of(handle: Any) -> dict[str, Tensor]:
     return state
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("scheme", COMPRESSING)
 def test_a_nan_on_one_rank_reaches_every_rank_and_no_state(ranks: RankFactory, scheme: str, value: float) -> None:
@@ -957,6 +966,7 @@ def interrupted(rank: int, world_size: int, scheme: Any, stop: int | None) -> di
     return parameters(ddp)
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("stop", [6, 16])  # in the warm-up and when compressed; tests/test_checkpoint.py has all phases
 @every_scheme
 def test_a_run_goes_on_from_its_state_dict_as_if_never_interrupted(ranks: RankFactory, scheme: str, stop: int) -> None:

@@ -79,6 +79,7 @@ def assert_equals_reference(config: Config, shapes: Shapes, real: list[Run]) -> 
                 )
 
 
+@pytest.mark.grid
 @every_scheme
 @pytest.mark.parametrize("model", MODELS)
 def test_models_of_unusual_shapes_equal_the_reference(ranks: RankFactory, model: str, scheme: str) -> None:

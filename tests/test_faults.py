@@ -111,6 +111,7 @@ def announce_too_much(rank: int, world_size: int, scheme: Any, length: int) -> N
         training.step()
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("length", [2**40, -1])
 @every_scheme
 def test_a_payload_of_impossible_length_is_refused_before_memory_is_taken_for_it(
@@ -120,6 +121,7 @@ def test_a_payload_of_impossible_length_is_refused_before_memory_is_taken_for_it
         assert f"bytes, as announced, got {length}" in str(failure)
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("at", [3, 5, 8])
 @every_scheme
 def test_a_rank_that_cannot_prepare_its_round_is_named_on_every_rank(ranks: RankFactory, scheme: str, at: int) -> None:
@@ -314,6 +316,7 @@ def autoencoder_of(handle: Any) -> torch.Tensor:
     return weight
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("flipping", [0, 1, 2])
 @pytest.mark.parametrize("scheme", ["dense", *SCHEMES])
 def test_a_flipped_bit_of_a_parameter_is_named_within_the_interval(

@@ -177,6 +177,7 @@ def assert_equals_the_reference(real: list[Run], config: Config, tolerance: floa
             assert (actual.momentum is None) == (config.momentum == 0)
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("world_size", [1, 4])
 @pytest.mark.parametrize(("optimizer", "updates"), [("adam", 1), ("sgd", 1), ("sgd", 3)])
 @pytest.mark.parametrize("scheme", ["lgc-ring", "lgc-ps"])
@@ -319,6 +320,7 @@ def test_the_server_keeps_what_it_was_sent_and_did_not_send_on(runs: Runs, case:
         assert residual.abs().sum() > 0  # K ranks send more than the server passes on
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("world_size", [1, 3])
 @pytest.mark.parametrize("values", ["float32", "bfloat16", "sign", "uniform4"])
 def test_what_the_servers_codec_loses_stays_at_the_server(ranks: RankFactory, values: str, world_size: int) -> None:
