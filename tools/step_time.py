@@ -68,7 +68,8 @@ def main(turns: int, **run: object) -> None:
     settings = Settings(scheme="dense", world_size=1, **run)  # type: ignore[arg-type]
     recipe = settings.resolve_recipe()
     print(
-        f"{recipe.name}, batches of {recipe.batch_size}, one thread, torch {torch.__version__}, {turns} turns",
+        f"{recipe.name}, batches of {recipe.batch_size}, one thread on {torch.backends.cpu.get_cpu_capability()}, "
+        f"torch {torch.__version__}, {turns} turns",
         flush=True,
     )
     steps = {

@@ -93,7 +93,10 @@ def _tell_how_it_computes(run: Training) -> None:
     dtype = "bfloat16 by autocast" if run.settings.bf16 else "float32"
     compiled = "compiled" if run.settings.compile else "not compiled"
     memory_format = str(run.recipe.memory_format).removeprefix("torch.")
-    notify(f"computes in {dtype}, {memory_format}, {compiled}, threads a rank: {torch.get_num_threads()}")
+    on_cpu = run.device.type == "cpu"
+    processor = torch.backends.cpu.get_cpu_capability() if on_cpu else torch.cuda.get_device_name(run.device)
+    threads = torch.get_num_threads()
+    notify(f"computes in {dtype}, {memory_format}, {compiled}, on {processor}, threads a rank: {threads}")
 
 
 def _warn_of_short_run(run: Training) -> None:
