@@ -37,7 +37,7 @@ def make_optimizer(recipe: Recipe, model: nn.Module, scheme: Scheme) -> torch.op
 def load_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
     """Load a state whose tensors are contiguous, as in checkpoints, and lay them out as their parameters are.
 
-    The last bits of an update depend on the layout, so that a resumed run would else differ.
+    Where the two differ, as in channels_last, an update takes several times as long.
     """
     optimizer.load_state_dict(dict(state))
     for parameter, of_parameter in optimizer.state.items():
