@@ -51,10 +51,9 @@ def synthetic(
         own=own,
         shared=values(records, workers, entries),  # type: ignore[arg-type]
         sent=[(where, np.ones(len(where), dtype=np.float32)) for where in places],
-        loss=np.zeros(records + 1, dtype=np.float32),
         seconds={"training": 1.0, "recording": 0.0},
         warmup_end=0,
-        wire_bytes=0,
+        total_steps=records + 1,
     )
 
 
@@ -173,7 +172,7 @@ def test_recording_has_what_every_worker_would_send(
     assert recording.steps.tolist() == [3, 6]
     assert np.array_equal(recording.coordinates, np.arange(size))
     assert recording.layers[-1].name != POOL
-    assert len(recording.loss) == len(recording.sent) == 7
+    assert recording.total_steps == len(recording.sent) == 7
     for number, step in enumerate(recording.steps.tolist()):
         v = recording.accumulator[number, 1]
         leader = recording.leader(number)

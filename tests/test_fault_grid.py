@@ -79,7 +79,7 @@ def test_after_a_fault_all_ranks_end_in_time_and_the_restarted_job_ends_as_if_un
     timeout = TIMEOUT_S if cell.kind == "stop" else LONG_TIMEOUT_S
     output = torchrun(out, [fault], arguments(SCHEMES[cell.scheme], out, timeout=timeout))
     (happened,) = read(log_of(out), "fault")
-    assert happened["fault"] == list(fault)
+    assert happened["fault"] == fault._asdict()
     restarted = [event for event in read(log_of(out), "start") if event["time"] > happened["time"]]
     assert len(restarted) == 2
     assert not any(event["alive"] for event in restarted)
@@ -107,6 +107,6 @@ def test_soak(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run_undisturbed(arguments(scheme, expected, timeout=60, steps=SOAK_STEPS))
     limit_s = SOAK_FAULTS * (TIMEOUT_S + TORCHRUN_KILLS_S + 2 * PATIENCE_S)
     torchrun(out, faults, arguments(scheme, out, timeout=TIMEOUT_S, steps=SOAK_STEPS), limit_s=limit_s)
-    assert [event["fault"] for event in read(log_of(out), "fault")] == [list(fault) for fault in faults], seed
+    assert [event["fault"] for event in read(log_of(out), "fault")] == [fault._asdict() for fault in faults], seed
     assert not any(event["alive"] for event in read(log_of(out), "start")), f"SOAK_SEED={seed}"
     assert results(out) == results(expected), f"SOAK_SEED={seed}"

@@ -156,19 +156,14 @@ def compare(recipes: str, workers: int, schemes: str, seeds: int, out: Path, **r
     options.refuse_torchrun("compare")
     overwrite = run["overwrite"]
     launch, run = _launcher(run)
-    wanted = {
-        out / folder: settings
-        for folder, settings in _settings_by_folder(
-            options.split(recipes), options.split(schemes), workers, seeds, run
-        ).items()
-    }
+    wanted = _settings_by_folder(out, options.split(recipes), options.split(schemes), workers, seeds, run)
     with options.reported_errors():  # of the last run before the first one starts
-        left = [
-            settings
+        left = {
+            settings.recipe: settings
             for folder, settings in wanted.items()
             if overwrite or not is_finished(folder, settings.configuration())
-        ]
-        for settings in {settings.recipe: settings for settings in left}.values():
+        }
+        for settings in left.values():
             settings.load_data()
     try:
         for number, (folder, settings) in enumerate(wanted.items(), 1):
@@ -262,9 +257,9 @@ def _of_recipe(recipe: str, recipes: Sequence[str], values: tuple[str, ...]) -> 
 
 
 def _settings_by_folder(
-    recipes: list[str], schemes: list[str], workers: int, seeds: int, run: dict[str, Any]
+    out: Path, recipes: list[str], schemes: list[str], workers: int, seeds: int, run: dict[str, Any]
 ) -> dict[Path, Settings]:
-    """The folder of every run and its settings, checked before the first one starts."""
+    """The settings of every run by its folder, checked before the first one starts."""
     wanted: dict[Path, Settings] = {}
     for recipe in recipes:
         own = run | {name: _of_recipe(recipe, recipes, run[name]) for name in OF_RECIPES}
@@ -272,7 +267,7 @@ def _settings_by_folder(
             for seed in range(seeds):
                 parts = [recipe.replace(":", ",")] if len(recipes) > 1 else []
                 parts += [scheme.replace(":", ","), *([f"seed-{seed}"] if seed else [])]
-                wanted[Path(*parts)] = _settings(recipe, scheme, workers, seed, own)
+                wanted[out.joinpath(*parts)] = _settings(recipe, scheme, workers, seed, own)
         resolved = [_settings(recipe, scheme, workers, 0, own).resolve_scheme() for scheme in schemes]
         try:
             require_different(schemes, resolved)

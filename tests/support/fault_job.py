@@ -58,7 +58,7 @@ def main(log: Path, faults: list[Fault], arguments: list[str]) -> None:
 
 def happen(log: Path, fault: Fault, folder: Path) -> None:
     """Let this rank, of the run in `folder`, have its fault."""
-    write(log, "fault", fault=fault)
+    write(log, "fault", fault=fault._asdict())
     if fault.kind == "exception":
         raise ValueError(f"{fault}, on purpose")
     if fault.kind == "partition":
@@ -128,4 +128,4 @@ def read(log: Path, event: str | None = None) -> list[dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), [Fault(*fault) for fault in json.loads(sys.argv[2])], sys.argv[3:])
+    main(Path(sys.argv[1]), [Fault(**fault) for fault in json.loads(sys.argv[2])], sys.argv[3:])

@@ -29,7 +29,7 @@ def arguments(scheme: str, out: Path, *, timeout: float, steps: int = len(PHASES
 
 def faulty(out: Path, faults: Sequence[Fault], run: list[str]) -> list[str]:
     """The program of one rank, with its arguments; the log is beside the folder."""
-    return [str(JOB), str(log_of(out)), json.dumps(faults), *run]
+    return [str(JOB), str(log_of(out)), json.dumps([fault._asdict() for fault in faults]), *run]
 
 
 def log_of(out: Path) -> Path:

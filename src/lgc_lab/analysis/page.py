@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import math
 import statistics
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
+from numpy.typing import NDArray
 
 from lgc_lab.analysis.estimators import Estimate
 from lgc_lab.analysis.record import Recording
 from lgc_lab.analysis.redundancy import PLANE_ERROR, VALUE_ERROR, Row
 from lgc_lab.report.figures import draw
 from lgc_lab.report.page import write_page
+from lgc_lab.terminal import aligned
 
 CLAIMED_SHARE = 0.8
 SHARE = "its part of the entropy"
@@ -73,14 +76,6 @@ SIGN_COLUMNS = {
 }
 
 
-class Line(NamedTuple):
-    """One quantity in the first and in the second half of the records after the warm-up, in bits or a plain number."""
-
-    label: str
-    early: Estimate
-    late: Estimate
-
-
 class Analysis:
     """A recording's rows, by kind.
 
@@ -102,16 +97,12 @@ class Analysis:
         settings = self.recording.settings
         return (
             f"{settings['recipe']}, {settings['world_size']} workers, batches of {settings['batch_size']}, "
-            f"{settings['scheme']}, {len(self.recording.loss)} steps"
+            f"{settings['scheme']}, {self.recording.total_steps} steps"
         )
 
     def summary(self) -> str:
         """The table as aligned text."""
-        lines = list(self.lines())
-        width = max(len(line.label) for line in lines)
-        text = [f"{'':{width}}  {'first half':>16}  {'second half':>16}"]
-        text += [f"{line.label:{width}}  {_format(line.early):>16}  {_format(line.late):>16}" for line in lines]
-        return "\n".join([self.title, *text])
+        return f"{self.title}\n{aligned([('', 'first half', 'second half'), *self.lines()])}"
 
     def write_page(self, page: Path) -> None:
         """Write one HTML page that holds everything it shows; it opens without a network."""
@@ -119,14 +110,12 @@ class Analysis:
         for title, caption, plot, size in FIGURES:
             svg = draw(title, size, lambda figure, plot=plot: plot(figure.subplots(), self))  # type: ignore[misc]
             figures.append({"title": title, "caption": caption, "svg": svg})
-        lines = [(line.label, _format(line.early), _format(line.late)) for line in self.lines()]
-        version = self.recording.settings.get("version", "")
-        write_page(
-            page, "analysis/redundancy.html.jinja", title=self.title, lines=lines, figures=figures, versions=version
-        )
+        version = self.recording.settings["version"]
+        content = {"title": self.title, "lines": list(self.lines()), "figures": figures, "version": version}
+        write_page(page, "analysis/redundancy.html.jinja", **content)
 
-    def lines(self) -> Iterator[Line]:
-        """The table, without what was not measured."""
+    def lines(self) -> Iterator[tuple[str, str, str]]:
+        """The table: every quantity that was measured, and its mean in both windows, in bits or a plain number."""
         series = {
             f"{name}: {label}": by_step(self.rows_of(quantity), *columns)
             for quantity, name in QUANTITIES.items()
@@ -135,66 +124,53 @@ class Analysis:
         series |= {label: by_step(self.shared, column) for label, column in SHARED_COLUMNS.items()}
         series |= {label: by_step(self.indices, column) for label, column in (INDEX_COLUMNS | SIGN_COLUMNS).items()}
         for label, values in series.items():
-            line = Line(label, self.over(0, values), self.over(1, values))
-            if line.early.value == line.early.value:
-                yield line
+            early, late = self.over(0, values), self.over(1, values)
+            if not math.isnan(early.value):
+                yield label, _format(early), _format(late)
 
     def rows_of(self, quantity: str) -> list[Row]:
         """Rows of one quantity, all layers and steps."""
         return [row for row in self.layers if row["quantity"] == quantity]
 
-    def over(self, window: int, series: dict[int, float]) -> Estimate:
-        """Mean and standard error over the records of a window, 0 the first; NaN if there is none."""
-        return mean_and_error([value for step, value in series.items() if step in self.windows[window]])
+    def over(self, window: int, series: Mapping[int, Estimate]) -> Estimate:
+        """Mean over the records of a window, 0 the first, and its standard error from their spread; NaN without any."""
+        values = [estimate.value for step, estimate in series.items() if step in self.windows[window]]
+        error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+        return Estimate(statistics.mean(values) if values else math.nan, error)
 
 
-def mean_and_error(values: Sequence[float]) -> Estimate:
-    """Mean and its standard error from the spread; NaN where that needs more values."""
-    if not values:
-        return Estimate(float("nan"), float("nan"))
-    error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else float("nan")
-    return Estimate(statistics.mean(values), error)
+def by_step(rows: Iterable[Row], column: str, over: str | None = None) -> dict[int, Estimate]:
+    """A column's mean over the layers, weighted by their sizes, at every step; or the ratio of two such means.
+
+    The standard error is that of the column's estimator.
+    """
+    sums: dict[int, NDArray[np.float64]] = {}
+    for row in (row for row in rows if column in row):
+        weight = float(row.get("size", 1))
+        error = weight * row.get(f"{column}_error", 0.0)
+        total = sums.setdefault(row["step"], np.zeros(3))
+        total += (weight * row[column], error**2, weight * (row[over] if over else 1.0))
+    return {step: Estimate(value / size, math.sqrt(square) / size) for step, (value, square, size) in sums.items()}
 
 
-def by_step(rows: Iterable[Row], column: str, over: str | None = None) -> dict[int, float]:
-    """A column's mean over the layers, weighted by their sizes, at every step; or the ratio of two such means."""
-    sums: dict[int, list[float]] = {}
-    for row in rows:
-        if column in row:
-            weight = float(row.get("size", 1))
-            total = sums.setdefault(row["step"], [0.0, 0.0])
-            total[0] += weight * row[column]
-            total[1] += weight * (row[over] if over else 1.0)
-    return {step: value / weight for step, (value, weight) in sums.items()}
+def _curve(series: Mapping[int, Estimate]) -> tuple[list[int], list[float]]:
+    return list(series), [estimate.value for estimate in series.values()]
 
 
 def _plot_plane(axes: Axes, analysis: Analysis) -> None:
     for number, (quantity, name) in enumerate(QUANTITIES.items()):
-        rows = analysis.rows_of(quantity)
-        for window, marker in enumerate("ov"):
-            points = []
-            for layer in {row["layer"]: None for row in rows}:
-                own = [row for row in rows if row["layer"] == layer]
-                points.append(
-                    [
-                        *analysis.over(window, by_step(own, "entropy")),
-                        *analysis.over(window, by_step(own, "quantised_mutual_information")),
-                    ]
-                )
-            if points:
-                x, x_error, y, y_error = np.array(points).T
-                axes.errorbar(
-                    x,
-                    y,
-                    np.nan_to_num(y_error),
-                    np.nan_to_num(x_error),
-                    fmt=marker,
-                    markersize=4,
-                    linewidth=0.8,
-                    color=f"C{number}",
-                    alpha=0.5 + 0.5 * window,
-                    label=f"{name}, {('first', 'second')[window]} half",
-                )
+        layers: dict[str, list[Row]] = {}
+        for row in analysis.rows_of(quantity):
+            layers.setdefault(row["layer"], []).append(row)
+        for window, marker in enumerate("ov" if layers else ""):
+            means = [
+                [analysis.over(window, by_step(own, column)) for own in layers.values()]
+                for column in ("entropy", "quantised_mutual_information")
+            ]
+            (x, x_error), (y, y_error) = np.array(means).transpose(0, 2, 1)
+            style: dict[str, Any] = {"fmt": marker, "markersize": 4, "linewidth": 0.8, "color": f"C{number}"}
+            style |= {"alpha": 0.5 + 0.5 * window, "label": f"{name}, {('first', 'second')[window]} half"}
+            axes.errorbar(x, y, np.nan_to_num(y_error), np.nan_to_num(x_error), **style)
     limit = axes.get_xlim()[1]
     axes.plot([0, limit], [0, CLAIMED_SHARE * limit], color="black", linewidth=0.8, linestyle="--", label="four fifths")
     axes.set(xlabel="entropy of one worker, bits", ylabel="shared by two workers, bits", xlim=(0, None))
@@ -202,40 +178,25 @@ def _plot_plane(axes: Axes, analysis: Analysis) -> None:
 
 
 def _plot_over_training(axes: Axes, analysis: Analysis) -> None:
-    series = {name: analysis.rows_of(quantity) for quantity, name in QUANTITIES.items()}
-    series["values at the leader's indices"] = analysis.shared
-    for number, (name, rows) in enumerate(series.items()):
-        _errorbar(axes, rows, "kraskov_mutual_information", name, f"C{number}", "-")
-        _errorbar(axes, rows, "shuffled_mutual_information", "", f"C{number}", ":")
+    shown = {name: analysis.rows_of(quantity) for quantity, name in QUANTITIES.items()}
+    shown["values at the leader's indices"] = analysis.shared
+    for number, (name, rows) in enumerate(shown.items()):
+        for column, label, style in (("kraskov", name, "-"), ("shuffled", None, ":")):
+            series = by_step(rows, f"{column}_mutual_information")
+            errors = [estimate.error for estimate in series.values()]
+            axes.errorbar(*_curve(series), errors, color=f"C{number}", linestyle=style, linewidth=1.3, label=label)
     axes.axvspan(0, analysis.recording.warmup_end, color="black", alpha=0.06, linewidth=0)
     axes.set(xlabel="step", ylabel="shared by two workers, bits")
     axes.legend()
 
 
-def _errorbar(axes: Axes, rows: list[Row], column: str, label: str, color: str, style: str) -> None:
-    values = by_step(rows, column)
-    variance: dict[int, list[float]] = {}
-    for row in rows:
-        if column in row:
-            total = variance.setdefault(row["step"], [0.0, 0.0])
-            total[0] += (row.get("size", 1) * row[f"{column}_error"]) ** 2
-            total[1] += row.get("size", 1)
-    errors = [variance[step][0] ** 0.5 / variance[step][1] for step in values]
-    axes.errorbar(
-        list(values), list(values.values()), errors, color=color, linestyle=style, linewidth=1.3, label=label or None
-    )
-
-
 def _plot_correlations(axes: Axes, analysis: Analysis) -> None:
     for number, (quantity, name) in enumerate(QUANTITIES.items()):
         for column, style, of in (("pearson", "-", "two workers"), ("temporal_pearson", ":", "two steps")):
-            series = by_step(analysis.rows_of(quantity), column)
-            axes.plot(list(series), list(series.values()), color=f"C{number}", linestyle=style, label=f"{name}, {of}")
-    for number, (column, name) in enumerate(
-        {"pearson": "sent, leader and another", "overlap": "top-k overlap"}.items(), 2
-    ):
-        series = by_step(analysis.shared, column)
-        axes.plot(list(series), list(series.values()), color=f"C{number}", label=name)
+            curve = _curve(by_step(analysis.rows_of(quantity), column))
+            axes.plot(*curve, color=f"C{number}", linestyle=style, label=f"{name}, {of}")
+    axes.plot(*_curve(by_step(analysis.shared, "pearson")), color="C2", label="sent, leader and another")
+    axes.plot(*_curve(by_step(analysis.shared, "overlap")), color="C3", label="top-k overlap")
     axes.set(xlabel="step", ylabel="correlation, or overlap")
     axes.legend()
 
@@ -261,37 +222,26 @@ def _heat_map(quantity: str) -> Callable[[Axes, Analysis], None]:
 
 
 def _plot_budget(axes: Axes, analysis: Analysis) -> None:
-    bars: list[tuple[str, Estimate, str]] = []
-    for label, column in INDEX_COLUMNS.items():
-        bars.append((label, analysis.over(1, by_step(analysis.indices, column)), "C0"))
-    parts = {
-        "leader's sign": ("sign_entropy", "sign_mutual_information"),
-        "leader's magnitude": ("magnitude_bound", "magnitude_mutual_information"),
-    }
-    for number, (name, (column, shared)) in enumerate(parts.items(), 1):
-        whole = analysis.over(1, by_step(analysis.shared, column))
-        saved = analysis.over(1, by_step(analysis.shared, shared))
-        bars.append((name, whole, f"C{number}"))
-        error = float(np.hypot(np.nan_to_num(whole.error), np.nan_to_num(saved.error)))
-        bars.append(
-            (f"{name}, given one more worker's", Estimate(max(0.0, whole.value - saved.value), error), f"C{number}")
-        )
-    for name, column in (
-        ("another's value", "alone_bound"),
-        ("another's value, given the leader's", "given_leader_bound"),
+    def of(rows: list[Row], column: str) -> Estimate:
+        return analysis.over(1, by_step(rows, column))
+
+    bars = [(label, of(analysis.indices, column), "C0") for label, column in INDEX_COLUMNS.items()]
+    for name, column, shared, color in (
+        ("leader's sign", "sign_entropy", "sign_mutual_information", "C1"),
+        ("leader's magnitude", "magnitude_bound", "magnitude_mutual_information", "C2"),
     ):
-        bars.append((name, analysis.over(1, by_step(analysis.shared, column)), "C3"))
-    bars = [bar for bar in bars if bar[1].value == bar[1].value][::-1]
-    errors = [float(np.nan_to_num(estimate.error)) for _, estimate, _ in bars]
-    axes.barh(
-        [label for label, _, _ in bars],
-        [estimate.value for _, estimate, _ in bars],
-        xerr=errors,
-        color=[color for _, _, color in bars],
-        height=0.7,
-    )
-    for place, (_, estimate, _) in enumerate(bars):
-        axes.text(estimate.value + 0.15, place, f"{estimate.value:.2f}", va="center", fontsize=9)
+        whole, saved = of(analysis.shared, column), of(analysis.shared, shared)
+        error = float(np.hypot(np.nan_to_num(whole.error), np.nan_to_num(saved.error)))
+        rest = Estimate(max(0.0, whole.value - saved.value), error)
+        bars += [(name, whole, color), (f"{name}, given one more worker's", rest, color)]
+    bars.append(("another's value", of(analysis.shared, "alone_bound"), "C3"))
+    bars.append(("another's value, given the leader's", of(analysis.shared, "given_leader_bound"), "C3"))
+    bars = [bar for bar in reversed(bars) if not math.isnan(bar[1].value)]
+    labels, estimates, colors = zip(*bars, strict=True)
+    values, errors = np.nan_to_num(np.array(estimates)).T
+    axes.barh(labels, values, xerr=errors, color=colors, height=0.7)
+    for place, value in enumerate(values):
+        axes.text(value + 0.15, place, f"{value:.2f}", va="center", fontsize=9)
     axes.tick_params(axis="y", labelsize=9)
     axes.margins(x=0.12)
     axes.set(xlabel="bits per entry")
@@ -328,4 +278,4 @@ FIGURES: list[tuple[str, str, Callable[[Axes, Analysis], None], tuple[float, flo
 
 def _format(estimate: Estimate) -> str:
     value, error = estimate
-    return f"{value:.3f}" if error != error else f"{value:.3f} ± {error:.3f}"
+    return f"{value:.3f}" if math.isnan(error) else f"{value:.3f} ± {error:.3f}"

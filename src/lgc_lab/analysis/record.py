@@ -59,10 +59,9 @@ class Recording:
         own: every worker's own top-k of v at the final rate, ascending, shape (T, K, k).
         shared: every worker's v at the indices of the leader, shape (T, K, k).
         sent: per step from `warmup_end` on, where something was sent and the mean that everyone got of it.
-        loss: of rank 0 at every step.
         seconds: of training, and of recording beside it.
         warmup_end: the first step at the final rate.
-        wire_bytes: sent and received by rank 0, for the analysis alone.
+        total_steps: of the training.
     """
 
     settings: dict[str, Any]
@@ -74,10 +73,9 @@ class Recording:
     own: NDArray[np.int64]
     shared: NDArray[np.float32]
     sent: list[tuple[NDArray[np.int64], NDArray[np.float32]]]
-    loss: NDArray[np.float32]
     seconds: dict[str, float]
     warmup_end: int
-    wire_bytes: int
+    total_steps: int
 
     @property
     def workers(self) -> int:
@@ -146,7 +144,7 @@ class Recorder:
             self._sent.append((where.to(torch.int32).cpu(), result.mean[where].cpu()))
         self.seconds += clock(result.mean.device) - started
 
-    def save(self, file: Path, settings: dict[str, Any], losses: list[float], seconds: float) -> None:
+    def save(self, file: Path, settings: dict[str, Any], total_steps: int, seconds: float) -> None:
         """Write everything; at rank 0."""
         samples = torch.stack(self._kept["samples"])  # (T, K, 2 steps, 2 quantities, M)
         gradient, accumulator = samples.permute(3, 0, 2, 1, 4).contiguous()
@@ -160,16 +158,13 @@ class Recorder:
             "sent_count": torch.tensor([len(where) for where, _ in self._sent]),
             "sent_where": torch.cat([torch.empty(0, dtype=torch.int32), *(where for where, _ in self._sent)]),
             "sent_values": torch.cat([torch.empty(0), *(values for _, values in self._sent)]),
-            "loss": torch.tensor(losses),
         }
         header = {
             "settings": settings,
             "layers": [layer._asdict() for layer in self.layers],
             "seconds": {"training": seconds - self.seconds, "recording": self.seconds},
             "warmup_end": self.aggregator.schedule.warmup_end,
-            "wire_bytes": sum(
-                traffic.sent_bytes + traffic.received_bytes for traffic in self.transport.wire.phases.values()
-            ),
+            "total_steps": total_steps,
         }
         file.parent.mkdir(parents=True, exist_ok=True)
         save_file(tensors, file, metadata={"lgc": json.dumps(header)})
@@ -194,15 +189,14 @@ def record(settings: Settings, out: Path, every: int, samples: int, device: torc
     transport = Transport(run.group, device)
     recorder = Recorder(synchronizer.aggregator, transport, every=every, samples=samples, seed=settings.seed)
     synchronizer.observers.append(recorder)
-    losses: list[float] = []
     started = time.perf_counter()
     hidden = transport.rank != SERVER
     for inputs, targets in tqdm(run.batches(), total=run.total, unit="step", disable=hidden or None):
-        losses.append(run.update(inputs, targets)["loss"])
-        if not math.isfinite(losses[-1]):
-            raise RuntimeError(f"the training diverged: the loss of step {run.step - 1} is {losses[-1]}.")
+        loss = run.update(inputs, targets)["loss"]
+        if not math.isfinite(loss):
+            raise RuntimeError(f"the training diverged: the loss of step {run.step - 1} is {loss}.")
     if not hidden:
-        recorder.save(out / RECORDING, configuration(settings, every, samples), losses, time.perf_counter() - started)
+        recorder.save(out / RECORDING, configuration(settings, every, samples), run.step, time.perf_counter() - started)
 
 
 def require_recordable(scheme: Scheme) -> SparseScheme:

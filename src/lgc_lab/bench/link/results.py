@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ from lgc.choice.cost import parse_rate
 from lgc.comm.transport import SERVER
 from lgc.phase import Phase
 from lgc.schemes import Dense
+from lgc_lab.folder import read_objects
 from lgc_lab.launch.network import HEADER_BYTES
 from lgc_lab.terminal import aligned
 
@@ -112,22 +112,22 @@ class Results:
         """
         path = folder / RESULTS
         try:
-            return cls(json.loads(path.read_text(encoding="utf-8")))
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            return cls(read_objects(path)[0])
+        except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path} is not a measurement: {error!r}.") from None
 
     @property
     def rates(self) -> list[str]:
-        """Of the links, in the order they were measured."""
+        """Names of the links' rates, in the order they were measured."""
         return list(dict.fromkeys(row.rate for row in self.rows))
 
     @property
     def schemes(self) -> list[str]:
-        """As they were asked for."""
+        """Text forms of the schemes, as they were asked for."""
         return list(dict.fromkeys(row.scheme for row in self.rows))
 
     def lasting(self, rate: str, scheme: str) -> Row:
-        """Of the phase that a long run spends its time in, which is a scheme's last."""
+        """The row of the phase that a long run spends its time in, which is a scheme's last."""
         return [row for row in self.rows if (row.rate, row.scheme) == (rate, scheme)][-1]
 
     def _row(self, cells: list[Cell]) -> Row:
@@ -158,7 +158,8 @@ class Results:
             rows = [row for row in self.rows if row.rate == rate]
             dense = next((row.split.step for row in rows if row.scheme == Dense.name), None)
             lines = [_cells(row, dense, unlimited.get((row.scheme, row.phase))) for row in rows]
-            blocks.append(f"{rate}, compute alone {self.compute[rate] * 1e3:.1f} ms\n{aligned([COLUMNS, *lines])}")
+            table = [tuple(lines[0]), *(tuple(line.values()) for line in lines)]
+            blocks.append(f"{rate}, compute alone {self.compute[rate] * 1e3:.1f} ms\n{aligned(table)}")
         settings = self.configuration
         machine = self.content["machine"]
         title = (
@@ -168,46 +169,31 @@ class Results:
         return "\n\n".join([title, *blocks])
 
 
-COLUMNS = [
-    "scheme",
-    "phase",
-    "step, ms",
-    "±",
-    "compute",
-    "compression",
-    "communication",
-    "link",
-    "against dense",
-    "kB a step",
-    "headers",
-    "counters",
-]
-
-
-def _cells(row: Row, dense: float | None, unlimited: float | None) -> list[str]:
+def _cells(row: Row, dense: float | None, unlimited: float | None) -> dict[str, str]:
+    """A row as text, by column."""
     split = row.split
-    compression = "-" if split.compression is None else f"{split.compression * 1e3:.1f}"
-    of_interface = ["-", "-"]
+    headers = counters = "-"
     if row.headers is not None and row.payload is not None and row.counted:
-        difference = 100 * (row.payload / row.counted - 1)
-        of_interface = [f"{100 * row.headers / row.counted:+.1f} %", f"{difference:+.1f} %"]
-    return [
-        row.scheme,
-        row.phase,
-        f"{split.step * 1e3:.1f}",
-        f"{row.spread * 1e3:.1f}",
-        f"{split.compute * 1e3:.1f}",
-        compression,
-        f"{split.communication * 1e3:.1f}",
-        "-" if unlimited is None else f"{(split.step - unlimited) * 1e3:.1f}",
-        "-" if dense is None else f"{dense / split.step:.2f}x",
-        f"{row.counted / 1e3:,.1f}",
-        *of_interface,
-    ]
+        headers = f"{100 * row.headers / row.counted:+.1f} %"
+        counters = f"{100 * (row.payload / row.counted - 1):+.1f} %"
+    return {
+        "scheme": row.scheme,
+        "phase": row.phase,
+        "step, ms": f"{split.step * 1e3:.1f}",
+        "±": f"{row.spread * 1e3:.1f}",
+        "compute": f"{split.compute * 1e3:.1f}",
+        "compression": "-" if split.compression is None else f"{split.compression * 1e3:.1f}",
+        "communication": f"{split.communication * 1e3:.1f}",
+        "link": "-" if unlimited is None else f"{(split.step - unlimited) * 1e3:.1f}",
+        "against dense": "-" if dense is None else f"{dense / split.step:.2f}x",
+        "kB a step": f"{row.counted / 1e3:,.1f}",
+        "headers": headers,
+        "counters": counters,
+    }
 
 
 def _split(cells: Sequence[Cell], compute: float) -> Split:
-    """Of one scheme in one phase, from all turns; `compute` is that of steps without any exchange."""
+    """Split the step of one scheme in one phase, from all turns; `compute` is that of steps without any exchange."""
     step = step_seconds(cells)
     if cells[0].communication is None:
         return Split(step, min(compute, step), None, max(0.0, step - compute))
@@ -219,6 +205,7 @@ def _split(cells: Sequence[Cell], compute: float) -> Split:
 
 
 def step_seconds(cells: Sequence[Cell]) -> float:
+    """Seconds of a step of one scheme in one phase, see `Split`."""
     by_rank = [_typical(cells, of_rank) for of_rank in zip(*_by_step(cells, "seconds"), strict=True)]
     return statistics.mean(by_rank[rank] for rank in _ranks(cells))
 
@@ -234,7 +221,7 @@ def _typical(cells: Sequence[Cell], of_steps: Sequence[float]) -> float:
 
 
 def _by_step(cells: Sequence[Cell], quantity: Literal["seconds", "compression", "communication"]) -> list[list[float]]:
-    """By step of all turns and rank; without the last step of training, the only one that sends the autoencoder."""
+    """A quantity by step of all turns, and rank; without the step that sends the trained autoencoder."""
     found: list[list[float]] = []
     for cell in cells:
         steps = getattr(cell, quantity)
