@@ -82,7 +82,7 @@ class Synchronizer:
         self.observers: list[Observer] = []
         self._replicas = replicas or {}
         self._check = ReplicaCheck(transport, self.policy.check_every, self.policy.on_difference)
-        self._flat = torch.zeros(self.aggregator.layout.size, device=device)
+        self._flat = torch.zeros(self.aggregator.layout.size, dtype=torch.float32, device=device)
         self._was_finite = True
 
     def phase(self, step: int) -> Phase:

@@ -137,7 +137,7 @@ class RingAutoencoder(nn.Module):
 
     def _observe(self, z: Tensor) -> None:
         scale = LATENT_RANGE * z.square().mean(dim=(0, 2)).sqrt().unsqueeze(1)
-        decay = torch.where(self.latent_scale > 0, LATENT_SCALE_DECAY, 0.0)
+        decay = LATENT_SCALE_DECAY * (self.latent_scale > 0).float()  # torch.where would take the default dtype
         scale = decay * self.latent_scale + (1 - decay) * scale
         self.latent_scale.copy_(torch.where(torch.isfinite(scale), scale, self.latent_scale))
 

@@ -90,7 +90,7 @@ class ServerTopK(OwnTopK):
 
     def __init__(self, transport: Transport, region: Region, codecs: Codecs, size: int, device: torch.device) -> None:
         super().__init__(transport, region, codecs)
-        self.residual = torch.zeros(size, device=device) if transport.rank == SERVER else None
+        self.residual = torch.zeros(size, dtype=torch.float32, device=device) if transport.rank == SERVER else None
 
     def exchange(self, v: Tensor, payload: Tensor | None, lengths: list[int], stage: Stage) -> Exchanged:
         """The largest sums of what the ranks selected."""
@@ -140,7 +140,7 @@ class SharedTopK(TopKExchange):
         """The leader's indices, int64, and the scale, shape (1,); a collective."""
         assert payload is not None
         if not self.region.segments:
-            return torch.empty(0, dtype=torch.int64, device=v.device), torch.zeros(1, device=v.device)
+            return torch.empty(0, dtype=torch.int64, device=v.device), v.new_zeros(1)
         leader = self.leader(stage.step)
         bounds = [self.index_bound(stage), Float32().size([1])]
         payload = self.transport.broadcast_bytes(

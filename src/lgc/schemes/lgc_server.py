@@ -120,7 +120,7 @@ class ServerExchange(LearnedExchange):
         parts = [self.codecs.indices.encode(positions, sizes), self.codecs.values.encode(x[positions], counts)]
         payload = pack(parts, kind=Kind.INNOVATION, step=step)
         bounds = [self.codecs.indices.bound(sizes, counts), self.codecs.values.size(counts)]
-        innovations = torch.zeros(self.transport.world_size, x.numel(), device=x.device)
+        innovations = x.new_zeros(self.transport.world_size, x.numel())
         for innovation, received in zip(innovations, self._relay_all(payload, size_limit(bounds)), strict=True):
             index_code, value_code = unpack(received, kind=Kind.INNOVATION, step=step, bounds=bounds)
             where = self.codecs.indices.decode(index_code, sizes, counts).to(x.device)
