@@ -1,16 +1,9 @@
 """Bytes for indices, values and payloads. Nothing here communicates."""
 
+from lgc.coding.bits import lane_width, lane_words, pack_lanes, unpack_lanes
 from lgc.coding.indices import IndexCoder, RangeCoder, RawIndices, Rice
-from lgc.coding.lanes import lane_width, lane_words, pack_lanes, unpack_lanes
 from lgc.coding.payload import Kind, PayloadError, header_size, pack, size_limit, unpack
-from lgc.coding.values import (
-    BFloat16,
-    Float16,
-    Float32,
-    Sign,
-    Uniform,
-    ValueCodec,
-)
+from lgc.coding.values import BFloat16, Float16, Float32, Sign, Uniform, ValueCodec
 
 __all__ = [
     "BFloat16",

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib import import_module
-from typing import Any, final
+from typing import Any, ClassVar, final
 
 import numpy as np
 import torch
@@ -16,53 +16,44 @@ from torch import Tensor
 from lgc.coding.bits import Integers, octet_count, pack_bits, pack_unary, unpack_bits, unpack_unary
 from lgc.coding.payload import Octets, PayloadError, octets, tensor
 
-POSITION_LIMIT = 2**48
-RAW_LIMIT = 2**31
+POSITION_BITS = 48
 ESCAPE = 255  # the quotient from which the range coder writes the excess apart
 
 
-@dataclass(frozen=True, eq=False)
 class _Segments:
-    """Sizes n_s and numbers of entries k_s of the segments, both int64 of shape (segments,)."""
+    """The segments that have entries: their first positions, sizes n_s and counts k_s, int64 of shape (segments,)."""
 
-    sizes: Integers
-    counts: Integers
-
-    @property
-    def count(self) -> int:
-        """Number of entries."""
-        return int(self.counts.sum())
+    def __init__(self, sizes: Sequence[int], counts: Sequence[int]) -> None:
+        every, counted = np.array(sizes, np.int64), np.array(counts, np.int64)
+        filled = counted > 0
+        self.starts: Integers = (np.cumsum(every) - every)[filled]
+        self.sizes: Integers = every[filled]
+        self.counts: Integers = counted[filled]
+        self.count = int(self.counts.sum())
 
     def repeat(self, values: Integers) -> Integers:
         """One value per segment to one per entry."""
         return np.repeat(values, self.counts)
 
-    def starts(self) -> Integers:
-        """Position at which every entry's segment begins, per entry."""
-        return self.repeat(np.cumsum(self.sizes) - self.sizes)
+    def each(self) -> Iterator[tuple[int, int, slice]]:
+        """n_s and k_s as Python integers, which do not overflow, and which of all entries are the segment's."""
+        stop = 0
+        for size, count in zip(self.sizes.tolist(), self.counts.tolist(), strict=True):
+            stop += count
+            yield size, count, slice(stop - count, stop)
 
-    def pairs(self) -> list[tuple[int, int]]:
-        """(n_s, k_s) as Python integers, which do not overflow."""
-        return list(zip(self.sizes.tolist(), self.counts.tolist(), strict=True))
-
-    def gaps(self, local: Integers) -> Integers:
-        """Positions within their segments to the numbers of elements passed over before each."""
-        firsts, _ = self._firsts()
-        gaps = np.diff(local, prepend=-1) - 1
-        gaps[firsts] = local[firsts]
+    def gaps(self, positions: Integers) -> Integers:
+        """How many elements of the segment are passed over before each entry."""
+        before = np.concatenate([[-1], positions[:-1]])  # of a segment's first entry it is in another segment
+        gaps: Integers = positions - np.maximum(before, self.repeat(self.starts) - 1) - 1
         return gaps
 
     def positions(self, gaps: Integers) -> Integers:
         """Back from `gaps`."""
-        firsts, counts = self._firsts()
-        sums: Integers = np.cumsum(gaps + 1)
-        sums -= np.repeat(sums[firsts] - gaps[firsts], counts)
-        return sums
-
-    def _firsts(self) -> tuple[Integers, Integers]:
-        """Places of the first entries of the segments that have any, and these segments' k_s."""
-        counts = self.counts[self.counts > 0]
-        return np.cumsum(counts) - counts, counts
+        ends = np.concatenate([[-1], np.cumsum(gaps + 1) - 1])
+        firsts = np.cumsum(self.counts) - self.counts
+        positions: Integers = ends[1:] + self.repeat(self.starts - ends[firsts] - 1)
+        return positions
 
 
 @dataclass(frozen=True)
@@ -72,6 +63,8 @@ class IndexCoder(ABC):
     Both sides know the sizes from the layout and the counts k_s per segment from the schedule, so neither is sent. The
     code is computed on the CPU: tensors of other devices are copied there, so the bytes do not depend on the device.
     """
+
+    _total_bits: ClassVar[int] = POSITION_BITS  # of the largest sum of the sizes
 
     def encode(self, indices: Tensor, sizes: Sequence[int]) -> Tensor:
         """The code of `indices`, a uint8 tensor of shape (bytes,) on the CPU.
@@ -84,23 +77,17 @@ class IndexCoder(ABC):
             TypeError: if the indices are not integers of one dimension.
             ValueError: if they are not strictly ascending or not in range.
         """
-        total = self._total(sizes)
+        name, total = type(self).__name__, sum(sizes)
         if indices.dtype not in (torch.int32, torch.int64) or indices.dim() != 1:
-            raise TypeError(
-                f"{type(self).__name__}.encode(indices=...) must be int32 or int64 of one dimension, "
-                f"got {indices.dtype} {tuple(indices.shape)}."
-            )
+            form = f"{indices.dtype} {tuple(indices.shape)}"
+            raise TypeError(f"{name}.encode(indices=...) must be int32 or int64 of one dimension, got {form}.")
         flat = indices.detach().cpu().numpy().astype(np.int64, copy=False)
         if flat.size and (flat[0] < 0 or flat[-1] >= total):
-            raise ValueError(
-                f"{type(self).__name__}.encode(indices=...) must be in [0, {total}), got {flat[0]} to {flat[-1]}."
-            )
+            raise ValueError(f"{name}.encode(indices=...) must be in [0, {total}), got {flat[0]} to {flat[-1]}.")
         if descent := _descent(flat):
-            raise ValueError(f"{type(self).__name__}.encode(indices=...) must be strictly ascending, got {descent}.")
-        edges = np.cumsum(np.array(sizes, np.int64))
-        counts = np.diff(np.searchsorted(flat, edges), prepend=0)
-        segments = _Segments(np.array(sizes, np.int64), counts)
-        return tensor(self._encode(flat - segments.starts(), segments))
+            raise ValueError(f"{name}.encode(indices=...) must be strictly ascending, got {descent}.")
+        counts = np.diff(np.searchsorted(flat, np.cumsum(np.array(sizes, np.int64))), prepend=0)
+        return tensor(self._encode(flat, self._segments(sizes, counts.tolist())))
 
     def decode(self, data: Tensor | bytes, sizes: Sequence[int], counts: Sequence[int]) -> Tensor:
         """The positions, an int64 tensor of shape (sum(counts),), strictly ascending, on the CPU.
@@ -119,13 +106,12 @@ class IndexCoder(ABC):
         bound = self._bound(segments)
         if array.size > bound:
             raise PayloadError("indices", f"at most {bound} bytes", array.size)
-        local = self._decode(array, segments)
-        limits = segments.repeat(segments.sizes)
-        wrong = (local < 0) | (local >= limits)
+        flat = self._decode(array, segments)
+        starts, ends = segments.repeat(segments.starts), segments.repeat(segments.starts + segments.sizes)
+        wrong = (flat < starts) | (flat >= ends)
         if wrong.any():
             place = int(np.argmax(wrong))
-            raise PayloadError("indices", f"in [0, {limits[place]}) of their segment", local[place])
-        flat = local + segments.starts()
+            raise PayloadError("indices", f"in [{starts[place]}, {ends[place]}), their segment", flat[place])
         if descent := _descent(flat):
             raise PayloadError("indices", "strictly ascending", descent)
         return torch.from_numpy(flat)
@@ -134,32 +120,25 @@ class IndexCoder(ABC):
         """The largest possible length in bytes of the code of so many positions in such segments."""
         return self._bound(self._segments(sizes, counts))
 
-    def _total(self, sizes: Sequence[int]) -> int:
-        if any(size < 0 for size in sizes):
-            raise ValueError(f"{type(self).__name__}(sizes=...) must not be negative, got {min(sizes)}.")
-        total = sum(sizes)
-        if total > POSITION_LIMIT:
-            raise ValueError(f"{type(self).__name__}(sizes=...) must sum to at most 2^48, got {total}.")
-        return total
-
     def _segments(self, sizes: Sequence[int], counts: Sequence[int]) -> _Segments:
-        self._total(sizes)
+        name, total = type(self).__name__, sum(sizes)
+        if any(size < 0 for size in sizes):
+            raise ValueError(f"{name}(sizes=...) must not be negative, got {min(sizes)}.")
+        if total > 2**self._total_bits:
+            raise ValueError(f"{name}(sizes=...) must sum to at most 2^{self._total_bits}, got {total}.")
         if len(sizes) != len(counts):
-            raise ValueError(
-                f"{type(self).__name__}(counts=...) must be one for each of {len(sizes)} sizes, got {len(counts)}."
-            )
+            raise ValueError(f"{name}(counts=...) must be one for each of {len(sizes)} sizes, got {len(counts)}.")
         for size, count in zip(sizes, counts, strict=True):
             if not 0 <= count <= size:
-                raise ValueError(f"{type(self).__name__}(counts=...) must be in [0, {size}], got {count}.")
-        return _Segments(np.array(sizes, np.int64), np.array(counts, np.int64))
+                raise ValueError(f"{name}(counts=...) must be in [0, {size}], got {count}.")
+        return _Segments(sizes, counts)
 
     @abstractmethod
-    def _encode(self, local: Integers, segments: _Segments) -> Octets:
-        """Code the positions within their segments."""
+    def _encode(self, positions: Integers, segments: _Segments) -> Octets: ...
 
     @abstractmethod
     def _decode(self, data: Octets, segments: _Segments) -> Integers:
-        """Positions within their segments, not yet checked."""
+        """The positions, not yet checked."""
 
     @abstractmethod
     def _bound(self, segments: _Segments) -> int: ...
@@ -170,19 +149,15 @@ class IndexCoder(ABC):
 class RawIndices(IndexCoder):
     """Flat positions as int32, 32 bits each: what the paper sends. The segments must sum to at most 2^31."""
 
-    def _total(self, sizes: Sequence[int]) -> int:
-        total = super()._total(sizes)
-        if total > RAW_LIMIT:
-            raise ValueError(f"RawIndices(sizes=...) must sum to at most 2^31, got {total}.")
-        return total
+    _total_bits: ClassVar[int] = 31
 
-    def _encode(self, local: Integers, segments: _Segments) -> Octets:
-        return (local + segments.starts()).astype("<i4").view(np.uint8)
+    def _encode(self, positions: Integers, segments: _Segments) -> Octets:
+        return positions.astype("<i4").view(np.uint8)
 
     def _decode(self, data: Octets, segments: _Segments) -> Integers:
         if data.size != 4 * segments.count:
             raise PayloadError("indices", f"{4 * segments.count} bytes", data.size)
-        return np.frombuffer(data.tobytes(), "<i4").astype(np.int64) - segments.starts()
+        return np.frombuffer(data.tobytes(), "<i4").astype(np.int64)
 
     def _bound(self, segments: _Segments) -> int:
         return 4 * segments.count
@@ -191,9 +166,9 @@ class RawIndices(IndexCoder):
 class _GapCoder(IndexCoder):
     """The gaps' low bits, of fixed width, in one stream and their quotients in another, so that both vectorise."""
 
-    def _encode(self, local: Integers, segments: _Segments) -> Octets:
+    def _encode(self, positions: Integers, segments: _Segments) -> Octets:
         widths = segments.repeat(self._widths(segments))
-        gaps = segments.gaps(local)
+        gaps = segments.gaps(positions)
         low = pack_bits(gaps & ((1 << widths) - 1), widths)
         return np.concatenate([low, self._encode_quotients(gaps >> widths, segments)])
 
@@ -201,10 +176,14 @@ class _GapCoder(IndexCoder):
         length = self._low_size(segments)
         widths = segments.repeat(self._widths(segments))
         low = unpack_bits(data[:length], widths, "indices.low")
-        return segments.positions((self._decode_quotients(data[length:], segments) << widths) + low)
+        quotients = self._decode_quotients(data[length:], segments)
+        sums = [quotients[part].sum(dtype=np.float64) * 2.0 ** self._width(n, k) for n, k, part in segments.each()]
+        if sum(sums) >= 2**POSITION_BITS:  # positions could overflow
+            raise PayloadError("indices", "of gaps that sum to less than 2^48", sum(sums))
+        return segments.positions((quotients << widths) + low)
 
     def _widths(self, segments: _Segments) -> Integers:
-        return np.array([self._width(n, k) if k else 0 for n, k in segments.pairs()], np.int64)
+        return np.array([self._width(n, k) for n, k, _ in segments.each()], np.int64)
 
     def _low_size(self, segments: _Segments) -> int:
         return octet_count(int((self._widths(segments) * segments.counts).sum()))
@@ -242,7 +221,7 @@ class Rice(_GapCoder):
 
     def _bound(self, segments: _Segments) -> int:
         zeros = (segments.sizes - segments.counts) >> self._widths(segments)
-        return self._low_size(segments) + octet_count(segments.count + int(zeros[segments.counts > 0].sum()))
+        return self._low_size(segments) + octet_count(segments.count + int(zeros.sum()))
 
 
 @final
@@ -260,28 +239,24 @@ class RangeCoder(_GapCoder):
     def __post_init__(self) -> None:
         _stream()
 
-    def _decode(self, data: Octets, segments: _Segments) -> Integers:
-        local = super()._decode(data, segments)
-        inside = bool((local < segments.repeat(segments.sizes)).all())
-        if inside and not np.array_equal(self._encode(local, segments), data):  # else bytes could follow unseen
+    def decode(self, data: Tensor | bytes, sizes: Sequence[int], counts: Sequence[int]) -> Tensor:
+        """As `IndexCoder.decode`. Coded again it must be `data`: else bytes could follow unseen."""
+        positions = super().decode(data, sizes, counts)
+        if not np.array_equal(octets(self.encode(positions, sizes)), octets(data)):
             raise PayloadError("indices.range", "the code of what it decodes to", "another code")
-        return local
+        return positions
 
     def _width(self, size: int, count: int) -> int:
-        return _flat_bits(size, count)
+        return (size // (16 * count)).bit_length()  # least s with size / count < 16 * 2^s
 
     def _encode_quotients(self, quotients: Integers, segments: _Segments) -> Octets:
         symbols = np.minimum(quotients, ESCAPE)
         excess = (quotients - symbols)[symbols == ESCAPE]
         encoder = _stream().queue.RangeEncoder()
-        place = 0
-        for n, k in segments.pairs():
-            if k:
-                encoder.encode(symbols[place : place + k].astype(np.int32), _geometric(n, k))
-            place += k
+        for n, k, part in segments.each():
+            encoder.encode(symbols[part].astype(np.int32), _geometric(n, k, self._width(n, k)))
         chunks = np.stack([excess & 0xFFFF, (excess >> 16) & 0xFFFF, excess >> 32], axis=1).ravel()
-        if chunks.size:
-            encoder.encode(chunks.astype(np.int32), _stream().model.Uniform(2**16))
+        encoder.encode(chunks.astype(np.int32), _stream().model.Uniform(2**16))
         words: Octets = encoder.get_compressed().astype("<u4").view(np.uint8)
         return words
 
@@ -290,22 +265,14 @@ class RangeCoder(_GapCoder):
             raise PayloadError("indices.range", "a multiple of 4 bytes", data.size)
         decoder = _stream().queue.RangeDecoder(np.frombuffer(data.tobytes(), "<u4").astype(np.uint32))
         quotients = np.zeros(segments.count, np.int64)
-        place = 0
         try:
-            for n, k in segments.pairs():
-                if k:
-                    quotients[place : place + k] = decoder.decode(_geometric(n, k), k)
-                place += k
+            for n, k, part in segments.each():
+                quotients[part] = decoder.decode(_geometric(n, k, self._width(n, k)), k)
             escaped = np.flatnonzero(quotients == ESCAPE)
-            if escaped.size:
-                chunks = decoder.decode(_stream().model.Uniform(2**16), 3 * escaped.size).astype(np.int64)
-                quotients[escaped] += chunks[0::3] | (chunks[1::3] << 16) | (chunks[2::3] << 32)
+            chunks = decoder.decode(_stream().model.Uniform(2**16), 3 * escaped.size).astype(np.int64)
         except (AssertionError, ValueError) as error:
             raise PayloadError("indices.range", "a range code", str(error)) from error
-        widths = segments.repeat(self._widths(segments))
-        reach = float(np.ldexp(quotients.astype(np.float64), widths.astype(np.int32)).sum())
-        if reach >= POSITION_LIMIT:  # their sums would overflow
-            raise PayloadError("indices.range", "of gaps that sum to less than 2^48", reach)
+        quotients[escaped] += chunks[0::3] | (chunks[1::3] << 16) | (chunks[2::3] << 32)
         return quotients
 
     def _bound(self, segments: _Segments) -> int:
@@ -330,17 +297,12 @@ def _descent(flat: Integers) -> str | None:
 
 
 @lru_cache(maxsize=1024)
-def _geometric(size: int, count: int) -> object:
-    """Model of the quotients of the gaps of `count` in `size`; only exactly rounded operations, equal everywhere."""
+def _geometric(size: int, count: int, width: int) -> object:
+    """Model of the gaps of `count` in `size` by 2^width; only exactly rounded operations, equal everywhere."""
     ratio = 1.0 - count / size
-    for _ in range(_flat_bits(size, count)):
+    for _ in range(width):
         ratio *= ratio
     powers = np.multiply.accumulate(np.concatenate([[1.0], np.full(ESCAPE, ratio)]))
     probabilities = powers * (1.0 - ratio)
     probabilities[ESCAPE] = powers[ESCAPE]
     return _stream().model.Categorical(probabilities, perfect=False)
-
-
-def _flat_bits(size: int, count: int) -> int:
-    """Least s with size / count < 16 * 2^s: the bits of a gap that are flat."""
-    return (size // (16 * count)).bit_length()

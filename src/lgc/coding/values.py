@@ -12,7 +12,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from lgc.coding.bits import Integers, octet_count, pack_bits, unpack_bits
+from lgc.coding.bits import Integers, octet_count, unpack_bits
 from lgc.coding.payload import Octets, PayloadError, octets, tensor
 
 Floats = npt.NDArray[np.float32]
@@ -40,9 +40,8 @@ class ValueCodec(ABC):
         numbers = self._check_counts(counts)
         name = type(self).__name__
         if values.dtype != torch.float32 or values.dim() != 1:
-            raise TypeError(
-                f"{name}.encode(values=...) must be float32 of one dimension, got {values.dtype} {tuple(values.shape)}."
-            )
+            form = f"{values.dtype} {tuple(values.shape)}"
+            raise TypeError(f"{name}.encode(values=...) must be float32 of one dimension, got {form}.")
         if values.numel() != numbers.sum():
             raise ValueError(f"{name}.encode(values=...) must be {numbers.sum()} as counted, got {values.numel()}.")
         array: Floats = values.detach().cpu().numpy()
@@ -222,12 +221,18 @@ class Uniform(ValueCodec):
         scales = np.maximum.reduceat(np.abs(values), starts) if groups.size else np.zeros(0, np.float32)
         divisors = np.repeat(np.where(scales > 0, scales, 1).astype(np.float64), groups)
         quantised = np.rint(values.astype(np.float64) / divisors * self.levels).astype(np.int64)
-        return np.concatenate([scales.astype("<f4").view(np.uint8), self._pack(quantised + self.levels)])
+        words = (quantised + self.levels).astype("<u2").view(np.uint8).reshape(-1, 2)
+        bits = np.unpackbits(words, axis=1, count=self.bits, bitorder="little")
+        return np.concatenate([scales.astype("<f4").view(np.uint8), np.packbits(bits, bitorder="little")])
 
     def _decode(self, data: Octets, counts: Integers) -> Floats:
         groups = self._groups(counts)
         scales = _scales(data[: 4 * groups.size], "values.scales").astype(np.float64)
-        shifted = self._unpack(data[4 * groups.size :], int(groups.sum()))
+        packed = data[4 * groups.size :]
+        if self.bits in (8, 16):
+            shifted = np.frombuffer(packed.tobytes(), f"<u{self.bits // 8}").astype(np.int64)
+        else:
+            shifted = unpack_bits(packed, np.full(groups.sum(), self.bits, np.int64), "values.integers")
         if shifted.size and shifted.max() > 2 * self.levels:
             raise PayloadError("values.integers", f"at most {2 * self.levels}", shifted.max())
         return ((shifted - self.levels) * np.repeat(scales, groups) / self.levels).astype(np.float32)
@@ -243,16 +248,6 @@ class Uniform(ValueCodec):
         groups = np.full(int(blocks.sum()), block, np.int64)
         groups[np.cumsum(blocks) - 1] = filled - (blocks - 1) * block
         return groups
-
-    def _pack(self, shifted: Integers) -> Octets:
-        if self.bits in (8, 16):
-            return shifted.astype(f"<u{self.bits // 8}").view(np.uint8)
-        return pack_bits(shifted, np.full(shifted.size, self.bits, np.int64))
-
-    def _unpack(self, data: Octets, count: int) -> Integers:
-        if self.bits in (8, 16):
-            return np.frombuffer(data.tobytes(), f"<u{self.bits // 8}").astype(np.int64)
-        return unpack_bits(data, np.full(count, self.bits, np.int64), "values.integers")
 
 
 def _scales(data: Octets, field: str) -> Floats:
