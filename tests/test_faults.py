@@ -100,7 +100,7 @@ def announce_too_much(rank: int, world_size: int, scheme: Any, length: int) -> N
     open_round = transport.open_round
 
     def exaggerate(*args: Any, **kwargs: Any) -> Any:
-        own, leader = (*kwargs["lengths"], 0)[:2]
+        own, leader = (*kwargs["lengths"], 0, 0)[:2]
         lengths = (own, leader)
         if rank == 1 and training.handle.step == 9:  # compressed, and led by rank 1
             lengths = (length, leader) if isinstance(scheme, lgc.DGC) else (own, length)
