@@ -130,7 +130,7 @@ class Handle:
         self.synchronizer: Synchronizer | None = buckets.synchronizer
 
     def exchange_bucket(self, _: object, bucket: dist.GradBucket) -> Future[torch.Tensor]:
-        """What DDP calls for every bucket."""
+        """Exchange one of DDP's buckets: its communication hook."""
         return self._buckets.exchange(bucket)
 
     @property
@@ -140,12 +140,12 @@ class Handle:
 
     @property
     def phase(self) -> Phase:
-        """Of the last round; before the first one, of the first."""
+        """The phase of the last round; before the first one, that of the first."""
         return self._buckets.phase
 
     @property
     def round_time(self) -> RoundTime | None:
-        """Of the last round; None for the schemes that reduce bucket by bucket, amid the backward pass."""
+        """The time of the last round; None for schemes that reduce bucket by bucket, amid the backward pass."""
         return self._buckets.round_time
 
     @property
@@ -155,7 +155,7 @@ class Handle:
 
     @property
     def metrics(self) -> dict[str, float]:
-        """What this rank measured in the last round.
+        """This rank's measurements in the last round.
 
         `autoencoder_loss` (rank 0 in phase train) and `reconstruction_error`, |x - y|^2 / |x|^2 (phase compressed).
         """

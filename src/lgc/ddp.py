@@ -31,7 +31,7 @@ class RoundTime(NamedTuple):
 
 
 class Buckets(ABC):
-    """What a DDP model's communication hook does.
+    """A DDP model's communication hook.
 
     Attributes:
         step: number of rounds done; each synchronised backward pass is one.
@@ -51,7 +51,7 @@ class Buckets(ABC):
 
 
 class ReducedBuckets(Buckets):
-    """Every bucket is reduced as soon as DDP has it, as DDP itself and its hooks do, counted."""
+    """Reduces every bucket as soon as DDP has it, as DDP itself and its hooks do, counted."""
 
     def __init__(self, ddp: DistributedDataParallel, scheme: Scheme, transport: Transport, policy: Policy) -> None:
         self._scheme = scheme
@@ -90,7 +90,7 @@ class _Pending(NamedTuple):
 
 
 class CollectedBuckets(Buckets):
-    """All buckets are kept until the last one is here; then one round makes the mean of all."""
+    """Keeps all buckets until the last one is here; then one round makes the mean of all."""
 
     synchronizer: Synchronizer
 

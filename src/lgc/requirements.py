@@ -1,4 +1,4 @@
-"""What a model, an optimizer and a scheme must be like to be attached."""
+"""Requirements of a model, an optimizer and a scheme that are attached."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def trained(ddp: DistributedDataParallel) -> list[tuple[str, nn.Parameter]]:
 
 
 def parameters_of(optimizer: torch.optim.Optimizer) -> set[int]:
-    """Their ids."""
+    """The ids of all parameters that an optimizer has."""
     return {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
 
 
@@ -153,7 +153,7 @@ def advise(ddp: DistributedDataParallel, scheme: Scheme, optimizer: torch.optim.
 def describe(
     ddp: DistributedDataParallel, scheme: Scheme, policy: Mapping[str, object], world_size: int
 ) -> dict[str, object]:
-    """Everything that must be the same on all ranks, as flat JSON."""
+    """Describe everything that must be the same on all ranks, as flat JSON."""
     arguments = {f"{scheme.name}.{name}": text for name, text in scheme.arguments().items()}
     shapes = {f"parameter {name}": [*tensor.shape, str(tensor.dtype)] for name, tensor in trained(ddp)}
     versions = {"lgc version": __version__, "torch version": torch.__version__}

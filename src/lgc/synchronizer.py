@@ -23,7 +23,7 @@ OnNonfinite = Literal["propagate", "raise"]
 
 @dataclass(frozen=True)
 class Policy:
-    """What is done when something is wrong; see `attach`."""
+    """Reactions to what goes wrong; see `attach`."""
 
     check_every: int = 100
     on_difference: OnDifference = "raise"
@@ -86,7 +86,7 @@ class Synchronizer:
         self._was_finite = True
 
     def phase(self, step: int) -> Phase:
-        """Of the round of `step`, counted from 0."""
+        """The phase of the round of `step`, counted from 0."""
         return self.aggregator.schedule.at(step).phase
 
     def synchronize(self, tensors: Mapping[str, Tensor], step: int, *, scale: float | None = None) -> dict[str, Tensor]:

@@ -1,1 +1,1 @@
-"""What goes between the ranks: collectives, their bytes, and what must be the same on all."""
+"""Communication between the ranks: collectives, their bytes, and replicas."""

@@ -1,4 +1,4 @@
-"""What must be the same on every rank, and how a difference is found and named."""
+"""Comparing what must be the same on every rank, and naming what differs."""
 
 from __future__ import annotations
 

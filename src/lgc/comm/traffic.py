@@ -14,7 +14,7 @@ FLOAT32_BYTES = 4
 
 @dataclass
 class Traffic:
-    """What one rank sent and received in one phase, in bytes.
+    """Bytes that one rank sent and received in one phase.
 
     `upload_bytes` counts every buffer once, as the paper does: what this rank contributes, not how the collective
     spreads it. `contents` splits `sent_bytes` by kind.
@@ -34,7 +34,7 @@ class Wire:
     phases: dict[str, Traffic] = field(default_factory=dict)
 
     def to_json(self) -> str:
-        """As `wire_from_json` reads it."""
+        """The text that `wire_from_json` reads."""
         return json.dumps({name: asdict(traffic) for name, traffic in self.phases.items()})
 
 
@@ -57,7 +57,7 @@ def wire_from_json(text: object) -> Wire:
 
 
 class Baseline(NamedTuple):
-    """What plain data-parallel training would have sent: ring all-reduce of float32 gradients."""
+    """Bytes of plain data-parallel training: ring all-reduce of float32 gradients."""
 
     parameters: int
     world_size: int

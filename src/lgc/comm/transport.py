@@ -52,7 +52,7 @@ def clock(device: torch.device) -> float:
 
 
 class Opening(NamedTuple):
-    """What all ranks know of each other once a round is open; one element a rank.
+    """Knowledge of all ranks once a round is open; one element a rank.
 
     `lengths` are those of the payloads that a rank may have prepared, in bytes; 0 where it has none.
     """
@@ -203,19 +203,15 @@ class Transport:
         return self._run(tensor, lambda buffer: dist.broadcast(buffer, group_src=source, group=self.group))
 
     def gather(self, tensor: Tensor, content: str) -> Tensor | None:
-        """At rank 0 the tensors of all ranks, shape (K, *shape); None elsewhere."""
-        size = _bytes(tensor)
+        """The tensors of all ranks at rank 0, shape (K, *shape); None elsewhere."""
+        size, others = _bytes(tensor), self.world_size - 1
         staged = self._stage(tensor)
-        if self.rank != SERVER:
-            self._count(content, sent=size, received=0, upload=size)
-            with self._timed():
-                dist.gather(staged, None, group_dst=SERVER, group=self.group)
-            return None
-        self._count(content, sent=0, received=(self.world_size - 1) * size, upload=size)
-        gathered = [torch.empty_like(staged) for _ in range(self.world_size)]
+        gathered = [torch.empty_like(staged) for _ in range(self.world_size)] if self.rank == SERVER else None
+        sent, received = (size, 0) if gathered is None else (0, others * size)
+        self._count(content, sent=sent, received=received, upload=size)
         with self._timed():
             dist.gather(staged, gathered, group_dst=SERVER, group=self.group)
-        return torch.stack(gathered).to(tensor.device)
+        return None if gathered is None else torch.stack(gathered).to(tensor.device)
 
     def all_gather_bytes(
         self, payload: Tensor, content: str, lengths: Sequence[int] | None = None, *, limit: int
@@ -244,12 +240,10 @@ class Transport:
         return [json.loads(payload.numpy().tobytes()) for payload in payloads]
 
     def gather_bytes(self, payload: Tensor, content: str, lengths: Sequence[int], *, limit: int) -> list[Tensor] | None:
-        """At rank 0 the payloads of all ranks, whose lengths are known; None elsewhere. Raises as all_gather_bytes."""
+        """The payloads of all ranks, of known lengths, at rank 0; None elsewhere. Raises as all_gather_bytes."""
         _require_possible(lengths, limit)
         gathered = self.gather(_padded(payload, max(lengths)), content)
-        if gathered is None:
-            return None
-        return [row[:length] for row, length in zip(gathered, lengths, strict=True)]
+        return None if gathered is None else [row[:length] for row, length in zip(gathered, lengths, strict=True)]
 
     def broadcast_bytes(
         self, payload: Tensor, content: str, *, source: int, length: int | None = None, limit: int

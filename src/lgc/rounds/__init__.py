@@ -1,1 +1,1 @@
-"""What the rounds of the schemes are made of."""
+"""Parts that the schemes' rounds are made of."""

@@ -1,4 +1,4 @@
-"""From every rank's gradient to the mean that all apply: the round, whatever the scheme."""
+"""The round, whatever the scheme: from every rank's gradient to the mean that all apply."""
 
 from __future__ import annotations
 
@@ -48,10 +48,10 @@ class Aggregator(ABC):
 
     @abstractmethod
     def exchanges(self, stage: Stage) -> Sequence[Exchange]:
-        """What a round of this stage exchanges, in order; at most two of them announce payloads."""
+        """The exchanges of a round of this stage, in order; at most two of them announce payloads."""
 
     def vote(self) -> bool:
-        """What this rank tells all others in the opening, for `finish`."""
+        """This rank's vote, told to all others in the opening, for `finish`."""
         return False
 
     def finish(self, step: int, votes: list[bool]) -> None:  # noqa: B027 - most schemes have nothing to do
@@ -106,7 +106,7 @@ class Aggregator(ABC):
         return Round(self._mean, tuple(each.sent for each in exchanged))
 
     def replicas(self) -> dict[str, Tensor]:
-        """What all ranks have the same of, by name."""
+        """Tensors that are the same on all ranks, by name."""
         return {}
 
     def state_dict(self) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from lgc.rounds.schedule import Stage
 
 
 class Exchanged(NamedTuple):
-    """What an exchange gives: parts of the mean, to be added up, and what this rank sent, as the others decode it."""
+    """The parts of the mean that an exchange gives, to be added up, and what this rank sent, as decoded by others."""
 
     mean: list[Piece]
     sent: Piece
@@ -37,7 +37,7 @@ class Exchange(ABC):
 
     @abstractmethod
     def exchange(self, v: Tensor, payload: Tensor | None, lengths: list[int], stage: Stage) -> Exchanged:
-        """What all ranks get of v, and what this rank contributed; a collective.
+        """Exchange this region of v; a collective.
 
         Args:
             v: the pending residual, shape (N,); not changed.
@@ -78,7 +78,7 @@ def nothing() -> Tensor:
 
 
 def root_mean_square(x: Tensor) -> Tensor:
-    """Of all elements, shape (1,)."""
+    """The root mean square of all elements, shape (1,)."""
     norm = torch.linalg.vector_norm(x, dtype=torch.float64)  # squares of float32 may vanish
     mean: Tensor = norm / math.sqrt(max(x.numel(), 1))
     return mean.float().view(1)

@@ -1,4 +1,4 @@
-"""What a rank still owes: momentum correction and error feedback."""
+"""Momentum correction and error feedback: what a rank still owes."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ class Feedback:
         return bool(torch.isfinite(total))
 
     def buffers(self) -> dict[str, Tensor]:
-        """What is kept from round to round, each of shape (N,), by name."""
+        """The vectors that are kept from round to round, each of shape (N,), by name."""
         kept = {
             "residual": self.residual,
             "momentum": self.momentum_buffer,

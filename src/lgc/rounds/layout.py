@@ -25,7 +25,7 @@ class Role(StrEnum):
 
 
 class Segment(NamedTuple):
-    """What one top-k selects from: a weight, or the pool of all small tensors.
+    """The range that one top-k selects from: a weight, or the pool of all small tensors.
 
     `slice` is its place in the flat vector, `rate` the fraction of it that is sent after the warm-up, `unit` the number
     of consecutive elements that are sent together.

@@ -56,7 +56,7 @@ class Region:
         return torch.cat(chosen) if chosen else torch.empty(0, dtype=torch.int64, device=v.device)
 
     def elements(self, positions: Tensor, least_rate: float = 0.0) -> Tensor:
-        """Where the elements of these units are in the flat vector, int64, ascending."""
+        """Places of the elements of these units in the flat vector, int64, ascending."""
         indices = []
         offset = 0
         parts = positions.split(self.counts(least_rate))

@@ -23,7 +23,7 @@ class Codecs(NamedTuple):
 
 
 class TopKExchange(Exchange):
-    """What is selected from a region by size, and sent with its indices."""
+    """Selects from a region by size, and sends values with their indices."""
 
     def __init__(self, transport: Transport, region: Region, codecs: Codecs) -> None:
         self.transport = transport

@@ -1,4 +1,4 @@
-"""What watches over an autoencoder in use: freezing, staleness and votes, exact decoding, failure."""
+"""Watching over an autoencoder in use: freezing, staleness and votes, exact decoding, failure."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ class Watch:
         self._failed = False  # in this round, on every rank
 
     def decode(self, decoder: Callable[..., Tensor], same: slice = slice(None)) -> Tensor:
-        """What `decoder(exact=...)` makes, the same bits on every rank; a collective in the first round of its use.
+        """Call `decoder(exact=...)` so that all ranks get the same bits; a collective in the first round of its use.
 
         Exact decoding is slower, and needed only where the usual way does not give all ranks the same bits: it does on
         the same hardware with the same number of threads. That is found out by what is decoded in the first round.

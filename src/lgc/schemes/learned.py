@@ -1,4 +1,4 @@
-"""What both variants of Learned Gradient Compression have: the arguments, and the phases of a round.
+"""Learned Gradient Compression: the arguments and the phases of a round that both variants have.
 
 Source: Abrahamyan, Chen, Bekoulis, Deligiannis, IEEE TNNLS 33(12), 2021, arXiv 2103.08870.
 """
@@ -35,7 +35,7 @@ LARGEST_SCALED = 1e30  # so that sums of it are finite
 
 @dataclass(frozen=True, kw_only=True)
 class LGCScheme(SparseScheme, ABC):
-    """What both variants of Learned Gradient Compression take, in addition.
+    """Arguments that both variants of Learned Gradient Compression add.
 
     Args:
         dense_steps, train_steps: lengths of these phases; the paper's are 200 and 300.

@@ -140,7 +140,7 @@ class ServerExchange(LearnedExchange):
 
 
 class ServerAggregator(LGCAggregator):
-    """Its decoders belong to ranks."""
+    """The round of the parameter server, whose decoders belong to ranks."""
 
     def adapt_state(self, state: Mapping[str, Any], step: int) -> Mapping[str, Any]:
         """Keep the encoder; the decoders start anew, and phase train does from `step` on."""

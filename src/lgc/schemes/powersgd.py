@@ -60,7 +60,7 @@ class PowerSGDHook:
 
     @property
     def phase(self) -> Phase:
-        """Of the next round."""
+        """The phase of the next round."""
         return Phase.DENSE if self._state.iter < self._state.start_powerSGD_iter else Phase.COMPRESSED
 
     def reduce(self, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:

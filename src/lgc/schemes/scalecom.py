@@ -40,7 +40,7 @@ class ScaleCom(SparseScheme):
 
 
 class SharedAggregator(Aggregator):
-    """Its round, in the order of the paper's algorithm 1:
+    """The round of ScaleCom, in the order of the paper's algorithm 1:
 
         v = v + u                        error feedback, `Feedback.accumulate`
         the largest |v| of the leader    cyclic local top-k, `SharedTopK.prepare`

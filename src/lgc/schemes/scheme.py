@@ -1,4 +1,4 @@
-"""What every scheme is: an immutable value, with arguments that are checked and have a text form."""
+"""The base of all schemes: immutable values, with arguments that are checked and have a text form."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lgc.schemes.arguments import to_text
 
 @dataclass(frozen=True, kw_only=True)
 class Scheme:
-    """How gradients are exchanged. An immutable value: the same on every rank."""
+    """A way to exchange gradients. An immutable value: the same on every rank."""
 
     name: ClassVar[str]
 
@@ -51,7 +51,7 @@ class RoundScheme(Scheme, ABC):
 
     @abstractmethod
     def layout(self, tensors: Iterable[tuple[str, Tensor]]) -> Layout:
-        """Where these tensors are in the flat vector, and how each part of it is exchanged."""
+        """Lay these tensors out as one flat vector, and say how each part of it is exchanged."""
 
     @abstractmethod
     def build(self, layout: Layout, transport: Transport, *, device: torch.device) -> Aggregator:

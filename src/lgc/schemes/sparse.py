@@ -1,4 +1,4 @@
-"""What every top-k scheme takes."""
+"""The base of the top-k schemes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from lgc.schemes.scheme import RoundScheme
 
 @dataclass(frozen=True, kw_only=True)
 class SparseScheme(RoundScheme, ABC):
-    """What every top-k scheme takes.
+    """The arguments of every top-k scheme.
 
     Args:
         rate: fraction of each weight that is sent, in (0, 1].
@@ -58,12 +58,12 @@ class SparseScheme(RoundScheme, ABC):
 
     @classmethod
     def paper(cls, **arguments: Any) -> Self:
-        """With raw codes and plain feedback, where not set otherwise: int32, float32, no filter of the residual."""
+        """Make the scheme with raw codes and plain feedback where not set otherwise: int32, float32, no filter."""
         return cls(**(cls.paper_arguments() | arguments))
 
     @classmethod
     def paper_arguments(cls) -> dict[str, Any]:
-        """What `paper` sets."""
+        """The arguments that `paper` sets."""
         return {"indices": RawIndices(), "values": Float32(), "low_pass": 1.0}
 
     def __post_init__(self) -> None:
@@ -118,7 +118,7 @@ class SparseScheme(RoundScheme, ABC):
 
     @property
     def keeps_loss(self) -> bool:
-        """Whether what coding loses of what is sent stays in the residual."""
+        """Whether the loss of coding stays in the residual."""
         return True
 
     def new_feedback(self, layout: Layout, transport: Transport, device: torch.device) -> Feedback:

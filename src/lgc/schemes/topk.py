@@ -86,7 +86,7 @@ class OwnAggregator(Aggregator):
 
     @property
     def server_residual(self) -> Tensor | None:
-        """What the server still owes, at rank 0, shape (N,)."""
+        """The residual of the server, at rank 0, shape (N,); None elsewhere."""
         return self.own.residual if isinstance(self.own, ServerTopK) else None
 
     def state_dict(self) -> dict[str, Any]:
