@@ -43,7 +43,7 @@ class Recipe:
         data: reads the data set at a path (None: the recipe's own) with the first samples of the training
             data only (None: all); raises ValueError or OSError where that fails. The first call decodes into
             a cache, later ones map it into memory.
-        memory_format: of the model and its inputs; `torch.channels_last`, in which convolutions are faster, takes
+        memory_format: of the model and its inputs; `torch.channels_last`, in which convolutions can be faster, takes
             inputs of four dimensions.
         loss: of outputs and targets, a scalar.
         metric: on the test data.
