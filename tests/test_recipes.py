@@ -22,7 +22,7 @@ from lgc_lab.recipes.pspnet import AUXILIARY_WEIGHT, PSPNet
 from lgc_lab.recipes.recipe import ACCURACY, poly_decay, step_decay, warmup_and_cosine
 from lgc_lab.recipes.resnet import Bottleneck, resnet, resnet20
 from lgc_lab.recipes.text import TEXT_GPT
-from lgc_lab.training.optimizer import load_optimizer, make_optimizer
+from lgc_lab.training.loop import load_optimizer, make_optimizer
 from lgc_lab.training.settings import Settings
 
 CPU = torch.device("cpu")

@@ -20,7 +20,7 @@ import torch
 
 from lgc_lab.recipes import Recipe
 from lgc_lab.terminal import aligned
-from lgc_lab.training.optimizer import make_optimizer
+from lgc_lab.training.loop import make_optimizer
 from lgc_lab.training.settings import Settings
 
 CPU = torch.device("cpu")
