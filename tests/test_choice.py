@@ -24,7 +24,7 @@ import lgc
 from lgc.choice import choose as choosing
 from lgc.choice.cost import Collective, Link, Profile, SchemeCost, StageCost, predict, recommend
 from lgc.choice.profile import Job, Profiler, stand_in
-from lgc.choice.rehearsal import probe, rehearse
+from lgc.choice.rehearsal import Rounds, Timer, probe
 from lgc.comm.transport import RankError, Transport
 
 RankFactory = Callable[[int], Ranks]
@@ -165,11 +165,15 @@ def world() -> Transport:
     return Transport(dist.group.WORLD)
 
 
+def timer_of(transport: Transport) -> Timer:
+    return Timer(transport, torch.device("cpu"), enough=0.01)
+
+
 def nothing() -> None:
     """Nothing is done beside the rounds."""
 
 
-rehearse_alone = partial(rehearse, work=nothing, dense_work=nothing, enough=0.01)
+RoundsAlone = partial(Rounds, work=nothing, dense_work=nothing)
 
 
 class Rehearsed(NamedTuple):
@@ -184,7 +188,7 @@ class Rehearsed(NamedTuple):
 def rehearsed(rank: int, world_size: int, scheme: Any, of: int) -> Rehearsed:
     gradients, random = gradients_of(rank), torch.get_rng_state()
     transport = world()
-    arm = rehearse_alone(scheme, gradients, transport, of, early=True)
+    arm = RoundsAlone(scheme, gradients, timer_of(transport), of, early=True).rehearse()
     assert arm is not None
     same = all(torch.equal(gradients[name], value) for name, value in gradients_of(rank).items())
     contents = transport.wire.phases["setup"].contents
@@ -235,7 +239,7 @@ class Noting(Transport):
 def led(rank: int, world_size: int, of: int) -> set[int]:
     assert dist.group.WORLD is not None
     transport = Noting(dist.group.WORLD)
-    rehearse_alone(EXACT["lgc-ps"], gradients_of(rank), transport, of, early=False)
+    RoundsAlone(EXACT["lgc-ps"], gradients_of(rank), timer_of(transport), of, early=False).rehearse()
     return transport.sources
 
 
@@ -252,9 +256,8 @@ def beside_work(rank: int, world_size: int, dense_seconds: float) -> tuple[float
         time.sleep(0.3)
 
     dense_work = partial(time.sleep, dense_seconds)
-    arm = rehearse_alone(
-        EXACT["topk"], gradients_of(rank), world(), world_size, early=False, work=work, dense_work=dense_work
-    )
+    timer = timer_of(world())
+    arm = Rounds(EXACT["topk"], gradients_of(rank), timer, world_size, work, dense_work, early=False).rehearse()
     assert arm is not None
     return arm.stages[-1].seconds, calls
 

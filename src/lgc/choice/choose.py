@@ -6,7 +6,7 @@ import contextlib
 import copy
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TypeVar
 
@@ -15,11 +15,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from lgc.choice.cost import TOLERANCE, Link, Prediction, predict, recommend
+from lgc.choice.cost import TOLERANCE, Link, predict, recommend
 from lgc.choice.profile import Job, Profiler, stand_in, wrap
 from lgc.comm.replicas import require_agreement
 from lgc.comm.transport import SERVER, RankError, Transport
-from lgc.schemes import Dense, PowerSGD, RoundScheme, Scheme, parse_scheme
+from lgc.requirements import require_real, trained
+from lgc.schemes import Dense, PowerSGD, Scheme, SparseScheme, parse_scheme
 
 logger = logging.getLogger("lgc")
 
@@ -80,14 +81,17 @@ def choose(
         make_job = partial(_copied, model, make_loss, transport)
         profiler = Profiler(make_job, transport, transport.world_size, enough=BRIEF)
         for scheme in schemes:
-            _require_possible(scheme, profiler.gradients)
-            if isinstance(scheme, PowerSGD) and transport.device.type == "cpu":
-                _require_one_bucket(scheme, inner, profiler)
-        return _fastest(schemes, profiler, link or Link(math.inf), log=transport.rank == SERVER)
+            _require_possible(scheme, inner, profiler)
+        best, reason = _fastest(schemes, profiler, link or Link(math.inf))
+    if transport.rank == SERVER:
+        if profiler.unsteady:
+            logger.warning("choose: %s Do not trust the choice.", profiler.unsteady)
+        logger.info("choose: %s. %s.", best, reason)
+    return best
 
 
-def _fastest(schemes: Sequence[Scheme], profiler: Profiler, link: Link, *, log: bool) -> Scheme:
-    """Measure the schemes, and choose one or dense by what has been measured of all ranks."""
+def _fastest(schemes: Sequence[Scheme], profiler: Profiler, link: Link) -> tuple[Scheme, str]:
+    """Measure the schemes, and choose one or dense by what has been measured of all ranks; and why."""
     dense = predict(profiler.profile, link)[0]
     measured: list[Scheme] = [Dense()]
     given_up = []
@@ -99,27 +103,14 @@ def _fastest(schemes: Sequence[Scheme], profiler: Profiler, link: Link, *, log: 
         else:
             given_up.append(str(scheme))
     predictions = predict(profiler.profile, link)
-    best = recommend(predictions)
-    if log:
-        if profiler.unsteady:
-            logger.warning("choose: %s Do not trust the choice.", profiler.unsteady)
-        _log(best, predictions, given_up)
-    return measured[predictions.index(best)]
-
-
-def _log(best: Prediction, predictions: Sequence[Prediction], given_up: Sequence[str]) -> None:
-    reason = "per step: " + ", ".join(f"{one.scheme} {one.step:.3g} s" for one in predictions)
+    reason = f"A dense step takes {dense.step:.3g} s, {dense.communication:.3g} s of it for the exchange; "
+    if len(predictions) == 1 and not given_up:
+        reason += "no candidate can win that back"
+    else:
+        reason += "per step: " + ", ".join(f"{one.scheme} {one.step:.3g} s" for one in predictions)
     if given_up:
         reason += f"; slower at once, and given up: {', '.join(given_up)}"
-    elif len(predictions) == 1:
-        reason = "no candidate can win that back"
-    logger.info(
-        "choose: %s. A dense step takes %.3g s, %.3g s of it for the exchange; %s.",
-        best.scheme,
-        predictions[0].step,
-        predictions[0].communication,
-        reason,
-    )
+    return measured[predictions.index(recommend(predictions))], reason
 
 
 def _group_of(model: nn.Module, group: dist.ProcessGroup | None) -> dist.ProcessGroup:
@@ -161,24 +152,17 @@ def _checked(candidates: Sequence[Scheme | str], link: Link | None) -> list[Sche
     return schemes
 
 
-def _require_possible(scheme: Scheme, gradients: Mapping[str, Tensor]) -> None:
-    """Raise ValueError, alike on every rank, if a model with these gradients cannot have this scheme."""
-    if not isinstance(scheme, RoundScheme) or isinstance(scheme, Dense):
-        return
-    complex_ones = [name for name, gradient in gradients.items() if gradient.is_complex()]
-    if complex_ones:
-        names = ", ".join(complex_ones)
-        raise ValueError(f"choose(candidates=...): {scheme} would see one half of complex parameters: {names}.")
+def _require_possible(scheme: Scheme, model: nn.Module, profiler: Profiler) -> None:
+    """Raise ValueError, alike on every rank, if `attach` would refuse this scheme for this model."""
     try:
-        scheme.layout(gradients.items())
+        require_real(profiler.ddp, scheme)
+        if isinstance(scheme, SparseScheme):
+            scheme.layout(trained(profiler.ddp))
     except ValueError as error:
         raise ValueError(f"choose(candidates=...): {error}") from None
-
-
-def _require_one_bucket(scheme: PowerSGD, model: nn.Module, profiler: Profiler) -> None:
-    """Raise ValueError, alike on every rank, if DDP has several buckets, or will have."""
-    forms = profiler.buckets if isinstance(model, DistributedDataParallel) else {b.dtype for b in profiler.buckets}
-    if len(forms) > 1:
+    dtypes = {bucket.dtype for bucket in profiler.buckets}
+    buckets = len(profiler.buckets if isinstance(model, DistributedDataParallel) else dtypes)
+    if isinstance(scheme, PowerSGD) and profiler.local.device.type == "cpu" and buckets > 1:
         raise ValueError(
             f"choose(candidates=...): on gloo {scheme} needs a model with one bucket: in one dtype, and built as "
             "DistributedDataParallel(model, bucket_cap_mb=lgc.schemes.powersgd.one_bucket_mb(model))."

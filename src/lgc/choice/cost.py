@@ -82,28 +82,25 @@ class Collective:
 
     def sent_bytes(self, world_size: int) -> float:
         """What a rank sends of it, on average over the ranks and over the possible sources."""
-        share = (world_size - 1) / world_size
-        factor = {
-            "all-reduce": 2 * share,
-            "all-gather": world_size - 1,
-            "broadcast": share,
-            "gather": share,
-            "relay": share + share / world_size,
-        }
-        return factor[self.kind] * self.size
+        return self._counts(world_size)[2] * self.size
 
     def time(self, link: Link, world_size: int) -> float:
         """Seconds from the arrival of the last rank on."""
-        others = world_size - 1
-        depth = math.ceil(math.log2(world_size))
-        messages, copies = {
-            "all-reduce": (2 * others, 2 * others / world_size),
-            "all-gather": (others, others),
-            "broadcast": (depth, depth),
-            "gather": (min(others, 1), others),
-            "relay": (depth + others / world_size, depth + others / world_size),
-        }[self.kind]
+        messages, copies, _ = self._counts(world_size)
         return max(self.seconds, messages * link.latency + copies * self.size / link.bandwidth)
+
+    def _counts(self, world_size: int) -> tuple[float, float, float]:
+        """Messages in sequence, buffers in sequence, and how often a rank sends its buffer on average."""
+        others = world_size - 1
+        share = others / world_size
+        depth = math.ceil(math.log2(world_size))
+        return {
+            "all-reduce": (2 * others, 2 * share, 2 * share),
+            "all-gather": (others, others, others),
+            "broadcast": (depth, depth, share),
+            "gather": (min(others, 1), others, share),
+            "relay": (depth + share, depth + share, share + share / world_size),
+        }[self.kind]
 
 
 @dataclass(frozen=True)
@@ -198,29 +195,25 @@ def predict(profile: Profile, link: Link) -> list[Prediction]:
     def step(stage: StageCost, link: Link = link) -> float:
         return profile.compute + stage.seconds + stage.communication(link, profile.world_size)
 
-    half = replace(link, bandwidth=link.bandwidth / 2)
-
-    dense = step(profile.arms[0].stages[-1])
-    predictions = []
-    for arm in profile.arms:
+    def predicted(arm: SchemeCost) -> Prediction:
         *first, last = arm.stages
         early = [Early(stage.phase, stage.steps or 0, step(stage)) for stage in first]
-        predictions.append(
-            Prediction(
-                arm.scheme,
-                last.phase,
-                last.sent_bytes(profile.world_size),
-                profile.compute,
-                last.seconds,
-                last.communication(link, profile.world_size),
-                step(last),
-                dense / step(last),
-                early,
-                _pays_from(early, step(last), dense),
-                step(last, half),
-            )
+        return Prediction(
+            scheme=arm.scheme,
+            phase=last.phase,
+            sent_bytes=last.sent_bytes(profile.world_size),
+            compute=profile.compute,
+            compression=last.seconds,
+            communication=last.communication(link, profile.world_size),
+            step=step(last),
+            speedup=dense / step(last),
+            early=early,
+            pays_from=_pays_from(early, step(last), dense),
+            step_at_half=step(last, replace(link, bandwidth=link.bandwidth / 2)),
         )
-    return predictions
+
+    dense = step(profile.arms[0].stages[-1])
+    return [predicted(arm) for arm in profile.arms]
 
 
 def recommend(predictions: Sequence[Prediction], tolerance: float = TOLERANCE) -> Prediction:

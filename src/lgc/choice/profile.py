@@ -3,6 +3,7 @@
 # No `from __future__ import annotations`: DDP compares the hook's annotations by identity.
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from statistics import fmean, median
 from typing import Any, NamedTuple
 
@@ -12,22 +13,14 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from lgc.choice.cost import Collective, Profile, SchemeCost, StageCost
-from lgc.choice.rehearsal import (
-    Bucket,
-    Rehearsal,
-    agree,
-    elapsed,
-    rehearse,
-    rehearse_dense,
-    repeated,
-    rounds_in_a_row,
-)
+from lgc.choice.rehearsal import CONTENT, LEAST_ROUNDS, Rehearsal, Rounds, Timer
 from lgc.comm.transport import Transport, clock
 from lgc.phase import Phase
 from lgc.schemes import Dense, PowerSGD, RoundScheme, Scheme
 from lgc.schemes.powersgd import PowerSGDHook, one_bucket_mb
 
 WARMUP_STEPS = 3
+LONG_ROUND = 1.0  # seconds; one such exchange of everything is enough
 UNSTEADY = 2.0  # the longest step over the shortest
 FACTOR_COLLECTIVES = 3  # of a PowerSGD round: P, Q, and what is not worth factors
 
@@ -72,6 +65,14 @@ def stand_in(module: nn.Module, scheme: Scheme) -> torch.optim.SGD:
     return torch.optim.SGD([p for p in module.parameters() if p.requires_grad], lr=0.0, momentum=momentum)
 
 
+class Bucket(NamedTuple):
+    """A bucket of DDP: how many seconds before the end of the backward pass it is complete, and its tensor's form."""
+
+    lead: float
+    elements: int
+    dtype: torch.dtype
+
+
 class Profiler:
     """Measures what a step of a job costs: under dense when it is made, then under the schemes that are added.
 
@@ -84,8 +85,9 @@ class Profiler:
         enough: seconds after which a measurement is not repeated any more.
 
     Attributes:
+        local: the ranks that are there.
+        ddp: the job's model.
         profile: what has been measured so far, the same on every rank.
-        gradients: this rank's, by parameter name, in the model's order.
         buckets: DDP's, in their order.
         unsteady: a warning, if steps that should take equally long did not; else empty.
     """
@@ -93,38 +95,30 @@ class Profiler:
     def __init__(
         self, make_job: Callable[[int | None], Job], local: Transport, world_size: int, *, enough: float
     ) -> None:
+        self.local = local
         self._make_job = make_job
-        self._local = local
-        self._enough = enough
         self._job = make_job(None)
-        model = self._job.ddp.module
-        self._device = next(p.device for p in model.parameters() if p.requires_grad)
+        self.ddp = self._job.ddp
+        parameters = dict(self.ddp.module.named_parameters())
+        self._names = {id(parameter): name for name, parameter in parameters.items()}
+        self._timer = Timer(local, next(p.device for p in parameters.values() if p.requires_grad), enough)
+        self._communicates = False
+        self._noted: list[Bucket] = []  # in the last step, with the time in place of the lead
+        self._noted_gradients: dict[str, Tensor] = {}  # in the last step that did not communicate
         self._step = self._job.step(Dense())
-        watch = _Watch(model, local, self._device)
-        self._job.ddp.register_comm_hook(None, watch.hook)
-
-        def exchanging_step() -> None:
-            watch.communicate = True
-            self._step()
-            watch.communicate = False
-
-        exchanges = local.world_size > 1
-        settling = [self._elapsed(exchanging_step if exchanges else self._step) for _ in range(WARMUP_STEPS)]
-        self._in_a_row = rounds_in_a_row(settling[-1], local, enough)
-
-        def compare() -> tuple[float, tuple[float, float]]:
-            alone = self._elapsed(self._step, self._in_a_row)
-            added = self._elapsed(exchanging_step, self._in_a_row) - alone if exchanges else 0.0
-            return self._in_a_row * alone, (alone, added)
-
-        plain, added = zip(*repeated(compare, enough), strict=True)
+        self.ddp.register_comm_hook(None, self._hook)
+        settling = [self._timer.elapsed(self._exchanging_step) for _ in range(WARMUP_STEPS)]
+        self._in_a_row = self._timer.in_a_row(settling[-1])
+        plain, added = self._compare(self._exchanging_step)
+        self._visible = max(0.0, median(added)) if local.world_size > 1 else 0.0
         self._step()
-        self._visible = max(0.0, median(added))
-        self.buckets = watch.buckets()
-        named = [name for name, _ in model.named_parameters() if name in watch.gradients]
-        self.gradients = {name: watch.gradients[name].clone() for name in named}
-        dense = rehearse_dense(Dense(), self.gradients, self.buckets, self._visible, local)
-        self.profile = Profile(world_size, median(plain), [dense])
+        self._gradients = {
+            name: self._noted_gradients[name].clone() for name in parameters if name in self._noted_gradients
+        }
+        by_rank = self._timer.agree(*(self._noted[-1].lead - bucket.lead for bucket in self._noted))
+        leads = [fmean(of_ranks) for of_ranks in zip(*by_rank, strict=True)]
+        self.buckets = [bucket._replace(lead=lead) for bucket, lead in zip(self._noted, leads, strict=True)]
+        self.profile = Profile(world_size, median(plain), [self._rehearse_dense(Dense())])
         self.unsteady = ""
         if max(plain) > UNSTEADY * min(plain):
             self.unsteady = (
@@ -145,81 +139,90 @@ class Profiler:
         """
         arm: SchemeCost | None
         if isinstance(scheme, Dense):
-            arm = rehearse_dense(scheme, self.gradients, self.buckets, self._visible, self._local)
+            arm = self._rehearse_dense(scheme)
         elif isinstance(scheme, PowerSGD):
             arm = self._rehearse_power_sgd(scheme)
         else:
             assert isinstance(scheme, RoundScheme)
-            arm = rehearse(
-                scheme,
-                self.gradients,
-                self._local,
-                self.profile.world_size,
-                early=early,
-                work=self._job.step(scheme),
-                dense_work=self._step,
-                enough=self._enough,
-                limit=limit,
-            )
-        if arm is None:
-            return False
-        self.profile.arms.append(arm)
-        return True
+            world_size, work = self.profile.world_size, self._job.step(scheme)
+            rounds = Rounds(scheme, self._gradients, self._timer, world_size, work, self._step, early=early)
+            arm = rounds.rehearse(limit)
+        if arm is not None:
+            self.profile.arms.append(arm)
+        return arm is not None
+
+    def _rehearse_dense(self, scheme: Dense) -> SchemeCost:
+        """By what float32 all-reduce of every bucket, as soon as it is complete, was seen to add to a step."""
+        seconds, visible = 0.0, self._visible
+        if scheme.dtype is not None:
+            flat = torch.cat([gradient.flatten() for gradient in self._gradients.values()])
+            seconds, narrow = self._all_reduce_seconds(flat, scheme.dtype)
+            _, wide = self._all_reduce_seconds(flat, flat.dtype)
+            visible = max(0.0, visible - (wide - narrow))
+        collectives = [
+            Collective("all-reduce", bucket.elements * (scheme.dtype or bucket.dtype).itemsize, lead=bucket.lead)
+            for bucket in self.buckets
+        ]
+        collectives[-1] = replace(collectives[-1], seconds=visible)
+        return SchemeCost(str(scheme), [StageCost(Phase.DENSE.value, None, seconds, collectives)])
+
+    def _all_reduce_seconds(self, flat: Tensor, dtype: torch.dtype) -> tuple[float, float]:
+        """What converting there and back, and what all-reduce takes."""
+        rounds: list[tuple[float, float]] = []
+        while len(rounds) <= LEAST_ROUNDS and (not rounds or sum(rounds[-1]) < LONG_ROUND):
+            started = self._timer.start()
+            converted = flat.to(dtype)
+            sending = clock(flat.device)
+            total = self.local.all_reduce(converted, CONTENT)
+            received = clock(flat.device)
+            flat.copy_(total)
+            by_rank = self._timer.agree(sending - started + clock(flat.device) - received, received - sending)
+            rounds.append((max(row[0] for row in by_rank), min(row[1] for row in by_rank)))
+        own, waits = zip(*(rounds[1:] or rounds), strict=True)
+        return median(own), median(waits)
 
     def _rehearse_power_sgd(self, scheme: PowerSGD) -> SchemeCost:
         """By torch's hook, on a model of its own."""
-        job = self._make_job(one_bucket_mb(self._job.ddp))
-        transport = Rehearsal(self._local, self.profile.world_size)
+        job = self._make_job(one_bucket_mb(self.ddp))
+        transport = Rehearsal(self.local, self.profile.world_size)
         hook = PowerSGDHook(PowerSGD(rank=scheme.rank, start_steps=2), transport)
         job.ddp.register_comm_hook(None, lambda _, bucket: hook.reduce(bucket))
         step = job.step(scheme)
         for _ in range(WARMUP_STEPS):
             step()
-
-        def compare() -> tuple[float, float]:
-            seconds = self._elapsed(step, self._in_a_row)
-            return self._in_a_row * seconds, seconds - self._elapsed(self._step, self._in_a_row)
-
-        added = median(repeated(compare, self._enough))
+        _, added = self._compare(step)
         values, factors = transport.collectives[0].size, transport.collectives[-1].size
         collectives = [Collective("all-reduce", size) for size in (factors, *[0] * (FACTOR_COLLECTIVES - 1))]
         start = StageCost(Phase.DENSE.value, scheme.start_steps, 0.0, [Collective("all-reduce", values)])
-        last = StageCost(Phase.COMPRESSED.value, None, max(0.0, added), collectives)
+        last = StageCost(Phase.COMPRESSED.value, None, max(0.0, median(added)), collectives)
         return SchemeCost(str(scheme), [start, last])
 
-    def _elapsed(self, action: Callable[[], object], times: int = 1) -> float:
-        return elapsed(action, self._local, self._device, times)
+    def _compare(self, step: Callable[[], None]) -> tuple[list[float], list[float]]:
+        """Seconds of steps that communicate nothing, and how much longer this one takes, each time it is measured."""
 
+        def compare() -> tuple[float, tuple[float, float]]:
+            alone = self._timer.elapsed(self._step, self._in_a_row)
+            added = self._timer.elapsed(step, self._in_a_row) - alone
+            return self._in_a_row * alone, (alone, added)
 
-class _Watch:
-    """A hook of DDP that notes when the buckets are complete, keeps the gradients, and may exchange them."""
+        found = self._timer.repeated(compare)
+        return [alone for alone, _ in found], [added for _, added in found]
 
-    def __init__(self, model: nn.Module, transport: Transport, device: torch.device) -> None:
-        self.communicate = False
-        self.gradients: dict[str, Tensor] = {}  # of the last step that did not communicate, by name
-        self._transport = transport
-        self._device = device
-        self._names = {id(parameter): name for name, parameter in model.named_parameters()}
-        self._complete: list[tuple[float, int, torch.dtype]] = []  # time, elements and dtype of the last step's buckets
+    def _exchanging_step(self) -> None:
+        self._communicates = self.local.world_size > 1
+        self._step()
+        self._communicates = False
 
-    def hook(self, _: object, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
-        """What DDP calls for every bucket."""
-        buffer = bucket.buffer()
+    def _hook(self, _: object, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+        """Note that a bucket is complete, and its gradients, and exchange it or not; DDP calls it."""
+        buffer, device = bucket.buffer(), self._timer.device
         if bucket.index() == 0:
-            self._complete = []
-        self._complete.append((clock(self._device), buffer.numel(), buffer.dtype))
-        if self.communicate:
-            return self._transport.all_reduce_async(buffer.mul_(1 / self._transport.world_size), "values")
+            self._noted = []
+        self._noted.append(Bucket(clock(device), buffer.numel(), buffer.dtype))
+        if self._communicates:
+            return self.local.all_reduce_async(buffer.mul_(1 / self.local.world_size), "values")
         for parameter, gradient in zip(bucket.parameters(), bucket.gradients(), strict=True):
-            self.gradients[self._names[id(parameter)]] = gradient
-        devices: list[int | str | torch.device] = [self._device] if self._device.type == "cuda" else []
-        future: torch.futures.Future[Tensor] = torch.futures.Future(devices=devices)
+            self._noted_gradients[self._names[id(parameter)]] = gradient
+        future: torch.futures.Future[Tensor] = torch.futures.Future(devices=[device] if device.type == "cuda" else [])
         future.set_result(buffer)
         return future
-
-    def buckets(self) -> list[Bucket]:
-        """Those of the last step, the same on every rank; a collective."""
-        *_, (end, _, _) = self._complete
-        by_rank = agree(self._transport, [end - time for time, _, _ in self._complete])
-        leads = [fmean(of_ranks) for of_ranks in zip(*by_rank, strict=True)]
-        return [Bucket(lead, size, dtype) for lead, (_, size, dtype) in zip(leads, self._complete, strict=True)]
