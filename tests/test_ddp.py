@@ -148,6 +148,44 @@ def test_buckets_do_not_change_the_training_run(ranks: RankFactory, scheme: str)
                 assert_same(other.parameters, one.parameters)
 
 
+class Skipping(nn.Module):
+    """Convolutions, one of which not every step uses."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.middle, self.last = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 3)
+
+    def forward(self, x: Tensor, skip: bool) -> Tensor:
+        h = self.first(x)
+        last: Tensor = self.last(h if skip else h + self.middle(h))
+        return last
+
+
+def train_in(rank: int, world_size: int, memory_format: torch.memory_format, scheme: str) -> dict[str, Tensor]:
+    torch.manual_seed(0)
+    model: nn.Module = Skipping().to(memory_format=memory_format)  # type: ignore[call-overload]
+    ddp = DistributedDataParallel(model, find_unused_parameters=True)
+    optimizer = torch.optim.SGD(ddp.parameters(), lr=0.05)
+    lgc.attach(ddp, scheme, optimizer)
+    generator = torch.Generator().manual_seed(rank)
+    for step in range(6):
+        optimizer.zero_grad()
+        x = torch.randn(4, 3, 8, 8, generator=generator).to(memory_format=memory_format)
+        ddp(x, step % 3 == 2).square().mean().backward()
+        optimizer.step()
+    return parameters(ddp)
+
+
+@pytest.mark.parametrize(
+    "scheme", ["topk:rate=0.1:unit=kernel", "lgc-ring:rate=0.1:dense_steps=1:warmup_steps=1:train_steps=2"]
+)
+def test_a_models_memory_format_does_not_matter(ranks: RankFactory, scheme: str) -> None:
+    plain, *_ = ranks(2).run(train_in, torch.contiguous_format, scheme)
+    channels_last, *_ = ranks(2).run(train_in, torch.channels_last, scheme)
+    for name, parameter in plain.items():
+        torch.testing.assert_close(channels_last[name], parameter)
+
+
 # --- exactness across ranks, phases, any module ---
 
 

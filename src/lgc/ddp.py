@@ -30,6 +30,21 @@ class RoundTime(NamedTuple):
     communication: float
 
 
+def gradients_in(bucket: dist.GradBucket) -> list[tuple[Tensor, Tensor]]:
+    """The parameters in a bucket, and views of it that are their gradients."""
+    return [
+        (parameter, _laid_out_as(parameter, gradient))
+        for parameter, gradient in zip(bucket.parameters(), bucket.gradients(), strict=True)
+    ]
+
+
+def _laid_out_as(parameter: Tensor, gradient: Tensor) -> Tensor:
+    # DDP fills a bucket in the order of a dense parameter's memory, which in channels_last is not that of its
+    # dimensions; `GradBucket.gradients` views it as if it were.
+    dense = torch.empty_like(parameter, device="meta").stride() == parameter.stride()
+    return gradient.as_strided(parameter.shape, parameter.stride()) if dense else gradient
+
+
 class Buckets(ABC):
     """A DDP model's communication hook.
 
@@ -123,10 +138,7 @@ class CollectedBuckets(Buckets):
         weakref.finalize(ddp, guard.remove)  # the module may be trained on without DDP
 
     def exchange(self, bucket: dist.GradBucket) -> Future[Tensor]:
-        gradients = [
-            (self._names[id(parameter)], gradient)
-            for parameter, gradient in zip(bucket.parameters(), bucket.gradients(), strict=True)
-        ]
+        gradients = [(self._names[id(parameter)], gradient) for parameter, gradient in gradients_in(bucket)]
         devices: list[int | str | torch.device] = [self._device] if self._device.type == "cuda" else []
         future: Future[Tensor] = Future(devices=devices)
         self._pending.append(_Pending(bucket.buffer(), gradients, future))

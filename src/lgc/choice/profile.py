@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from lgc.choice.cost import Collective, Profile, SchemeCost, StageCost
 from lgc.choice.rehearsal import CONTENT, LEAST_ROUNDS, Rehearsal, Rounds, Timer
 from lgc.comm.transport import Transport, clock
+from lgc.ddp import gradients_in
 from lgc.phase import Phase
 from lgc.schemes import Dense, PowerSGD, RoundScheme, Scheme
 from lgc.schemes.powersgd import PowerSGDHook, one_bucket_mb
@@ -221,7 +222,7 @@ class Profiler:
         self._noted.append(Bucket(clock(device), buffer.numel(), buffer.dtype))
         if self._communicates:
             return self.local.all_reduce_async(buffer.mul_(1 / self.local.world_size), "values")
-        for parameter, gradient in zip(bucket.parameters(), bucket.gradients(), strict=True):
+        for parameter, gradient in gradients_in(bucket):
             self._noted_gradients[self._names[id(parameter)]] = gradient
         future: torch.futures.Future[Tensor] = torch.futures.Future(devices=[device] if device.type == "cuda" else [])
         future.set_result(buffer)
