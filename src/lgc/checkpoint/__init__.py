@@ -8,7 +8,7 @@ checkpoint. `DIR` must be one folder for all ranks (one machine or a shared file
 """
 
 from lgc.checkpoint.files import CheckpointError, RefusedError
-from lgc.checkpoint.resharding import reshard
+from lgc.checkpoint.state import reshard
 from lgc.checkpoint.together import available, latest, load, load_rank, resume, save, set_aside
 
 __all__ = [

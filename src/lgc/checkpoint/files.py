@@ -18,7 +18,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from lgc.checkpoint.nested import DTYPES, State, dtype_name, from_json, to_json
+from lgc.checkpoint.state import DTYPES, State, dtype_name, from_json, to_json
 from lgc.version import __version__
 
 SCHEMA = 2
@@ -56,10 +56,8 @@ def flaws(directory: Path) -> dict[Path, RefusedError | None]:
         try:
             for entry in read_manifest(path):
                 _require_size(path, entry)
-        except _NewerSchemaError:
-            pass
         except RefusedError as error:
-            found[path] = error
+            found[path] = None if isinstance(error, _NewerSchemaError) else error
     return found
 
 
@@ -130,7 +128,15 @@ def read_manifest(path: Path) -> list[Entry]:
         CheckpointError: if the manifest cannot be read, or is of an older schema.
     """
     file = path / MANIFEST
-    content, digest = _parse_manifest(file)
+    with _reading(file):
+        size = file.stat().st_size
+        _require(file, "size", f"at most {MANIFEST_LIMIT}", size, size <= MANIFEST_LIMIT)
+        text = file.read_bytes()
+    try:
+        content = dict(json.loads(text))
+        digest = _content_digest({key: value for key, value in content.items() if key != "sha256"})
+    except (ValueError, TypeError, RecursionError) as error:
+        raise RefusedError(f"{file} is not a JSON object: {error}.") from error
     schema: Any = content.get("schema")
     versions = content.get("versions")
     _require(file, "schema", "an integer", schema, type(schema) is int)
@@ -224,19 +230,6 @@ def _sync_folder(path: Path) -> None:
 
 def _content_digest(content: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def _parse_manifest(file: Path) -> tuple[dict[str, Any], str]:
-    """The content of a manifest, and the digest that it should have of itself."""
-    with _reading(file):
-        size = file.stat().st_size
-        _require(file, "size", f"at most {MANIFEST_LIMIT}", size, size <= MANIFEST_LIMIT)
-        text = file.read_bytes()
-    try:
-        content = dict(json.loads(text))
-        return content, _content_digest({key: value for key, value in content.items() if key != "sha256"})
-    except (ValueError, TypeError, RecursionError) as error:
-        raise RefusedError(f"{file} is not a JSON object: {error}.") from error
 
 
 def _read_entry(manifest: Path, rank: int, fields: Any) -> Entry:

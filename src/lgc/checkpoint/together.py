@@ -15,8 +15,7 @@ import torch.distributed as dist
 
 from lgc.checkpoint import files
 from lgc.checkpoint.files import CheckpointError, RefusedError
-from lgc.checkpoint.nested import State
-from lgc.checkpoint.resharding import Keys, at, reshard, scheme_of, with_handles
+from lgc.checkpoint.state import Keys, State, at, reshard, scheme_of, with_handles
 from lgc.comm.transport import SERVER, Transport
 
 logger = logging.getLogger("lgc")
