@@ -141,9 +141,8 @@ def read_manifest(path: Path) -> list[Entry]:
     versions = content.get("versions")
     _require(file, "schema", "an integer", schema, type(schema) is int)
     if schema > SCHEMA:
-        raise _NewerSchemaError(
-            f"{file}: schema must be at most {SCHEMA}, got {schema}; a newer lgc wrote it ({versions})."
-        )
+        writer = f"a newer lgc wrote it ({versions})"
+        raise _NewerSchemaError(f"{file}: schema must be at most {SCHEMA}, got {schema}; {writer}.")
     _require(file, "sha256", digest, content.get("sha256"), digest == content.get("sha256"))
     if schema < SCHEMA:  # nothing is wrong with it, so that it is neither set aside nor passed over
         raise CheckpointError(

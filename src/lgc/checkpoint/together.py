@@ -82,8 +82,9 @@ def available(directory: Path | str, *, group: dist.ProcessGroup | None = None) 
             older schema.
     """
     if group is not None:
+        transport = Transport(group)
         names = _together(
-            Transport(group), "checkpoint.available", lambda: [path.name for path in available(directory)], only=SERVER
+            transport, "checkpoint.available", lambda: [p.name for p in available(directory)], only=SERVER
         )
         return [Path(directory) / name for name in names[SERVER]]
     flaws = files.flaws(Path(directory))

@@ -6,9 +6,8 @@ import contextlib
 import copy
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -27,8 +26,6 @@ logger = logging.getLogger("lgc")
 BRIEF = 0.5  # seconds after which a scheme is not measured again
 PATIENCE = 2.0  # a first round that takes so many times what there is to win ends a candidate's rehearsal
 
-T = TypeVar("T")
-
 
 def choose(
     model: nn.Module,
@@ -44,9 +41,8 @@ def choose(
         handle = lgc.attach(ddp_model, scheme, optimizer)
 
     It measures steps of a copy of the model without and with dense exchange, then rounds of the candidates with that
-    copy's gradients, by all ranks over their real link. **Speed alone decides**: what a scheme does to accuracy is not
-    looked at, so give only candidates that the model trains well with. A candidate keeps the momentum it is given; the
-    optimizer for `attach` is the one that goes with the scheme that is returned.
+    copy's gradients, by all ranks over their real link. **Speed alone decides**: give only candidates that the model
+    trains well with. A candidate keeps its momentum; the optimizer for `attach` must go with what is returned.
 
     The model, its gradients and buffers, and torch's random state are left as they were. Until it returns, it takes the
     memory of a second model with its gradients, DDP's buckets and SGD's momentum, of what the scheme in turn keeps, and
@@ -71,9 +67,10 @@ def choose(
         RuntimeError: the ranks differ in candidates, link or model; raised on every rank.
     """
     inner = getattr(model, "_orig_mod", model)  # torch.compile's wrapper
-    group, device = _group_of(inner, group), _device_of(inner)
+    group, device = _place_of(inner, group)
     transport = Transport(group, device)
-    schemes = _together(transport, lambda: _checked(candidates, link))
+    with _together(transport):
+        schemes = _checked(candidates, link)
     parameters = {f"parameter {name}": [*p.shape, str(p.dtype)] for name, p in inner.named_parameters()}
     described = {"candidates": [str(scheme) for scheme in schemes], "link": repr(link)}
     require_agreement(transport, "choose", {**described, **parameters})
@@ -113,25 +110,22 @@ def _fastest(schemes: Sequence[Scheme], profiler: Profiler, link: Link) -> tuple
     return measured[predictions.index(recommend(predictions))], reason
 
 
-def _group_of(model: nn.Module, group: dist.ProcessGroup | None) -> dist.ProcessGroup:
+def _place_of(model: nn.Module, group: dist.ProcessGroup | None) -> tuple[dist.ProcessGroup, torch.device]:
+    """The ranks that a model is trained by, and the device that it is on here."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"choose(model=...) must be a module, got {model!r}.")
     if isinstance(model, DistributedDataParallel):
         if group is not None:
             raise ValueError("choose(group=...) must be None with a DistributedDataParallel model, which has its own.")
-        return model.process_group
+        group = model.process_group
     group = group or dist.group.WORLD
     if group is None:
         raise ValueError("choose(group=...) must be a process group, got None and there is no default one.")
-    return group
-
-
-def _device_of(model: nn.Module) -> torch.device:
     devices = {parameter.device for parameter in model.parameters() if parameter.requires_grad}
     if len(devices) != 1:
         found = ", ".join(sorted(map(str, devices))) or "no trained parameters"
         raise ValueError(f"choose(model=...) must have its trained parameters on one device, got {found}.")
-    return devices.pop()
+    return group, devices.pop()
 
 
 def _checked(candidates: Sequence[Scheme | str], link: Link | None) -> list[Scheme]:
@@ -174,8 +168,7 @@ def _copied(
 ) -> Job:
     """Make a job of a copy of the model, in DDP as the model is, or will be by default; a collective."""
     inner = getattr(model, "_orig_mod", model)
-    arguments = {}
-    module = inner
+    arguments, module = {}, inner
     if isinstance(inner, DistributedDataParallel):
         module = inner.module
         arguments = {
@@ -186,9 +179,12 @@ def _copied(
         }
     if bucket_cap_mb is not None:
         arguments["bucket_cap_mb"] = bucket_cap_mb
-    ddp = wrap(_together(transport, lambda: copy.deepcopy(module)), transport.group, **arguments)
+    with _together(transport):
+        copied = copy.deepcopy(module)
+    ddp = wrap(copied, transport.group, **arguments)
     called = ddp if inner is model else copy.deepcopy(model, {id(inner): ddp})  # torch.compile's wrapper, of the copy
-    _together(transport, lambda: _require_gradients(ddp, make_loss))
+    with _together(transport):
+        _require_gradients(ddp, make_loss)
     return Job(ddp, lambda: make_loss(called), partial(stand_in, ddp))
 
 
@@ -220,17 +216,13 @@ def _require_gradients(ddp: DistributedDataParallel, make_loss: Callable[[nn.Mod
     ddp.zero_grad()
 
 
-def _together(transport: Transport, action: Callable[[], T]) -> T:
-    """The result of what every rank does by itself; if one fails, all raise. A collective.
-
-    Raises:
-        RankError: on the ranks that have not failed themselves, with the others' errors.
-    """
+@contextlib.contextmanager
+def _together(transport: Transport) -> Iterator[None]:
+    """What every rank does by itself; if one fails, the others raise RankError with its error. A collective."""
     try:
-        result = action()
+        yield
     except Exception as error:
         with contextlib.suppress(RankError):
             transport.open_round(0, finite=True, error=error)
         raise
     transport.open_round(0, finite=True)
-    return result

@@ -23,7 +23,6 @@ from lgc.schemes.powersgd import PowerSGDHook, one_bucket_mb
 WARMUP_STEPS = 3
 LONG_ROUND = 1.0  # seconds; one such exchange of everything is enough
 UNSTEADY = 2.0  # the longest step over the shortest
-FACTOR_COLLECTIVES = 3  # of a PowerSGD round: P, Q, and what is not worth factors
 
 
 class Job(NamedTuple):
@@ -86,7 +85,6 @@ class Profiler:
         enough: seconds after which a measurement is not repeated any more.
 
     Attributes:
-        local: the ranks that are there.
         ddp: the job's model.
         profile: what has been measured so far, the same on every rank.
         buckets: DDP's, in their order.
@@ -128,15 +126,10 @@ class Profiler:
             )
 
     def add(self, scheme: Scheme, *, early: bool, limit: float = math.inf) -> bool:
-        """Measure a scheme too.
-
-        Args:
-            scheme: what to measure.
-            early: whether to measure the stages before the last one of its schedule.
-            limit: give up if a first round after the backward pass takes longer than this, in seconds.
+        """Measure a scheme too, with the stages before the last one of its schedule if `early`.
 
         Returns:
-            Whether it was not given up.
+            False if it was given up, as its first round after the backward pass took more than `limit` seconds.
         """
         arm: SchemeCost | None
         if isinstance(scheme, Dense):
@@ -193,7 +186,8 @@ class Profiler:
             step()
         _, added = self._compare(step)
         values, factors = transport.collectives[0].size, transport.collectives[-1].size
-        collectives = [Collective("all-reduce", size) for size in (factors, *[0] * (FACTOR_COLLECTIVES - 1))]
+        sizes = (factors, 0, 0)  # three collectives: P, Q, and what is not worth factors
+        collectives = [Collective("all-reduce", size) for size in sizes]
         start = StageCost(Phase.DENSE.value, scheme.start_steps, 0.0, [Collective("all-reduce", values)])
         last = StageCost(Phase.COMPRESSED.value, None, max(0.0, median(added)), collectives)
         return SchemeCost(str(scheme), [start, last])
