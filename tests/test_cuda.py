@@ -21,8 +21,8 @@ from torch import Tensor
 import lgc
 from lgc.comm.transport import Transport
 from lgc_lab.launch.ranks import pick_device
-from lgc_lab.training.job import run_locally
 from lgc_lab.training.settings import Output, Settings
+from lgc_lab.training.train import run_locally
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 

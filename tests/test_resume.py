@@ -25,10 +25,10 @@ from lgc import checkpoint
 from lgc.comm.transport import Transport
 from lgc_lab.cli import main
 from lgc_lab.folder import OtherRunError, occupied
-from lgc_lab.training.job import _prepare, run_locally
 from lgc_lab.training.loop import Training
 from lgc_lab.training.run_folder import claim, cut_metrics, is_to_be_overwritten
 from lgc_lab.training.settings import Output, Settings
+from lgc_lab.training.train import _prepare, run_locally
 
 STEPS = 56
 RUN = ["--recipe", "digits", "--workers", "2", "--batch-size", "8", "--steps", str(STEPS), "--checkpoint-every", "5"]

@@ -7,7 +7,7 @@ import itertools
 import numpy as np
 import pytest
 
-from lgc_lab.training.seeds import Stream, derive
+from lgc_lab.training.batches import Stream, derive
 
 
 def test_what_a_seed_means_does_not_change() -> None:

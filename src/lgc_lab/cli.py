@@ -22,10 +22,10 @@ from lgc_lab.launch.ranks import under_torchrun
 from lgc_lab.plan.command import plan
 from lgc_lab.recipes import RECIPES
 from lgc_lab.report.report import format_table, write_report
-from lgc_lab.report.runs import Run, find_runs, load_runs, repeated
-from lgc_lab.training.job import run_in_job, run_locally
+from lgc_lab.report.runs import Run, find_runs, load_runs
 from lgc_lab.training.run_folder import SUMMARY, is_finished
 from lgc_lab.training.settings import Output, Settings
+from lgc_lab.training.train import run_in_job, run_locally
 
 SCHEME_HELP = (
     "A name ({names}), with arguments after colons: lgc-ring:rate=0.002:feedback=paper. "
@@ -170,7 +170,7 @@ def compare(recipes: str, workers: int, schemes: str, seeds: int, out: Path, **r
             click.echo(f"[{number}/{len(wanted)}] {settings.recipe}, {settings.scheme}, seed {settings.seed}", err=True)
             launch(settings, folder)
     finally:
-        runs = load_runs([folder for folder in wanted if (folder / SUMMARY).exists()], _left_out)
+        runs = load_runs([folder for folder in wanted if (folder / SUMMARY).exists()])
         if runs:
             write_report(runs, out / "report.html", [parse_rate("link", LINK)])
             click.echo(format_table(runs))
@@ -219,20 +219,14 @@ def report(folders: tuple[Path, ...], out: Path | None, links: list[float]) -> N
     """
     page = out or folders[0] / "report.html"
     with options.reported_errors():
-        runs = find_runs(folders, _left_out)
+        runs = find_runs(folders)
         if not runs:
             raise click.UsageError(
                 f"no {SUMMARY} in {', '.join(map(str, folders))} or below: no run has finished there."
             )
-        for run in repeated(runs):
-            _left_out(f"{run.folder} has the settings and the seed of a run before it.")
         write_report(runs, page, links)
     click.echo(format_table(runs))
     click.echo(f"\n{page}")
-
-
-def _left_out(why: object) -> None:
-    click.echo(f"WARNING: left out: {why}", err=True)
 
 
 def _links(texts: tuple[str, ...]) -> list[float]:

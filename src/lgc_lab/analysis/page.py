@@ -15,8 +15,7 @@ from numpy.typing import NDArray
 from lgc_lab.analysis.estimators import Estimate
 from lgc_lab.analysis.record import Recording
 from lgc_lab.analysis.redundancy import PLANE_ERROR, VALUE_ERROR, Row
-from lgc_lab.report.figures import draw
-from lgc_lab.report.page import write_page
+from lgc_lab.report.figures import draw, write_page
 from lgc_lab.terminal import aligned
 
 CLAIMED_SHARE = 0.8

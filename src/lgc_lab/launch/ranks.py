@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from multiprocessing import forkserver, parent_process
 from typing import Any
@@ -40,6 +41,27 @@ def pick_device(local_rank: int, local_world_size: int) -> tuple[torch.device, s
     device = torch.device("cuda", local_rank % gpus)
     torch.cuda.set_device(device)
     return device, "nccl" if local_world_size <= gpus else "gloo"
+
+
+@contextmanager
+def process_group(
+    timeout: timedelta, local_rank: int, local_world_size: int, *, backend: str | None = None, **rendezvous: Any
+) -> Iterator[torch.device]:
+    """Be a rank on its device, in the default process group, for as long as the `with` block lasts.
+
+    Ranks find each other by torch's variables of the environment, unless the rendezvous says otherwise.
+    """
+    device, fitting = pick_device(local_rank, local_world_size)
+    dist.init_process_group(backend or fitting, timeout=timeout, **rendezvous)
+    try:
+        yield device
+    finally:
+        dist.destroy_process_group()
+
+
+def place_under_torchrun() -> tuple[int, int]:
+    """This rank's number among those of its machine, and how many these are."""
+    return int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def preload(module: str) -> None:
@@ -102,14 +124,11 @@ def _run_rank(
         if sys.platform == "linux":
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
         store = dist.TCPStore("127.0.0.1", place, is_master=False)
-    device, fitting = pick_device(rank, world_size)
-    if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+    if torch.cuda.device_count() == 0 and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // world_size))
-    dist.init_process_group(backend or fitting, store=store, rank=rank, world_size=world_size, timeout=timeout)
-    try:
+    rendezvous = {"store": store, "rank": rank, "world_size": world_size}
+    with process_group(timeout, rank, world_size, backend=backend, **rendezvous) as device:
         function(*arguments, device)
-    finally:
-        dist.destroy_process_group()
 
 
 def _end_with_launcher() -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lgc.choice.profile import Job, stand_in, wrap
 from lgc_lab.recipes import find_object
-from lgc_lab.training.optimizer import make_optimizer
+from lgc_lab.training.loop import make_optimizer
 from lgc_lab.training.settings import Settings
 
 # Makes the job, in every rank of a group, with so large buckets of DDP.

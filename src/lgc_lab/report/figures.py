@@ -1,4 +1,4 @@
-"""Figures as SVG text, those of a report among them. Imported where one is drawn: most commands need no matplotlib."""
+"""Figures as SVG text, and the pages that hold them. Imported where one is made: most commands need neither of them."""
 
 from __future__ import annotations
 
@@ -6,10 +6,14 @@ import io
 import math
 import re
 import statistics
+from collections import deque
 from collections.abc import Callable, Sequence
 from functools import partial
+from operator import itemgetter
+from pathlib import Path
 from typing import Any, NamedTuple
 
+import jinja2
 import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
@@ -19,11 +23,14 @@ from matplotlib.ticker import LogLocator, NullFormatter, NullLocator, StrMethodF
 from lgc.choice.cost import PAYLOAD, RATE_UNITS
 from lgc.comm.traffic import SETUP
 from lgc.phase import Phase
-from lgc_lab.report.runs import Line, Run, Series
+from lgc_lab.folder import write_whole
+from lgc_lab.report.runs import Line, Row, Run, Series
 
+STEP: Callable[[Row], float] = itemgetter("step")
 SMOOTHING = 10
 LATE = 0.5  # fraction of a run's evaluations from which on the metric's axis shows all
 MARGIN = 0.06
+BAR = 0.16  # thickness, where schemes are 1 apart
 WIDTH, HEIGHT, LEGEND_ROW = 4.6, 3.0, 0.21  # inches; text keeps its size on a phone's screen
 LEGEND_WIDTH, TICK_WIDTH = 52, 26  # characters
 STYLE: dict[Any, Any] = {
@@ -37,6 +44,13 @@ STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
 }
 ZOOM = "The axis shows the later half of every run in full; what lies outside came before."
+
+
+def write_page(page: Path, template: str, **content: Any) -> None:
+    """Write an HTML page that holds all it shows, whole or not at all; the template's path is that in this package."""
+    loader = jinja2.PackageLoader("lgc_lab", "")
+    environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    write_whole(page, environment.get_template(template).render(content))
 
 
 def draw(name: str, size: tuple[float, float], plot: Callable[[Figure], object]) -> str:
@@ -65,8 +79,7 @@ def draw_against_links(name: str, speeds: list[float | None], panels: list[Panel
         speeds: bits per second of the links, ascending; None is a link that is not limited, drawn at the right.
         panels: with one value a speed for every label.
     """
-    known = [speed for speed in speeds if speed is not None]
-    limitless = 10 * max(known, default=1e9)
+    limitless = 10 * max((speed for speed in speeds if speed is not None), default=1e9)
     xs = [limitless if speed is None else speed for speed in speeds]
 
     def plot(figure: Figure) -> None:
@@ -78,10 +91,16 @@ def draw_against_links(name: str, speeds: list[float | None], panels: list[Panel
         axes.set_xticks(xs, ["unlimited" if speed is None else _speed(speed) for speed in speeds])
         axes.set_xlabel("link")
         axes.xaxis.set_minor_locator(NullLocator())
-        figure.legend(*axes.get_legend_handles_labels(), loc="outside lower left", ncols=2, handlelength=1.4)
+        _add_legend(figure, axes, columns=2)
 
     rows = math.ceil(len(panels[0].values) / 2)
     return draw(name, (WIDTH, HEIGHT * len(panels) + LEGEND_ROW * rows), plot)
+
+
+def _add_legend(figure: Figure, axes: Axes, columns: int) -> None:
+    handles, labels = axes.get_legend_handles_labels()
+    if labels:
+        figure.legend(handles, labels, loc="outside lower left", ncols=columns, handlelength=1.4, columnspacing=1.2)
 
 
 def _speed(bits_per_second: float) -> str:
@@ -91,43 +110,37 @@ def _speed(bits_per_second: float) -> str:
 
 
 def draw_figures(lines: list[Line], links: Sequence[float]) -> list[dict[str, str]]:
-    """Draw all figures of one recipe: title, caption and svg.
-
-    Args:
-        lines: of the recipe.
-        links: bits per second of those to predict the time on.
-    """
-    metric = lines[0].runs[0].metric
+    """Draw all figures of one recipe: title, caption and svg. `links`, in bits per second, to predict the time on."""
     runs = [run for line in lines for run in line.runs]
     seeds = " Thick: mean over the seeds; thin: each seed." if len(runs) > len(lines) else ""
+    plots: list[tuple[str, str, Callable[[Axes, list[Line]], None]]] = [
+        ("Against steps", f"Test {runs[0].metric} after every epoch.{seeds} {ZOOM}", partial(_metric, STEP, "step"))
+    ]
     has_bytes = any(_phase_bytes(run, name) for run in runs for name in (SETUP, *Phase))
-    figures: list[dict[str, str]] = []
-
-    def add(title: str, caption: str, plot: Callable[[Axes, list[Line]], None]) -> None:
-        svg = _with_legend(f"{lines[0].recipe} {title}", lines, plot)
-        figures.append({"title": title, "caption": caption, "svg": svg})
-
-    add("Against steps", f"Test {metric} after every epoch.{seeds} {ZOOM}", _steps)
     if has_bytes:
-        add("Against bytes", "The same over what rank 0 has sent and received by then.", _bytes)
+        caption = "The same over what rank 0 has sent and received by then."
+        plots.append(("Against bytes", caption, partial(_metric, _megabytes, "MB of rank 0")))
     for link in links:
-        add(
-            f"Against time on a link of {_speed(link)}",
-            "Predicted: this machine's time, plus rank 0's bytes (the larger of sent and received) "
-            "and their headers over the link.",
-            partial(_time, link),
+        caption = (
+            "Predicted: this machine's time, plus rank 0's bytes (the larger of sent and received) and their headers "
+            "over the link."
         )
+        title = f"Against time on a link of {_speed(link)}"
+        plots.append((title, caption, partial(_metric, partial(_seconds, link), "seconds")))
     if has_bytes:
-        add("Bytes by phase", "Sent and received by all ranks, mean over the seeds.", _phases)
-    if any(run.series("step", "autoencoder_loss")[0] for run in runs):
-        add("Loss of the autoencoder", f"At rank 0, while it is trained. Mean of {SMOOTHING} steps.{seeds}", _loss)
-        add(
-            "What the autoencoder loses",
-            "Squared error of its reconstruction over the squared values, at rank 0; 1 is as bad as sending "
-            f"nothing. Mean of {SMOOTHING} steps.{seeds}",
-            _reconstruction,
+        plots.append(("Bytes by phase", "Sent and received by all ranks, mean over the seeds.", _phases))
+    if any(run.series(STEP, "autoencoder_loss")[0] for run in runs):
+        caption = f"At rank 0, while it is trained. Mean of {SMOOTHING} steps.{seeds}"
+        plots.append(("Loss of the autoencoder", caption, _loss))
+        caption = (
+            "Squared error of its reconstruction over the squared values, at rank 0; 1 is as bad as sending nothing. "
+            f"Mean of {SMOOTHING} steps.{seeds}"
         )
-    return figures
+        plots.append(("What the autoencoder loses", caption, _reconstruction))
+    return [
+        {"title": title, "caption": caption, "svg": _with_legend(f"{lines[0].recipe} {title}", lines, plot)}
+        for title, caption, plot in plots
+    ]
 
 
 def _with_legend(name: str, lines: list[Line], plot: Callable[[Axes, list[Line]], None]) -> str:
@@ -138,9 +151,7 @@ def _with_legend(name: str, lines: list[Line], plot: Callable[[Axes, list[Line]]
     def fill(figure: Figure) -> None:
         axes = figure.subplots()
         plot(axes, lines)
-        handles, labels = axes.get_legend_handles_labels()
-        if labels:
-            figure.legend(handles, labels, loc="outside lower left", ncols=columns, handlelength=1.4, columnspacing=1.2)
+        _add_legend(figure, axes, columns)
 
     return draw(name, (WIDTH, HEIGHT + LEGEND_ROW * math.ceil(rows / columns)), fill)
 
@@ -170,86 +181,61 @@ def _mean_by_step(all_series: list[Series]) -> Series:
 
 
 def _plot(
-    axes: Axes,
-    lines: list[Line],
-    series: Callable[[Run], Series],
-    mean: Callable[[list[Series]], Series] = _mean_by_point,
-) -> None:
+    axes: Axes, lines: list[Line], series: Callable[[Run], Series], mean: Callable[[list[Series]], Series]
+) -> list[Series]:
+    """Draw the mean of every line's runs, and each thinly where there are several; what all runs have."""
+    drawn = []
     for number, line in enumerate(lines):
-        color = f"C{number}"
-        all_series = [found for run in line.runs if (found := series(run))[0]]
-        if len(all_series) > 1:
-            for xs, ys in all_series:
-                axes.plot(xs, ys, color=color, linewidth=0.7, alpha=0.5)
-        if all_series:
-            xs, ys = mean(all_series)
-            axes.plot(xs, ys, color=color, linewidth=1.8, label=_wrapped(line.label, LEGEND_WIDTH))
+        found = [each for run in line.runs if (each := series(run))[0]]
+        if len(found) > 1:
+            for xs, ys in found:
+                axes.plot(xs, ys, color=f"C{number}", linewidth=0.7, alpha=0.5)
+        if found:
+            axes.plot(*mean(found), color=f"C{number}", linewidth=1.8, label=_wrapped(line.label, LEGEND_WIDTH))
+        drawn += found
+    return drawn
 
 
-def _plot_metric(axes: Axes, lines: list[Line], series: Callable[[Run], Series], xlabel: str, xscale: str) -> None:
-    _plot(axes, lines, series)
+def _metric(x: Callable[[Row], float], xlabel: str, axes: Axes, lines: list[Line]) -> None:
+    drawn = _plot(axes, lines, lambda run: run.series(x, run.metric), _mean_by_point)
     run = lines[0].runs[0]
-    late = [
-        value
-        for line in lines
-        for run in line.runs
-        for values in [series(run)[1]]
-        for value in values[int(LATE * len(values)) :]
-        if math.isfinite(value)
-    ]
-    axes.set(xlabel=xlabel, ylabel=f"{run.metric} ({run.better} is better)", xscale=xscale)
-    if xscale == "log":
+    axes.set(xlabel=xlabel, ylabel=f"{run.metric} ({run.better} is better)")
+    if x is not STEP:
+        axes.set_xscale("log")
         _label_plainly(axes.xaxis)
+    late = [value for _, ys in drawn for value in ys[int(LATE * len(ys)) :] if math.isfinite(value)]
     if late and max(late) > min(late):
         margin = MARGIN * (max(late) - min(late))
         axes.set_ylim(min(late) - margin, max(late) + margin)
-    if any(len(series(run)[0]) == 1 for line in lines for run in line.runs):
-        for drawn in axes.lines:
-            drawn.set_marker("o")
+    if any(len(xs) == 1 for xs, _ in drawn):
+        for curve in axes.lines:
+            curve.set_marker("o")
 
 
 def _label_plainly(axis: Axis) -> None:
     """Decimal numbers on a logarithmic axis: as many to a decade as its span leaves room for."""
     low, high = axis.get_view_interval()
-    steps = (
-        (1.0, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 7.0) if high < 5 * low else (1.0, 2.0, 5.0) if high < 200 * low else (1.0,)
-    )
-    axis.set_major_locator(LogLocator(subs=steps, numticks=6))
+    steps = (1.0, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 7.0) if high < 5 * low else (1.0, 2.0, 5.0)
+    axis.set_major_locator(LogLocator(subs=steps if high < 200 * low else (1.0,), numticks=6))
     axis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axis.set_minor_formatter(NullFormatter())
 
 
-def _steps(axes: Axes, lines: list[Line]) -> None:
-    _plot_metric(axes, lines, lambda run: run.series("step", run.metric), "step", "linear")
+def _megabytes(row: Row) -> float:
+    return float(row["rank0_sent_bytes"] + row["rank0_received_bytes"]) / 1e6
 
 
-def _bytes(axes: Axes, lines: list[Line]) -> None:
-    def series(run: Run) -> Series:
-        sent, values = run.series("rank0_sent_bytes", run.metric)
-        received, _ = run.series("rank0_received_bytes", run.metric)
-        return [(a + b) / 1e6 for a, b in zip(sent, received, strict=True)], values
-
-    _plot_metric(axes, lines, series, "MB of rank 0", "log")
-
-
-def _time(bits_per_second: float, axes: Axes, lines: list[Line]) -> None:
-    def series(run: Run) -> Series:
-        seconds, values = run.series("seconds", run.metric)
-        sent, _ = run.series("rank0_sent_bytes", run.metric)
-        received, _ = run.series("rank0_received_bytes", run.metric)
-        on_link = [8 * max(a, b) / (PAYLOAD * bits_per_second) for a, b in zip(sent, received, strict=True)]
-        return [a + b for a, b in zip(seconds, on_link, strict=True)], values
-
-    _plot_metric(axes, lines, series, "seconds", "log")
+def _seconds(bits_per_second: float, row: Row) -> float:
+    on_link = 8 * max(row["rank0_sent_bytes"], row["rank0_received_bytes"]) / (PAYLOAD * bits_per_second)
+    return float(row["seconds"] + on_link)
 
 
 def _phases(axes: Axes, lines: list[Line]) -> None:
     names = [SETUP, *Phase]
-    thickness = 0.16
     for position, name in enumerate(names):
         widths = [statistics.mean(_phase_bytes(run, name) for run in line.runs) / 1e6 or math.nan for line in lines]
-        places = [i + (position - (len(names) - 1) / 2) * thickness for i in range(len(lines))]
-        axes.barh(places, widths, height=thickness, label=name)
+        places = [i + (position - (len(names) - 1) / 2) * BAR for i in range(len(lines))]
+        axes.barh(places, widths, height=BAR, label=name)
     axes.set(xlabel="MB, all ranks", xscale="log")
     _label_plainly(axes.xaxis)
     axes.set_yticks(range(len(lines)), [_wrapped(line.label, TICK_WIDTH) for line in lines], fontsize=8)
@@ -258,21 +244,18 @@ def _phases(axes: Axes, lines: list[Line]) -> None:
 
 
 def _phase_bytes(run: Run, name: str) -> int:
-    return sum(
-        phase["sent_bytes"] + phase["received_bytes"]
-        for phase in run.summary["wire"]["phases"]
-        if phase["name"] == name
-    )
+    phases = [phase for phase in run.summary["wire"]["phases"] if phase["name"] == name]
+    return sum(phase["sent_bytes"] + phase["received_bytes"] for phase in phases)
 
 
 def _loss(axes: Axes, lines: list[Line]) -> None:
-    _plot(axes, lines, lambda run: _smoothed(run.series("step", "autoencoder_loss")), _mean_by_step)
+    _plot(axes, lines, lambda run: _smoothed(run.series(STEP, "autoencoder_loss")), _mean_by_step)
     axes.set(xlabel="step", ylabel="loss", yscale="log")
     _label_plainly(axes.yaxis)
 
 
 def _reconstruction(axes: Axes, lines: list[Line]) -> None:
-    _plot(axes, lines, lambda run: _smoothed(run.series("step", "reconstruction_error")), _mean_by_step)
+    _plot(axes, lines, lambda run: _smoothed(run.series(STEP, "reconstruction_error")), _mean_by_step)
     axes.axhline(1, color="black", linewidth=0.8, linestyle="--")
     axes.set(xlabel="step", ylabel="relative squared error", ylim=(0, None))
 
@@ -281,15 +264,13 @@ def _smoothed(series: Series) -> Series:
     """Means of `SMOOTHING` consecutive steps, with a gap where there are none."""
     xs: list[float] = []
     ys: list[float] = []
-    window: list[float] = []
-    last = None
+    window: deque[float] = deque(maxlen=SMOOTHING)
     for x, y in zip(*series, strict=True):
-        if last is not None and x != last + 1:
-            xs.append(last + 1)
+        if xs and x != xs[-1] + 1:
+            xs.append(xs[-1] + 1)
             ys.append(math.nan)
-            window = []
-        window = [*window[1 - SMOOTHING :], y]
-        last = x
+            window.clear()
+        window.append(y)
         xs.append(x)
         ys.append(statistics.mean(window))
     return xs, ys

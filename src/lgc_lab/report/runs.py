@@ -4,25 +4,31 @@ from __future__ import annotations
 
 import json
 import numbers
+import operator
 import shlex
-from collections.abc import Callable, Iterable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from lgc_lab.folder import read_objects
+from lgc_lab.terminal import notify
 from lgc_lab.training.run_folder import METRICS, SUMMARY
 
 RATIOS = ("wire.ratio", "wire.ratio_compressed_phase", "wire.paper.ratio_compressed_phase")
+TEXTS = ("recipe", "scheme", "label", "metric.name", "metric.better", "time.started", "configuration.recipe")
+COUNTS = ("steps", "parameters", "world_size", "wire.sent_bytes", "wire.received_bytes", "configuration.world_size")
 SUMMARY_TYPES: dict[str, tuple[type, ...]] = {
-    **dict.fromkeys(("recipe", "scheme", "label", "metric.name", "metric.better", "time.started"), (str,)),
-    **dict.fromkeys(("configuration.recipe", "configuration.scheme", "versions.lgc", "versions.torch"), (str,)),
-    **dict.fromkeys(("steps", "parameters", "world_size", "wire.sent_bytes", "wire.received_bytes"), (int,)),
-    **dict.fromkeys(("configuration.seed", "configuration.world_size"), (int,)),
+    **dict.fromkeys((*TEXTS, "configuration.scheme", "versions.lgc", "versions.torch"), (str,)),
+    **dict.fromkeys((*COUNTS, "configuration.seed"), (int,)),
     **dict.fromkeys(("world_sizes", "wire.phases"), (list,)),
     **dict.fromkeys(("metric.value", "time.wall_s"), (numbers.Real,)),
     **dict.fromkeys(RATIOS, (numbers.Real, type(None))),
 }  # what a report needs
+Row = Mapping[str, Any]
+NOT_OPTIONS = ("memory_format", "source", "version")  # of a configuration: what follows from the rest
 Series = tuple[list[float], list[float]]
 
 
@@ -36,25 +42,23 @@ class Run:
 
     @classmethod
     def load(cls, folder: Path) -> Run:
-        """Read a run folder.
-
-        Raises:
-            ValueError: naming the file and what is wrong with it.
-        """
-        summary = read_objects(folder / SUMMARY)[0]
-        rows = read_objects(folder / METRICS)
+        """Read a run folder. Raises ValueError, naming the file and what is wrong with it."""
+        run = cls(folder, read_objects(folder / SUMMARY)[0], read_objects(folder / METRICS))
         for name, kinds in SUMMARY_TYPES.items():
-            value: Any = summary
-            for key in name.split("."):
-                if not isinstance(value, dict) or key not in value:
-                    raise ValueError(f"{folder / SUMMARY} has no {name}.")
-                value = value[key]
+            try:
+                value = run.value(name)
+            except (KeyError, TypeError):
+                raise ValueError(f"{folder / SUMMARY} has no {name}.") from None
             if not isinstance(value, kinds):
                 expected = " or ".join(kind.__name__ for kind in kinds)
                 raise ValueError(f"{folder / SUMMARY}: {name} must be {expected}, got {value!r:.100}.")
-        if not rows:
+        if not run.rows:
             raise ValueError(f"{folder / METRICS} has no rows.")
-        return cls(folder, summary, rows)
+        return run
+
+    def value(self, name: str) -> Any:
+        """A value of the summary, such as "metric.value"."""
+        return reduce(operator.getitem, name.split("."), self.summary)
 
     @property
     def configuration(self) -> dict[str, Any]:
@@ -85,27 +89,23 @@ class Run:
         if len(sizes) > 1:
             changes = ", ".join(f"{size} from step {step} on" for step, size in sizes)
             return f"# no command repeats a run whose number of ranks changed ({changes})"
-        options = {"recipe": self.configuration["recipe"], "scheme": self.summary["label"]}
-        options |= {"workers": self.configuration["world_size"]}
-        options |= {
-            name.replace("_", "-"): value
-            for name, value in self.configuration.items()
-            if name not in ("recipe", "scheme", "world_size", "source", "version") and value not in (None, False)
-        }
+        left = {name: value for name, value in self.configuration.items() if name not in NOT_OPTIONS}
+        options = {"recipe": left.pop("recipe"), "scheme": self.summary["label"], "workers": left.pop("world_size")}
+        del left["scheme"]
+        options |= {name.replace("_", "-"): value for name, value in left.items() if value not in (None, False)}
         words = [f"--{name}" if value is True else f"--{name}={value}" for name, value in options.items()]
         return shlex.join(["lgc", "train", *words, "--out=OUT"])
 
-    def series(self, x: str, y: str) -> Series:
-        """Two columns of the rows that have the second; the first is carried on from the last row that had it."""
-        xs: list[float] = []
-        ys: list[float] = []
-        last = 0.0
+    def series(self, x: Callable[[Row], float], y: str) -> Series:
+        """A column of the rows that have it, over what `x` makes of each and of what other columns were last."""
+        seen: dict[str, Any] = defaultdict(float)
+        series: Series = ([], [])
         for row in self.rows:
-            last = row.get(x, last)
+            seen.update(row)
             if y in row:
-                xs.append(last)
-                ys.append(row[y])
-        return xs, ys
+                series[0].append(x(seen))
+                series[1].append(row[y])
+        return series
 
 
 class Line(NamedTuple):
@@ -116,41 +116,30 @@ class Line(NamedTuple):
     runs: list[Run]
 
 
-def load_runs(folders: Iterable[Path], unreadable: Callable[[ValueError], object] | None = None) -> list[Run]:
-    """Load the finished runs of these folders, of one run each.
-
-    Args:
-        folders: of the runs.
-        unreadable: is told of a run that cannot be read, which is then left out; None raises.
-
-    Raises:
-        ValueError: naming the file and what is wrong with it.
-    """
+def load_runs(folders: Iterable[Path]) -> list[Run]:
+    """Load the finished runs of these folders, of one run each; what cannot be read is left out, with a warning."""
     runs = []
     for folder in folders:
         try:
             runs.append(Run.load(folder))
         except ValueError as error:
-            if unreadable is None:
-                raise
-            unreadable(error)
+            notify(f"WARNING: left out: {error}")
     return runs
 
 
-def find_runs(folders: Iterable[Path], unreadable: Callable[[ValueError], object] | None = None) -> list[Run]:
-    """As `load_runs`, in these folders and below, each once; below one folder in the order they were started."""
-    runs: dict[Path, Run] = {}
+def find_runs(folders: Iterable[Path]) -> list[Run]:
+    """As `load_runs`, in these folders and below; below one folder in the order they were started.
+
+    Of those of the same settings and seed the first one, with a warning.
+    """
+    runs: dict[str, Run] = {}
     for folder in folders:
-        below = load_runs((path.parent for path in sorted(folder.rglob(SUMMARY))), unreadable)
-        for run in sorted(below, key=lambda run: str(run.summary["time"]["started"])):
-            runs.setdefault(run.folder.resolve(), run)
+        below = load_runs(path.parent for path in sorted(folder.rglob(SUMMARY)))
+        for run in sorted(below, key=lambda run: str(run.value("time.started"))):
+            first = runs.setdefault(json.dumps([run.conditions, run.configuration["seed"]], sort_keys=True), run)
+            if first.folder.resolve() != run.folder.resolve():
+                notify(f"WARNING: left out: {run.folder} has the settings and the seed of a run before it.")
     return list(runs.values())
-
-
-def repeated(runs: Sequence[Run]) -> list[Run]:
-    """Runs of which an earlier one has the same settings and seed; they are on no line."""
-    shown = {id(run) for lines in by_recipe(runs).values() for line in lines for run in line.runs}
-    return [run for run in runs if id(run) not in shown]
 
 
 def by_recipe(runs: Sequence[Run]) -> dict[str, list[Line]]:

@@ -1,18 +1,38 @@
-"""What each rank reads: its batches of the training data."""
+"""The random streams of a run, and what each rank reads: its batches of the training data."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from enum import IntEnum
 from functools import lru_cache
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from lgc_lab.recipes import Data
-from lgc_lab.training.seeds import Stream, derive
 from lgc_lab.training.settings import Settings
+
+
+class Stream(IntEnum):
+    """What random numbers are for. The values are part of what a seed means: new streams go to the end."""
+
+    MODEL = 0  # dropout and the like: of a rank, and after a change of their number of a step too
+    SHUFFLE = 1  # the order of the training data: of an epoch
+    AUGMENTATION = 2  # what is done to the samples of a batch: of a step and a rank
+
+
+def derive(seed: int, stream: Stream, *key: int) -> int:
+    """Derive the seed of one generator, in 0 .. 2^64 - 1, from the run's and what the generator is for.
+
+    Different streams and keys (such as a step and a rank, each in 0 .. 2^32 - 1) give independent generators, the same
+    on every machine and in every release: numpy documents `SeedSequence` as stable,
+    https://numpy.org/doc/stable/reference/random/bit_generators/.
+    """
+    sequence = np.random.SeedSequence(seed, spawn_key=(stream, *key))
+    return int(sequence.generate_state(1, np.uint64)[0])
 
 
 def batches(

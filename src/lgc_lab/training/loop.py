@@ -13,15 +13,16 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from lgc import Dense, PowerSGD, __version__, attach
+from lgc import Dense, PowerSGD, Scheme, __version__, attach
 from lgc.schemes.powersgd import one_bucket_mb
 from lgc_lab.folder import require_same
 from lgc_lab.recipes import Data, Recipe, source_digest
 from lgc_lab.terminal import notify
-from lgc_lab.training.batches import batches
-from lgc_lab.training.optimizer import load_optimizer, make_optimizer
-from lgc_lab.training.seeds import Stream, derive
+from lgc_lab.training.batches import Stream, batches, derive
 from lgc_lab.training.settings import Settings
+
+MOVED = ("sent_bytes", "received_bytes")
+ADAM_SECOND_BETA = 0.95  # as for GPT-3: Brown et al., arXiv 2005.14165, appendix B
 
 
 class Training:
@@ -98,11 +99,6 @@ class Training:
         return min(self.settings.steps or of_epochs, of_epochs)
 
     @property
-    def epoch(self) -> float:
-        """Passes over the training data before the last update."""
-        return (self.batch_number - 1) / self.per_epoch
-
-    @property
     def ends_epoch(self) -> bool:
         """Whether the last update was the last one of a pass over the data."""
         return self.batch_number % self.per_epoch == 0
@@ -115,13 +111,13 @@ class Training:
     @property
     def progress(self) -> float:
         """The part of the run that is done, in [0, 1]: of the steps where they are limited, else of the epochs."""
-        return (
-            self.step / self.total if self.settings.steps else self.batch_number / (self.recipe.epochs * self.per_epoch)
-        )
+        if self.settings.steps:
+            return self.step / self.total
+        return self.batch_number / (self.recipe.epochs * self.per_epoch)
 
     @property
     def wall_seconds(self) -> float:
-        """Time of the run so far, but for what was lost in interruptions."""
+        """Time of the run so far, without what was lost in interruptions."""
         return self.seconds["wall_s"] + time.monotonic() - self._started
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
@@ -132,7 +128,7 @@ class Training:
         return batches(self.settings, self.data, last, self.device, start=self.batch_number)
 
     def update(self, inputs: Tensor, targets: Tensor) -> dict[str, Any]:
-        """Train on one batch; this rank's row of metrics.jsonl."""
+        """Train on one batch. This rank's row of metrics.jsonl."""
         started = time.monotonic()
         learning_rate = self.recipe.learning_rate * self.recipe.learning_rate_factor(self.progress)
         for group in self.optimizer.param_groups:
@@ -146,28 +142,38 @@ class Training:
         self.step += 1
         self.batch_number += 1
         self.samples += self.recipe.batch_size * self.settings.world_size
+        row: dict[str, Any] = {"loss": loss.item(), "lr": learning_rate, "phase": self.handle.phase.value}
         phases = self.handle.wire.phases.values()
-        row = {
-            "loss": loss.item(),
-            "lr": learning_rate,
-            "phase": self.handle.phase.value,
-            **self.handle.metrics,
-            "rank0_sent_bytes": sum(traffic.sent_bytes for traffic in phases),
-            "rank0_received_bytes": sum(traffic.received_bytes for traffic in phases),
-        }
+        moved = {f"rank0_{name}": sum(getattr(traffic, name) for traffic in phases) for name in MOVED}
         self.seconds["train_s"] += time.monotonic() - started
-        return row
+        return row | self.handle.metrics | moved
 
+    @torch.no_grad()
     def evaluate(self) -> dict[str, Any]:
-        """Measure the metric on the test data; a collective. The row of metrics.jsonl, with the bytes of all ranks."""
+        """Measure the metric on the test data, each rank its share; a collective.
+
+        All have rank 0's buffers then (batch norm's statistics). The row of metrics.jsonl, with the bytes of all ranks.
+        """
         started = time.monotonic()
-        with self._autocast():
-            self.last = evaluate(self.recipe, self.model, self.data, self.device, self.settings.limit_test)
-        pick = max if self.recipe.metric.better == "higher" else min
+        for buffer in self.model.buffers():
+            dist.broadcast(buffer, src=0)
+        self.model.eval()
+        recipe, metric, test = self.recipe, self.recipe.metric, self.data.test
+        count = min(self.settings.limit_test or len(test), len(test))
+        share = torch.arange(dist.get_rank(), count, dist.get_world_size())
+        parts = []
+        for indices in share.split(recipe.evaluation_batch):
+            inputs, targets = recipe.make_batch(test, indices, None, self.device)
+            with self._autocast():
+                parts.append(metric.sums(self.model(inputs).float(), targets))
+        sums = torch.stack(parts).sum(dim=0)
+        dist.all_reduce(sums)
+        self.last = float(metric.value(sums.cpu()))
+        pick = max if metric.better == "higher" else min
         self.best = self.last if self.best is None else pick(self.best, self.last)
         self.seconds["evaluate_s"] += time.monotonic() - started
         wire = self.handle.wire_summary()
-        return {self.recipe.metric.name: self.last} | {key: wire[key] for key in ("sent_bytes", "received_bytes")}
+        return {metric.name: self.last} | {name: wire[name] for name in MOVED}
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that this rank needs to go on from here with the same numbers."""
@@ -175,15 +181,16 @@ class Training:
         random = {"cpu": torch.get_rng_state()}
         if self.device.type == "cuda":
             random["cuda"] = torch.cuda.get_rng_state(self.device)
+        position = {
+            "step": self.step,
+            "epoch": epoch,
+            "samples_of_epoch": number * self.recipe.batch_size * self.settings.world_size,
+            "samples": self.samples,
+            "world_sizes": self.world_sizes,
+        }
         return {
             "configuration": self.settings.configuration(),
-            "position": {
-                "step": self.step,
-                "epoch": epoch,
-                "samples_of_epoch": number * self.recipe.batch_size * self.settings.world_size,
-                "samples": self.samples,
-                "world_sizes": self.world_sizes,
-            },
+            "position": position,
             "metric": {"last": self.last, "best": self.best},
             "started": self.started,
             "seconds": self._seconds_now(),
@@ -225,7 +232,8 @@ class Training:
 
     def summary(self) -> dict[str, Any]:
         """The content of summary.json; a collective."""
-        seconds = self._seconds_now()
+        metric, seconds = self.recipe.metric, self._seconds_now()
+        speed = {"samples_per_s": round(self.samples / seconds["train_s"], 1)}
         return {
             "recipe": self.recipe.name,
             "scheme": self.scheme.name,
@@ -234,18 +242,9 @@ class Training:
             "world_sizes": self.world_sizes,
             "seed": self.settings.seed,
             "steps": self.step,
-            "metric": {
-                "name": self.recipe.metric.name,
-                "value": self.last,
-                "best": self.best,
-                "better": self.recipe.metric.better,
-            },
+            "metric": {"name": metric.name, "value": self.last, "best": self.best, "better": metric.better},
             "wire": self.handle.wire_summary(),
-            "time": {
-                "started": self.started,
-                **{name: round(value, 3) for name, value in seconds.items()},
-                "samples_per_s": round(self.samples / seconds["train_s"], 1),
-            },
+            "time": {"started": self.started, **{name: round(value, 3) for name, value in seconds.items()}, **speed},
             "parameters": self.handle.parameters,
             "versions": {"lgc": __version__, "torch": torch.__version__},
             "configuration": self.settings.configuration(),
@@ -258,19 +257,33 @@ class Training:
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.settings.bf16)
 
 
-@torch.no_grad()
-def evaluate(recipe: Recipe, model: nn.Module, data: Data, device: torch.device, limit: int | None = None) -> float:
-    """The metric on the first `limit` test samples, each rank its share, with rank 0's batch-norm statistics on all."""
-    for buffer in model.buffers():
-        dist.broadcast(buffer, src=0)
-    model.eval()
-    count = len(data.test) if limit is None else min(limit, len(data.test))
-    share = torch.arange(dist.get_rank(), count, dist.get_world_size())
-    parts = []
-    for first in range(0, len(share), recipe.evaluation_batch):
-        indices = share[first : first + recipe.evaluation_batch]
-        inputs, targets = recipe.make_batch(data.test, indices, None, device)
-        parts.append(recipe.metric.sums(model(inputs).float(), targets))
-    sums = torch.stack(parts).sum(dim=0)
-    dist.all_reduce(sums)
-    return float(recipe.metric.value(sums.cpu()))
+def make_optimizer(recipe: Recipe, model: nn.Module, scheme: Scheme) -> torch.optim.Optimizer:
+    """Make the recipe's; where the scheme has SGD's momentum, the weight decay makes up for acting without one.
+
+    Where the scheme makes Adam's step, what is left of it is SGD.
+    """
+    if recipe.optimizer == "adamw":
+        decayed = [parameter for parameter in model.parameters() if parameter.ndim >= 2]
+        others = [parameter for parameter in model.parameters() if parameter.ndim < 2]
+        groups = [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": others, "weight_decay": 0.0}]
+        if scheme.makes_adams_step:
+            return torch.optim.SGD(groups, lr=recipe.learning_rate)
+        return torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=(recipe.momentum, ADAM_SECOND_BETA))
+    return torch.optim.SGD(
+        model.parameters(),
+        lr=recipe.learning_rate,
+        momentum=0.0 if scheme.corrected_momentum or scheme.makes_adams_step else recipe.momentum,
+        weight_decay=recipe.weight_decay / (1 - scheme.corrected_momentum),
+    )
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
+    """Load a state whose tensors are contiguous, as in checkpoints, and lay them out as their parameters are.
+
+    Where the two differ, as in channels_last, an update takes several times as long.
+    """
+    optimizer.load_state_dict(dict(state))
+    for parameter, of_parameter in optimizer.state.items():
+        for name, value in of_parameter.items():
+            if isinstance(value, Tensor) and value.shape == parameter.shape:
+                of_parameter[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)

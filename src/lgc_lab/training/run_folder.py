@@ -10,19 +10,12 @@ summary.json      last and at once: a run that has it has finished
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-from tqdm import tqdm
+from typing import Any
 
 from lgc_lab.folder import OtherRunError, read_objects, require_same, write_json, write_whole
-
-if TYPE_CHECKING:
-    from torch.utils.tensorboard import SummaryWriter
 
 METRICS = "metrics.jsonl"
 SUMMARY = "summary.json"
@@ -30,7 +23,6 @@ SETTINGS = "settings.json"
 CHECKPOINTS = "checkpoints"
 EVENTS = "tensorboard"
 OVERWRITE = "overwrite.pending"
-NOT_EVENTS = ("step", "epoch", "seconds", "phase")
 
 
 def is_to_be_overwritten(folder: Path, *, first_start: bool) -> bool:
@@ -46,19 +38,22 @@ def claim(folder: Path, configuration: Mapping[str, Any], *, overwrite: bool) ->
     """Make `folder` that of a run with this configuration; False if it has that run already, finished.
 
     What an unfinished run of the same configuration has left stays, to go on from; its number of ranks may differ. One
-    that has not done a step is not in the way of another.
-
-    Args:
-        folder: of the run; need not exist.
-        configuration: see `Settings.configuration`.
-        overwrite: remove whatever run is there, finished or not, of whatever settings.
+    that has not done a step is not in the way of another. `overwrite` removes whatever run is there.
 
     Raises:
         OtherRunError: the folder has a run of other settings.
         ValueError: a file of the folder cannot be read.
     """
     if overwrite:
-        _clear(folder)
+        for name in (CHECKPOINTS, EVENTS):
+            shutil.rmtree(folder / name, ignore_errors=True)
+        for name in (
+            SUMMARY,
+            METRICS,
+            SETTINGS,
+            OVERWRITE,
+        ):  # so that after a kill it is known what is to do
+            (folder / name).unlink(missing_ok=True)
     finished = is_finished(folder, configuration)
     if not finished:
         write_json(folder / SETTINGS, configuration)
@@ -98,76 +93,10 @@ def _has_content(file: Path) -> bool:
     return file.exists() and file.stat().st_size > 0
 
 
-def _clear(folder: Path) -> None:
-    for name in (CHECKPOINTS, EVENTS):
-        shutil.rmtree(folder / name, ignore_errors=True)
-    for name in (SUMMARY, METRICS, SETTINGS, OVERWRITE):  # so that after a kill it is still known what is to be done
-        (folder / name).unlink(missing_ok=True)
-
-
-class RunLog:
-    """Rank 0's log of a run: metrics.jsonl, a progress bar where there is a terminal, TensorBoard events.
-
-    Args:
-        folder: of the run.
-        step: steps done before; rows of later ones are dropped, they will be made again.
-        seconds: wall time before.
-        total: steps of the run.
-        title: for the progress bar.
-        tensorboard: whether to write events; needs lgc[tensorboard].
-    """
-
-    def __init__(
-        self, folder: Path, *, step: int, seconds: float, total: int, title: str, tensorboard: bool = False
-    ) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        cut_metrics(folder / METRICS, step)
-        self._started = time.monotonic() - seconds
-        self._file = (folder / METRICS).open("a", encoding="utf-8")
-        self._events: SummaryWriter | None = None
-        if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._events = SummaryWriter(str(folder / EVENTS), purge_step=step)
-        self._bar = tqdm(
-            total=total, initial=step, desc=title, unit="step", disable=None, leave=False, dynamic_ncols=True
-        )
-
-    def row(self, step: int, epoch: float, values: Mapping[str, Any]) -> None:
-        """Record what was measured in a step, or in the evaluation after it."""
-        seconds = round(time.monotonic() - self._started, 3)
-        row = {"step": step, "epoch": round(epoch, 4), "seconds": seconds} | dict(values)
-        self._file.write(json.dumps(row) + "\n")
-        self._file.flush()
-        if self._events:
-            for name, value in row.items():
-                if name not in NOT_EVENTS:
-                    self._events.add_scalar(name, value, step)
-
-    def progress(self, text: str) -> None:
-        """Move the progress bar on by a step."""
-        self._bar.set_postfix_str(text)
-        self._bar.update()
-
-    def sync(self) -> None:
-        """Have everything on the disk, before a checkpoint says that these steps are done."""
-        os.fsync(self._file.fileno())
-        if self._events:
-            self._events.flush()
-
-    def close(self) -> None:
-        """Finish the files."""
-        self._bar.close()
-        self._file.close()
-        if self._events:
-            self._events.close()
-
-
 def cut_metrics(path: Path, step: int) -> None:
     """Drop the rows of `step` and later ones, and a line that was not written to its end.
 
-    Raises:
-        ValueError: if a line before that is no row.
+    Raises ValueError if a line before that is no row.
     """
     if not path.exists():
         return

@@ -12,6 +12,7 @@ from lgc import Scheme, __version__, parse_scheme
 from lgc_lab.recipes import Data, Recipe, find_recipe, source_digest
 
 MOST_SEED = 2**63 - 1  # torch.manual_seed
+OF_RECIPE = ("epochs", "batch_size", "learning_rate")  # its own where they are not set
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,13 +24,11 @@ class Settings:
         scheme: text form of a scheme; arguments it does not set come from the recipe.
         world_size: number of ranks, at least 1.
         seed: of the model, the shuffling and the augmentation, in 0 .. 2^63 - 1.
-        epochs: at least 1; None is the recipe's.
+        epochs, batch_size (per rank): at least 1; None is the recipe's.
         steps: stop after this many, at least 1; None is at the end of the epochs.
-        batch_size: per rank, at least 1; None is the recipe's.
         learning_rate: before the schedule's factor, above 0; None is the recipe's.
         data: folder or name of the data set; None is the recipe's own.
-        limit_train: train on this many samples only, at least 1; None is all.
-        limit_test: evaluate on this many samples only, at least one a rank; None is all.
+        limit_train, limit_test: use this many samples only, at least 1, and one a rank for the test; None is all.
         backbone: one of the recipe's; None is its first.
         bf16: whether the model computes in bfloat16 where autocast has it do so.
         compile: whether the model is compiled for training, by torch.compile.
@@ -55,21 +54,17 @@ class Settings:
     source: str | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
-        for name in ("world_size", "seed", "epochs", "steps", "batch_size", "limit_train"):
-            value, least = getattr(self, name), 0 if name == "seed" else 1
-            if value is not None and value < least:
-                raise ValueError(f"{name} must be at least {least}, got {value}.")
+        recipe = find_recipe(self.recipe)
+        least = dict.fromkeys(("world_size", "epochs", "steps", "limit_train"), 1) | {"seed": 0}
+        least |= {"batch_size": recipe.least_batch_size, "limit_test": self.world_size}
+        for name, bound in least.items():
+            value = getattr(self, name)
+            if value is not None and value < bound:
+                raise ValueError(f"{self.recipe}: {name} must be at least {bound}, got {value}.")
         if self.seed > MOST_SEED:
             raise ValueError(f"seed must be at most {MOST_SEED}, got {self.seed}.")
         if self.learning_rate is not None and not 0 < self.learning_rate < math.inf:
             raise ValueError(f"learning_rate must be above 0 and finite, got {self.learning_rate}.")
-        if self.limit_test is not None and self.limit_test < self.world_size:
-            raise ValueError(f"limit_test must be at least {self.world_size}, one a rank, got {self.limit_test}.")
-        recipe = find_recipe(self.recipe)
-        if self.batch_size is not None and self.batch_size < recipe.least_batch_size:
-            raise ValueError(
-                f"{self.recipe}: batch_size must be at least {recipe.least_batch_size}, got {self.batch_size}."
-            )
         if self.backbone is not None and self.backbone not in recipe.backbones:
             options = ", ".join(recipe.backbones) or "unset for this recipe"
             raise ValueError(f"{self.recipe}: backbone must be {options}, got {self.backbone!r}.")
@@ -79,14 +74,10 @@ class Settings:
     def resolve_recipe(self) -> Recipe:
         """The recipe with these settings in place of its own."""
         recipe = find_recipe(self.recipe)
-        model = partial(recipe.model, self.backbone or recipe.backbones[0]) if recipe.backbones else recipe.model
-        return replace(
-            recipe,
-            model=model,
-            epochs=self.epochs or recipe.epochs,
-            batch_size=self.batch_size or recipe.batch_size,
-            learning_rate=self.learning_rate or recipe.learning_rate,
-        )
+        own: dict[str, Any] = {name: getattr(self, name) or getattr(recipe, name) for name in OF_RECIPE}
+        if recipe.backbones:
+            own["model"] = partial(recipe.model, self.backbone or recipe.backbones[0])
+        return replace(recipe, **own)
 
     def resolve_scheme(self) -> Scheme:
         """The scheme with the recipe's arguments where none are set."""
@@ -108,11 +99,7 @@ class Settings:
         return data
 
     def steps_per_epoch(self, data: Data) -> int:
-        """Whole batches that every rank has of the training data.
-
-        Raises:
-            ValueError: if that is none.
-        """
+        """Whole batches that every rank has of the training data. Raises ValueError if that is none."""
         samples, batch_size = len(data.train), self.resolve_recipe().batch_size
         steps = samples // (batch_size * self.world_size)
         if steps == 0:
@@ -130,7 +117,7 @@ class Settings:
     def configuration(self) -> dict[str, Any]:
         """What must be equal for two runs to be the same run, as JSON values."""
         recipe = self.resolve_recipe()
-        resolved: dict[str, Any] = {name: getattr(recipe, name) for name in ("epochs", "batch_size", "learning_rate")}
+        resolved: dict[str, Any] = {name: getattr(recipe, name) for name in OF_RECIPE}
         resolved["memory_format"] = str(recipe.memory_format).removeprefix("torch.")
         resolved["backbone"] = self.backbone or next(iter(recipe.backbones), None)
         if self.data and "://" not in self.data:
@@ -143,16 +130,12 @@ class Settings:
 class Output:
     """What a run leaves, apart from its settings: nothing here changes its result.
 
-    Args:
+    Attributes:
         folder: of the run, one for all ranks.
-        checkpoint_every: steps from one checkpoint to the next, at least 0; None is an epoch, 0 is never.
+        checkpoint_every: steps from one checkpoint to the next; None is an epoch, 0 is never.
         tensorboard: whether to write TensorBoard events.
     """
 
     folder: Path
     checkpoint_every: int | None = None
     tensorboard: bool = False
-
-    def __post_init__(self) -> None:
-        if self.checkpoint_every is not None and self.checkpoint_every < 0:
-            raise ValueError(f"checkpoint_every must be at least 0, got {self.checkpoint_every}.")
