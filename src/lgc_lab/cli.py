@@ -32,11 +32,12 @@ SCHEME_HELP = (
     "What is not set has the recipe's default."
 ).format(names=", ".join(SCHEMES))
 
+HELP = {"help_option_names": ["-h", "--help"], "max_content_width": 100, "show_default": True}
 LINK = "100mbit"
 OF_RECIPES = ("data", "backbone")  # options that take RECIPE=VALUE
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.group(context_settings=HELP)
 @click.version_option(__version__)
 def main() -> None:
     """Learned gradient compression for PyTorch DistributedDataParallel.
@@ -51,52 +52,37 @@ def main() -> None:
     """
 
 
+RUN_OPTIONS = [  # what `train` and `compare` have in common
+    options.epochs,
+    options.steps,
+    options.batch_size,
+    click.option("--learning-rate", type=float, help="Before the schedule's factor.  [the recipe's]"),
+    click.option("--data", multiple=True, help=f"Repeatable, also as RECIPE=FOLDER. {options.DATA_HELP}"),
+    options.limit_train,
+    click.option("--limit-test", type=click.IntRange(1), help="Evaluate on the first so many samples.  [all]"),
+    click.option("--backbone", multiple=True, help=f"Repeatable, also as RECIPE=BACKBONE. {options.BACKBONE_HELP}"),
+    options.bf16,
+    click.option("--compile", is_flag=True, help="By torch.compile: slow start, fast steps; CPUs need a C++ compiler."),
+    click.option(
+        "--checkpoint-every", type=click.IntRange(0), help="Steps between checkpoints; 0 is never.  [an epoch]"
+    ),
+    click.option("--tensorboard", is_flag=True, help="Write TensorBoard events too; needs lgc[tensorboard]."),
+    options.timeout,
+    options.out,
+    click.option("--overwrite", is_flag=True, help="Start anew where there is a run already."),
+]
+
+
 def run_options(command: options.Command) -> options.Command:
-    """What `train` and `compare` have in common."""
-    for option in reversed(
-        [
-            options.epochs,
-            options.steps,
-            options.batch_size,
-            click.option("--learning-rate", type=float, help="Before the schedule's factor.  [the recipe's]"),
-            click.option(
-                "--data",
-                multiple=True,
-                help="Folder in the hub's layout, or name on the Hugging Face hub; repeated as RECIPE=FOLDER where "
-                "recipes differ.  [the recipe's, if it has one]",
-            ),
-            options.limit_train,
-            click.option("--limit-test", type=click.IntRange(1), help="Evaluate on the first so many samples.  [all]"),
-            click.option(
-                "--backbone",
-                multiple=True,
-                help="For recipes that offer several, or RECIPE=BACKBONE.  [the recipe's first]",
-            ),
-            options.bf16,
-            click.option(
-                "--compile",
-                is_flag=True,
-                help="Run the model through torch.compile: a slower start, faster steps. CPUs need a C++ compiler.",
-            ),
-            click.option(
-                "--checkpoint-every",
-                metavar="STEPS",
-                type=click.IntRange(0),
-                help="Steps from one checkpoint to the next; 0 is never.  [an epoch]",
-            ),
-            click.option("--tensorboard", is_flag=True, help="Write TensorBoard events too; needs lgc[tensorboard]."),
-            options.timeout,
-            options.out,
-            click.option("--overwrite", is_flag=True, help="Start anew where there is a run already."),
-        ]
-    ):
+    """Give a command the `RUN_OPTIONS`."""
+    for option in reversed(RUN_OPTIONS):
         command = option(command)
     return command
 
 
 @main.command()
 @options.recipe(required=True)
-@click.option("--scheme", default="lgc-ring", show_default=True, help=SCHEME_HELP)
+@click.option("--scheme", default="lgc-ring", help=SCHEME_HELP)
 @click.option(
     "--workers",
     type=click.IntRange(1),
@@ -117,14 +103,12 @@ def train(recipe: str, scheme: str, workers: int | None, seed: int, out: Path, *
     OUT gets metrics.jsonl while it trains (one JSON object a step), checkpoints, and summary.json when it is done.
     The same command goes on from the newest checkpoint if the run was interrupted.
     """
-    world_size = workers or 1
-    if under_torchrun():
-        world_size = int(os.environ["WORLD_SIZE"])
-        if workers not in (None, world_size):
-            raise click.UsageError(f"--workers {workers}: torchrun has started {world_size} ranks; leave it out.")
-    launch, run = _launcher(run)
+    launch, run = _launcher(**run)
     run |= {name: _of_recipe(recipe, [recipe], run[name]) for name in OF_RECIPES}
-    launch(_settings(recipe, scheme, world_size, seed, run), out)
+    with options.usage_errors():
+        world_size = options.count_ranks(workers, default=1)
+        settings = Settings(recipe=recipe, scheme=scheme, world_size=world_size, seed=seed, **run)
+    launch(settings, out)
     if not under_torchrun():
         with options.reported_errors():
             click.echo(format_table([Run.load(out)]))
@@ -136,12 +120,11 @@ def train(recipe: str, scheme: str, workers: int | None, seed: int, out: Path, *
     "recipes",
     metavar="NAMES",
     default="digits",
-    show_default=True,
     help=f"With commas. {options.RECIPE_HELP}",
 )
 @options.workers
-@click.option("--schemes", default="dense,topk,dgc,scalecom,lgc-ring,lgc-ps", show_default=True, help=SCHEME_HELP)
-@click.option("--seeds", type=click.IntRange(1), default=1, show_default=True, help="Train with so many: 0, 1, 2, ...")
+@click.option("--schemes", default="dense,topk,dgc,scalecom,lgc-ring,lgc-ps", help=SCHEME_HELP)
+@click.option("--seeds", type=click.IntRange(1), default=1, help="Train with so many: 0, 1, 2, ...")
 @run_options
 def compare(recipes: str, workers: int, schemes: str, seeds: int, out: Path, **run: Any) -> None:
     """Train with several schemes, one after the other, and report on them side by side.
@@ -155,14 +138,14 @@ def compare(recipes: str, workers: int, schemes: str, seeds: int, out: Path, **r
     """
     options.refuse_torchrun("compare")
     overwrite = run["overwrite"]
-    launch, run = _launcher(run)
-    wanted = _settings_by_folder(out, options.split(recipes), options.split(schemes), workers, seeds, run)
+    launch, run = _launcher(**run)
+    with options.usage_errors():
+        wanted = _settings_by_folder(out, options.split(recipes), options.split(schemes), workers, seeds, run)
     with options.reported_errors():  # of the last run before the first one starts
-        left = {
-            settings.recipe: settings
-            for folder, settings in wanted.items()
-            if overwrite or not is_finished(folder, settings.configuration())
-        }
+        left: dict[str, Settings] = {}
+        for folder, settings in wanted.items():
+            if overwrite or not is_finished(folder, settings.configuration()):
+                left[settings.recipe] = settings
         for settings in left.values():
             settings.load_data()
     try:
@@ -172,9 +155,7 @@ def compare(recipes: str, workers: int, schemes: str, seeds: int, out: Path, **r
     finally:
         runs = load_runs([folder for folder in wanted if (folder / SUMMARY).exists()])
         if runs:
-            write_report(runs, out / "report.html", [parse_rate("link", LINK)])
-            click.echo(format_table(runs))
-            click.echo(f"\n{out / 'report.html'}")
+            _report(runs, out / "report.html", [parse_rate("link", LINK)])
 
 
 @main.group()
@@ -193,6 +174,11 @@ main.add_command(analyze)
 main.add_command(plan)
 
 
+def _rates(_context: click.Context, _parameter: click.Parameter, texts: tuple[str, ...]) -> list[float]:
+    with options.usage_errors():
+        return [parse_rate("link", text) for text in texts]
+
+
 @main.command()
 @click.argument("folders", nargs=-1, required=True, type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.option(
@@ -205,8 +191,7 @@ main.add_command(plan)
     "links",
     multiple=True,
     default=[LINK],
-    show_default=True,
-    callback=lambda _context, _parameter, values: _links(values),
+    callback=_rates,
     help="Speed (kbit, mbit, gbit) of a link to predict the time on; several give a figure each.",
 )
 def report(folders: tuple[Path, ...], out: Path | None, links: list[float]) -> None:
@@ -224,23 +209,12 @@ def report(folders: tuple[Path, ...], out: Path | None, links: list[float]) -> N
             raise click.UsageError(
                 f"no {SUMMARY} in {', '.join(map(str, folders))} or below: no run has finished there."
             )
-        write_report(runs, page, links)
-    click.echo(format_table(runs))
-    click.echo(f"\n{page}")
+        _report(runs, page, links)
 
 
-def _links(texts: tuple[str, ...]) -> list[float]:
-    try:
-        return [parse_rate("link", text) for text in texts]
-    except ValueError as error:
-        raise click.BadParameter(str(error)) from None
-
-
-def _settings(recipe: str, scheme: str, world_size: int, seed: int, run: dict[str, Any]) -> Settings:
-    try:
-        return Settings(recipe=recipe, scheme=scheme, world_size=world_size, seed=seed, **run)
-    except ValueError as error:
-        raise click.UsageError(str(error)) from None
+def _report(runs: list[Run], page: Path, links: list[float]) -> None:
+    write_report(runs, page, links)
+    click.echo(f"{format_table(runs)}\n\n{page}")
 
 
 def _of_recipe(recipe: str, recipes: Sequence[str], values: tuple[str, ...]) -> str | None:
@@ -257,33 +231,33 @@ def _settings_by_folder(
     wanted: dict[Path, Settings] = {}
     for recipe in recipes:
         own = run | {name: _of_recipe(recipe, recipes, run[name]) for name in OF_RECIPES}
+        parts = [recipe.replace(":", ",")] if len(recipes) > 1 else []
+        resolved = []
         for scheme in schemes:
             for seed in range(seeds):
-                parts = [recipe.replace(":", ",")] if len(recipes) > 1 else []
-                parts += [scheme.replace(":", ","), *([f"seed-{seed}"] if seed else [])]
-                wanted[out.joinpath(*parts)] = _settings(recipe, scheme, workers, seed, own)
-        resolved = [_settings(recipe, scheme, workers, 0, own).resolve_scheme() for scheme in schemes]
+                folder = out.joinpath(*parts, scheme.replace(":", ","), *([f"seed-{seed}"] if seed else []))
+                wanted[folder] = Settings(recipe=recipe, scheme=scheme, world_size=workers, seed=seed, **own)
+            resolved.append(wanted[folder].resolve_scheme())
         try:
             require_different(schemes, resolved)
         except ValueError as error:
-            raise click.UsageError(f"{recipe}: {error}") from None
+            raise ValueError(f"{recipe}: {error}") from None
     return wanted
 
 
-def _launcher(run: dict[str, Any]) -> tuple[Callable[[Settings, Path], None], dict[str, Any]]:
+def _launcher(
+    *, timeout: float, overwrite: bool, checkpoint_every: int | None, tensorboard: bool, **settings: Any
+) -> tuple[Callable[[Settings, Path], None], dict[str, Any]]:
     """What runs settings in a folder, and the options that are left for the settings."""
-    settings_of_run = dict(run)
-    timeout = timedelta(seconds=settings_of_run.pop("timeout"))
-    overwrite = settings_of_run.pop("overwrite")
-    kept = {name: settings_of_run.pop(name) for name in ("checkpoint_every", "tensorboard")}
-    if kept["tensorboard"] and importlib.util.find_spec("tensorboard") is None:
+    if tensorboard and importlib.util.find_spec("tensorboard") is None:
         raise click.UsageError("--tensorboard needs the package tensorboard: pip install 'lgc[tensorboard]'.")
 
     def launch(settings: Settings, folder: Path) -> None:
         start = run_in_job if under_torchrun() else run_locally
+        output = Output(folder=folder, checkpoint_every=checkpoint_every, tensorboard=tensorboard)
         with options.reported_errors():
-            trained = start(settings, Output(folder=folder, **kept), timeout, overwrite=overwrite)
+            trained = start(settings, output, timedelta(seconds=timeout), overwrite=overwrite)
             if not trained and os.environ.get("RANK", "0") == "0":
                 click.echo(f"{folder}: finished before", err=True)
 
-    return launch, settings_of_run
+    return launch, settings

@@ -16,16 +16,10 @@ class OtherRunError(ValueError):
 
 
 def require_same(there: Mapping[str, Any], wanted: Mapping[str, Any], where: str, *, but: tuple[str, ...] = ()) -> None:
-    """Require that two configurations are those of one run.
-
-    Args:
-        there: the configuration that was found.
-        wanted: the one that is to go on.
-        where: what has the first one, for the message.
-        but: fields that may differ.
+    """Require that the configuration found `there` is the one that is to go on, `but` for fields that may differ.
 
     Raises:
-        OtherRunError: naming the first field that differs, and both values.
+        OtherRunError: saying `where` it was found, the first field that differs, and both values.
     """
     for field, value in wanted.items():
         if field not in but and there.get(field) != value:

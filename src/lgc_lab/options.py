@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,11 +30,9 @@ class Finite(click.FloatRange):
 
 
 def _known_recipe(_context: click.Context, _parameter: click.Parameter, value: str | None) -> str | None:
-    try:
-        if value is not None:
+    if value is not None:
+        with usage_errors():
             find_recipe(value)
-    except ValueError as error:
-        raise click.BadParameter(str(error)) from None
     return value
 
 
@@ -48,21 +47,18 @@ def recipe(**attributes: Any) -> Callable[[Command], Command]:
 epochs = click.option("--epochs", type=click.IntRange(1), help="Passes over the training data.  [the recipe's]")
 steps = click.option("--steps", type=click.IntRange(1), help="Stop after so many.  [at the end of the epochs]")
 batch_size = click.option("--batch-size", type=click.IntRange(1), help="Samples per rank and step.  [the recipe's]")
-data = click.option(
-    "--data", help="Folder in the hub's layout, or name on the Hugging Face hub.  [the recipe's, if it has one]"
-)
+DATA_HELP = "Folder in the hub's layout, or name on the Hugging Face hub.  [the recipe's, if it has one]"
+data = click.option("--data", help=DATA_HELP)
 limit_train = click.option("--limit-train", type=click.IntRange(1), help="Train on the first so many samples.  [all]")
-backbone = click.option("--backbone", help="For recipes that offer several.  [the recipe's first]")
+BACKBONE_HELP = "For recipes that offer several.  [the recipe's first]"
+backbone = click.option("--backbone", help=BACKBONE_HELP)
 bf16 = click.option("--bf16", is_flag=True, help="Compute in bfloat16 by autocast, on the CPU and the GPU.")
-workers = click.option("--workers", type=click.IntRange(1), default=4, show_default=True, help="Ranks on this machine.")
-seed = click.option(
-    "--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the model and the shuffling."
-)
+workers = click.option("--workers", type=click.IntRange(1), default=4, help="Ranks on this machine.")
+seed = click.option("--seed", type=click.IntRange(0), default=0, help="Of the model and the shuffling.")
 timeout = click.option(
     "--timeout",
     type=Finite(1, MOST_TIMEOUT),
     default=60.0,
-    show_default=True,
     help="Seconds after which a rank that waits for another gives up.",
 )
 out = click.option(
@@ -73,6 +69,15 @@ out = click.option(
 def split(text: str) -> list[str]:
     """What is between the commas."""
     return [part.strip() for part in text.split(",")]
+
+
+@contextmanager
+def usage_errors() -> Iterator[None]:
+    """What is wrong with the arguments, as click prints it."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        raise click.UsageError(str(error)) from None
 
 
 @contextmanager
@@ -89,6 +94,16 @@ def reported_errors() -> Iterator[None]:
         if under_torchrun():  # which prints the first rank's traceback
             raise
         raise click.ClickException(str(error)) from None
+
+
+def count_ranks(workers: int | None, default: int) -> int:
+    """How many ranks there will be: as asked, or those of the torchrun job. UsageError if that has another number."""
+    if not under_torchrun():
+        return workers or default
+    world_size = int(os.environ["WORLD_SIZE"])
+    if workers not in (None, world_size):
+        raise click.UsageError(f"--workers {workers}: torchrun has started {world_size} ranks; leave it out.")
+    return world_size
 
 
 def refuse_torchrun(command: str) -> None:

@@ -5,30 +5,32 @@ from __future__ import annotations
 import json
 import math
 import os
+import pickle
 import tempfile
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import click
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
-from lgc.choice.cost import TOLERANCE, Collective, Link, Prediction, Profile, SchemeCost, StageCost, predict, recommend
-from lgc.choice.profile import Profiler
+from lgc.choice.cost import TOLERANCE, Link, Prediction, Profile, predict, recommend
+from lgc.choice.profile import Job, Profiler, stand_in, wrap
 from lgc.choice.rehearsal import probe
 from lgc.comm.transport import Transport
 from lgc.schemes import Dense, PowerSGD, Scheme, SparseScheme, parse_scheme, require_different
 from lgc.schemes.powersgd import bucket_mb
 from lgc_lab import options
 from lgc_lab.bench.link.results import LOOPBACK, UNSHAPED, Results
-from lgc_lab.launch.ranks import pick_device, preload, start_ranks, under_torchrun
-from lgc_lab.plan.jobs import FunctionJob, JobSource, RecipeJob
+from lgc_lab.launch.ranks import place_under_torchrun, preload, process_group, start_ranks, under_torchrun
 from lgc_lab.recipes import find_object
 from lgc_lab.terminal import aligned, notify
+from lgc_lab.training.loop import make_optimizer
 from lgc_lab.training.settings import Settings
 
 SCHEMES = "dense,bf16,powersgd:rank=1,powersgd:rank=2,powersgd:rank=4,dgc,topk,scalecom,lgc-ring,lgc-ps"
@@ -37,11 +39,10 @@ THOROUGH = 3.0  # seconds after which a scheme is not measured again
 TIMEOUT = timedelta(seconds=600)  # ranks wait for the one that trains an autoencoder
 
 
-@dataclass(frozen=True)
-class Question:
+class Question(NamedTuple):
     """What is asked, to be sent to the ranks that measure."""
 
-    source: JobSource
+    make_job: Callable[[torch.device, dist.ProcessGroup, int | None], Job]  # in every rank, with so large buckets
     schemes: dict[str, Scheme]  # as asked for, with what comes from the recipe
     world_size: int
 
@@ -58,7 +59,6 @@ class Question:
     "--ranks-per-machine",
     type=click.IntRange(1),
     default=1,
-    show_default=True,
     help="Ranks that share a machine; so many measure here at once. A divisor of --workers; not under torchrun.",
 )
 @click.option(
@@ -67,8 +67,8 @@ class Question:
     multiple=True,
     help="Of each rank's link (kbit, mbit, gbit); several give a table each.  [measured under torchrun, else 100mbit]",
 )
-@click.option("--latency", default="0ms", show_default=True, help="Of a message (us, ms, s).")
-@click.option("--schemes", default=SCHEMES, show_default=True, help="To choose from, beside dense.")
+@click.option("--latency", default="0ms", help="Of a message (us, ms, s).")
+@click.option("--schemes", default=SCHEMES, help="To choose from, beside dense.")
 @options.batch_size
 @options.data
 @options.backbone
@@ -111,58 +111,43 @@ def plan(
     """
     if check is not None:
         options.refuse_torchrun("plan --check")
-        try:
+        with options.usage_errors():
             click.echo(_check(check))
-        except (ValueError, OSError) as error:
-            raise click.UsageError(str(error)) from None
         return
-    world_size = _world_size(workers, ranks_per_machine)
-    try:
+    world_size = options.count_ranks(workers, default=4)
+    if under_torchrun() and ranks_per_machine != 1:
+        raise click.UsageError("torchrun has started the ranks: leave out --ranks-per-machine.")
+    if world_size == 1:
+        raise click.UsageError("torchrun has started one rank; to measure a link takes at least 2.")
+    if world_size % ranks_per_machine:
+        raise click.UsageError(f"--ranks-per-machine {ranks_per_machine} must divide --workers {world_size}.")
+    with options.usage_errors():
         question = _question(world_size, **run)
-        given = {bandwidth: Link.parse(bandwidth, latency) for bandwidth in bandwidths}
-        usual = {"100mbit": Link.parse("100mbit", latency)}
-    except (ValueError, OSError) as error:
-        raise click.UsageError(str(error)) from None
+        links = {bandwidth: Link.parse(bandwidth, latency) for bandwidth in bandwidths or ("100mbit",)}
     if under_torchrun():
         profile, measured = _profile_in_job(question)
         if os.environ["RANK"] != "0":
             return
-        links = given or {MEASURED: measured}
+        links = links if bandwidths else {MEASURED: measured}
     else:
         profile = _profile_here(question, ranks_per_machine)
-        links = given or usual
-    answers = {name: predict(profile, link) for name, link in links.items()}
+    answers = [(name, link, predict(profile, link)) for name, link in links.items()]
     if as_json:
-        click.echo(json.dumps([_as_json(name, links[name], profile, rows) for name, rows in answers.items()], indent=1))
+        click.echo(json.dumps([_as_json(name, link, profile, rows) for name, link, rows in answers], indent=1))
     else:
         labels = _labels(question)
-        click.echo("\n\n".join(_as_text(name, links[name], profile, rows, labels) for name, rows in answers.items()))
-
-
-def _world_size(workers: int | None, ranks_per_machine: int) -> int:
-    """How many ranks the answer is for: those of the torchrun job, or as asked."""
-    if under_torchrun():
-        world_size = int(os.environ["WORLD_SIZE"])
-        if workers not in (None, world_size) or ranks_per_machine != 1:
-            raise click.UsageError("torchrun has started the ranks: leave out --workers and --ranks-per-machine.")
-        if world_size == 1:
-            raise click.UsageError("torchrun has started one rank; to measure a link takes at least 2.")
-        return world_size
-    world_size = workers or 4
-    if world_size % ranks_per_machine:
-        raise click.UsageError(f"--ranks-per-machine {ranks_per_machine} must divide --workers {world_size}.")
-    return world_size
+        click.echo("\n\n".join(_as_text(name, link, profile, rows, labels) for name, link, rows in answers))
 
 
 def _question(world_size: int, *, recipe: str | None, model: str | None, schemes: str, **run: Any) -> Question:
     if (recipe is None) == (model is None):
         raise ValueError("one of --recipe and --model must be given.")
     texts = options.split(schemes)
-    source: JobSource
+    make_job: Callable[..., Job]
     if recipe is not None:
         settings = {text: Settings(recipe=recipe, scheme=text, world_size=world_size, **run) for text in texts}
         planned = {text: one.resolve_scheme() for text, one in settings.items()}
-        source = RecipeJob(settings[texts[0]])
+        make_job = partial(_job_of_recipe, settings[texts[0]])
         settings[texts[0]].load_data()  # decodes into the cache that the ranks map
     else:
         assert model is not None
@@ -173,19 +158,43 @@ def _question(world_size: int, *, recipe: str | None, model: str | None, schemes
             )
         planned = {text: parse_scheme(text) for text in texts}
         find_object("model", model)  # raises here rather than in the ranks
-        source = FunctionJob(model)
+        make_job = partial(_job_of_function, model)
     require_different(texts, (planned[text] for text in texts))
-    return Question(source, planned, world_size)
+    return Question(make_job, planned, world_size)
+
+
+def _job_of_recipe(
+    settings: Settings, device: torch.device, group: dist.ProcessGroup, bucket_cap_mb: int | None
+) -> Job:
+    """A recipe with the first batch of its data."""
+    recipe = settings.resolve_recipe()
+    ddp = wrap(recipe.make_model(device), group, bucket_cap_mb=bucket_cap_mb)
+    train, generator = settings.load_data().train, torch.Generator().manual_seed(0)
+    inputs, targets = recipe.make_batch(train, torch.arange(recipe.batch_size), generator, device)
+
+    def loss() -> Tensor:
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=settings.bf16):
+            return recipe.loss(ddp(inputs), targets)
+
+    return Job(ddp, loss, partial(make_optimizer, replace(recipe, learning_rate=0.0), ddp.module))
+
+
+def _job_of_function(text: str, device: torch.device, group: dist.ProcessGroup, bucket_cap_mb: int | None) -> Job:
+    """What the function of --model returns; the device is torch's default in there."""
+    with device:
+        model, loss = find_object("model", text)()
+    ddp = wrap(model.to(device), group, bucket_cap_mb=bucket_cap_mb)
+    return Job(ddp, partial(loss, ddp), partial(stand_in, ddp))
 
 
 def _profile_here(question: Question, ranks: int) -> Profile:
     """With so many ranks on this machine."""
-    preload("lgc_lab.plan.command")
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "profile.json"
-        with options.reported_errors():
-            start_ranks(_write_profile, question, path, world_size=ranks, timeout=TIMEOUT)
-        return _read_profile(path)
+    preload(__name__)
+    with tempfile.TemporaryDirectory() as folder, options.reported_errors():
+        path = Path(folder) / "profile"
+        start_ranks(_write_profile, question, path, world_size=ranks, timeout=TIMEOUT)
+        profile: Profile = pickle.loads(path.read_bytes())
+        return profile
 
 
 def _write_profile(question: Question, path: Path, device: torch.device) -> None:
@@ -193,43 +202,26 @@ def _write_profile(question: Question, path: Path, device: torch.device) -> None
     assert dist.group.WORLD is not None
     profile = _profile(question, dist.group.WORLD, device)
     if dist.get_rank() == 0:
-        path.write_text(json.dumps(asdict(profile)), encoding="utf-8")
-
-
-def _read_profile(path: Path) -> Profile:
-    content = json.loads(path.read_text(encoding="utf-8"))
-    for arm in content["arms"]:
-        for stage in arm["stages"]:
-            stage["collectives"] = [Collective(**collective) for collective in stage["collectives"]]
-        arm["stages"] = [StageCost(**stage) for stage in arm["stages"]]
-    return Profile(**content | {"arms": [SchemeCost(**arm) for arm in content["arms"]]})
+        path.write_bytes(pickle.dumps(profile))
 
 
 def _profile_in_job(question: Question) -> tuple[Profile, Link]:
     """As one rank of a torchrun job: the ranks of a machine measure together, and all of them the link."""
-    on_machine = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    device, backend = pick_device(int(os.environ.get("LOCAL_RANK", "0")), on_machine)
-    dist.init_process_group(backend, timeout=TIMEOUT)
-    try:
+    local_rank, on_machine = place_under_torchrun()
+    with process_group(TIMEOUT, local_rank, on_machine) as device:
         assert dist.group.WORLD is not None
         link = probe(Transport(dist.group.WORLD, device), device)
         local, _ = dist.new_subgroups(group_size=on_machine)
         profile = _profile(question, local, device)
         dist.barrier()
         return profile, link
-    finally:
-        dist.destroy_process_group()
 
 
 def _profile(question: Question, group: dist.ProcessGroup, device: torch.device) -> Profile:
     """Measure what is asked; a collective of the ranks that share this machine."""
-
-    def tell(what: str) -> None:
-        if dist.get_rank() == 0:
-            notify(what)
-
+    tell = notify if dist.get_rank() == 0 else lambda text: None
     tell(f"measuring compute, {torch.get_num_threads()} threads a rank")
-    make_job = partial(question.source, device, group)
+    make_job = partial(question.make_job, device, group)
     profiler = Profiler(make_job, Transport(group, device), question.world_size, enough=THOROUGH)
     if profiler.unsteady:
         tell(f"WARNING: {profiler.unsteady} Do not trust what follows.")
@@ -250,7 +242,8 @@ def _check(folder: Path) -> str:
     labels = _labels(question)
     blocks = []
     for rate in results.rates:
-        rows = [row for row in predict(profile, _link_of(rate)) if row.scheme in labels]
+        link = Link(math.inf) if rate in (UNSHAPED, LOOPBACK) else Link.parse(rate)
+        rows = [row for row in predict(profile, link) if row.scheme in labels]
         measured = [results.lasting(rate, labels[row.scheme]).split.step for row in rows]
         table = [("scheme", "predicted", "measured", "error")]
         for row, seconds in zip(rows, measured, strict=True):
@@ -259,15 +252,11 @@ def _check(folder: Path) -> str:
         advised = recommend(rows)
         loss = 100 * (measured[rows.index(advised)] / min(measured) - 1)
         best = labels[rows[measured.index(min(measured))].scheme]
-        advice = (
-            f"advised {labels[advised.scheme]}; fastest when measured {best}; following the advice loses {loss:.1f} %"
-        )
-        blocks.append(f"{rate}\n\n{aligned(table)}\n\n{advice}")
+        blocks += [
+            *(rate, aligned(table)),
+            f"advised {labels[advised.scheme]}; fastest when measured {best}; following the advice loses {loss:.1f} %",
+        ]
     return "\n\n".join(blocks)
-
-
-def _link_of(rate: str) -> Link:
-    return Link(math.inf) if rate in (UNSHAPED, LOOPBACK) else Link.parse(rate)
 
 
 def _labels(question: Question) -> dict[str, str]:
@@ -289,10 +278,11 @@ def _as_text(name: str, link: Link, profile: Profile, rows: Sequence[Prediction]
     title = f"{profile.world_size} ranks, {name}: {link}"
     if name != MEASURED:
         title += "; what the latency adds is predicted, not validated" if link.latency else " (--latency sets it)"
-    return "\n".join([title, "", aligned(table), "", *_advice(rows, labels, profile)])
+    return "\n\n".join([title, aligned(table), *_advice(rows, labels, profile)])
 
 
 def _advice(rows: Sequence[Prediction], labels: Mapping[str, str], profile: Profile) -> list[str]:
+    """Which scheme to take and what else to know, by paragraphs."""
     best = recommend(rows)
     scheme = parse_scheme(best.scheme)
     if best == rows[0]:
@@ -300,33 +290,29 @@ def _advice(rows: Sequence[Prediction], labels: Mapping[str, str], profile: Prof
     equals = [labels[row.scheme] for row in rows[1:] if row != best and row.step <= best.step * (1 + TOLERANCE)]
     others = f", at which {' and '.join(equals)} are within {TOLERANCE:.0%} of it" if equals else ""
     rate = f" at a rate of {100 * scheme.rate:g} %" if isinstance(scheme, SparseScheme) else ""
-    lines = [
+    paragraphs = [
         f"{labels[best.scheme]} is best here, {best.speedup:.1f} times as fast as dense:",
-        "",
         f"    {_attach(best)}",
-        "",
         f"This is of speed alone{rate}{others}; lgc compare tells about accuracy.",
     ]
     if best.early:
         steps = sum(stage.steps for stage in best.early)
         mean = sum(stage.steps * stage.step for stage in best.early) / steps
         phases = ", ".join(dict.fromkeys(stage.phase for stage in best.early))
-        lines += [
-            "",
+        paragraphs.append(
             f"Its first {steps} steps ({phases}) take {1e3 * mean:,.1f} ms on average; the run as a whole is ahead of "
-            f"dense from step {best.pays_from} on.",
-        ]
+            f"dense from step {best.pays_from} on."
+        )
     if scheme.makes_adams_step:
-        lines += ["", "It makes Adam's step: train with SGD without momentum."]
+        paragraphs.append("It makes Adam's step: train with SGD without momentum.")
     elif scheme.corrected_momentum:
-        lines += ["", "It has the momentum: give the optimizer none, or the scheme momentum=0."]
+        paragraphs.append("It has the momentum: give the optimizer none, or the scheme momentum=0.")
     if isinstance(scheme, PowerSGD):
-        lines += [
-            "",
-            "On gloo it needs all gradients in one bucket: DistributedDataParallel(model, bucket_cap_mb="
-            f"{bucket_mb(profile.gradient_bytes)}).",
-        ]
-    return lines
+        size = bucket_mb(profile.gradient_bytes)
+        paragraphs.append(
+            f"On gloo it needs all gradients in one bucket: DistributedDataParallel(model, bucket_cap_mb={size})."
+        )
+    return paragraphs
 
 
 def _attach(best: Prediction) -> str:
