@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import NamedTuple
 
 NAMESPACES = Path("/run/netns")
@@ -31,7 +30,7 @@ class NetworkError(Exception):
 
 
 class Counters(NamedTuple):
-    """Bytes that an interface has sent and received, with their headers, and packets."""
+    """Bytes that an interface has sent and received, headers included, and packets."""
 
     sent: int
     received: int
@@ -64,8 +63,8 @@ class Network:
 
     def enter(self, rank: int) -> str:
         """Move the calling thread, and those it starts from now on, into a rank's namespace; its interface's name."""
+        libc = ctypes.CDLL(None, use_errno=True)
         with open(NAMESPACES / self.namespace(rank)) as namespace:
-            libc = ctypes.CDLL(None, use_errno=True)
             if libc.setns(namespace.fileno(), CLONE_NEWNET) != 0:
                 raise NetworkError(f"setns {self.namespace(rank)}: {os.strerror(ctypes.get_errno())}")
         return INTERFACE
@@ -76,33 +75,27 @@ class Network:
         The bucket is that small because a full one lets so many bytes pass at once: a small message would otherwise
         cross the slowest link in no time. No latency is added, and up to half a second of traffic is queued.
         """
-        discipline = ["noqueue"]
+        discipline = "noqueue"
         if bits_per_second is not None:
             burst = max(LEAST_BURST, round(BURST_S * bits_per_second / 8))
-            rate = f"{round(bits_per_second)}bit"
-            discipline = ["tbf", "rate", rate, "burst", str(burst), "latency", f"{QUEUE_MS}ms"]
+            discipline = f"tbf rate {round(bits_per_second)}bit burst {burst} latency {QUEUE_MS}ms"
         for rank in range(self.world_size):
             for namespace, device in ((self.namespace(rank), INTERFACE), (self.bridge, f"port{rank}")):
-                _run("tc", "-n", namespace, "qdisc", "replace", "dev", device, "root", *discipline)
+                _run(f"tc -n {namespace} qdisc replace dev {device} root {discipline}")
 
     def _set_up(self) -> None:
-        _run("ip", "netns", "add", self.bridge)
-        in_bridge = ("ip", "-n", self.bridge, "link")
-        _run(*in_bridge, "add", "name", "bridge", "type", "bridge")
-        _run(*in_bridge, "set", "dev", "bridge", "addrgenmode", "none", "up")
+        _run(f"ip netns add {self.bridge}")
+        _run(f"ip -n {self.bridge} link add name bridge type bridge")
+        _run(f"ip -n {self.bridge} link set dev bridge addrgenmode none up")
         for rank in range(self.world_size):
             namespace, port = self.namespace(rank), f"port{rank}"
-            _run("ip", "netns", "add", namespace)
-            _run(*in_bridge, "add", "name", port, "type", "veth", "peer", "name", INTERFACE, "netns", namespace)
+            _run(f"ip netns add {namespace}")
+            _run(f"ip -n {self.bridge} link add name {port} type veth peer name {INTERFACE} netns {namespace}")
             # No IPv6 address: its announcements would be among what is counted.
-            _run(*in_bridge, "set", "dev", port, "master", "bridge", "addrgenmode", "none", "up")
-            _run("ip", "-n", namespace, "link", "set", "dev", INTERFACE, "addrgenmode", "none", "up")
-            _run("ip", "-n", namespace, "link", "set", "dev", "lo", "up")
-            _run("ip", "-n", namespace, "address", "add", f"{self.address(rank)}/24", "dev", INTERFACE)
-
-    def _remove(self) -> None:
-        for name in [*map(self.namespace, range(self.world_size)), self.bridge]:
-            _remove(name)
+            _run(f"ip -n {self.bridge} link set dev {port} master bridge addrgenmode none up")
+            _run(f"ip -n {namespace} link set dev {INTERFACE} addrgenmode none up")
+            _run(f"ip -n {namespace} link set dev lo up")
+            _run(f"ip -n {namespace} address add {self.address(rank)}/24 dev {INTERFACE}")
 
 
 @contextmanager
@@ -121,14 +114,15 @@ def temporary_network(world_size: int) -> Iterator[Network]:
         raise ValueError(f"temporary_network(world_size) must be in 1 .. {MOST_RANKS}, got {world_size}.")
     remove_stale()
     network = Network(f"lgc-{os.getpid()}", world_size)
-    on_sigterm = signal.signal(signal.SIGTERM, _exit)
+    on_sigterm = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     try:
         network._set_up()
         yield network
     finally:
         on_sigint = signal.signal(signal.SIGINT, signal.SIG_IGN)
         try:
-            network._remove()
+            for path in NAMESPACES.glob(f"{network.prefix}-*"):
+                _run(f"ip netns delete {path.name}")
         finally:
             signal.signal(signal.SIGINT, on_sigint)
             signal.signal(signal.SIGTERM, on_sigterm)
@@ -147,24 +141,14 @@ def remove_stale() -> None:
     for path in NAMESPACES.glob("lgc-*"):
         match = PATTERN.fullmatch(path.name)
         if match and (int(match[1]) == os.getpid() or not Path("/proc", match[1]).exists()):
-            _remove(path.name)
+            _run(f"ip netns delete {path.name}")
 
 
-def _remove(namespace: str) -> None:
-    if (NAMESPACES / namespace).exists():
-        _run("ip", "netns", "delete", namespace)
-
-
-def _run(*command: str) -> None:
-    # /usr/sbin is not on everybody's path.
-    environment = os.environ | {"PATH": f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"}
+def _run(command: str) -> None:
+    env = os.environ | {"PATH": f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"}  # not on everybody's path
     try:
-        done = subprocess.run(command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+        done = subprocess.run(command.split(), env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True)
     except OSError as error:
-        raise NetworkError(f"{' '.join(command)}: {error}") from None
+        raise NetworkError(f"{command}: {error}") from None
     if done.returncode != 0:
-        raise NetworkError(f"{' '.join(command)}: {done.stderr.strip() or f'exit status {done.returncode}'}")
-
-
-def _exit(number: int, _: FrameType | None) -> None:
-    sys.exit(128 + number)
+        raise NetworkError(f"{command}: {done.stderr.strip() or f'exit status {done.returncode}'}")

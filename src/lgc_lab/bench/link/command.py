@@ -31,30 +31,18 @@ SCHEMES = "dense,bf16,powersgd:rank=1,powersgd:rank=2,powersgd:rank=4,dgc,scalec
 @options.batch_size
 @click.option("--workers", "world_size", type=click.IntRange(2), default=4, show_default=True, help="Number of ranks.")
 @click.option("--schemes", default=SCHEMES, show_default=True, help="As for lgc compare.")
-@click.option(
-    "--rates", default="10mbit,100mbit,1gbit,unshaped", show_default=True, help="Of the links, in both directions."
-)
+@click.option("--rates", default="10mbit,100mbit,1gbit,unshaped", show_default=True, help="Of the links, each way.")
 @click.option("--steps", type=click.IntRange(1), default=20, show_default=True, help="Measured at a time, at most.")
 @click.option("--warm-up", type=click.IntRange(1), default=2, show_default=True, help="Steps before these.")
-@click.option(
-    "--seconds", type=options.Finite(0.001), default=5.0, show_default=True, help="Measured at a time, at most."
-)
-@click.option(
-    "--repeats", type=click.IntRange(1), default=3, show_default=True, help="Times that all schemes take turns."
-)
+@click.option("--seconds", type=options.Finite(0.001), default=5.0, show_default=True, help="The same, in seconds.")
+@click.option("--repeats", type=click.IntRange(1), default=3, show_default=True, help="Turns of all schemes.")
 @click.option("--loopback", is_flag=True, help="No network of its own, and no root: the link is not shaped.")
 @click.option(
-    "--timeout",
-    type=options.Finite(1, MOST_TIMEOUT),
-    default=600.0,
-    show_default=True,
-    help="Seconds that a rank waits for another.",
+    "--timeout", type=options.Finite(1, MOST_TIMEOUT), default=600.0, show_default=True, help="Seconds a rank may wait."
 )
 @click.option("--target", type=float, help="Value of the recipe's metric to reach; needs --runs.")
 @click.option(
-    "--runs",
-    type=click.Path(exists=True, file_okay=False, path_type=Path),
-    help="Folder of lgc compare with a finished run of every scheme.",
+    "--runs", type=click.Path(exists=True, file_okay=False, path_type=Path), help="Folder of finished lgc compare."
 )
 @options.out
 @click.option("--overwrite", is_flag=True, help="Measure again what is there already.")
@@ -78,17 +66,16 @@ def link(
     options.refuse_torchrun("bench link")
     if (target is None) != (runs is None):
         raise click.UsageError("--target and --runs go together.")
-    run["schemes"], run["rates"] = (tuple(options.split(run[name])) for name in ("schemes", "rates"))
+    run |= {name: options.split(run[name]) for name in ("schemes", "rates")}
     with options.reported_errors():
         wanted = Measurement(**run)
         with occupied(out):
             there = None if overwrite else _find(out, wanted, loopback=loopback)
             if there is None or not there.finished:
                 with _network(wanted.world_size, loopback) as network:
-                    if there is not None and network is None:
-                        raise OtherRunError(
-                            f"{out} has a measurement of shaped links to go on with; choose another --out."
-                        )
+                    if there and network is None:
+                        message = "has a measurement of shaped links to go on with; choose another --out."
+                        raise OtherRunError(f"{out} {message}")
                     measure_links(wanted, out, network, timedelta(seconds=timeout), there.cells if there else ())
         results = Results.load(out)
         click.echo(results.text())
@@ -110,7 +97,7 @@ def _find(folder: Path, wanted: Measurement, *, loopback: bool) -> Results | Non
     if not (folder / RESULTS).exists():
         return None
     try:
-        results = Results.read(folder)
+        results = Results.load(folder, unfinished=True)
     except ValueError as error:
         raise ValueError(f"{error} --overwrite starts anew.") from None
     require_same(results.configuration, wanted.configuration(), f"{folder} has a measurement")
@@ -122,7 +109,7 @@ def _find(folder: Path, wanted: Measurement, *, loopback: bool) -> Results | Non
     if over_loopback != loopback:
         kinds = ("of shaped links", "over loopback")
         raise OtherRunError(
-            f"{folder} has a measurement {kinds[not loopback]}, this one would be {kinds[loopback]}: choose another "
+            f"{folder} has a measurement {kinds[over_loopback]}, this one would be {kinds[loopback]}: choose another "
             "--out, --loopback or --overwrite."
         )
     return results
@@ -133,11 +120,10 @@ def _network(world_size: int, loopback: bool) -> Iterator[Network | None]:
     """A network, or None and a note where there is to be or can be none."""
     with ExitStack() as stack:
         network = None
-        if not loopback:
-            try:
-                network = stack.enter_context(temporary_network(world_size))
-            except NetworkError as error:
-                notify(f"NOTE: shaped links need root, Linux and iproute2. {error}")
+        try:
+            network = None if loopback else stack.enter_context(temporary_network(world_size))
+        except NetworkError as error:
+            notify(f"NOTE: shaped links need root, Linux and iproute2. {error}")
         if network is None:
             notify("NOTE: the link is NOT SHAPED: all ranks talk over loopback, and --rates is ignored.")
         yield network
@@ -147,18 +133,12 @@ def _write_picture(results: Results, times: Sequence[TimeToTarget], target: floa
     """Time a step, and to the target if there is one, against the speed of the link, as SVG."""
     from lgc_lab.report.figures import Panel, draw_against_links  # here, because most commands need no matplotlib
 
-    speeds = [bits_per_second(rate) for rate in results.rates]
-    panels = [
-        Panel(
-            "ms a step",
-            {
-                scheme: [results.lasting(rate, scheme).split.step * 1e3 for rate in results.rates]
-                for scheme in results.schemes
-            },
-        )
-    ]
+    rates, schemes = results.rates, results.schemes
+    ms: dict[str, list[float | None]]
+    ms = {name: [1e3 * results.lasting(rate, name).split.step for rate in rates] for name in schemes}
+    panels = [Panel("ms a step", ms)]
     if times:
-        by_scheme = {scheme: [each.seconds for each in times if each.scheme == scheme] for scheme in results.schemes}
-        panels.append(Panel(f"seconds to {target:g}", by_scheme))
+        seconds = {name: [each.seconds for each in times if each.scheme == name] for name in schemes}
+        panels.append(Panel(f"seconds to {target:g}", seconds))
     name = f"{results.configuration['recipe']} links"
-    write_whole(path, draw_against_links(name, speeds, panels))
+    write_whole(path, draw_against_links(name, [bits_per_second(rate) for rate in rates], panels))

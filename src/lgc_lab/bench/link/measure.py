@@ -10,9 +10,11 @@ import math
 import multiprocessing
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime, timedelta
+from functools import partial
+from itertools import pairwise
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,7 +30,7 @@ from lgc.schemes import LGCScheme, PowerSGD, Scheme, SparseScheme, require_diffe
 from lgc.version import __version__
 from lgc_lab.bench.link.results import COMPUTE, LOOPBACK, RESULTS, UNSHAPED, Cell, bits_per_second, step_seconds
 from lgc_lab.folder import write_json
-from lgc_lab.launch.network import Counters, Network, read_counters
+from lgc_lab.launch.network import Network, read_counters
 from lgc_lab.launch.ranks import preload, start_ranks
 from lgc_lab.terminal import notify
 from lgc_lab.training.loop import Training
@@ -60,8 +62,8 @@ class Measurement:
     data: str | None
     batch_size: int | None
     world_size: int
-    schemes: tuple[str, ...]
-    rates: tuple[str, ...]
+    schemes: Sequence[str]
+    rates: Sequence[str]
     steps: int
     warm_up: int
     seconds: float
@@ -92,7 +94,12 @@ class Measurement:
 
     def configuration(self) -> dict[str, Any]:
         """What must be equal for two measurements to be the same one, as JSON values."""
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
+        return asdict(self)
+
+
+def machine() -> dict[str, Any]:
+    """What the parts of one measurement must have in common."""
+    return {"cores": os.cpu_count(), "lgc": __version__, "torch": torch.__version__}
 
 
 def shortened(scheme: Scheme) -> Scheme:
@@ -114,13 +121,12 @@ def full_text(scheme: Scheme) -> str:
 
 
 def measure_links(
-    wanted: Measurement, folder: Path, network: Network | None, timeout: timedelta, done: Sequence[Cell] = ()
+    wanted: Measurement, out: Path, network: Network | None, timeout: timedelta, done: Sequence[Cell] = ()
 ) -> None:
-    """Start the ranks, which write `folder`/results.json after every link.
+    """Start the ranks, which write `out`/results.json after every link.
 
     Args:
-        wanted: what to measure.
-        folder: of the results.
+        wanted, out: what to measure, and where to.
         network: whose links are shaped; None is loopback.
         timeout: for which a rank waits for another.
         done: cells of links that have been measured before.
@@ -133,50 +139,46 @@ def measure_links(
     preload(__name__)
     wanted.training("dense").load_data()  # decodes into the cache that the ranks map
     barrier = multiprocessing.get_context("forkserver").Barrier(wanted.world_size)
-    start_ranks(  # NCCL would not take the network, but go from GPU to GPU
-        _measure_cells,
-        wanted,
-        folder,
-        network,
-        barrier,
-        list(done),
-        world_size=wanted.world_size,
-        timeout=timeout,
-        network=network,
-        backend="gloo",
-    )
+    # NCCL would not take the network, but go from GPU to GPU.
+    start = partial(start_ranks, world_size=wanted.world_size, timeout=timeout, network=network, backend="gloo")
+    start(_measure_cells, wanted, out, network, barrier, list(done))
 
 
 def _measure_cells(
-    wanted: Measurement,
-    folder: Path,
-    network: Network | None,
-    barrier: Barrier,
-    cells: list[Cell],
-    device: torch.device,
+    wanted: Measurement, out: Path, network: Network | None, barrier: Barrier, cells: list[Cell], device: torch.device
 ) -> None:
     """Run in every rank of the default process group; rank 0 writes the results."""
-    rank = dist.get_rank()
+    is_first = dist.get_rank() == 0
+    tell = notify if is_first else lambda _: None
     arms: dict[str, Arm] = {COMPUTE: ComputeArm(wanted.training("dense"), device, barrier)}
     for text in wanted.schemes:
         arms[text] = Arm(wanted.training(full_text(shortened(wanted.scheme(text)))), device)
     for text, arm in arms.items():
-        _say(f"preparing {text}")
+        tell(f"preparing {text}")
         arm.prepare()
     meter = Meter(wanted, barrier, has_network=network is not None)
     rates = (LOOPBACK,) if network is None else wanted.rates
     measured = {cell.rate for cell in cells}
     for rate in [rate for rate in rates if rate not in measured]:
-        if network is not None and rank == 0:
+        if network is not None and is_first:
             network.shape(bits_per_second(rate))
         for repeat in range(wanted.repeats):
             for text, arm in arms.items():
-                for phase, samples in meter.phases(arm, early=repeat == 0):
-                    cells.append(meter.cell(rate, repeat, text, phase, samples))
-                    step_ms = 1e3 * step_seconds(cells[-1:])
-                    _say(f"{rate}, {repeat + 1} of {wanted.repeats}, {text}, {phase}: {step_ms:.1f} ms")
-        if rank == 0:
-            _write(folder, wanted, arms, cells, finished=rate == rates[-1])
+                for cell in meter.cells(rate, repeat, text, arm):
+                    cells.append(cell)
+                    step_ms = 1e3 * step_seconds([cell])
+                    tell(f"{rate}, {repeat + 1} of {wanted.repeats}, {text}, {cell.phase}: {step_ms:.1f} ms")
+        if is_first:
+            content = {
+                "finished": rate == rates[-1],
+                "configuration": wanted.configuration(),
+                "measured": datetime.now(UTC).isoformat(timespec="seconds"),
+                "parameters": arms[COMPUTE].run.handle.parameters,
+                "schemes": {text: str(arms[text].run.scheme) for text in wanted.schemes},
+                "machine": machine() | {"threads_per_rank": torch.get_num_threads()},
+                "cells": [cell._asdict() for cell in cells],
+            }
+            write_json(out / RESULTS, content)
 
 
 COUNTED = ("counted_sent", "counted_received")  # by the transport
@@ -187,8 +189,8 @@ class Samples(NamedTuple):
     """What one rank saw of some steps.
 
     Attributes:
-        seconds: of a step, its compression and its communication, shape (steps, 3).
-        moved: bytes and packets, in the order of `MOVED`, shape (6,).
+        seconds: of a step, its compression and its communication (NaN where they cannot be told), shape (steps, 3).
+        moved: bytes and packets, in the order of `MOVED`, shape (6,), or those of `COUNTED` without a network.
     """
 
     seconds: Tensor
@@ -213,29 +215,15 @@ class Arm:
         if not math.isfinite(row["loss"]):
             raise FloatingPointError(f"{self.run.scheme}: the loss is {row['loss']} after {self.run.step} steps.")
 
-    def seconds(self) -> tuple[float, float]:
-        """Compression and communication of the last step; NaN where they cannot be told."""
-        return self.run.handle.round_time or (float("nan"), float("nan"))
-
-    def count(self) -> tuple[int, int]:
-        """Bytes that this rank has sent and received so far, by the transport."""
-        phases = self.run.handle.wire.phases.values()
-        return (sum(phase.sent_bytes for phase in phases), sum(phase.received_bytes for phase in phases))
-
     def phases(self) -> dict[str, tuple[int, int | None]]:
         """First step and length of every phase; of the one that lasts, the length is None."""
         if self.run.handle.synchronizer is None:
-            first = Phase.COMPRESSED if isinstance(self.run.scheme, PowerSGD) else Phase.DENSE
-            return {str(first): (0, None)}
+            only = Phase.COMPRESSED if isinstance(self.run.scheme, PowerSGD) else Phase.DENSE
+            return {str(only): (0, None)}
         schedule = self.run.handle.synchronizer.aggregator.schedule
-        ends = {Phase.DENSE: schedule.dense_end, Phase.WARMUP: schedule.warmup_end, Phase.TRAIN: schedule.train_end}
-        found: dict[str, tuple[int, int | None]] = {}
-        first_step = 0
-        for phase, end in ends.items():
-            if end > first_step:
-                found[str(phase)] = (first_step, end - first_step)
-            first_step = end
-        return found | {str(Phase.COMPRESSED): (first_step, None)}
+        firsts = [0, schedule.dense_end, schedule.warmup_end, schedule.train_end]
+        places = zip(firsts, [*(end - first for first, end in pairwise(firsts)), None], strict=True)
+        return {str(phase): place for phase, place in zip(Phase, places, strict=True) if place[1] != 0}
 
     def go_to(self, step: int) -> None:
         """Have the scheme do what it does at this step, with the state it has."""
@@ -270,29 +258,31 @@ class Meter:
         self.barrier = barrier
         self.has_network = has_network
 
-    def phases(self, arm: Arm, *, early: bool) -> Iterator[tuple[str, Samples]]:
-        """Samples of every phase, or of the lasting one alone."""
+    def cells(self, rate: str, repeat: int, scheme: str, arm: Arm) -> Iterator[Cell]:
+        """What all ranks see of every phase in the first turn, and of the lasting one in the others; a collective."""
         for phase, (first, length) in arm.phases().items():
-            if length is None:
+            if repeat == 0 or length is None:
                 arm.go_to(first)
-                yield phase, self._lasting(arm)
-            elif early:
-                arm.go_to(first)
-                yield phase, self._whole(arm, length, may_stop=phase == Phase.DENSE)
+                samples = self._samples(arm, length, are_alike=length is None or phase == Phase.DENSE)
+                seconds, moved = ([torch.empty_like(part) for _ in range(dist.get_world_size())] for part in samples)
+                dist.all_gather(seconds, samples.seconds)
+                dist.all_gather(moved, samples.moved)
+                step, compression, communication = torch.stack(seconds, dim=1).unbind(dim=2)
+                parts = (None, None) if compression.isnan().any() else (compression.tolist(), communication.tolist())
+                counts = dict(zip(MOVED, torch.stack(moved, dim=1).tolist(), strict=False))
+                yield Cell(rate, repeat, scheme, phase, step.tolist(), *parts, **counts)
 
-    def _whole(self, arm: Arm, length: int, *, may_stop: bool) -> Samples:
-        """All steps of a phase; one step is enough of one that is always the same, if it takes that long."""
+    def _samples(self, arm: Arm, length: int | None, *, are_alike: bool) -> Samples:
+        """All steps of a phase, or some of one without end; one step that takes long is enough if all are alike."""
         probe = self._steps(arm, 1)
-        if length == 1 or (may_stop and self._slowest(probe) > self.wanted.seconds):
+        slowest = probe.seconds[:, 0].max()
+        dist.all_reduce(slowest, dist.ReduceOp.MAX)
+        affordable = int(self.wanted.seconds / float(slowest))
+        if length == 1 or (are_alike and affordable == 0):
             return probe
-        rest = self._steps(arm, length - 1)
-        return Samples(torch.cat([probe.seconds, rest.seconds]), probe.moved + rest.moved)
-
-    def _lasting(self, arm: Arm) -> Samples:
-        probe = self._steps(arm, 1)
-        affordable = int(self.wanted.seconds / self._slowest(probe))
-        if affordable == 0:
-            return probe
+        if length is not None:
+            rest = self._steps(arm, length - 1)
+            return Samples(torch.cat([probe.seconds, rest.seconds]), probe.moved + rest.moved)
         if self.wanted.warm_up > 1:
             self._steps(arm, min(self.wanted.warm_up - 1, affordable))
         return self._steps(arm, min(self.wanted.steps, affordable))
@@ -300,66 +290,18 @@ class Meter:
     def _steps(self, arm: Arm, count: int) -> Samples:
         rows = []
         self.barrier.wait()  # not a collective: it would be among what the counters count
-        before, counted_before = self._counters(), arm.count()
+        before = self._moved(arm)
         started = time.perf_counter()
         for _ in range(count):
             arm.step()
             now = time.perf_counter()
-            rows.append((now - started, *arm.seconds()))
+            rows.append((now - started, *(arm.run.handle.round_time or (math.nan, math.nan))))
             started = now
         self.barrier.wait()  # all have all of this rank's bytes
-        after, counted_after = self._counters(), arm.count()
-        moved = [end - start for start, end in zip((*counted_before, *before), (*counted_after, *after), strict=True)]
-        return Samples(torch.tensor(rows, dtype=torch.float64), torch.tensor(moved, dtype=torch.int64))
+        return Samples(torch.tensor(rows, dtype=torch.float64), self._moved(arm) - before)
 
-    def cell(self, rate: str, repeat: int, scheme: str, phase: str, samples: Samples) -> Cell:
-        """What all ranks saw; a collective."""
-        seconds, moved = ([torch.empty_like(part) for _ in range(dist.get_world_size())] for part in samples)
-        dist.all_gather(seconds, samples.seconds)
-        dist.all_gather(moved, samples.moved)
-        step, compression, communication = torch.stack(seconds, dim=1).unbind(dim=2)
-        is_split = not bool(compression.isnan().any())
-        counts: dict[str, Any] = dict(zip(MOVED, torch.stack(moved, dim=1).tolist(), strict=True))
-        if not self.has_network:
-            counts |= dict.fromkeys(set(MOVED) - set(COUNTED))
-        return Cell(
-            rate=rate,
-            repeat=repeat,
-            scheme=scheme,
-            phase=phase,
-            seconds=step.tolist(),
-            compression=compression.tolist() if is_split else None,
-            communication=communication.tolist() if is_split else None,
-            **counts,
-        )
-
-    def _counters(self) -> Counters:
-        return read_counters() if self.has_network else Counters(0, 0, 0, 0)
-
-    def _slowest(self, samples: Samples) -> float:
-        slowest = samples.seconds[:, 0].max()
-        dist.all_reduce(slowest, dist.ReduceOp.MAX)
-        return float(slowest)
-
-
-def machine() -> dict[str, Any]:
-    """What the parts of one measurement must have in common."""
-    return {"cores": os.cpu_count(), "lgc": __version__, "torch": torch.__version__}
-
-
-def _write(folder: Path, wanted: Measurement, arms: Mapping[str, Arm], cells: list[Cell], *, finished: bool) -> None:
-    content = {
-        "finished": finished,
-        "configuration": wanted.configuration(),
-        "measured": datetime.now(UTC).isoformat(timespec="seconds"),
-        "parameters": arms[COMPUTE].run.handle.parameters,
-        "schemes": {text: str(arm.run.scheme) for text, arm in arms.items() if text != COMPUTE},
-        "machine": machine() | {"threads_per_rank": torch.get_num_threads()},
-        "cells": [cell._asdict() for cell in cells],
-    }
-    write_json(folder / RESULTS, content)
-
-
-def _say(text: str) -> None:
-    if dist.get_rank() == 0:
-        notify(text)
+    def _moved(self, arm: Arm) -> Tensor:
+        """Bytes and packets so far, as in `Samples`."""
+        phases = arm.run.handle.wire.phases.values()
+        counted = sum(phase.sent_bytes for phase in phases), sum(phase.received_bytes for phase in phases)
+        return torch.tensor([*counted, *(read_counters() if self.has_network else ())])

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
 
 from lgc.choice.cost import parse_rate
-from lgc.comm.transport import SERVER
 from lgc.phase import Phase
 from lgc.schemes import Dense
 from lgc_lab.folder import read_objects
@@ -38,10 +39,10 @@ class Cell(NamedTuple):
     communication: list[list[float]] | None
     counted_sent: list[int]
     counted_received: list[int]
-    counter_sent: list[int] | None
-    counter_received: list[int] | None
-    packets_sent: list[int] | None
-    packets_received: list[int] | None
+    counter_sent: list[int] | None = None
+    counter_received: list[int] | None = None
+    packets_sent: list[int] | None = None
+    packets_received: list[int] | None = None
 
 
 class Split(NamedTuple):
@@ -92,29 +93,20 @@ class Results:
         self.rows = [self._row(group) for (_, scheme, _), group in grouped.items() if scheme != COMPUTE]
 
     @classmethod
-    def load(cls, folder: Path) -> Results:
+    def load(cls, folder: Path, *, unfinished: bool = False) -> Results:
         """Read a folder.
 
         Raises:
-            ValueError: if there is no finished measurement.
-        """
-        results = cls.read(folder)
-        if not results.finished:
-            raise ValueError(f"{folder / RESULTS} is not a finished measurement: it was interrupted.")
-        return results
-
-    @classmethod
-    def read(cls, folder: Path) -> Results:
-        """Read a folder, whose measurement may have been interrupted after some of the links.
-
-        Raises:
-            ValueError: if there is none.
+            ValueError: if there is no measurement, or one that was interrupted, unless it may be `unfinished`.
         """
         path = folder / RESULTS
         try:
-            return cls(read_objects(path)[0])
+            results = cls(read_objects(path)[0])
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path} is not a measurement: {error!r}.") from None
+        if not results.finished and not unfinished:
+            raise ValueError(f"{path} is not a finished measurement: it was interrupted.")
+        return results
 
     @property
     def rates(self) -> list[str]:
@@ -131,24 +123,17 @@ class Results:
         return [row for row in self.rows if (row.rate, row.scheme) == (rate, scheme)][-1]
 
     def _row(self, cells: list[Cell]) -> Row:
-        rate = cells[0].rate
+        rate, _, scheme, phase, *_ = cells[0]
         of_turns = [step_seconds([cell]) for cell in cells]
         steps = sum(len(cell.seconds) for cell in cells)
-        counted = sum(sum(cell.counted_sent) for cell in cells) / steps
-        headers = payload = None
-        if all(cell.counter_sent and cell.packets_sent for cell in cells):
-            headers = HEADER_BYTES * sum(sum(cell.packets_sent or []) for cell in cells) / steps
-            payload = sum(sum(cell.counter_sent or []) for cell in cells) / steps - headers
-        return Row(
-            rate,
-            cells[0].scheme,
-            cells[0].phase,
-            _split(cells, self.compute[rate]),
-            (max(of_turns) - min(of_turns)) / 2,
-            counted,
-            headers,
-            payload,
+        counted, framed, packets = (
+            sum(sum(getattr(cell, name) or ()) for cell in cells) / steps
+            for name in ("counted_sent", "counter_sent", "packets_sent")
         )
+        headers = HEADER_BYTES * packets
+        of_interfaces = (headers, framed - headers) if packets else (None, None)
+        split, spread = _split(cells, self.compute[rate]), (max(of_turns) - min(of_turns)) / 2
+        return Row(rate, scheme, phase, split, spread, counted, *of_interfaces)
 
     def text(self) -> str:
         """All rows as an aligned table, a block a link."""
@@ -159,14 +144,10 @@ class Results:
             dense = next((row.split.step for row in rows if row.scheme == Dense.name), None)
             lines = [_cells(row, dense, unlimited.get((row.scheme, row.phase))) for row in rows]
             table = [tuple(lines[0]), *(tuple(line.values()) for line in lines)]
-            blocks.append(f"{rate}, compute alone {self.compute[rate] * 1e3:.1f} ms\n{aligned(table)}")
-        settings = self.configuration
-        machine = self.content["machine"]
-        title = (
-            f"{settings['recipe']}, {self.content['parameters']:,} parameters, {settings['world_size']} ranks on "
-            f"{machine['cores']} cores, {settings['repeats']} repeats"
-        )
-        return "\n\n".join([title, *blocks])
+            blocks.append(f"{rate}, compute alone {_ms(self.compute[rate])} ms\n{aligned(table)}")
+        settings, parameters, cores = self.configuration, self.content["parameters"], self.content["machine"]["cores"]
+        ranks = f"{settings['world_size']} ranks on {cores} cores, {settings['repeats']} repeats"
+        return "\n\n".join([f"{settings['recipe']}, {parameters:,} parameters, {ranks}", *blocks])
 
 
 def _cells(row: Row, dense: float | None, unlimited: float | None) -> dict[str, str]:
@@ -179,12 +160,12 @@ def _cells(row: Row, dense: float | None, unlimited: float | None) -> dict[str, 
     return {
         "scheme": row.scheme,
         "phase": row.phase,
-        "step, ms": f"{split.step * 1e3:.1f}",
-        "±": f"{row.spread * 1e3:.1f}",
-        "compute": f"{split.compute * 1e3:.1f}",
-        "compression": "-" if split.compression is None else f"{split.compression * 1e3:.1f}",
-        "communication": f"{split.communication * 1e3:.1f}",
-        "link": "-" if unlimited is None else f"{(split.step - unlimited) * 1e3:.1f}",
+        "step, ms": _ms(split.step),
+        "±": _ms(row.spread),
+        "compute": _ms(split.compute),
+        "compression": "-" if split.compression is None else _ms(split.compression),
+        "communication": _ms(split.communication),
+        "link": "-" if unlimited is None else _ms(split.step - unlimited),
         "against dense": "-" if dense is None else f"{dense / split.step:.2f}x",
         "kB a step": f"{row.counted / 1e3:,.1f}",
         "headers": headers,
@@ -192,41 +173,41 @@ def _cells(row: Row, dense: float | None, unlimited: float | None) -> dict[str, 
     }
 
 
+def _ms(seconds: float) -> str:
+    return f"{seconds * 1e3:.1f}"
+
+
 def _split(cells: Sequence[Cell], compute: float) -> Split:
     """Split the step of one scheme in one phase, from all turns; `compute` is that of steps without any exchange."""
     step = step_seconds(cells)
     if cells[0].communication is None:
         return Split(step, min(compute, step), None, max(0.0, step - compute))
-    waits, own = _by_step(cells, "communication"), _by_step(cells, "compression")
-    last = [min(_ranks(cells), key=wait.__getitem__) for wait in waits]
-    communication = _typical(cells, [wait[rank] for wait, rank in zip(waits, last, strict=True)])
-    compression = _typical(cells, [work[rank] for work, rank in zip(own, last, strict=True)])
+    waits, own = _samples(cells, "communication"), _samples(cells, "compression")
+    last = waits.argmin(axis=1, keepdims=True)  # rank to arrive
+    communication, compression = (_typical(cells, np.take_along_axis(part, last, axis=1)) for part in (waits, own))
     return Split(step, max(0.0, step - compression - communication), compression, communication)
 
 
 def step_seconds(cells: Sequence[Cell]) -> float:
     """Seconds of a step of one scheme in one phase, see `Split`."""
-    by_rank = [_typical(cells, of_rank) for of_rank in zip(*_by_step(cells, "seconds"), strict=True)]
-    return statistics.mean(by_rank[rank] for rank in _ranks(cells))
+    return _typical(cells, _samples(cells, "seconds"))
 
 
-def _ranks(cells: Sequence[Cell]) -> Sequence[int]:
-    """The ranks that count: one alone trains the autoencoder, and after a few steps all run at its pace."""
-    return [SERVER] if cells[0].phase == Phase.TRAIN else range(len(cells[0].seconds[0]))
+def _typical(cells: Sequence[Cell], samples: NDArray[np.float64]) -> float:
+    """The median over the steps, or in the warm-up, whose rates differ, the mean; on average over the ranks."""
+    return float((np.mean if cells[0].phase == Phase.WARMUP else np.median)(samples, axis=0).mean())
 
 
-def _typical(cells: Sequence[Cell], of_steps: Sequence[float]) -> float:
-    """The median; of the warm-up, whose rates differ, the mean."""
-    return (statistics.mean if cells[0].phase == Phase.WARMUP else statistics.median)(of_steps)
+def _samples(cells: Sequence[Cell], quantity: str) -> NDArray[np.float64]:
+    """A quantity by step of all turns, and by rank.
 
-
-def _by_step(cells: Sequence[Cell], quantity: Literal["seconds", "compression", "communication"]) -> list[list[float]]:
-    """A quantity by step of all turns, and rank; without the step that sends the trained autoencoder."""
-    found: list[list[float]] = []
-    for cell in cells:
-        steps = getattr(cell, quantity)
-        found += steps[:-1] if cell.phase == Phase.TRAIN and len(steps) > 1 else steps
-    return found
+    While the autoencoder is trained, it is rank 0's alone, which does that (after a few steps all run at its pace),
+    and without the last step, which sends it.
+    """
+    training = cells[0].phase == Phase.TRAIN
+    turns = (getattr(cell, quantity) for cell in cells)
+    samples = np.concatenate([turn[:-1] if training and len(turn) > 1 else turn for turn in turns])
+    return samples[:, :1] if training else samples
 
 
 def bits_per_second(rate: str) -> float | None:

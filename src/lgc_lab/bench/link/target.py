@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import statistics
+from collections import Counter
 from collections.abc import Sequence
+from statistics import mean
 from typing import NamedTuple
 
-from lgc import Dense, parse_scheme
+from lgc import Dense
 from lgc_lab.bench.link.results import Results
-from lgc_lab.recipes import find_recipe
 from lgc_lab.report.runs import Run
 from lgc_lab.terminal import aligned
+from lgc_lab.training.settings import Settings
 
 
 class TimeToTarget(NamedTuple):
@@ -34,31 +35,28 @@ def times_to_target(results: Results, runs: Sequence[Run], target: float) -> lis
     """
     times = []
     for scheme in results.schemes:
-        found = _runs_of(runs, results, scheme)
-        if not found:
-            raise ValueError(f"no finished run of {results.content['schemes'][scheme]} is among those of --runs.")
-        phases = [_phases_to_target(run, target) for run in found]
+        seeds = [_steps_to_target(run, target) for run in _runs_of(runs, results, scheme)]
+        reached = [counts for counts in seeds if counts is not None]
         for rate in results.rates:
-            if any(counts is None for counts in phases):
+            if len(reached) < len(seeds):
                 times.append(TimeToTarget(rate, scheme, None, None))
                 continue
-            reached = [counts for counts in phases if counts is not None]
-            steps = statistics.mean(sum(counts.values()) for counts in reached)
-            seconds = statistics.mean(
+            seconds = mean(
                 sum(number * _step_of_phase(results, rate, scheme, phase) for phase, number in counts.items())
                 for counts in reached
             )
-            times.append(TimeToTarget(rate, scheme, steps, seconds))
+            times.append(TimeToTarget(rate, scheme, mean(map(Counter.total, reached)), seconds))
     return times
 
 
 def _runs_of(runs: Sequence[Run], results: Results, scheme: str) -> list[Run]:
-    """Those of the measured model with a scheme, one of each seed.
-
-    Raises:
-        ValueError: if they differ in more than their seeds.
-    """
-    found = [run for run in runs if _is_run_of(run, results, scheme)]
+    """Those of the measured model with a scheme, one of each seed."""
+    asked = {name: results.configuration[name] for name in ("recipe", "world_size", "batch_size")}
+    resolved = Settings(scheme=scheme, **asked).configuration()
+    wanted = {name: resolved[name] for name in ("scheme", *asked)}
+    found = [run for run in runs if wanted.items() <= run.configuration.items()]
+    if not found:
+        raise ValueError(f"no finished run of {results.content['schemes'][scheme]} is among those of --runs.")
     for run in found[1:]:
         for field in found[0].conditions | run.conditions:
             here, there = found[0].conditions.get(field), run.conditions.get(field)
@@ -70,24 +68,12 @@ def _runs_of(runs: Sequence[Run], results: Results, scheme: str) -> list[Run]:
     return list({run.configuration["seed"]: run for run in reversed(found)}.values())
 
 
-def _is_run_of(run: Run, results: Results, scheme: str) -> bool:
-    here, there = results.configuration, run.configuration
-    recipe = find_recipe(here["recipe"])
-    same = all(there[name] == here[name] for name in ("recipe", "world_size"))
-    batch_size = here["batch_size"] or recipe.batch_size
-    wanted = str(parse_scheme(scheme, recipe.scheme_defaults))
-    return same and there["batch_size"] == batch_size and there["scheme"] == wanted
-
-
-def _phases_to_target(run: Run, target: float) -> dict[str, int] | None:
+def _steps_to_target(run: Run, target: float) -> Counter[str] | None:
     """Steps by phase until the target was first reached."""
-    counts: dict[str, int] = {}
-    for row in run.rows:
-        if "phase" in row:
-            counts[row["phase"]] = counts.get(row["phase"], 0) + 1
+    for number, row in enumerate(run.rows):
         value = row.get(run.metric)
         if value is not None and (value >= target if run.better == "higher" else value <= target):
-            return counts
+            return Counter(step["phase"] for step in run.rows[:number] if "phase" in step)
     return None
 
 
@@ -105,8 +91,6 @@ def format_times(results: Results, times: Sequence[TimeToTarget], target: float)
     lines = []
     for scheme in results.schemes:
         of_scheme = [each for each in times if each.scheme == scheme]
-        steps = of_scheme[0].steps
-        seconds = ["-" if each.seconds is None else f"{each.seconds:,.1f}" for each in of_scheme]
-        lines.append([scheme, "never" if steps is None else f"{steps:.0f}", *seconds])
-    header = [f"seconds to {target:g}", "steps", *results.rates]
-    return aligned([header, *lines])
+        steps = "never" if of_scheme[0].steps is None else f"{of_scheme[0].steps:.0f}"
+        lines.append([scheme, steps, *("-" if each.seconds is None else f"{each.seconds:,.1f}" for each in of_scheme)])
+    return aligned([[f"seconds to {target:g}", "steps", *results.rates], *lines])
