@@ -132,9 +132,7 @@ def test_an_observer_is_shown_what_a_round_takes_in_and_gives() -> None:
 def test_other_tensors_than_it_was_made_for_are_refused_by_name() -> None:
     synchronizer = make(lgc.TopK(rate=0.1))
     tensors = gradient(SHAPES, 0, 0)
-    with pytest.raises(
-        ValueError, match=r"synchronize\(tensors=...\) must be those .* differs is head.bias, tail"
-    ):
+    with pytest.raises(ValueError, match=r"synchronize\(tensors=...\) must be those .* differs is head.bias, tail"):
         synchronizer.synchronize({"tail" if name == "head.bias" else name: t for name, t in tensors.items()}, 0)
     group = dist.distributed_c10d._get_default_group()
     with pytest.raises(ValueError, match=r"Synchronizer\(tensors=...\) must have at least one tensor"):
