@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -12,6 +13,7 @@ from hypothesis import settings
 from ranks import RankPool, Ranks
 
 torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"  # of all processes that tests start
 settings.register_profile("lgc", print_blob=True)  # a failure prints what reproduces it, beside the example
 settings.load_profile("lgc")
 

@@ -1,4 +1,4 @@
-"""The command line as a user meets it: real processes, real ranks, the embedded digits."""
+"""The command line as a user meets it: real ranks, the embedded digits, processes where they are what is tested."""
 
 from __future__ import annotations
 
@@ -10,18 +10,22 @@ import re
 import shlex
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from html.parser import HTMLParser
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from click.testing import CliRunner
+from ranks import Ranks
+from runs import ENVIRONMENT, LGC, LIMIT_S, TORCHRUN, lgc, rows
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-untyped]
 
 from lgc_lab.cli import main
@@ -29,18 +33,11 @@ from lgc_lab.report.figures import _mean_by_step, _smoothed
 from lgc_lab.report.report import format_table, write_report
 from lgc_lab.report.runs import Run, by_recipe, find_runs
 from lgc_lab.training.loop import Training
-from lgc_lab.training.settings import Settings
+from lgc_lab.training.settings import Output, Settings
+from lgc_lab.training.train import train
 
-LGC = [sys.executable, "-m", "lgc"]
 SHORT = ["--recipe", "digits", "--workers", "2", "--steps", "30", "--batch-size", "8"]
 RING = "lgc-ring:rate=0.001:dense_steps=3:warmup_steps=5:train_steps=10"  # a rate that is the default, but not digits'
-
-
-def run(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    """A command in a process of its own; its output must have no traceback."""
-    done = subprocess.run([*LGC, *arguments], capture_output=True, text=True, timeout=120, cwd=cwd)
-    assert "Traceback" not in done.stderr, done.stderr
-    return done
 
 
 def read(path: Path) -> Any:
@@ -55,16 +52,11 @@ def exists(process_group: int) -> bool:
     return True
 
 
-def rows(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
 @pytest.fixture(scope="module")
 def compared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished comparison of two schemes."""
     out = tmp_path_factory.mktemp("compared")
-    done = run("compare", *SHORT, "--schemes", f"dense,{RING}", "--out", str(out))
-    assert done.returncode == 0, done.stderr
+    done = lgc("compare", *SHORT, "--schemes", f"dense,{RING}", "--out", str(out))
     assert re.search(r"^dense +[\d.]+ +1 +[\d.,]+ +1\.0 +- +- +\d+ s$", done.stdout, re.MULTILINE), done.stdout
     assert re.search(rf"^{RING} +[\d.]+ +1 +", done.stdout, re.MULTILINE), done.stdout
     return out
@@ -245,7 +237,7 @@ def test_the_report_has_a_figure_for_every_link(compared: Path, tmp_path: Path) 
 
 def test_a_comparison_goes_on_where_it_was(compared: Path) -> None:
     before = (compared / "dense" / "summary.json").stat().st_mtime_ns
-    done = run("compare", *SHORT, "--schemes", "dense", "--seeds", "2", "--out", str(compared))
+    done = lgc("compare", *SHORT, "--schemes", "dense", "--seeds", "2", "--out", str(compared))
     assert "finished before" in done.stderr
     assert (compared / "dense" / "summary.json").stat().st_mtime_ns == before
     assert read(compared / "dense" / "seed-1" / "summary.json")["seed"] == 1
@@ -262,10 +254,9 @@ def test_a_finished_run_of_other_settings_is_not_overwritten(compared: Path) -> 
 
 
 def test_train_runs_under_torchrun_and_equals_a_local_run(compared: Path, tmp_path: Path) -> None:
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "lgc"]
+    torchrun = [*TORCHRUN, "--standalone", "--nproc-per-node", "2", "-m", "lgc"]
     arguments = ["train", *SHORT[:2], *SHORT[4:], "--scheme", RING, "--tensorboard", "--out", str(tmp_path)]
-    done = subprocess.run([*torchrun, *arguments], env=environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run([*torchrun, *arguments], env=ENVIRONMENT, capture_output=True, text=True, timeout=LIMIT_S)
     assert done.returncode == 0, done.stderr
     local, job = read(compared / RING.replace(":", ",") / "summary.json"), read(tmp_path / "summary.json")
     assert job["wire"] == local["wire"]
@@ -277,29 +268,15 @@ def test_train_runs_under_torchrun_and_equals_a_local_run(compared: Path, tmp_pa
     assert {"lr", "rank0_sent_bytes", "sent_bytes", "reconstruction_error"} <= set(events.Tags()["scalars"])
 
 
-def test_ranks_that_were_given_other_settings_are_told_so(tmp_path: Path) -> None:
-    arguments = [*LGC, "train", *SHORT[:2], *SHORT[4:], "--scheme", "dense", "--out", str(tmp_path / "run")]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        job = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
-    job |= {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "LOCAL_WORLD_SIZE": "2"}
-    ranks = [
-        subprocess.Popen(
-            [*arguments, "--seed", str(5 * rank)],
-            env=os.environ | job | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        for rank in ranks:
-            _, errors = rank.communicate(timeout=120)
-            assert rank.returncode == 1
-            assert "RuntimeError: lgc train: the ranks differ in seed: rank 0: 0, rank 1: 5." in errors
-    finally:
-        for rank in ranks:
-            rank.kill()
+def train_with_a_seed_of_its_own(rank: int, world_size: int, out: Path) -> None:
+    settings = Settings(recipe="digits", scheme="dense", world_size=world_size, seed=5 * rank)
+    train(settings, Output(folder=out), torch.device("cpu"))
+
+
+def test_ranks_that_were_given_other_settings_are_told_so(ranks: Callable[[int], Ranks], tmp_path: Path) -> None:
+    for error in ranks(2).exceptions(train_with_a_seed_of_its_own, tmp_path):
+        assert isinstance(error, RuntimeError)
+        assert str(error) == "lgc train: the ranks differ in seed: rank 0: 0, rank 1: 5."
 
 
 def test_a_run_has_the_recipe_that_it_was_started_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -328,15 +305,30 @@ def test_a_slash_at_the_end_of_the_data_is_no_other_setting() -> None:
 
 
 def test_a_compiled_model_and_another_learning_rate_are_settings_of_a_run(compared: Path, tmp_path: Path) -> None:
-    arguments = ["train", *SHORT, "--scheme", "dense", "--learning-rate", "0.02", "--compile", "--out", str(tmp_path)]
-    done = run(*arguments)
-    assert done.returncode == 0, done.stderr
-    plain, compiled = rows(compared / "dense"), rows(tmp_path)
-    assert compiled[0]["loss"] == pytest.approx(plain[0]["loss"], rel=1e-3)
-    lr = [row["lr"] for row in compiled if "lr" in row]
-    assert lr == pytest.approx([0.02 / 0.05 * row["lr"] for row in plain if "lr" in row])
-    result = CliRunner().invoke(main, ["train", *SHORT, "--scheme", "dense", "--compile", "--out", str(tmp_path)])
-    assert "learning_rate: 0.02, now 0.05" in result.output
+    slower = ["train", *SHORT, "--scheme", "dense", "--out", str(tmp_path), "--learning-rate"]
+    lgc(*slower, "0.02")
+    lr, plain = ([row["lr"] for row in rows(out) if "lr" in row] for out in (tmp_path, compared / "dense"))
+    assert lr == pytest.approx([0.02 / 0.05 * each for each in plain])
+    assert "learning_rate: 0.02, now 0.05" in lgc(*slower, "0.05", returncode=2).stderr
+    assert "compile: False, now True" in lgc(*slower, "0.02", "--compile", returncode=2).stderr
+
+
+def losses_through(rank: int, world_size: int, backends: list[str | None]) -> list[list[float]]:
+    """Of a few steps, by the backend that torch.compile is called with, or not at all."""
+    losses = []
+    for backend in backends:
+        settings = Settings(recipe="digits-mlp", scheme="dense", world_size=world_size, compile=backend is not None)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+            run = Training(settings, torch.device("cpu"))
+        losses.append([run.update(*batch)["loss"] for batch in islice(run.batches(), 3)])
+    return losses
+
+
+@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.exhaustive)])
+def test_a_compiled_model_learns_as_another(ranks: Callable[[int], Ranks], backend: str) -> None:
+    for plain, compiled in ranks(1 if backend == "inductor" else 2).run(losses_through, [None, backend]):
+        assert compiled == pytest.approx(plain, rel=1e-3)
 
 
 def test_events_without_tensorboard_are_an_error_that_names_the_extra(
@@ -352,8 +344,7 @@ def test_events_without_tensorboard_are_an_error_that_names_the_extra(
 def test_on_the_vectors_of_a_real_run_the_autoencoder_learns_and_beats_sending_nothing(tmp_path: Path) -> None:
     schedule = "dense_steps=5:warmup_steps=10:train_steps=40:refresh_below=0"
     schemes = [f"{scheme}:{schedule}" for scheme in ("lgc-ring", "lgc-ps")]
-    done = run("compare", *SHORT[:4], "--steps", "65", "--schemes", ",".join(schemes), "--out", str(tmp_path))
-    assert done.returncode == 0, done.stderr
+    lgc("compare", *SHORT[:4], "--steps", "65", "--schemes", ",".join(schemes), "--out", str(tmp_path))
     for scheme in schemes:
         of_scheme = rows(tmp_path / scheme.replace(":", ","))
         losses = [row["autoencoder_loss"] for row in of_scheme if "autoencoder_loss" in row]
@@ -364,24 +355,24 @@ def test_on_the_vectors_of_a_real_run_the_autoencoder_learns_and_beats_sending_n
 
 def test_ctrl_c_stops_every_rank_and_leaves_what_is_finished(tmp_path: Path) -> None:
     process = subprocess.Popen(
-        [*LGC, "compare", *SHORT, "--schemes", f"{RING},dense", "--out", str(tmp_path)],
+        [*LGC, "compare", *SHORT, "--schemes", "bf16,dense", "--out", str(tmp_path)],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,
     )
-    finished, started = tmp_path / RING.replace(":", ",") / "summary.json", tmp_path / "dense" / "metrics.jsonl"
-    deadline = time.monotonic() + 90
+    finished, started = tmp_path / "bf16" / "summary.json", tmp_path / "dense" / "metrics.jsonl"
+    deadline = time.monotonic() + LIMIT_S
     while not (finished.exists() and started.exists()):
         assert process.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.005)
     os.killpg(process.pid, signal.SIGINT)
-    output, _ = process.communicate(timeout=30)
+    output, _ = process.communicate(timeout=LIMIT_S)
     assert process.returncode == 1
     assert "Aborted" in output
     assert "Traceback" not in output
-    assert read(finished)["scheme"] == "lgc-ring"
+    assert read(finished)["scheme"] == "bf16"
     assert (tmp_path / "report.html").exists()
     assert not (tmp_path / "dense" / "summary.json").exists()
     while exists(process.pid):
@@ -443,20 +434,19 @@ def test_compare_checks_all_folders_before_the_first_run(compared: Path, tmp_pat
     assert not (tmp_path / "dense").exists()
 
 
-def test_a_recipe_of_the_users_own_is_trained(tmp_path: Path) -> None:
+def test_a_recipe_of_the_users_own_is_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     guide = (Path(__file__).parents[1] / "docs" / "recipes.md").read_text()
     (recipe,) = (text for text in re.findall(r"```python\n(.*?)```", guide, re.DOTALL) if "WINE = Recipe" in text)
     (tmp_path / "mine.py").write_text(recipe)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
     schemes = "dense,dgc:rate=0.05:warmup_steps=10"
-    done = run("compare", "--recipe", "mine:WINE", "--workers", "4", "--schemes", schemes, "--out", "r", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    arguments = ["compare", "--recipe", "mine:WINE", "--workers", "4", "--schemes", schemes, "--out", "r"]
+    done = lgc(*arguments)
     assert "mine:WINE, 4,355 parameters, 4 ranks, 40 steps" in done.stdout
     assert all(each.summary["metric"]["value"] > 90 for each in find_runs([tmp_path / "r"]))
     (tmp_path / "mine.py").write_text(recipe.replace("momentum=0.9", "momentum=0.8"))
-    changed = run(
-        "compare", "--recipe", "mine:WINE", "--workers", "4", "--schemes", schemes, "--out", "r", cwd=tmp_path
-    )
-    assert "has a finished run of other settings (source: " in changed.stderr
+    assert "has a finished run of other settings (source: " in lgc(*arguments, returncode=2).stderr
 
 
 def test_the_command_line_starts_without_what_draws_and_measures() -> None:
@@ -466,13 +456,8 @@ def test_the_command_line_starts_without_what_draws_and_measures() -> None:
 
 
 def test_a_batch_larger_than_the_data_is_an_error_that_names_the_rank_and_the_bound(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [*LGC, "train", *SHORT[:4], "--scheme", "dense", "--batch-size", "5000", "--out", str(tmp_path)],
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 1
+    arguments = ["train", *SHORT[:4], "--scheme", "dense", "--batch-size", "5000", "--out", str(tmp_path)]
+    done = lgc(*arguments, returncode=1)
     assert "batch_size must be at most 599 for 1198 samples on 2 ranks, got 5000" in done.stderr
     assert not (tmp_path / "summary.json").exists()
 
@@ -494,16 +479,19 @@ UNREADABLE = {
 }
 
 
-@pytest.mark.parametrize("damage", UNREADABLE)
-def test_the_report_leaves_out_a_run_that_it_cannot_read(damage: str, compared: Path, tmp_path: Path) -> None:
-    (name, content), words = UNREADABLE[damage]
-    shutil.copytree(compared, tmp_path / "runs")
-    file = tmp_path / "runs" / "dense" / name
-    file.unlink() if content is None else file.write_text(content)
-    result = CliRunner().invoke(main, ["report", str(tmp_path / "runs"), "--out", str(tmp_path / "page.html")])
-    assert result.exit_code == 0, result.output
-    assert re.search(rf"WARNING: left out: .*{re.escape(words)}", result.output)
-    assert "lgc-ring" in (tmp_path / "page.html").read_text()
+def test_the_report_leaves_out_runs_that_it_cannot_read(compared: Path, tmp_path: Path) -> None:
+    shutil.copytree(compared / RING.replace(":", ","), tmp_path / "whole")
+    for damage, ((name, content), _) in UNREADABLE.items():
+        shutil.copytree(compared / "dense", tmp_path / damage, ignore=lambda *_: ["seed-1"])
+        file = tmp_path / damage / name
+        file.unlink() if content is None else file.write_text(content)
+    done = lgc("report", str(tmp_path), "--out", str(tmp_path / "page.html"))
+    for damage, (_, words) in UNREADABLE.items():
+        assert re.search(rf"WARNING: left out: .*{damage}/.*{re.escape(words)}", done.stderr), damage
+    assert done.stderr.count("WARNING: left out: ") == len(UNREADABLE)
+    page = (tmp_path / "page.html").read_text()
+    assert "lgc-ring" in page
+    assert "--scheme=dense" not in page
 
 
 def test_a_page_that_cannot_be_written_is_an_error_and_the_old_one_stays(compared: Path, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ starts a new one.
 from __future__ import annotations
 
 import faulthandler
+import functools
 import gc
 import multiprocessing
 import os
@@ -21,8 +22,9 @@ import traceback
 import warnings
 from collections.abc import Callable
 from datetime import timedelta
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -30,6 +32,7 @@ import torch.distributed as dist
 POOL_SIZE = 4
 COLLECTIVE_TIMEOUT_S = 30
 CALL_LIMIT_S = 90.0
+PRELOADED = ["torch._dynamo", "torch.nn.parallel", "lgc_lab.training.train", "sklearn.model_selection"]
 
 # Emitted by torch itself, whatever the code under test does.
 TORCH_WARNINGS = (r"`torch\.jit\.script(_method)?` is deprecated", r".*set_float32_matmul_precision.*")
@@ -45,6 +48,24 @@ class Outcome(NamedTuple):
     result: Any
     exception: BaseException | None
     trace: str
+
+
+@functools.cache
+def start_fork_server() -> IO[bytes]:
+    """Start what forks the ranks of this process, those of the pool and those of `lgc`; their imports take seconds.
+
+    Returns:
+        The file that has what all of these ranks write to stderr.
+    """
+    errors, own = tempfile.TemporaryFile(), os.dup(2)  # noqa: SIM115 - open as long as the ranks write to it
+    os.dup2(errors.fileno(), 2)
+    try:
+        multiprocessing.get_context("forkserver").set_forkserver_preload(PRELOADED)
+        forkserver.ensure_running()
+    finally:
+        os.dup2(own, 2)
+        os.close(own)
+    return errors
 
 
 class RankPool:
@@ -107,7 +128,7 @@ class RankPool:
 
     def _start(self) -> None:
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["torch", "torch.distributed", "torch._dynamo", "torch.nn.parallel"])
+        start_fork_server()
         self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         for rank in range(POOL_SIZE):
             parent_end, child_end = context.Pipe()

@@ -1,12 +1,18 @@
-"""Runs of `lgc train` as a user would start them, and what they leave behind."""
+"""Commands as a user would start them, and what runs leave behind."""
 
 from __future__ import annotations
 
 import json
 import os
 import sys
+from multiprocessing import forkserver
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+from click.testing import CliRunner
+from ranks import start_fork_server
+
+from lgc_lab.cli import main
 
 LGC = [sys.executable, "-m", "lgc"]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
@@ -16,6 +22,28 @@ ENVIRONMENT = os.environ | {
     "GLOO_SOCKET_IFNAME": "lo",
     "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",  # see "Resuming" in docs/usage.md
 }
+
+
+class Done(NamedTuple):
+    """A command that has ended: its exit code, what it printed, and what it and its ranks wrote to stderr."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+def lgc(*arguments: str, returncode: int = 0) -> Done:
+    """Run `lgc` to its end, in this process and with ranks that have torch imported: a fifth of the time.
+
+    A process of its own (`LGC`) is for tests of processes: how they are killed, interrupted, started by others.
+    """
+    errors = start_fork_server()
+    before = os.fstat(errors.fileno()).st_size
+    result = CliRunner().invoke(main, arguments, catch_exceptions=False)
+    of_ranks = os.pread(errors.fileno(), os.fstat(errors.fileno()).st_size - before, before)
+    done = Done(result.exit_code, result.stdout, result.stderr + of_ranks.decode())
+    assert done.returncode == returncode, done.stderr
+    return done
 
 
 def rows(folder: Path) -> list[dict[str, Any]]:
@@ -36,3 +64,9 @@ def children_of(parent: int) -> list[int]:
     """The processes that a process has started, in the order of their ids."""
     text = Path(f"/proc/{parent}/task/{parent}/children").read_text()
     return sorted(int(pid) for pid in text.split())
+
+
+def forked_ranks() -> list[int]:
+    """The ranks of this process, the newest last."""
+    server = forkserver._forkserver._forkserver_pid  # type: ignore[attr-defined]
+    return children_of(server)
