@@ -51,7 +51,7 @@ def grid() -> Iterator[Any]:
             for phase in PHASES:
                 for moment in MOMENTS:
                     cell = Cell(kind, moment, phase, scheme)
-                    marks = [] if cell in IN_SUITE else pytest.mark.exhaustive
+                    marks = () if cell in IN_SUITE else pytest.mark.exhaustive
                     yield pytest.param(cell, id="-".join(cell), marks=marks)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from lgc.synchronizer import Policy
 
 RankFactory = Callable[[int], Ranks]
 
-PLAIN = {"rate": 0.1, "low_pass": 1.0, "values": lgc.Float32(), "indices": lgc.RawIndices()}
+PLAIN: dict[str, Any] = {"rate": 0.1, "low_pass": 1.0, "values": lgc.Float32(), "indices": lgc.RawIndices()}
 SCHEMES: dict[str, RoundScheme] = {
     "dense": lgc.Dense(),
     "bf16": lgc.DenseBF16(),
