@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,6 @@ SCHEME_HELP = (
 
 HELP = {"help_option_names": ["-h", "--help"], "max_content_width": 100, "show_default": True}
 LINK = "100mbit"
-OF_RECIPES = ("data", "backbone")  # options that take RECIPE=VALUE
 
 
 @click.group(context_settings=HELP)
@@ -63,9 +62,7 @@ RUN_OPTIONS = [  # what `train` and `compare` have in common
     click.option("--backbone", multiple=True, help=f"Repeatable, also as RECIPE=BACKBONE. {options.BACKBONE_HELP}"),
     options.bf16,
     click.option("--compile", is_flag=True, help="By torch.compile: slow start, fast steps; CPUs need a C++ compiler."),
-    click.option(
-        "--checkpoint-every", type=click.IntRange(0), help="Steps between checkpoints; 0 is never.  [an epoch]"
-    ),
+    click.option("--checkpoint-every", type=click.IntRange(0), help="So many steps; 0 is never.  [an epoch]"),
     click.option("--tensorboard", is_flag=True, help="Write TensorBoard events too; needs lgc[tensorboard]."),
     options.timeout,
     options.out,
@@ -83,11 +80,7 @@ def run_options(command: options.Command) -> options.Command:
 @main.command()
 @options.recipe(required=True)
 @click.option("--scheme", default="lgc-ring", help=SCHEME_HELP)
-@click.option(
-    "--workers",
-    type=click.IntRange(1),
-    help="Ranks to start on this machine; not under torchrun, which starts them itself.  [1]",
-)
+@click.option("--workers", type=click.IntRange(1), help="Ranks on this machine; torchrun starts its own.  [1]")
 @options.seed
 @run_options
 def train(recipe: str, scheme: str, workers: int | None, seed: int, out: Path, **run: Any) -> None:
@@ -104,10 +97,10 @@ def train(recipe: str, scheme: str, workers: int | None, seed: int, out: Path, *
     The same command goes on from the newest checkpoint if the run was interrupted.
     """
     launch, run = _launcher(**run)
-    run |= {name: _of_recipe(recipe, [recipe], run[name]) for name in OF_RECIPES}
+    own = _of_recipe(recipe, [recipe], run)
     with options.usage_errors():
         world_size = options.count_ranks(workers, default=1)
-        settings = Settings(recipe=recipe, scheme=scheme, world_size=world_size, seed=seed, **run)
+        settings = Settings(recipe=recipe, scheme=scheme, world_size=world_size, seed=seed, **own)
     launch(settings, out)
     if not under_torchrun():
         with options.reported_errors():
@@ -115,13 +108,7 @@ def train(recipe: str, scheme: str, workers: int | None, seed: int, out: Path, *
 
 
 @main.command()
-@click.option(
-    "--recipe",
-    "recipes",
-    metavar="NAMES",
-    default="digits",
-    help=f"With commas. {options.RECIPE_HELP}",
-)
+@click.option("--recipe", "recipes", metavar="NAMES", default="digits", help=f"With commas. {options.RECIPE_HELP}")
 @options.workers
 @click.option("--schemes", default="dense,topk,dgc,scalecom,lgc-ring,lgc-ps", help=SCHEME_HELP)
 @click.option("--seeds", type=click.IntRange(1), default=1, help="Train with so many: 0, 1, 2, ...")
@@ -142,11 +129,8 @@ def compare(recipes: str, workers: int, schemes: str, seeds: int, out: Path, **r
     with options.usage_errors():
         wanted = _settings_by_folder(out, options.split(recipes), options.split(schemes), workers, seeds, run)
     with options.reported_errors():  # of the last run before the first one starts
-        left: dict[str, Settings] = {}
-        for folder, settings in wanted.items():
-            if overwrite or not is_finished(folder, settings.configuration()):
-                left[settings.recipe] = settings
-        for settings in left.values():
+        left = [one for folder, one in wanted.items() if overwrite or not is_finished(folder, one.configuration())]
+        for settings in {settings.recipe: settings for settings in left}.values():
             settings.load_data()
     try:
         for number, (folder, settings) in enumerate(wanted.items(), 1):
@@ -180,11 +164,9 @@ def _rates(_context: click.Context, _parameter: click.Parameter, texts: tuple[st
 
 
 @main.command()
-@click.argument("folders", nargs=-1, required=True, type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.argument("folders", nargs=-1, required=True, type=options.EXISTING_FOLDER)
 @click.option(
-    "--out",
-    type=click.Path(dir_okay=False, path_type=Path),
-    help="The page to write.  [report.html in the first folder]",
+    "--out", type=click.Path(dir_okay=False, path_type=Path), help="The page.  [report.html in the first folder]"
 )
 @click.option(
     "--link",
@@ -206,9 +188,8 @@ def report(folders: tuple[Path, ...], out: Path | None, links: list[float]) -> N
     with options.reported_errors():
         runs = find_runs(folders)
         if not runs:
-            raise click.UsageError(
-                f"no {SUMMARY} in {', '.join(map(str, folders))} or below: no run has finished there."
-            )
+            where = ", ".join(map(str, folders))
+            raise click.UsageError(f"no {SUMMARY} in {where} or below: no run has finished there.")
         _report(runs, page, links)
 
 
@@ -217,11 +198,15 @@ def _report(runs: list[Run], page: Path, links: list[float]) -> None:
     click.echo(f"{format_table(runs)}\n\n{page}")
 
 
-def _of_recipe(recipe: str, recipes: Sequence[str], values: tuple[str, ...]) -> str | None:
-    """The last value that is the recipe's own, RECIPE=VALUE, or else one that is for all."""
-    own = [value.removeprefix(f"{recipe}=") for value in values if value.startswith(f"{recipe}=")]
-    for_all = [value for value in values if not any(value.startswith(f"{name}=") for name in (*RECIPES, *recipes))]
-    return next(reversed([*for_all, *own]), None)
+def _of_recipe(recipe: str, recipes: Sequence[str], run: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a run; of those that take RECIPE=VALUE the last value for the recipe, or else the last for all."""
+    prefixes = tuple(f"{name}=" for name in (*RECIPES, *recipes))
+    own = dict(run)
+    for name in ("data", "backbone"):
+        for_all = [value for value in run[name] if not value.startswith(prefixes)]
+        for_recipe = [value.removeprefix(f"{recipe}=") for value in run[name] if value.startswith(f"{recipe}=")]
+        own[name] = next(reversed([*for_all, *for_recipe]), None)
+    return own
 
 
 def _settings_by_folder(
@@ -230,7 +215,7 @@ def _settings_by_folder(
     """The settings of every run by its folder, checked before the first one starts."""
     wanted: dict[Path, Settings] = {}
     for recipe in recipes:
-        own = run | {name: _of_recipe(recipe, recipes, run[name]) for name in OF_RECIPES}
+        own = _of_recipe(recipe, recipes, run)
         parts = [recipe.replace(":", ",")] if len(recipes) > 1 else []
         resolved = []
         for scheme in schemes:

@@ -56,14 +56,11 @@ bf16 = click.option("--bf16", is_flag=True, help="Compute in bfloat16 by autocas
 workers = click.option("--workers", type=click.IntRange(1), default=4, help="Ranks on this machine.")
 seed = click.option("--seed", type=click.IntRange(0), default=0, help="Of the model and the shuffling.")
 timeout = click.option(
-    "--timeout",
-    type=Finite(1, MOST_TIMEOUT),
-    default=60.0,
-    help="Seconds after which a rank that waits for another gives up.",
+    "--timeout", type=Finite(1, MOST_TIMEOUT), default=60.0, help="Seconds for which a rank waits for another."
 )
-out = click.option(
-    "--out", type=click.Path(file_okay=False, path_type=Path), required=True, help="Folder of the results."
-)
+FOLDER = click.Path(file_okay=False, path_type=Path)
+out = click.option("--out", type=FOLDER, required=True, help="Folder of the results.")
+EXISTING_FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
 
 
 def split(text: str) -> list[str]:

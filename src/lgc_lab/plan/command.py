@@ -55,12 +55,7 @@ class Question(NamedTuple):
     help="The model, from Python: a function without arguments that returns it and its loss on one batch.",
 )
 @click.option("--workers", type=click.IntRange(2), help="Ranks that will train; not under torchrun.  [4]")
-@click.option(
-    "--ranks-per-machine",
-    type=click.IntRange(1),
-    default=1,
-    help="Ranks that share a machine; so many measure here at once. A divisor of --workers; not under torchrun.",
-)
+@click.option("--ranks-per-machine", type=click.IntRange(1), default=1, help="A divisor of --workers. So many measure.")
 @click.option(
     "--bandwidth",
     "bandwidths",
@@ -73,12 +68,7 @@ class Question(NamedTuple):
 @options.data
 @options.backbone
 @options.bf16
-@click.option(
-    "--check",
-    metavar="FOLDER",
-    type=click.Path(exists=True, file_okay=False, path_type=Path),
-    help="Of a finished lgc bench link: predict what was measured there, and print both.",
-)
+@click.option("--check", type=options.EXISTING_FOLDER, help="Of a finished lgc bench link: predict it, and print both.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
 def plan(
     workers: int | None,
@@ -221,8 +211,8 @@ def _profile(question: Question, group: dist.ProcessGroup, device: torch.device)
     """Measure what is asked; a collective of the ranks that share this machine."""
     tell = notify if dist.get_rank() == 0 else lambda text: None
     tell(f"measuring compute, {torch.get_num_threads()} threads a rank")
-    make_job = partial(question.make_job, device, group)
-    profiler = Profiler(make_job, Transport(group, device), question.world_size, enough=THOROUGH)
+    transport, make_job = Transport(group, device), partial(question.make_job, device, group)
+    profiler = Profiler(make_job, transport, question.world_size, enough=THOROUGH)
     if profiler.unsteady:
         tell(f"WARNING: {profiler.unsteady} Do not trust what follows.")
     for scheme in question.schemes.values():
@@ -249,13 +239,11 @@ def _check(folder: Path) -> str:
         for row, seconds in zip(rows, measured, strict=True):
             difference = f"{100 * (row.step / seconds - 1):+.1f} %"
             table.append((labels[row.scheme], f"{1e3 * row.step:,.1f} ms", f"{1e3 * seconds:,.1f} ms", difference))
-        advised = recommend(rows)
-        loss = 100 * (measured[rows.index(advised)] / min(measured) - 1)
-        best = labels[rows[measured.index(min(measured))].scheme]
-        blocks += [
-            *(rate, aligned(table)),
-            f"advised {labels[advised.scheme]}; fastest when measured {best}; following the advice loses {loss:.1f} %",
-        ]
+        advised = rows.index(recommend(rows))
+        loss = 100 * (measured[advised] / min(measured) - 1)
+        first, best = (labels[rows[place].scheme] for place in (advised, measured.index(min(measured))))
+        advice = f"advised {first}; fastest when measured {best}; following the advice loses {loss:.1f} %"
+        blocks += [rate, aligned(table), advice]
     return "\n\n".join(blocks)
 
 
@@ -272,9 +260,8 @@ def _as_text(name: str, link: Link, profile: Profile, rows: Sequence[Prediction]
     for row in rows:
         seconds = [f"{1e3 * value:,.1f} ms" for value in (row.compute, row.compression, row.communication, row.step)]
         ahead = "-" if row.pays_from is None else f"step {row.pays_from:,}"
-        table.append(
-            (labels.get(row.scheme, row.scheme), _bytes(row.sent_bytes), *seconds, f"{row.speedup:.2f} x", ahead)
-        )
+        label = labels.get(row.scheme, row.scheme)
+        table.append((label, _bytes(row.sent_bytes), *seconds, f"{row.speedup:.2f} x", ahead))
     title = f"{profile.world_size} ranks, {name}: {link}"
     if name != MEASURED:
         title += "; what the latency adds is predicted, not validated" if link.latency else " (--latency sets it)"
