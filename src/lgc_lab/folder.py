@@ -31,12 +31,9 @@ def require_same(there: Mapping[str, Any], wanted: Mapping[str, Any], where: str
 
 @contextlib.contextmanager
 def occupied(folder: Path) -> Iterator[None]:
-    """Keep other jobs out of a folder for as long as the `with` block lasts, or this process lives.
+    """Keep other jobs out of a folder for as long as the `with` block lasts. Raises OtherRunError if one is in there.
 
     Jobs of other machines too where the file system has such locks for all of them; NFS has them for each machine.
-
-    Raises:
-        OtherRunError: another job is in there.
     """
     folder.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(folder, os.O_RDONLY)

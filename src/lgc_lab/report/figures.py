@@ -44,6 +44,11 @@ STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
 }
 ZOOM = "The axis shows the later half of every run in full; what lies outside came before."
+AGAINST_BYTES = "The same over what rank 0 has sent and received by then."
+AGAINST_TIME = (
+    "Predicted: this machine's time, plus the larger of what rank 0 sends and receives, with headers, on the link."
+)
+RECONSTRUCTION = "Its squared error over the squared values, at rank 0; 1 is as bad as sending nothing."
 
 
 def write_page(page: Path, template: str, **content: Any) -> None:
@@ -65,19 +70,16 @@ def draw(name: str, size: tuple[float, float], plot: Callable[[Figure], object])
 
 
 class Panel(NamedTuple):
-    """One pair of axes over the speeds of links: the unit, and values by label, None where there is none."""
+    """One pair of axes over the speeds of links: the unit, and a value a speed by label, None where there is none."""
 
     ylabel: str
     values: dict[str, list[float | None]]
 
 
 def draw_against_links(name: str, speeds: list[float | None], panels: list[Panel]) -> str:
-    """Draw one panel below the other, both axes logarithmic, as SVG.
+    """Draw one panel below the other, both axes logarithmic, as SVG whose ids come from the figure's name.
 
-    Args:
-        name: the figure's, for its ids.
-        speeds: bits per second of the links, ascending; None is a link that is not limited, drawn at the right.
-        panels: with one value a speed for every label.
+    Speeds are bits per second, ascending; None is a link that is not limited, drawn at the right.
     """
     limitless = 10 * max((speed for speed in speeds if speed is not None), default=1e9)
     xs = [limitless if speed is None else speed for speed in speeds]
@@ -113,30 +115,21 @@ def draw_figures(lines: list[Line], links: Sequence[float]) -> list[dict[str, st
     """Draw all figures of one recipe: title, caption and svg. `links`, in bits per second, to predict the time on."""
     runs = [run for line in lines for run in line.runs]
     seeds = " Thick: mean over the seeds; thin: each seed." if len(runs) > len(lines) else ""
+    smoothed = f"Mean of {SMOOTHING} steps.{seeds}"
     plots: list[tuple[str, str, Callable[[Axes, list[Line]], None]]] = [
         ("Against steps", f"Test {runs[0].metric} after every epoch.{seeds} {ZOOM}", partial(_metric, STEP, "step"))
     ]
     has_bytes = any(_phase_bytes(run, name) for run in runs for name in (SETUP, *Phase))
     if has_bytes:
-        caption = "The same over what rank 0 has sent and received by then."
-        plots.append(("Against bytes", caption, partial(_metric, _megabytes, "MB of rank 0")))
+        plots.append(("Against bytes", AGAINST_BYTES, partial(_metric, _megabytes, "MB of rank 0")))
     for link in links:
-        caption = (
-            "Predicted: this machine's time, plus rank 0's bytes (the larger of sent and received) and their headers "
-            "over the link."
-        )
         title = f"Against time on a link of {_speed(link)}"
-        plots.append((title, caption, partial(_metric, partial(_seconds, link), "seconds")))
+        plots.append((title, AGAINST_TIME, partial(_metric, partial(_seconds, link), "seconds")))
     if has_bytes:
         plots.append(("Bytes by phase", "Sent and received by all ranks, mean over the seeds.", _phases))
     if any(run.series(STEP, "autoencoder_loss")[0] for run in runs):
-        caption = f"At rank 0, while it is trained. Mean of {SMOOTHING} steps.{seeds}"
-        plots.append(("Loss of the autoencoder", caption, _loss))
-        caption = (
-            "Squared error of its reconstruction over the squared values, at rank 0; 1 is as bad as sending nothing. "
-            f"Mean of {SMOOTHING} steps.{seeds}"
-        )
-        plots.append(("What the autoencoder loses", caption, _reconstruction))
+        plots.append(("Loss of the autoencoder", f"At rank 0, while it is trained. {smoothed}", _loss))
+        plots.append(("What the autoencoder loses", f"{RECONSTRUCTION} {smoothed}", _reconstruction))
     return [
         {"title": title, "caption": caption, "svg": _with_legend(f"{lines[0].recipe} {title}", lines, plot)}
         for title, caption, plot in plots

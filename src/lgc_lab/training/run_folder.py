@@ -62,15 +62,15 @@ def claim(folder: Path, configuration: Mapping[str, Any], *, overwrite: bool) ->
 
 def is_finished(folder: Path, configuration: Mapping[str, Any]) -> bool:
     """Whether a folder has a run of this configuration, finished; changes nothing. Raises as `claim`."""
-    if _has_content(folder / SUMMARY):
-        there = _read_own(folder / SUMMARY).get("configuration")
-        if not isinstance(there, dict):
+    summary = _content(folder / SUMMARY)
+    if summary is not None:
+        if not isinstance(summary.get("configuration"), dict):
             raise ValueError(f"{folder / SUMMARY} has no configuration; --overwrite starts anew.")
-        require_same(there, configuration, f"{folder} has a finished run")
+        require_same(summary["configuration"], configuration, f"{folder} has a finished run")
         return True
     settings, metrics, checkpoints = folder / SETTINGS, folder / METRICS, folder / CHECKPOINTS
-    begun = _has_content(metrics) or checkpoints.exists()
-    there = _read_own(settings) if _has_content(settings) else {}
+    begun = checkpoints.exists() or (metrics.exists() and metrics.stat().st_size > 0)
+    there = _content(settings) or {}
     if (begun or there) and not {"recipe", "scheme"} <= there.keys():
         found = next(path for path in (settings, checkpoints, metrics) if path.exists())
         raise OtherRunError(
@@ -82,15 +82,14 @@ def is_finished(folder: Path, configuration: Mapping[str, Any]) -> bool:
     return False
 
 
-def _read_own(file: Path) -> dict[str, Any]:
+def _content(file: Path) -> dict[str, Any] | None:
+    """The object in a file, None if there is no file, or one that a power failure has left empty."""
+    if not file.exists() or file.stat().st_size == 0:
+        return None
     try:
         return read_objects(file)[0]
     except ValueError as error:
         raise ValueError(f"{error} --overwrite starts anew.") from None
-
-
-def _has_content(file: Path) -> bool:
-    return file.exists() and file.stat().st_size > 0
 
 
 def cut_metrics(path: Path, step: int) -> None:
