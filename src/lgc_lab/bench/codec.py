@@ -37,9 +37,7 @@ VALUE_CODECS: list[ValueCodec] = [lgc.Float32(), lgc.Float16(), lgc.BFloat16(), 
 
 
 @click.command()
-@click.option(
-    "--entries", default=1_000_000, show_default=True, type=click.IntRange(min=1000), help="Number of positions."
-)
+@click.option("--entries", default=1_000_000, type=click.IntRange(1000), help="Number of positions.")
 def codec(entries: int) -> None:
     """Measure what an index and a value cost on the wire.
 

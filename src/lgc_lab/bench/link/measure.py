@@ -206,11 +206,7 @@ class Arm:
         self.batches = self.run.batches()
 
     def step(self) -> None:
-        """One update.
-
-        Raises:
-            FloatingPointError: if the loss is not finite.
-        """
+        """One update; FloatingPointError if the loss is not finite."""
         row = self.run.update(*next(self.batches))
         if not math.isfinite(row["loss"]):
             raise FloatingPointError(f"{self.run.scheme}: the loss is {row['loss']} after {self.run.step} steps.")
@@ -250,13 +246,13 @@ class ComputeArm(Arm):
         self.barrier.wait()
 
 
+@dataclass
 class Meter:
     """Measures steps of an arm in one rank; all ranks at once."""
 
-    def __init__(self, wanted: Measurement, barrier: Barrier, *, has_network: bool) -> None:
-        self.wanted = wanted
-        self.barrier = barrier
-        self.has_network = has_network
+    wanted: Measurement
+    barrier: Barrier
+    has_network: bool
 
     def cells(self, rate: str, repeat: int, scheme: str, arm: Arm) -> Iterator[Cell]:
         """What all ranks see of every phase in the first turn, and of the lasting one in the others; a collective."""

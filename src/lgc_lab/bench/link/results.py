@@ -90,7 +90,7 @@ class Results:
         for cell in self.cells:
             grouped.setdefault((cell.rate, cell.scheme, cell.phase), []).append(cell)
         self.compute = {rate: step_seconds(group) for (rate, scheme, _), group in grouped.items() if scheme == COMPUTE}
-        self.rows = [self._row(group) for (_, scheme, _), group in grouped.items() if scheme != COMPUTE]
+        self.rows = [self._row(*place, group) for place, group in grouped.items() if place[1] != COMPUTE]
 
     @classmethod
     def load(cls, folder: Path, *, unfinished: bool = False) -> Results:
@@ -122,8 +122,7 @@ class Results:
         """The row of the phase that a long run spends its time in, which is a scheme's last."""
         return [row for row in self.rows if (row.rate, row.scheme) == (rate, scheme)][-1]
 
-    def _row(self, cells: list[Cell]) -> Row:
-        rate, _, scheme, phase, *_ = cells[0]
+    def _row(self, rate: str, scheme: str, phase: str, cells: list[Cell]) -> Row:
         of_turns = [step_seconds([cell]) for cell in cells]
         steps = sum(len(cell.seconds) for cell in cells)
         counted, framed, packets = (
