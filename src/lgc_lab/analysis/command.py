@@ -10,8 +10,9 @@ from typing import Any
 import click
 from safetensors import SafetensorError
 
+from lgc.schemes import ScaleCom, TopK
 from lgc_lab import options
-from lgc_lab.analysis.record import RECORDING, Recording, configuration, record, require_recordable
+from lgc_lab.analysis.record import RECORDING, Recording, configuration, record
 from lgc_lab.folder import occupied, require_same, write_whole
 from lgc_lab.launch.ranks import preload, start_ranks
 from lgc_lab.training.settings import Settings
@@ -24,20 +25,9 @@ LEAST_RECORDS = 2
 @click.command()
 @options.recipe(required=True)
 @options.workers
-@click.option("--every", type=click.IntRange(2), default=25, show_default=True, help="Steps from record to record.")
-@click.option(
-    "--scheme",
-    default="scalecom:values=float32",
-    show_default=True,
-    help="That trains: topk, dgc or scalecom, with arguments after colons: scalecom:rate=0.01:warmup_steps=50.",
-)
-@click.option(
-    "--samples",
-    type=click.IntRange(128),
-    default=2048,
-    show_default=True,
-    help="Coordinates of every layer that are recorded.",
-)
+@click.option("--every", type=click.IntRange(2), default=25, help="Steps from record to record.")
+@click.option("--scheme", default="scalecom:values=float32", help="That trains: topk, dgc or scalecom, see lgc train.")
+@click.option("--samples", type=click.IntRange(128), default=2048, help="Coordinates of each layer that are recorded.")
 @options.seed
 @options.epochs
 @options.steps
@@ -63,13 +53,13 @@ def analyze(workers: int, every: int, samples: int, timeout: float, out: Path, o
     options.refuse_torchrun("analyze")
     if (out / PAGE).exists() and not overwrite:
         raise click.UsageError(f"{out} has an analysis; choose another --out, or --overwrite.")
-    try:
+    with options.usage_errors():
         settings = Settings(world_size=workers, **run)
-        scheme = require_recordable(settings.resolve_scheme())
+        scheme = settings.resolve_scheme()
+        if not isinstance(scheme, TopK | ScaleCom):  # others do not send values themselves
+            raise ValueError(f"analyze: scheme must be {TopK.name}, dgc or {ScaleCom.name}, got {scheme.name}.")
         if scheme.rate == 1:
             raise ValueError("analyze: the scheme's rate must be below 1, else there are no indices to look at.")
-    except ValueError as error:
-        raise click.UsageError(str(error)) from None
     with options.reported_errors():
         preload(record.__module__)
         steps = settings.total_steps(settings.load_data())  # decodes into the cache that the ranks map
@@ -82,8 +72,8 @@ def analyze(workers: int, every: int, samples: int, timeout: float, out: Path, o
         if overwrite or not _is_recorded(out, configuration(settings, every, samples)):
             for name in (PAGE, ROWS, RECORDING):
                 (out / name).unlink(missing_ok=True)
-            limit = timedelta(seconds=timeout)
-            start_ranks(record, settings, out, every, samples, world_size=workers, timeout=limit)
+            within = timedelta(seconds=timeout)
+            start_ranks(record, settings, out, every, samples, world_size=workers, timeout=within)
         click.echo(evaluate(out))
 
 

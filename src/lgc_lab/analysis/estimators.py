@@ -16,6 +16,8 @@ from numpy.typing import NDArray
 from scipy.spatial import cKDTree
 from scipy.special import digamma, gammaln, ndtri
 from scipy.stats import differential_entropy as spacing_entropy
+from scipy.stats import entropy as plug_in_entropy
+from scipy.stats.contingency import crosstab
 
 Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
@@ -38,9 +40,7 @@ def normal_scores(samples: NDArray[np.floating], generator: np.random.Generator)
 
     Ranking ties at random keeps the mutual information: it adds to a variable what is independent of everything.
     """
-    order = np.lexsort((generator.random(len(samples)), samples))
-    ranks = np.empty(len(samples))
-    ranks[order] = np.arange(len(samples))
+    ranks = np.argsort(np.lexsort((generator.random(len(samples)), samples)))
     return np.asarray(ndtri((ranks + 0.5) / len(samples)), dtype=np.float64)
 
 
@@ -59,22 +59,17 @@ def histogram_mutual_information(
     correlation = float(scores[0] @ scores[1] / (scores[0] @ scores[0]))  # they have equal norms
     spread = math.sqrt(max(1 - correlation**2, 1e-4))
     width = 0.45 * spread * (count / 10_000) ** (-1 / 6)
-    row, column = (np.floor(axis / width + 0.5).astype(np.int64) for axis in scores)
-    row, column = row - row.min(), column - column.min()
-    columns = int(column.max()) + 1
-    joint = np.bincount(row * columns + column, minlength=(int(row.max()) + 1) * columns).reshape(-1, columns)
-    rows, cols = joint.sum(axis=1), joint.sum(axis=0)
-    value = discrete_entropy(rows).value + discrete_entropy(cols).value - discrete_entropy(joint.ravel()).value
-    local = np.log(joint[row, column] * float(count) / (rows[row].astype(np.float64) * cols[column]))
-    freedom = (np.count_nonzero(rows) - 1) * (np.count_nonzero(cols) - 1)
-    occupied = min(freedom, np.count_nonzero(joint))
-    return Estimate(value, math.sqrt(float(local.var()) / count + occupied / (2 * count**2)))
+    joint = crosstab(*np.floor(scores / width + 0.5)).count
+    row, column = np.nonzero(joint)
+    seen = joint[row, column]
+    local = np.log(seen * float(count) / (joint.sum(axis=1, dtype=np.float64)[row] * joint.sum(axis=0)[column]))
+    occupied = min((joint.shape[0] - 1) * (joint.shape[1] - 1), len(seen))
+    variance = float(np.cov(local, fweights=seen, ddof=0))
+    return Estimate(_shared(joint), math.sqrt(variance / count + occupied / (2 * count**2)))
 
 
 def kraskov_mutual_information(
-    x: NDArray[np.floating],
-    y: NDArray[np.floating],
-    generator: np.random.Generator,
+    x: NDArray[np.floating], y: NDArray[np.floating], generator: np.random.Generator
 ) -> Estimate:
     """I(x; y) from distances to the nearest neighbours, of normal scores.
 
@@ -85,8 +80,7 @@ def kraskov_mutual_information(
     error and with negative estimates set to zero, which biases a mean of them.
     """
     scores = _scores(x, y, generator)
-    points = scores.T
-    distances = cKDTree(points).query(points, NEIGHBOURS + 1, p=np.inf)[0][:, -1]
+    distances = cKDTree(scores.T).query(scores.T, NEIGHBOURS + 1, p=np.inf)[0][:, -1]
     radii = distances * (1 - 1e-6)  # n_x counts strictly nearer ones, whatever x + distance is rounded to
     local = digamma(len(x)) + digamma(NEIGHBOURS) - sum(digamma(_within(axis, radii) + 1) for axis in scores)
     return Estimate(float(local.mean()), SHARED_NEIGHBOURS * float(local.std(ddof=1)) / math.sqrt(len(x)))
@@ -102,13 +96,9 @@ def plug_in_information(x: NDArray[np.floating], y: NDArray[np.floating], bins: 
 
     Here to show what this common estimate makes of independent samples; use the others to measure.
     """
-    joint = np.histogram2d(x, y, bins=bins)[0] / len(x)
-
-    def entropy(p: Floats) -> float:
-        return -float((p[p > 0] * np.log(p[p > 0])).sum())
-
-    marginal = entropy(joint.sum(axis=1))
-    return marginal, marginal + entropy(joint.sum(axis=0)) - entropy(joint.ravel())
+    joint = np.histogram2d(x, y, bins=bins)[0]
+    marginal = float(plug_in_entropy(joint.sum(axis=1)))
+    return marginal, marginal + float(plug_in_entropy(joint.sum(axis=0)) - plug_in_entropy(joint.ravel()))
 
 
 def discrete_entropy(counts: NDArray[np.integer]) -> Estimate:
@@ -118,13 +108,11 @@ def discrete_entropy(counts: NDArray[np.integer]) -> Estimate:
     with n than after Miller and Madow's correction. Source: Grassberger, arXiv physics/0307138.
     """
     seen, times = np.unique(counts[counts > 0], return_counts=True)
-    total = int((seen * times).sum())
+    samples = seen * times
+    total = int(samples.sum())
     alternating = np.where(seen % 2 == 0, 0.5, -0.5) * (digamma((seen + 1) / 2) - digamma(seen / 2))
-    value = math.log(total) - float((times * seen * (digamma(seen) + alternating)).sum()) / total
-    surprise = -np.log(seen / total)
-    mean = float((times * seen * surprise).sum()) / total
-    variance = float((times * seen * (surprise - mean) ** 2).sum()) / total
-    return Estimate(value, math.sqrt(variance / total))
+    value = math.log(total) - float(samples @ (digamma(seen) + alternating)) / total
+    return Estimate(value, math.sqrt(float(np.cov(np.log(seen), fweights=samples, ddof=0)) / total))
 
 
 def differential_entropy(samples: NDArray[np.floating], generator: np.random.Generator) -> Estimate:
@@ -143,8 +131,7 @@ def differential_entropy(samples: NDArray[np.floating], generator: np.random.Gen
 
 def quantised_entropy(samples: NDArray[np.floating], step: float) -> Estimate:
     """Entropy of the samples rounded to multiples of `step`, as an ideal lossless coder after a quantiser needs."""
-    cells = np.round(samples.astype(np.float64) / step).astype(np.int64)
-    return discrete_entropy(np.unique(cells, return_counts=True)[1])
+    return discrete_entropy(np.unique(np.round(samples.astype(np.float64) / step), return_counts=True)[1])
 
 
 def quantised_mutual_information(x: NDArray[np.floating], y: NDArray[np.floating], step: float) -> Estimate:
@@ -152,26 +139,29 @@ def quantised_mutual_information(x: NDArray[np.floating], y: NDArray[np.floating
 
     The error is that of the joint entropy.
     """
-    cells = np.round(np.stack([x, y]).astype(np.float64) / step).astype(np.int64)
-    joint = discrete_entropy(np.unique(cells, axis=1, return_counts=True)[1])
-    value = quantised_entropy(x, step).value + quantised_entropy(y, step).value - joint.value
-    return Estimate(value, joint.error)
+    joint = crosstab(*np.round(np.stack([x, y]).astype(np.float64) / step)).count
+    return Estimate(_shared(joint), discrete_entropy(joint).error)
 
 
 def sign_information(x: NDArray[np.floating], y: NDArray[np.floating]) -> Estimate:
     """I(sign x; sign y)."""
     table = np.bincount(2 * (x > 0) + (y > 0), minlength=4).reshape(2, 2)
-    parts = [discrete_entropy(counts) for counts in (table.sum(axis=0), table.sum(axis=1), table.ravel())]
-    agreement = np.trace(table) / table.sum()
+    agreement = np.trace(table) / len(x)
     slope = abs(math.log((agreement + 1e-3) / (1 - agreement + 1e-3)))  # of log 2 - H(agreement)
-    error = slope * math.sqrt(agreement * (1 - agreement) / table.sum()) + 0.7 / table.sum()
-    return Estimate(parts[0].value + parts[1].value - parts[2].value, error)
+    return Estimate(_shared(table), slope * math.sqrt(agreement * (1 - agreement) / len(x)) + 0.7 / len(x))
 
 
 def log_binomial(n: NDArray[np.integer] | int, k: NDArray[np.integer] | int) -> Floats:
     """log C(n, k)."""
     n, k = np.asarray(n, dtype=np.float64), np.asarray(k, dtype=np.float64)
     return np.asarray(gammaln(n + 1) - gammaln(k + 1) - gammaln(n - k + 1))
+
+
+def _shared(joint: Integers) -> float:
+    """I of two discrete variables, from how often each pair of their values was seen."""
+    parts = joint.sum(axis=1), joint.sum(axis=0), joint
+    rows, columns, pairs = (discrete_entropy(counts).value for counts in parts)
+    return rows + columns - pairs
 
 
 def _scores(x: NDArray[np.floating], y: NDArray[np.floating], generator: np.random.Generator) -> Floats:

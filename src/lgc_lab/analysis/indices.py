@@ -13,11 +13,10 @@ from itertools import permutations
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.stats import binom, entropy
 
-from lgc_lab.analysis.estimators import MINIMUM_SAMPLES, log_binomial, sign_information
+from lgc_lab.analysis.estimators import MINIMUM_SAMPLES, Integers, log_binomial, sign_information
 from lgc_lab.analysis.record import Recording
-
-Integers = NDArray[np.int64]
 
 AGES = 12
 LEVELS = 8
@@ -41,29 +40,16 @@ class IndexCosts:
 
     def __init__(self, recording: Recording) -> None:
         self.recording = recording
-        size = sum(layer.size for layer in recording.layers)
-        self.last = np.full(size, -1)
-        self.value = np.zeros(size, dtype=np.float32)
-        self.layer = np.repeat(np.arange(len(recording.layers)), [layer.size for layer in recording.layers])
-        blocks = [-(-layer.size // layer.block) for layer in recording.layers]
-        self.block = np.concatenate(
-            [
-                first + np.arange(layer.size) // layer.block
-                for first, layer in zip(np.cumsum(blocks) - blocks, recording.layers, strict=True)
-            ]
-        )
+        sizes = [layer.size for layer in recording.layers]
+        self.last = np.full(sum(sizes), -1)
+        self.value = np.zeros(sum(sizes), dtype=np.float32)
+        self.layer = np.repeat(np.arange(len(sizes)), sizes)
+        self.block = _parts(sizes, [layer.block for layer in recording.layers])
         self.block_size = np.bincount(self.block)
-        outputs = [layer.size // layer.row for layer in recording.layers]
-        self.output = np.concatenate(
-            [
-                first + np.arange(layer.size) // layer.row
-                for first, layer in zip(np.cumsum(outputs) - outputs, recording.layers, strict=True)
-            ]
-        )
-        selected = np.unique(self.layer[recording.own[:1, 0]])
-        self.searched = np.flatnonzero(np.isin(self.layer, selected))
-        counts = np.bincount(self.layer[recording.own[:1, 0].ravel()], minlength=len(recording.layers))
-        densities = np.round(np.log2(np.maximum(counts, 1) / np.bincount(self.layer))).astype(np.int64)
+        self.output = _parts(sizes, [layer.row for layer in recording.layers])
+        counts = self._by_layer(recording.own[0, 0])
+        self.searched = np.flatnonzero(counts[self.layer])
+        densities = np.round(np.log2(np.maximum(counts, 1) / sizes)).astype(np.int64)
         self.group = (densities.max() - densities)[self.layer]
         self.done = recording.warmup_end
         self.tables: dict[str, NDArray[np.float64]] = {}
@@ -73,32 +59,32 @@ class IndexCosts:
         self._replay(int(self.recording.steps[record]))
         own = self.recording.own[record]
         workers, entries = own.shape
-        universe = len(self.searched)
-        layers = np.bincount(self.layer[own[0]], minlength=len(self.recording.layers))
-        sizes = np.bincount(self.layer[self.searched], minlength=len(layers))
+        by_layer, sizes = self._by_layer(own[0]), self._by_layer(self.searched)
         row = {
             "entries": float(entries),
-            "uniform": float(log_binomial(universe, entries)) / math.log(2) / entries,
-            "layer": float(log_binomial(sizes, layers).sum()) / math.log(2) / entries,
+            "uniform": float(log_binomial(len(self.searched), entries)) / math.log(2) / entries,
+            "layer": float(log_binomial(sizes, by_layer).sum()) / math.log(2) / entries,
         }
-        hits = np.zeros(len(self.last), dtype=np.int64)
-        np.add.at(hits, own.ravel(), 1)
+        hits = np.bincount(own.ravel(), minlength=len(self.last))[self.searched]
+        recency, density, of_output = self._recency(), self._density(self.block), self._density(self.output)
         knowledge = {
             "independent": np.zeros_like(self.group),
-            "recency": self._recency(),
+            "recency": recency,
             "magnitude": self._magnitude(),
-            "row": self._density(self.block),
-            "output": self._density(self.output),
+            "row": density,
+            "output": of_output,
+            "past": (recency * (LEVELS + 2) + density) * (LEVELS + 2) + of_output,
         }
-        knowledge["past"] = (knowledge["recency"] * (LEVELS + 2) + knowledge["row"]) * (LEVELS + 2) + knowledge[
-            "output"
-        ]
         for name, classes in knowledge.items():
-            grouped = classes * (self.group.max() + 1) + self.group
-            row |= self._cost(name, grouped[self.searched], hits[self.searched], workers)
+            grouped = (classes * (self.group.max() + 1) + self.group)[self.searched]
+            row |= self._lengths(name, workers * np.bincount(grouped), np.bincount(grouped, hits).astype(np.int64))
         if workers > 1:
             row |= self._cost_given_worker(own)
         return row | self._cost_of_kernels(own) | self._signs(record)
+
+    def _by_layer(self, indices: Integers) -> Integers:
+        """How many of these are in each layer."""
+        return np.bincount(self.layer[indices], minlength=len(self.recording.layers))
 
     def _replay(self, step: int) -> None:
         """Take in everything sent before `step`."""
@@ -115,39 +101,26 @@ class IndexCosts:
     def _magnitude(self) -> Integers:
         """Of the last value sent, in factors of two about the layer's mean."""
         known = self.last >= 0
-        layers = len(self.recording.layers)
-        value = np.abs(self.value)
-        total = np.bincount(self.layer[known], value[known], minlength=layers)
-        mean = total / np.maximum(np.bincount(self.layer[known], minlength=layers), 1)
-        ratio = value / np.maximum(mean[self.layer], 1e-30)
-        level = np.clip(np.floor(np.log2(np.maximum(ratio, 1e-9))).astype(np.int64), -LEVELS // 2, LEVELS // 2)
-        return np.where(known, level + LEVELS // 2 + 1, 0)
+        value = np.abs(self.value)  # 0 where it is not known
+        mean = np.bincount(self.layer, value) / np.maximum(np.bincount(self.layer, known), 1)
+        return _level(value / np.maximum(mean[self.layer], 1e-30), 1, known)
 
     def _density(self, part: Integers) -> Integers:
         """Of what was recently sent in the same part, in factors of the square root of two about the layer's."""
         recent = ((self.last >= 0) & (self.done - self.last <= RECENT)).astype(np.float64)
         share = np.bincount(part, recent) / np.bincount(part)
         layers = np.bincount(self.layer, recent) / np.bincount(self.layer)
-        ratio = share[part] / np.maximum(layers[self.layer], 1e-30)
-        level = np.clip(np.floor(2 * np.log2(np.maximum(ratio, 1e-9))).astype(np.int64), -LEVELS // 2, LEVELS // 2)
-        return np.where(ratio > 0, level + LEVELS // 2 + 1, 0)
-
-    def _cost(self, name: str, classes: Integers, hits: Integers, workers: int) -> dict[str, float]:
-        sizes = workers * np.bincount(classes)
-        return self._lengths(name, sizes, np.bincount(classes, hits).astype(np.int64))
+        return _level(share[part] / np.maximum(layers[self.layer], 1e-30), 2, share[part] > 0)
 
     def _cost_given_worker(self, own: Integers) -> dict[str, float]:
         """Of one worker's selection, given another's; all ordered pairs."""
         groups = int(self.group.max()) + 1
-        pairs = len(own) * (len(own) - 1)
-        size = np.bincount(self.group[self.searched], minlength=groups)
-        count = np.bincount(self.group[own[0]], minlength=groups)  # the same for every worker
-        both = sum(
-            np.bincount(self.group[np.intersect1d(a, b, assume_unique=True)], minlength=groups)
-            for a, b in permutations(own, 2)
+        common = [np.intersect1d(a, b, assume_unique=True) for a, b in permutations(own, 2)]
+        size, count, both = (  # the count is the same for every worker
+            np.bincount(self.group[some], minlength=groups) for some in (self.searched, own[0], np.concatenate(common))
         )
-        sizes = pairs * np.concatenate([size - count, count])
-        return self._lengths("worker", sizes, np.concatenate([pairs * count - both, both]))
+        sizes = len(common) * np.concatenate([size - count, count])
+        return self._lengths("worker", sizes, np.concatenate([len(common) * count - both, both]))
 
     def _signs(self, record: int) -> dict[str, float]:
         leader = self.recording.leader(record)
@@ -172,31 +145,41 @@ class IndexCosts:
             plug_in, predictive = plug_in + inside, predictive + inside
             for block in np.unique(size):
                 counts = np.bincount(count[size == block], minlength=block + 1).astype(np.float64)
-                present = counts[counts > 0]
-                plug_in -= float((present * np.log2(present / present.sum())).sum())
+                plug_in += float(counts.sum() * entropy(counts, base=2))
                 table = self.tables.setdefault(f"kernel {block}", self._prior_of_kernels(int(block), selection))
-                predictive -= float((counts * np.log2(table / table.sum())).sum())
+                predictive -= float(counts @ np.log2(table / table.sum()))
                 table += counts
         return {"kernel_plug_in": plug_in / own.size, "kernel": predictive / own.size}
 
     def _prior_of_kernels(self, block: int, selection: Integers) -> NDArray[np.float64]:
         """Entries that fall independently."""
         rate = len(selection) / len(self.searched)
-        count = np.arange(block + 1)
-        logs = log_binomial(np.full(block + 1, block), count) + count * math.log(rate)
-        probability = np.exp(logs + (block - count) * math.log1p(-rate))
-        return np.asarray(PRIOR / rate / block * probability + 1e-9)
+        return np.asarray(PRIOR / rate / block * binom.pmf(np.arange(block + 1), block, rate) + 1e-9)
 
     def _lengths(self, name: str, sizes: Integers, hits: Integers) -> dict[str, float]:
+        """Both code lengths, from the coordinates and the entries of every class; adds them to what is known."""
         entries = int(hits.sum())
         rate = entries / int(sizes.sum())
+        table = np.stack([sizes, hits]).astype(np.float64)
         known = self.tables.get(name, np.zeros((2, 0)))
-        missing = max(0, len(sizes) - known.shape[1])
-        known = np.pad(known, ((0, 0), (0, missing)))
-        width = known.shape[1]
-        sizes, hits = np.pad(sizes, (0, width - len(sizes))), np.pad(hits, (0, width - len(hits)))
+        width = max(table.shape[1], known.shape[1])
+        table, known = (np.pad(each, ((0, 0), (0, width - each.shape[1]))) for each in (table, known))
         density = (known[1] + PRIOR) / (known[0] + PRIOR / rate)
-        nats = -(hits * np.log(density) + (sizes - hits) * np.log1p(-density)).sum()
-        self.tables[name] = known + np.stack([sizes, hits])
+        nats = -(table[1] @ np.log(density) + (table[0] - table[1]) @ np.log1p(-density))
+        self.tables[name] = known + table
         plug_in = float(log_binomial(sizes, hits).sum())
         return {f"{name}_plug_in": plug_in / math.log(2) / entries, name: float(nats) / math.log(2) / entries}
+
+
+def _parts(sizes: list[int], lengths: list[int]) -> Integers:
+    """The number of the part that each coordinate lies in; every layer is cut into parts of its own length."""
+    counts = [-(-size // length) for size, length in zip(sizes, lengths, strict=True)]
+    firsts = np.cumsum(counts) - counts
+    layers = zip(firsts, sizes, lengths, strict=True)
+    return np.concatenate([first + np.arange(size) // length for first, size, length in layers])
+
+
+def _level(ratio: NDArray[np.floating], steps: int, known: NDArray[np.bool_]) -> Integers:
+    """A class for each factor of two, divided into so many steps, from 1 to LEVELS + 1; 0 where it is not known."""
+    level = np.floor(steps * np.log2(np.maximum(ratio, 1e-9))).astype(np.int64)
+    return np.where(known, np.clip(level, -LEVELS // 2, LEVELS // 2) + LEVELS // 2 + 1, 0)

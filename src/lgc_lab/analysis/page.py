@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,28 +22,26 @@ from lgc_lab.terminal import aligned
 CLAIMED_SHARE = 0.8
 SHARE = "its part of the entropy"
 QUANTITIES = {"gradient": "gradient", "accumulator": "accumulator v"}
-LAYER_COLUMNS = {
-    f"entropy at {PLANE_ERROR:.0%} error": ("entropy",),
-    "shared by two workers at that": ("quantised_mutual_information",),
-    "the same, shuffled": ("quantised_shuffled_mutual_information",),
-    "shared by two workers (Kraskov)": ("kraskov_mutual_information",),
-    "the same, histogram": ("histogram_mutual_information",),
-    "Kraskov, shuffled": ("shuffled_mutual_information",),
-    "Kraskov, over channel scales": ("unscaled_mutual_information",),
-    "shared by the signs": ("sign_mutual_information",),
-    "shared by the magnitudes": ("magnitude_mutual_information",),
-    "correlation of two workers": ("pearson",),
-    "correlation of two halves of the workers": ("pooled_pearson",),
-    "shared by two halves of the workers": ("pooled_mutual_information",),
-    "shared with the step before": ("temporal_mutual_information",),
-    "correlation with the step before": ("temporal_pearson",),
-    SHARE: ("quantised_mutual_information", "entropy"),
-    f"{SHARE}, uncorrected histograms": ("plug_in_mutual_information", "plug_in_entropy"),
-    f"{SHARE}, uncorrected histograms, shuffled": (
-        "plug_in_shuffled_mutual_information",
-        "plug_in_shuffled_entropy",
-    ),
-}  # a column, or the ratio of two
+SIZE = (5.6, 4.6)  # inches
+LAYER_COLUMNS = {  # label and column, or the ratio of two
+    f"entropy at {PLANE_ERROR:.0%} error": "entropy",
+    "shared by two workers at that": "quantised_mutual_information",
+    "the same, shuffled": "quantised_shuffled_mutual_information",
+    "shared by two workers (Kraskov)": "kraskov_mutual_information",
+    "the same, histogram": "histogram_mutual_information",
+    "Kraskov, shuffled": "shuffled_mutual_information",
+    "Kraskov, over channel scales": "unscaled_mutual_information",
+    "shared by the signs": "sign_mutual_information",
+    "shared by the magnitudes": "magnitude_mutual_information",
+    "correlation of two workers": "pearson",
+    "correlation of two halves of the workers": "pooled_pearson",
+    "shared by two halves of the workers": "pooled_mutual_information",
+    "shared with the step before": "temporal_mutual_information",
+    "correlation with the step before": "temporal_pearson",
+    SHARE: "quantised_mutual_information / entropy",
+    f"{SHARE}, uncorrected histograms": "plug_in_mutual_information / plug_in_entropy",
+    f"{SHARE}, uncorrected histograms, shuffled": "plug_in_shuffled_mutual_information / plug_in_shuffled_entropy",
+}
 SHARED_COLUMNS = {
     "top-k: overlap of two workers": "overlap",
     "sent: correlation with the leader": "pearson",
@@ -68,8 +67,6 @@ INDEX_COLUMNS = {
     "index: time and both densities": "past",
     "index: others in the kernel or row, same step": "kernel",
     "index: another worker's selection, same step": "worker",
-}
-SIGN_COLUMNS = {
     "sign: shared with the sign last sent there": "sign_last",
     "sign: shared with the sum last sent in the kernel or row": "sign_row",
 }
@@ -84,10 +81,10 @@ class Analysis:
 
     def __init__(self, recording: Recording, rows: Sequence[Row]) -> None:
         self.recording = recording
-        self.layers = [row for row in rows if row["kind"] == "layer"]
-        self.shared = [row for row in rows if row["kind"] == "shared"]
-        self.indices = [row for row in rows if row["kind"] == "index"]
-        steps = [row["step"] for row in self.shared if not row["warmup"]]
+        self.rows: dict[str, list[Row]] = {kind: [] for kind in ("gradient", "accumulator", "shared", "index")}
+        for row in rows:
+            self.rows[row["quantity" if "quantity" in row else "kind"]].append(row)
+        steps = [row["step"] for row in self.rows["shared"] if not row["warmup"]]
         self.windows = (set(steps[: (len(steps) + 1) // 2]), set(steps[len(steps) // 2 :]))
 
     @property
@@ -106,43 +103,34 @@ class Analysis:
     def write_page(self, page: Path) -> None:
         """Write one HTML page that holds everything it shows; it opens without a network."""
         figures = []
-        for title, caption, plot, size in FIGURES:
-            svg = draw(title, size, lambda figure, plot=plot: plot(figure.subplots(), self))  # type: ignore[misc]
+        for title, caption, plot in FIGURES:
+            svg = draw(title, SIZE, lambda figure, plot=plot: plot(figure.subplots(), self))  # type: ignore[misc]
             figures.append({"title": title, "caption": caption, "svg": svg})
-        version = self.recording.settings["version"]
-        content = {"title": self.title, "lines": list(self.lines()), "figures": figures, "version": version}
-        write_page(page, "analysis/redundancy.html.jinja", **content)
+        content = {"title": self.title, "lines": list(self.lines()), "version": self.recording.settings["version"]}
+        write_page(page, "analysis/redundancy.html.jinja", figures=figures, **content)
 
     def lines(self) -> Iterator[tuple[str, str, str]]:
         """The table: every quantity that was measured, and its mean in both windows, in bits or a plain number."""
-        series = {
-            f"{name}: {label}": by_step(self.rows_of(quantity), *columns)
-            for quantity, name in QUANTITIES.items()
-            for label, columns in LAYER_COLUMNS.items()
-        }
-        series |= {label: by_step(self.shared, column) for label, column in SHARED_COLUMNS.items()}
-        series |= {label: by_step(self.indices, column) for label, column in (INDEX_COLUMNS | SIGN_COLUMNS).items()}
-        for label, values in series.items():
-            early, late = self.over(0, values), self.over(1, values)
-            if not math.isnan(early.value):
-                yield label, _format(early), _format(late)
+        tables = [(kind, f"{name}: ", LAYER_COLUMNS) for kind, name in QUANTITIES.items()]
+        for kind, prefix, columns in [*tables, ("shared", "", SHARED_COLUMNS), ("index", "", INDEX_COLUMNS)]:
+            for label, column in columns.items():
+                early, late = (self.over(window, self.rows[kind], column) for window in (0, 1))
+                if not math.isnan(early.value):
+                    yield prefix + label, _format(early), _format(late)
 
-    def rows_of(self, quantity: str) -> list[Row]:
-        """Rows of one quantity, all layers and steps."""
-        return [row for row in self.layers if row["quantity"] == quantity]
-
-    def over(self, window: int, series: Mapping[int, Estimate]) -> Estimate:
+    def over(self, window: int, rows: Iterable[Row], column: str) -> Estimate:
         """Mean over the records of a window, 0 the first, and its standard error from their spread; NaN without any."""
-        values = [estimate.value for step, estimate in series.items() if step in self.windows[window]]
+        values = [mean.value for step, mean in by_step(rows, column).items() if step in self.windows[window]]
         error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
         return Estimate(statistics.mean(values) if values else math.nan, error)
 
 
-def by_step(rows: Iterable[Row], column: str, over: str | None = None) -> dict[int, Estimate]:
-    """A column's mean over the layers, weighted by their sizes, at every step; or the ratio of two such means.
+def by_step(rows: Iterable[Row], column: str) -> dict[int, Estimate]:
+    """A column's mean over the layers, weighted by their sizes, at every step; or the ratio of two such means, "a / b".
 
-    The standard error is that of the column's estimator.
+    The standard error is that of the first column's estimator.
     """
+    column, _, over = column.partition(" / ")
     sums: dict[int, NDArray[np.float64]] = {}
     for row in (row for row in rows if column in row):
         weight = float(row.get("size", 1))
@@ -152,18 +140,21 @@ def by_step(rows: Iterable[Row], column: str, over: str | None = None) -> dict[i
     return {step: Estimate(value / size, math.sqrt(square) / size) for step, (value, square, size) in sums.items()}
 
 
-def _curve(series: Mapping[int, Estimate]) -> tuple[list[int], list[float]]:
-    return list(series), [estimate.value for estimate in series.values()]
+def _plot_curve(axes: Axes, rows: list[Row], column: str, style: str, label: str | None) -> None:
+    """Draw a column's mean against the step, with the estimator's error where it has one."""
+    series = by_step(rows, column)
+    values, errors = np.array(list(series.values())).reshape(-1, 2).T
+    axes.errorbar(list(series), values, errors, fmt=style, linewidth=1.3, label=label)
 
 
 def _plot_plane(axes: Axes, analysis: Analysis) -> None:
     for number, (quantity, name) in enumerate(QUANTITIES.items()):
         layers: dict[str, list[Row]] = {}
-        for row in analysis.rows_of(quantity):
+        for row in analysis.rows[quantity]:
             layers.setdefault(row["layer"], []).append(row)
         for window, marker in enumerate("ov" if layers else ""):
             means = [
-                [analysis.over(window, by_step(own, column)) for own in layers.values()]
+                [analysis.over(window, own, column) for own in layers.values()]
                 for column in ("entropy", "quantised_mutual_information")
             ]
             (x, x_error), (y, y_error) = np.array(means).transpose(0, 2, 1)
@@ -177,13 +168,10 @@ def _plot_plane(axes: Axes, analysis: Analysis) -> None:
 
 
 def _plot_over_training(axes: Axes, analysis: Analysis) -> None:
-    shown = {name: analysis.rows_of(quantity) for quantity, name in QUANTITIES.items()}
-    shown["values at the leader's indices"] = analysis.shared
-    for number, (name, rows) in enumerate(shown.items()):
-        for column, label, style in (("kraskov", name, "-"), ("shuffled", None, ":")):
-            series = by_step(rows, f"{column}_mutual_information")
-            errors = [estimate.error for estimate in series.values()]
-            axes.errorbar(*_curve(series), errors, color=f"C{number}", linestyle=style, linewidth=1.3, label=label)
+    shown = QUANTITIES | {"shared": "values at the leader's indices"}
+    for number, (kind, name) in enumerate(shown.items()):
+        _plot_curve(axes, analysis.rows[kind], "kraskov_mutual_information", f"C{number}-", name)
+        _plot_curve(axes, analysis.rows[kind], "shuffled_mutual_information", f"C{number}:", None)
     axes.axvspan(0, analysis.recording.warmup_end, color="black", alpha=0.06, linewidth=0)
     axes.set(xlabel="step", ylabel="shared by two workers, bits")
     axes.legend()
@@ -191,50 +179,44 @@ def _plot_over_training(axes: Axes, analysis: Analysis) -> None:
 
 def _plot_correlations(axes: Axes, analysis: Analysis) -> None:
     for number, (quantity, name) in enumerate(QUANTITIES.items()):
-        for column, style, of in (("pearson", "-", "two workers"), ("temporal_pearson", ":", "two steps")):
-            curve = _curve(by_step(analysis.rows_of(quantity), column))
-            axes.plot(*curve, color=f"C{number}", linestyle=style, label=f"{name}, {of}")
-    axes.plot(*_curve(by_step(analysis.shared, "pearson")), color="C2", label="sent, leader and another")
-    axes.plot(*_curve(by_step(analysis.shared, "overlap")), color="C3", label="top-k overlap")
+        _plot_curve(axes, analysis.rows[quantity], "pearson", f"C{number}-", f"{name}, two workers")
+        _plot_curve(axes, analysis.rows[quantity], "temporal_pearson", f"C{number}:", f"{name}, two steps")
+    _plot_curve(axes, analysis.rows["shared"], "pearson", "C2-", "sent, leader and another")
+    _plot_curve(axes, analysis.rows["shared"], "overlap", "C3-", "top-k overlap")
     axes.set(xlabel="step", ylabel="correlation, or overlap")
     axes.legend()
 
 
-def _heat_map(quantity: str) -> Callable[[Axes, Analysis], None]:
-    def plot(axes: Axes, analysis: Analysis) -> None:
-        rows = analysis.rows_of(quantity)
-        layers = list(dict.fromkeys(row["layer"] for row in rows))
-        steps = sorted({row["step"] for row in rows})
-        grid = np.full((len(layers), len(steps)), np.nan)
-        for row in rows:
-            if "kraskov_mutual_information" in row:
-                grid[layers.index(row["layer"]), steps.index(row["step"])] = row["kraskov_mutual_information"]
-        image = axes.imshow(grid, aspect="auto", interpolation="nearest", cmap="viridis", vmin=0)
-        axes.grid(False)
-        axes.set_yticks(range(len(layers)), layers, fontsize=6)
-        shown = range(0, len(steps), max(1, len(steps) // 6))
-        axes.set_xticks(list(shown), [str(steps[i]) for i in shown])
-        axes.set(xlabel="step")
-        axes.figure.colorbar(image, ax=axes, label="bits")
-
-    return plot
+def _plot_heat_map(quantity: str, axes: Axes, analysis: Analysis) -> None:
+    rows = analysis.rows[quantity]
+    layers, steps = (list(dict.fromkeys(row[name] for row in rows)) for name in ("layer", "step"))
+    grid = np.full((len(layers), len(steps)), np.nan)
+    for row in rows:
+        information = row.get("kraskov_mutual_information", math.nan)
+        grid[layers.index(row["layer"]), steps.index(row["step"])] = information
+    image = axes.imshow(grid, aspect="auto", interpolation="nearest", cmap="viridis", vmin=0)
+    axes.grid(False)
+    axes.set_yticks(range(len(layers)), layers, fontsize=6)
+    shown = slice(None, None, max(1, len(steps) // 6))
+    axes.set_xticks(range(len(steps))[shown], map(str, steps[shown]))
+    axes.set(xlabel="step")
+    axes.figure.colorbar(image, ax=axes, label="bits")
 
 
 def _plot_budget(axes: Axes, analysis: Analysis) -> None:
-    def of(rows: list[Row], column: str) -> Estimate:
-        return analysis.over(1, by_step(rows, column))
-
-    bars = [(label, of(analysis.indices, column), "C0") for label, column in INDEX_COLUMNS.items()]
-    for name, column, shared, color in (
-        ("leader's sign", "sign_entropy", "sign_mutual_information", "C1"),
-        ("leader's magnitude", "magnitude_bound", "magnitude_mutual_information", "C2"),
+    of = partial(analysis.over, 1)
+    sent, indices = analysis.rows["shared"], analysis.rows["index"]
+    bars = [(name, of(indices, column), "C0") for name, column in INDEX_COLUMNS.items() if name.startswith("index")]
+    for name, column, kind, color in (
+        ("leader's sign", "sign_entropy", "sign", "C1"),
+        ("leader's magnitude", "magnitude_bound", "magnitude", "C2"),
     ):
-        whole, saved = of(analysis.shared, column), of(analysis.shared, shared)
+        whole, saved = of(sent, column), of(sent, f"{kind}_mutual_information")
         error = float(np.hypot(np.nan_to_num(whole.error), np.nan_to_num(saved.error)))
         rest = Estimate(max(0.0, whole.value - saved.value), error)
         bars += [(name, whole, color), (f"{name}, given one more worker's", rest, color)]
-    bars.append(("another's value", of(analysis.shared, "alone_bound"), "C3"))
-    bars.append(("another's value, given the leader's", of(analysis.shared, "given_leader_bound"), "C3"))
+    bars.append(("another's value", of(sent, "alone_bound"), "C3"))
+    bars.append(("another's value, given the leader's", of(sent, "given_leader_bound"), "C3"))
     bars = [bar for bar in reversed(bars) if not math.isnan(bar[1].value)]
     labels, estimates, colors = zip(*bars, strict=True)
     values, errors = np.nan_to_num(np.array(estimates)).T
@@ -246,32 +228,33 @@ def _plot_budget(axes: Axes, analysis: Analysis) -> None:
     axes.set(xlabel="bits per entry")
 
 
-FIGURES: list[tuple[str, str, Callable[[Axes, Analysis], None], tuple[float, float]]] = [
+FIGURES: list[tuple[str, str, Callable[[Axes, Analysis], None]]] = [
     (
         "Information plane",
         f"A point is a layer: entropy of a worker's values, quantised to {PLANE_ERROR:.0%} relative squared error, "
         "against what two workers share, both quantised so. Bars: standard error over the records.",
         _plot_plane,
-        (5.6, 3.9),
     ),
     (
         "Redundancy over training",
         "Kraskov's mutual information of two workers, mean over the layers weighted by size; dotted: the same values "
         "in another order, which share nothing. Bars: the estimator's standard error. Grey: rate warm-up.",
         _plot_over_training,
-        (5.6, 3.9),
     ),
-    ("Correlations", "Pearson's, mean over the layers weighted by size.", _plot_correlations, (5.6, 3.9)),
+    (
+        "Correlations",
+        "Pearson's, mean over the layers weighted by size. Bars: standard error of independent samples.",
+        _plot_correlations,
+    ),
     (
         "Bits per entry",
         "Second half of the run. Index: code length given each kind of knowledge, with densities learned from the "
         f"records before. Leader's magnitude: Shannon's lower bound at {VALUE_ERROR:.0%} relative squared error; "
         "another's value: what is enough for it. Bars: standard error over the records.",
         _plot_budget,
-        (5.6, 4.6),
     ),
-    ("Gradients, by layer", "Shared by two workers (Kraskov).", _heat_map("gradient"), (5.6, 4.6)),
-    ("Accumulators, by layer", "Shared by two workers (Kraskov).", _heat_map("accumulator"), (5.6, 4.6)),
+    ("Gradients, by layer", "Shared by two workers (Kraskov).", partial(_plot_heat_map, "gradient")),
+    ("Accumulators, by layer", "Shared by two workers (Kraskov).", partial(_plot_heat_map, "accumulator")),
 ]
 
 

@@ -21,7 +21,6 @@ from lgc.comm.transport import SERVER, Transport, clock
 from lgc.rounds.aggregator import Aggregator, Round
 from lgc.rounds.layout import POOL, Layout
 from lgc.rounds.selection import Region
-from lgc.schemes import ScaleCom, Scheme, SparseScheme, TopK
 from lgc_lab.training.loop import Training
 from lgc_lab.training.settings import Settings
 
@@ -94,10 +93,7 @@ class Recording:
             arrays = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 - not a mapping
         counts, where, values = (arrays.pop(f"sent_{name}") for name in ("count", "where", "values"))
         ends = np.cumsum(counts)
-        sent = [
-            (where[end - count : end].astype(np.int64), values[end - count : end])
-            for end, count in zip(ends.tolist(), counts.tolist(), strict=True)
-        ]
+        sent = list(zip(np.split(where.astype(np.int64), ends), np.split(values, ends), strict=True))[:-1]
         own = arrays.pop("own").astype(np.int64)
         layers = [Layer(**layer) for layer in header.pop("layers")]
         return cls(layers=layers, sent=sent, own=own, **arrays, **header)
@@ -114,7 +110,7 @@ class Recorder:
         self.layers = find_layers(aggregator.layout, samples)
         generator = torch.Generator().manual_seed(seed)
         coordinates = [
-            torch.randperm(layer.size, generator=generator)[: layer.sampled].sort().values + layer.start
+            layer.start + torch.randperm(layer.size, generator=generator)[: layer.sampled].sort().values
             for layer in self.layers
         ]
         self.coordinates = torch.cat(coordinates).to(aggregator.feedback.residual.device)
@@ -147,15 +143,15 @@ class Recorder:
     def save(self, file: Path, settings: dict[str, Any], total_steps: int, seconds: float) -> None:
         """Write everything; at rank 0."""
         samples = torch.stack(self._kept["samples"])  # (T, K, 2 steps, 2 quantities, M)
-        gradient, accumulator = samples.permute(3, 0, 2, 1, 4).contiguous()
+        gradient, accumulator = samples.permute(3, 0, 2, 1, 4).unbind()
         tensors = {
             "coordinates": self.coordinates.cpu(),
             "steps": torch.tensor(self.steps),
-            "gradient": gradient.clone(),
-            "accumulator": accumulator.clone(),
+            "gradient": gradient.contiguous(),
+            "accumulator": accumulator.contiguous(),
             "own": torch.stack(self._kept["own"]),
             "shared": torch.stack(self._kept["shared"]),
-            "sent_count": torch.tensor([len(where) for where, _ in self._sent]),
+            "sent_count": torch.tensor([len(where) for where, _ in self._sent], dtype=torch.int64),
             "sent_where": torch.cat([torch.empty(0, dtype=torch.int32), *(where for where, _ in self._sent)]),
             "sent_values": torch.cat([torch.empty(0), *(values for _, values in self._sent)]),
         }
@@ -166,7 +162,6 @@ class Recorder:
             "warmup_end": self.aggregator.schedule.warmup_end,
             "total_steps": total_steps,
         }
-        file.parent.mkdir(parents=True, exist_ok=True)
         save_file(tensors, file, metadata={"lgc": json.dumps(header)})
 
     def _record(self, step: int, samples: Tensor, v: Tensor) -> None:
@@ -184,30 +179,18 @@ class Recorder:
 def record(settings: Settings, out: Path, every: int, samples: int, device: torch.device) -> None:
     """Run in every rank of the default process group; rank 0 writes `out`/recording.safetensors."""
     run = Training(settings, device)
-    synchronizer = run.handle.synchronizer
+    synchronizer, transport = run.handle.synchronizer, Transport(run.group, device)
     assert synchronizer is not None  # schemes that can be recorded have rounds
-    transport = Transport(run.group, device)
     recorder = Recorder(synchronizer.aggregator, transport, every=every, samples=samples, seed=settings.seed)
     synchronizer.observers.append(recorder)
     started = time.perf_counter()
     hidden = transport.rank != SERVER
-    for inputs, targets in tqdm(run.batches(), total=run.total, unit="step", disable=hidden or None):
-        loss = run.update(inputs, targets)["loss"]
+    for batch in tqdm(run.batches(), total=run.total, unit="step", disable=hidden or None):
+        loss = run.update(*batch)["loss"]
         if not math.isfinite(loss):
             raise RuntimeError(f"the training diverged: the loss of step {run.step - 1} is {loss}.")
     if not hidden:
         recorder.save(out / RECORDING, configuration(settings, every, samples), run.step, time.perf_counter() - started)
-
-
-def require_recordable(scheme: Scheme) -> SparseScheme:
-    """The scheme, if it sends values themselves and not what an autoencoder makes of them.
-
-    Raises:
-        ValueError: if it does not.
-    """
-    if not isinstance(scheme, TopK | ScaleCom):
-        raise ValueError(f"analyze: scheme must be {TopK.name}, dgc or {ScaleCom.name}, got {scheme.name}.")
-    return scheme
 
 
 def configuration(settings: Settings, every: int, samples: int) -> dict[str, Any]:
@@ -219,14 +202,13 @@ def find_layers(layout: Layout, samples: int) -> list[Layer]:
     """Every weight, and neighbouring small tensors together as one layer, in the order of the flat vector."""
     layers: list[Layer] = []
     for name, place in sorted(layout.slices.items(), key=lambda item: item[1].start):
-        shape = layout.shapes[name]
-        size = place.stop - place.start
+        shape, start, size = layout.shapes[name], place.start, place.stop - place.start
         if len(shape) >= 2:
             row, kernel = math.prod(shape[1:]), math.prod(shape[2:])
-            layers.append(Layer(name, place.start, size, row, kernel if kernel > 1 else row, min(size, samples)))
-        elif layers and layers[-1].name == POOL:
-            size += layers[-1].size
-            layers[-1] = Layer(POOL, layers[-1].start, size, size, size, min(size, samples))
-        else:
-            layers.append(Layer(POOL, place.start, size, size, size, min(size, samples)))
+            layers.append(Layer(name, start, size, row, kernel if kernel > 1 else row, min(size, samples)))
+            continue
+        if layers and layers[-1].name == POOL:
+            before = layers.pop()
+            start, size = before.start, before.size + size
+        layers.append(Layer(POOL, start, size, size, size, min(size, samples)))
     return layers

@@ -6,7 +6,8 @@ All information is in bits. Every estimate is a pair: `NAME` and its standard er
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from itertools import combinations
 from typing import Any
 
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 from lgc_lab.analysis.estimators import (
     MINIMUM_SAMPLES,
     Estimate,
+    Integers,
     differential_entropy,
     discrete_entropy,
     histogram_mutual_information,
@@ -34,39 +36,39 @@ LEAST_OF_CHANNEL = 16  # samples, on average, to divide by a channel's scale
 PLANE_ERROR = 0.01  # relative squared error at which the entropy of a gradient is stated
 PLANE_STEP = math.sqrt(12 * PLANE_ERROR)  # of a quantiser with this error, for values of unit energy
 VALUE_ERROR = 0.1  # that of one sign a value and one magnitude for all, at the rates of interest
+NORMAL_ENTROPY = 0.5 * math.log2(2 * math.pi * math.e * VALUE_ERROR)  # of normal values with that variance
 
 Row = dict[str, Any]
-Floats = NDArray[np.float32]
+Samples = NDArray[np.float32]
+Vectors = Sequence[NDArray[np.floating]] | NDArray[np.floating]
 
 
 def measure_redundancy(recording: Recording, seed: int = 0) -> Iterator[Row]:
     """Measure all rows: `kind` is layer (raw gradients and accumulators), shared (values sent) or index (where)."""
     generator = np.random.default_rng(seed)
     indices = IndexCosts(recording)
+    starts = np.cumsum([layer.sampled for layer in recording.layers])[:-1]
+    coordinates = np.split(recording.coordinates, starts)
     for record, step in enumerate(recording.steps.tolist()):
         where = {"step": step, "warmup": step < recording.warmup_end}
         for quantity in ("gradient", "accumulator"):
-            samples = getattr(recording, quantity)[record]
-            position = 0
-            for layer in recording.layers:
-                sampled = slice(position, position + layer.sampled)
-                position += layer.sampled
-                now, before = samples[1, :, sampled], samples[0, :, sampled]
-                if usable(now) and usable(before):
+            samples = np.split(getattr(recording, quantity)[record], starts, axis=2)
+            for layer, (before, now), places in zip(recording.layers, samples, coordinates, strict=True):
+                if all(map(has_variety, [*before, *now])):
                     row = {"kind": "layer", "quantity": quantity, "layer": layer.name, "size": layer.size}
-                    unscaled = divide_by_scale(now, layer, recording.coordinates[sampled])
+                    unscaled = divide_by_scale(now, layer, places)
                     yield where | row | layer_row(now, before, unscaled, generator)
         yield where | {"kind": "shared"} | shared_row(recording, record, generator)
         if step >= recording.warmup_end:
             yield where | {"kind": "index"} | indices.costs(record)
 
 
-def usable(samples: Floats) -> bool:
-    """Whether every worker has enough different values, shape (K, n)."""
-    return all(len(np.unique(row)) >= 2 * MINIMUM_SAMPLES for row in samples)
+def has_variety(values: NDArray[np.floating]) -> bool:
+    """Whether these are enough different values to estimate from."""
+    return len(np.unique(values)) >= 2 * MINIMUM_SAMPLES
 
 
-def divide_by_scale(values: Floats, layer: Layer, coordinates: NDArray[np.int64]) -> Floats | None:
+def divide_by_scale(values: Samples, layer: Layer, coordinates: Integers) -> Samples | None:
     """Each worker's values over a scale of its own for every output times one for every input, shape (K, n).
 
     Channels differ in scale, and that alone makes magnitudes of two workers depend on each other: what is left
@@ -91,48 +93,43 @@ def divide_by_scale(values: Floats, layer: Layer, coordinates: NDArray[np.int64]
     return result.astype(np.float32)
 
 
-def layer_row(now: Floats, before: Floats, unscaled: Floats | None, generator: np.random.Generator) -> Row:
+def layer_row(now: Samples, before: Samples, unscaled: Samples | None, generator: np.random.Generator) -> Row:
     """What one layer's values of K workers, (K, n), have in common with each other and with the step before.
 
     `pooled` is between the mean of one half of the workers and that of the other: two workers of K/2 times the batch.
     """
     workers = len(now)
-    unit = now / root_mean_square(now)
+    kraskov = partial(kraskov_mutual_information, generator=generator)
+    quantised = partial(quantised_mutual_information, step=PLANE_STEP)
+    unit = now / np.sqrt((now.astype(np.float64) ** 2).mean(axis=1, keepdims=True)).astype(np.float32)
     row = in_bits("entropy", average(quantised_entropy(x, PLANE_STEP) for x in unit))
-    row |= in_bits("temporal_mutual_information", average(kraskov(now, before, generator)))
-    row |= {"temporal_pearson": float(np.mean([pearson(*pair) for pair in zip(now, before, strict=True)]))}
+    row |= mutual_information("temporal", kraskov, now, before)
+    row |= {"temporal_pearson": float(np.mean(list(map(pearson, now, before))))}
     if workers > 1:
         firsts, seconds = slice(0, workers - 1, 2), slice(1, workers, 2)
-        row |= pair_row(list(zip(now[firsts], now[seconds], strict=True)), generator)
-        for name, others in (("", unit[seconds]), ("shuffled_", generator.permuted(unit[seconds], axis=1))):
-            quantised = [
-                quantised_mutual_information(x, y, PLANE_STEP) for x, y in zip(unit[firsts], others, strict=True)
-            ]
-            row |= in_bits(f"quantised_{name}mutual_information", average(quantised))
+        row |= pair_row(now[firsts], now[seconds], generator)
+        row |= mutual_information("quantised", quantised, unit[firsts], unit[seconds])
+        shuffled = generator.permuted(unit[seconds], axis=1)
+        row |= mutual_information("quantised_shuffled", quantised, unit[firsts], shuffled)
         if unscaled is not None:
-            shared = average(kraskov(unscaled[firsts], unscaled[seconds], generator))
-            row |= in_bits("unscaled_mutual_information", shared)
+            row |= mutual_information("unscaled", kraskov, unscaled[firsts], unscaled[seconds])
         row["pearson"] = float(np.mean([pearson(x, y) for x, y in combinations(now, 2)]))
         row["pearson_error"] = math.sqrt(1 / (now.shape[1] * (workers // 2)))
     if workers > 3:
         halves = now[: workers // 2].mean(axis=0), now[workers - workers // 2 :].mean(axis=0)
         row |= {"pooled_pearson": pearson(*halves)}
-        row |= in_bits("pooled_mutual_information", kraskov_mutual_information(*halves, generator))
+        row |= mutual_information("pooled", kraskov, halves[:1], halves[1:])
     return row
 
 
-def pair_row(pairs: list[tuple[Floats, Floats]], generator: np.random.Generator) -> Row:
+def pair_row(xs: Vectors, ys: Vectors, generator: np.random.Generator) -> Row:
     """Mutual information of pairs, averaged over them; `shuffled` is that of the same values in another order."""
-    xs, ys = ([pair[side] for pair in pairs] for side in (0, 1))
+    kraskov = partial(kraskov_mutual_information, generator=generator)
     shuffled = [generator.permutation(y) for y in ys]
-    row = in_bits(
-        "histogram_mutual_information",
-        average(histogram_mutual_information(x, y, generator) for x, y in pairs),
-    )
-    row |= in_bits("kraskov_mutual_information", average(kraskov(xs, ys, generator)))
-    row |= in_bits("shuffled_mutual_information", average(kraskov(xs, shuffled, generator)))
-    row |= in_bits("magnitude_mutual_information", average(kraskov(map(np.abs, xs), map(np.abs, ys), generator)))
-    row |= in_bits("sign_mutual_information", average(sign_information(x, y) for x, y in pairs))
+    row = mutual_information("histogram", partial(histogram_mutual_information, generator=generator), xs, ys)
+    row |= mutual_information("kraskov", kraskov, xs, ys) | mutual_information("shuffled", kraskov, xs, shuffled)
+    row |= mutual_information("magnitude", kraskov, [*map(np.abs, xs)], [*map(np.abs, ys)])
+    row |= mutual_information("sign", sign_information, xs, ys)
     for name, others in (("plug_in", ys), ("plug_in_shuffled", shuffled)):
         estimates = [plug_in_information(x, y, PLUG_IN_BINS) for x, y in zip(xs, others, strict=True)]
         entropy, information = np.mean(estimates, axis=0) * BITS
@@ -150,56 +147,40 @@ def shared_row(recording: Recording, record: int, generator: np.random.Generator
     unit = values / np.sqrt(np.maximum(energy[layer], 1e-60))
     x, others = unit[leader], np.delete(unit, leader, axis=0)
     row: Row = {"entries": len(places)}
-    if len(recording.own[record]) > 1:
+    if len(others):
         row["overlap"] = overlap(recording.own[record])
-    row |= in_bits("sign_entropy", discrete_entropy(np.bincount((x > 0).astype(int))))
+    row |= in_bits("sign_entropy", discrete_entropy(np.bincount(x > 0)))
     magnitude = np.abs(x)
     row |= {"sign_coding_error": float(1 - magnitude.mean() ** 2 / (magnitude**2).mean())}
-    if len(np.unique(magnitude)) >= 2 * MINIMUM_SAMPLES:
+    if has_variety(magnitude):
         row |= in_bits("magnitude_entropy", differential_entropy(magnitude, generator))
-        bound = row["magnitude_entropy"] - 0.5 * math.log2(2 * math.pi * math.e * VALUE_ERROR)
-        row |= {
-            "magnitude_bound": max(0.0, bound),
-            "magnitude_bound_error": row["magnitude_entropy_error"],
-        }
+        bound = max(0.0, row["magnitude_entropy"] - NORMAL_ENTROPY)
+        row |= {"magnitude_bound": bound, "magnitude_bound_error": row["magnitude_entropy_error"]}
         if len(others):
-            row |= pair_row([(x, y) for y in others], generator)
+            row |= pair_row([x] * len(others), others, generator)
     if len(others):
-        correlations = [pearson(x, y) for y in others]
+        correlations = np.array([pearson(x, y) for y in others])
+        # 1/2 log2(variance / error) is exact for normal variables and enough for all others.
+        given_leader = 0.5 * np.log2(np.maximum((1 - correlations**2) / VALUE_ERROR, 1))
         row |= {
-            "pearson": float(np.mean(correlations)),
+            "pearson": float(correlations.mean()),
             "pearson_error": 1 / math.sqrt(len(places) * len(others)),
-            "alone_bound": _normal_rate(1),
-            "given_leader_bound": float(np.mean([_normal_rate(1 - r**2) for r in correlations])),
+            "alone_bound": 0.5 * math.log2(1 / VALUE_ERROR),
+            "given_leader_bound": float(given_leader.mean()),
         }
-        row |= others_row(others, generator)
+        varied = [y / math.sqrt(float((y**2).mean())) for y in others if has_variety(y)]
+        if varied:
+            row |= in_bits("others_bound", average(differential_entropy(y, generator) for y in varied))
+            row["others_bound"] -= NORMAL_ENTROPY
     return row
 
 
-def _normal_rate(variance: float) -> float:
-    """Bits for values of this variance, in units of what they have alone, at `VALUE_ERROR`.
-
-    1/2 log2(variance / error) is exact for normal variables and enough for all others.
-    """
-    return max(0.0, 0.5 * math.log2(max(variance, 1e-12) / VALUE_ERROR))
-
-
-def others_row(others: NDArray[np.float64], generator: np.random.Generator) -> Row:
-    """Shannon's lower bound of the values that the workers have who did not choose the indices, (K - 1, k)."""
-    unit = [y / math.sqrt(float((y**2).mean())) for y in others if len(np.unique(y)) >= 2 * MINIMUM_SAMPLES]
-    if not unit:
-        return {}
-    bound = in_bits("others_bound", average(differential_entropy(y, generator) for y in unit))
-    bound["others_bound"] -= 0.5 * math.log2(2 * math.pi * math.e * VALUE_ERROR)
-    return bound
-
-
-def overlap(own: NDArray[np.int64]) -> float:
+def overlap(own: Integers) -> float:
     """Fraction of one worker's indices that another has too, over all pairs of at least two workers."""
     return float(np.mean([len(np.intersect1d(a, b, assume_unique=True)) / len(a) for a, b in combinations(own, 2)]))
 
 
-def layer_of(layers: list[Layer], places: NDArray[np.int64]) -> NDArray[np.int64]:
+def layer_of(layers: list[Layer], places: Integers) -> Integers:
     """Number of the layer that each index lies in."""
     starts = np.array([layer.start for layer in layers])
     return np.asarray(np.searchsorted(starts, places, side="right") - 1)
@@ -216,16 +197,9 @@ def in_bits(name: str, estimate: Estimate) -> Row:
     return {name: estimate.value * BITS, f"{name}_error": estimate.error * BITS}
 
 
-def kraskov(
-    xs: Iterable[NDArray[np.floating]], ys: Iterable[NDArray[np.floating]], generator: np.random.Generator
-) -> Iterator[Estimate]:
-    """Kraskov's estimate for each pair."""
-    return (kraskov_mutual_information(x, y, generator) for x, y in zip(xs, ys, strict=True))
-
-
-def root_mean_square(rows: Floats) -> Floats:
-    """Of each row, shape (K, 1)."""
-    return np.asarray(np.sqrt((rows.astype(np.float64) ** 2).mean(axis=1, keepdims=True)), dtype=np.float32)
+def mutual_information(name: str, estimator: Callable[..., Estimate], xs: Vectors, ys: Vectors) -> Row:
+    """The mutual information of each pair of vectors by an estimator, averaged, in bits."""
+    return in_bits(f"{name}_mutual_information", average(map(estimator, xs, ys)))
 
 
 def pearson(x: NDArray[np.floating], y: NDArray[np.floating]) -> float:
