@@ -20,7 +20,6 @@ from torch import Tensor
 
 import lgc
 from lgc.coding import IndexCoder, ValueCodec, header_size
-from lgc_lab.recipes.resnet import Bottleneck, ResNet
 
 Positions = npt.NDArray[np.int64]
 Encode = Callable[[Tensor], Any]  # ascending positions to bytes
@@ -73,9 +72,13 @@ def measure(entries: int, generator: np.random.Generator) -> Iterator[str]:
 
 def resnet50_sizes() -> list[int]:
     """Sizes of the 54 weights of a ResNet50 with 10 classes, 23.5M elements."""
-    with torch.device("meta"):
-        model = ResNet(Bottleneck, (3, 4, 6, 3), classes=10)
-    return [weight.numel() for weight in model.parameters() if weight.dim() > 1]
+    sizes, width_in = [64 * 3 * 49], 64
+    for width, blocks in ((64, 3), (128, 4), (256, 6), (512, 3)):
+        for block in range(blocks):
+            shortcut = [4 * width_in * width] if block == 0 else []
+            sizes += [width_in * width, 9 * width * width, 4 * width * width, *shortcut]
+            width_in = 4 * width
+    return [*sizes, 10 * width_in]
 
 
 def log2_choose(size: int, count: int) -> float:
