@@ -8,8 +8,10 @@ import os
 import shutil
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,7 @@ import torch
 import torch.distributed as dist
 from click.testing import CliRunner
 from ranks import Ranks
-from runs import ENVIRONMENT, LGC, LIMIT_S, TORCHRUN, children_of, measured, rows
+from runs import ENVIRONMENT, LGC, LIMIT_S, TORCHRUN, Done, children_of, forked_ranks, lgc, measured, rows
 
 from lgc import checkpoint
 from lgc.comm.transport import Transport
@@ -37,16 +39,22 @@ SCHEDULE = "dense_steps=12:warmup_steps=14:train_steps=14:refresh_below=0"
 DGC = "dgc:warmup_steps=11"
 
 
-def train(out: Path, *arguments: str, returncode: int = 0) -> subprocess.CompletedProcess[str]:
+def train(out: Path, *arguments: str, returncode: int = 0) -> Done:
     """`lgc train` of two ranks, to its end."""
-    command = [*LGC, "train", *RUN, *arguments, "--out", str(out)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_S)
-    assert done.returncode == returncode, done.stderr
-    return done
+    return lgc("train", *RUN, *arguments, "--out", str(out), returncode=returncode)
 
 
-def start_until(phase: str, out: Path, *command: str, step: int = 0) -> subprocess.Popen[str]:
-    """Start a command, and return as soon as it has done a step of this phase, from number `step` on."""
+def await_step(phase: str, out: Path, has_ended: Callable[[], bool], *, step: int = 0) -> None:
+    """Return as soon as a run has done a step of this phase, from number `step` on."""
+    deadline = time.monotonic() + LIMIT_S
+    while not any(row.get("phase") == phase and row["step"] >= step for row in rows(out)):
+        assert not has_ended()
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+
+
+def start_until(phase: str, out: Path, *command: str) -> subprocess.Popen[str]:
+    """Start a command in a process of its own, and return as soon as it has done a step of this phase."""
     process = subprocess.Popen(
         [*command, "--out", str(out)],
         stdout=subprocess.PIPE,
@@ -55,32 +63,42 @@ def start_until(phase: str, out: Path, *command: str, step: int = 0) -> subproce
         start_new_session=True,
         env=ENVIRONMENT,
     )
-    deadline = time.monotonic() + LIMIT_S
-    while not any(row.get("phase") == phase and row["step"] >= step for row in rows(out)):
-        assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
+    await_step(phase, out, lambda: process.poll() is not None)
     return process
 
 
-def ranks_of(launcher: int) -> list[int]:
-    """The processes of the ranks: the launcher has a fork server start them."""
-    return [rank for child in children_of(launcher) for rank in children_of(child)]
+def train_until_a_rank_is_killed(phase: str, out: Path, *arguments: str, step: int = 0) -> None:
+    """Train, and SIGKILL the last rank as soon as a step of this phase is done, from number `step` on."""
+    ended = threading.Event()
+
+    def kill() -> None:
+        await_step(phase, out, ended.is_set, step=step)
+        os.kill(forked_ranks()[-1], signal.SIGKILL)
+
+    with ThreadPoolExecutor(1) as thread:
+        killing = thread.submit(kill)
+        try:
+            done = train(out, *arguments, returncode=1)
+        finally:
+            ended.set()
+        killing.result()
+    assert "terminated with signal SIGKILL" in done.stderr
 
 
-def kill_and_wait(process: subprocess.Popen[str], victim: str) -> None:
-    """SIGKILL to all processes of a job, to its last rank, or to the launcher; returns when all of them have ended."""
-    if victim == "job":
-        os.killpg(process.pid, signal.SIGKILL)
-    else:
-        os.kill({"rank": ranks_of(process.pid)[-1], "launcher": process.pid}[victim], signal.SIGKILL)
-    output, _ = process.communicate(timeout=LIMIT_S)  # to the end of what the ranks write
+def train_until_killed(victim: str, phase: str, out: Path, *arguments: str) -> None:
+    """Train, and SIGKILL one of the job, a step of this phase done: a rank, the launcher, or all of its processes.
+
+    Returns when all of them have ended.
+    """
     if victim == "rank":
-        assert process.returncode == 1
-        assert "rank 1: process 1 terminated with signal SIGKILL" in output
+        train_until_a_rank_is_killed(phase, out, *arguments)
+        return
+    process = start_until(phase, out, *LGC, "train", *RUN, *arguments)
+    (os.killpg if victim == "job" else os.kill)(process.pid, signal.SIGKILL)
+    process.communicate(timeout=LIMIT_S)  # to the end of what the ranks write
 
 
-@pytest.fixture(scope="module", params=["lgc-ring", "lgc-ps"])
+@pytest.fixture(scope="module", params=["lgc-ring", pytest.param("lgc-ps", marks=pytest.mark.exhaustive)])
 def uninterrupted(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
     """A scheme, and a finished run of it."""
     out = tmp_path_factory.mktemp("uninterrupted")
@@ -94,10 +112,9 @@ def test_killed_in_every_phase_a_run_ends_as_if_it_had_not_been(
     uninterrupted: tuple[str, Path], tmp_path: Path
 ) -> None:
     scheme, expected = uninterrupted
-    command = [*LGC, "train", *RUN, "--scheme", scheme]
-    victims = ("job", "rank", "launcher", "job") if "ring" in scheme else ("rank", "job", "rank", "launcher")
+    victims = ("rank", "launcher", "rank", "job") if "ring" in scheme else ("job", "rank", "launcher", "rank")
     for phase, victim in zip(PHASES, victims, strict=True):
-        kill_and_wait(start_until(phase, tmp_path, *command), victim)
+        train_until_killed(victim, phase, tmp_path, "--scheme", scheme)
         assert rows(tmp_path)[-1]["phase"] == phase
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 99, "lo')  # as if killed in the middle of a line
@@ -110,7 +127,7 @@ def test_killed_in_every_phase_a_run_ends_as_if_it_had_not_been(
 def killed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run without an autoencoder that was killed in its compressed phase."""
     out = tmp_path_factory.mktemp("killed")
-    kill_and_wait(start_until("compressed", out, *LGC, "train", *RUN, "--scheme", DGC), "job")
+    train_until_a_rank_is_killed("compressed", out, "--scheme", DGC)
     return out
 
 
@@ -338,9 +355,9 @@ def test_a_job_that_is_restarted_before_it_has_overwritten_a_run_still_does(tmp_
 
 
 def test_from_three_ranks_on_an_uncompressed_run_ends_as_if_it_had_not_been_killed(tmp_path: Path) -> None:
-    three = ["--scheme", "dense", "--workers", "3"]
+    three = ["--scheme", "dense", "--workers", "3", "--steps", "16"]
     train(tmp_path / "expected", *three)
-    kill_and_wait(start_until("dense", tmp_path / "killed", *LGC, "train", *RUN, *three, step=12), "job")
+    train_until_a_rank_is_killed("dense", tmp_path / "killed", *three, step=6)
     done = train(tmp_path / "killed", *three)
     assert "goes on from step" in done.stderr
     assert measured(tmp_path / "killed") == measured(tmp_path / "expected")
