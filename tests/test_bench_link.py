@@ -7,17 +7,19 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from datetime import timedelta
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-import torch.distributed as dist
 from click.testing import CliRunner
+from link_job import LIMIT_S, job, met
+from ranks import start_fork_server
+from runs import lgc
 
 from lgc.schemes import SCHEMES, LGCServer, TopK, parse_scheme
 from lgc_lab.bench.link import command
@@ -25,13 +27,12 @@ from lgc_lab.bench.link.measure import Measurement, full_text, shortened
 from lgc_lab.bench.link.results import COMPUTE, LOOPBACK, RESULTS, Cell, Results
 from lgc_lab.bench.link.target import times_to_target
 from lgc_lab.cli import main
-from lgc_lab.launch.network import NAMESPACES, Network, NetworkError, read_counters, remove_stale, temporary_network
-from lgc_lab.launch.ranks import start_ranks
+from lgc_lab.launch.network import NAMESPACES, Network, NetworkError, remove_stale, temporary_network
+from lgc_lab.launch.ranks import RankFailedError
 from lgc_lab.recipes import RECIPES
 from lgc_lab.report.runs import Run
 
 HERE = Path(__file__).parent
-LIMIT_S = 120
 RATE = "200mbit"
 TINY = ["--recipe", "digits", "--workers", "2", "--steps", "2", "--warm-up", "1", "--repeats", "2"]
 
@@ -127,38 +128,47 @@ def test_without_rights_the_ranks_talk_over_loopback(
     assert "NOT SHAPED" in notes
 
 
-# --- ranks in it, as a program of its own ---
+# --- ranks in it ---
 
 
-def job(folder: Path, fate: str) -> None:
-    """Two ranks in a network that meet, and then raise or wait to be stopped."""
-    with temporary_network(2) as network:
-        start_ranks(meet, folder, fate, world_size=2, timeout=timedelta(seconds=LIMIT_S), network=network)
+def await_ranks(folder: Path, has_ended: Callable[[], bool]) -> list[int]:
+    """The process ids of the ranks of a job, when they have met."""
+    deadline = time.monotonic() + LIMIT_S
+    while len(ranks := met(folder)) < 2:
+        assert not has_ended()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    return ranks
 
 
-def meet(folder: Path, fate: str, device: torch.device) -> None:
-    rank = dist.get_rank()
-    before = read_counters()
-    total = torch.ones(100_000)
-    dist.all_reduce(total)
-    after = read_counters()
-    assert bool((total == 2).all())
-    assert after.sent - before.sent > 200_000  # of 400 kB, some may be on their way
-    (folder / f"{rank}.tmp").write_text(str(os.getpid()))
-    (folder / f"{rank}.tmp").rename(folder / str(rank))
-    if fate == "raise" and rank == 1:
-        raise RuntimeError("as told")
-    if fate != "end":
-        time.sleep(LIMIT_S)
+@needs_root
+@pytest.mark.parametrize("fate", ["end", "raise", "kill a rank"])
+def test_nothing_is_left_whatever_the_ranks_do(tmp_path: Path, fate: str) -> None:
+    before, ended = machine(), threading.Event()
+
+    def kill() -> None:
+        os.kill(await_ranks(tmp_path, ended.is_set)[1], signal.SIGKILL)
+
+    start_fork_server()
+    with ThreadPoolExecutor(1) as thread:
+        killing = thread.submit(kill if fate == "kill a rank" else ended.is_set)
+        try:
+            with nullcontext() if fate == "end" else pytest.raises(RankFailedError, match="rank 1: "):
+                job(tmp_path, fate)
+        finally:
+            ended.set()
+        killing.result()
+    assert namespaces(os.getpid()) == []
+    assert not any(Path("/proc", str(rank)).exists() for rank in await_ranks(tmp_path, ended.is_set))
+    assert machine() == before
 
 
 @contextmanager
-def started(folder: Path, fate: str) -> Iterator[tuple[subprocess.Popen[str], list[int]]]:
-    """The job, with its ranks in the network; their process ids."""
-    code = f"from pathlib import Path; from test_bench_link import job; job(Path({str(folder)!r}), {fate!r})"
-    arguments = [sys.executable, "-c", code]
+def started(folder: Path) -> Iterator[tuple[subprocess.Popen[str], list[int]]]:
+    """The job as a program of its own, with its ranks in the network; their process ids."""
+    code = f"from pathlib import Path; from link_job import job; job(Path({str(folder)!r}), 'wait')"
     with subprocess.Popen(
-        arguments,
+        [sys.executable, "-c", code],
         env=environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -166,12 +176,7 @@ def started(folder: Path, fate: str) -> Iterator[tuple[subprocess.Popen[str], li
         start_new_session=True,
     ) as process:
         try:
-            deadline = time.monotonic() + LIMIT_S
-            while not all((folder / str(rank)).exists() for rank in range(2)):
-                assert process.poll() is None, process.communicate()[0]
-                assert time.monotonic() < deadline
-                time.sleep(0.05)
-            yield process, [int((folder / str(rank)).read_text()) for rank in range(2)]
+            yield process, await_ranks(folder, lambda: process.poll() is not None)
         finally:
             process.kill()
             process.wait()
@@ -179,26 +184,24 @@ def started(folder: Path, fate: str) -> Iterator[tuple[subprocess.Popen[str], li
 
 
 @needs_root
-@pytest.mark.parametrize("fate", ["end", "raise", "kill a rank", "SIGINT", "SIGTERM"])
-def test_nothing_is_left_whatever_ends_the_ranks(tmp_path: Path, fate: str) -> None:
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_nothing_is_left_by_a_program_that_is_stopped(tmp_path: Path, name: str) -> None:
     before = machine()
-    with started(tmp_path, fate) as (process, ranks):
-        if fate == "kill a rank":
-            os.kill(ranks[1], signal.SIGKILL)
-        elif fate == "SIGINT":
+    with started(tmp_path) as (process, ranks):
+        if name == "SIGINT":
             os.killpg(process.pid, signal.SIGINT)  # as a terminal does: the ranks get it too
-        elif fate == "SIGTERM":
+        else:
             process.terminate()
         output, _ = process.communicate(timeout=LIMIT_S)
         assert namespaces(process.pid) == [], output
-        assert (process.returncode == 0) == (fate == "end"), output
+        assert process.returncode != 0, output
         assert not any(Path("/proc", str(rank)).exists() for rank in ranks)
     assert machine() == before
 
 
 @needs_root
 def test_what_a_killed_program_leaves_is_removed_by_the_next_one(tmp_path: Path) -> None:
-    with started(tmp_path, "wait") as (process, ranks):
+    with started(tmp_path) as (process, ranks):
         process.kill()
         process.wait()
         assert len(namespaces(process.pid)) == 3
@@ -214,26 +217,13 @@ def test_what_a_killed_program_leaves_is_removed_by_the_next_one(tmp_path: Path)
 # --- the measurement ---
 
 
-def bench_link(*options: str) -> subprocess.CompletedProcess[str]:
-    """The command in a process of its own, which must not fail."""
-    done = subprocess.run(
-        [sys.executable, "-m", "lgc", "bench", "link", *options],
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=3 * LIMIT_S,
-    )
-    assert done.returncode == 0, done.stderr
-    return done
-
-
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with results of two ranks on a slow link."""
     out = tmp_path_factory.mktemp("link")
     schemes = ["--schemes", "dense,bf16,powersgd,lgc-ring", "--rates", f"{RATE},unshaped"]
     before = machine()
-    done = bench_link(*TINY, *schemes, "--out", str(out))
+    done = lgc("bench", "link", *TINY, *schemes, "--out", str(out))
     assert "lgc-ring" in done.stdout
     assert "NOT SHAPED" not in done.stderr
     assert machine() == before
@@ -316,10 +306,11 @@ def test_what_is_measured_is_not_measured_again(measured: Path) -> None:
 @needs_root
 def test_an_interrupted_measurement_goes_on_with_the_next_link(measured: Path, tmp_path: Path) -> None:
     content = json.loads((measured / RESULTS).read_text())
-    first = [cell for cell in content["cells"] if cell["rate"] == RATE]
+    content["configuration"]["schemes"] = ["dense"]
+    first = [cell for cell in content["cells"] if cell["rate"] == RATE and cell["scheme"] in (COMPUTE, "dense")]
     (tmp_path / RESULTS).write_text(json.dumps(content | {"finished": False, "cells": first}))
-    schemes = ["--schemes", "dense,bf16,powersgd,lgc-ring", "--rates", f"{RATE},unshaped"]
-    done = bench_link(*TINY, *schemes, "--out", str(tmp_path))
+    schemes = ["--schemes", "dense", "--rates", f"{RATE},unshaped"]
+    done = lgc("bench", "link", *TINY, *schemes, "--out", str(tmp_path))
     assert f"{RATE}, 1 of" not in done.stderr
     assert [cell._asdict() for cell in cells(tmp_path)][: len(first)] == first
     assert Results.load(tmp_path).rates == [RATE, "unshaped"]
@@ -354,7 +345,7 @@ def test_shaped_links_are_not_gone_on_with_over_loopback(
 
 def test_loopback_says_that_the_link_is_not_shaped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     options = [*TINY, "--schemes", "dense", "--loopback", "--out", str(tmp_path)]
-    done = bench_link(*options)
+    done = lgc("bench", "link", *options)
     assert "NOT SHAPED" in done.stderr
     assert {(cell.rate, cell.counter_sent is None) for cell in cells(tmp_path)} == {(LOOPBACK, True)}
     assert "loopback" in done.stdout

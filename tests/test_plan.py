@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from runs import lgc
 
 from lgc.choice.cost import Collective, Profile, SchemeCost, StageCost
 from lgc.schemes import parse_scheme
@@ -19,19 +18,12 @@ from lgc_lab.plan import command
 from lgc_lab.recipes import find_recipe
 
 
-def run_plan(*arguments: str, cwd: Path | None = None) -> str:
-    command = [sys.executable, "-m", "lgc", "plan", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, cwd=cwd)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
 def test_plan_of_a_recipe() -> None:
-    printed = run_plan(
-        *("--recipe", "digits", "--workers", "2", "--ranks-per-machine", "2", "--bandwidth", "1mbit"),
+    done = lgc(
+        *("plan", "--recipe", "digits", "--workers", "2", "--ranks-per-machine", "2", "--bandwidth", "1mbit"),
         *("--bandwidth", "1000gbit", "--schemes", "dense,bf16,powersgd:rank=2,dgc,lgc-ps", "--json"),
     )
-    slow, fast = json.loads(printed)
+    slow, fast = json.loads(done.stdout)
     assert [row["scheme"].split(":")[0] for row in slow["schemes"]] == ["dense", "bf16", "powersgd", "dgc", "lgc-ps"]
     dense, bf16, powersgd, dgc, learned = slow["schemes"]
     assert dense["sent_bytes"] == 4 * 973_930
@@ -60,10 +52,11 @@ def job():
 """
 
 
-def test_plan_of_a_function(tmp_path: Path) -> None:
-    (tmp_path / "mine.py").write_text(JOB)
-    arguments = ("--model", "mine:job", "--workers", "8", "--latency", "5ms", "--schemes", "dense,topk")
-    printed = run_plan(*arguments, "--bandwidth", "10gbit", cwd=tmp_path)
+def test_plan_of_a_function(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "planned.py").write_text(JOB)
+    monkeypatch.syspath_prepend(tmp_path)
+    arguments = ("plan", "--model", "planned:job", "--workers", "8", "--latency", "5ms", "--schemes", "dense,topk")
+    printed = lgc(*arguments, "--bandwidth", "10gbit").stdout
     assert (
         "8 ranks, 10gbit: 9.36e+03 Mbit/s of payload, 5 ms; what the latency adds is predicted, not validated"
         in printed
