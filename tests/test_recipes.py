@@ -15,13 +15,11 @@ from torch import Tensor, nn
 
 from lgc.schemes import SCHEMES, parse_scheme
 from lgc_lab.recipes import RECIPES, Recipe, find_recipe
-from lgc_lab.recipes.camvid import CAMVID_PSPNET, VOID
+from lgc_lab.recipes.camvid import AUXILIARY_WEIGHT, CAMVID_PSPNET, VOID, PSPNet
 from lgc_lab.recipes.digits import DIGITS
-from lgc_lab.recipes.gpt import GPT
-from lgc_lab.recipes.pspnet import AUXILIARY_WEIGHT, PSPNet
 from lgc_lab.recipes.recipe import ACCURACY, poly_decay, step_decay, warmup_and_cosine
-from lgc_lab.recipes.resnet import Bottleneck, resnet, resnet20
-from lgc_lab.recipes.text import TEXT_GPT
+from lgc_lab.recipes.resnet import RESNETS, Block, resnet20
+from lgc_lab.recipes.text import GPT, TEXT_GPT
 from lgc_lab.training.loop import load_optimizer, make_optimizer
 from lgc_lab.training.settings import Settings
 
@@ -43,11 +41,11 @@ def seeded() -> Iterator[None]:
     ("model", "parameters"),
     [
         (resnet20, 269_722),  # He et al. 2016, table 6: 0.27M
-        (lambda: resnet("resnet18"), 11_689_512),  # torchvision
-        (lambda: resnet("resnet50"), 25_557_032),  # torchvision: 25.6M
-        (lambda: resnet("resnet101"), 44_549_160),  # torchvision: 44.5M
-        (lambda: resnet("resnet50", classes=10, stem="cifar"), 23_520_842),  # kuangliu/pytorch-cifar
-        (lambda: resnet("resnet101", classes=10, stem="cifar"), 42_512_970),
+        (lambda: RESNETS["resnet18"](), 11_689_512),  # torchvision
+        (lambda: RESNETS["resnet50"](), 25_557_032),  # torchvision: 25.6M
+        (lambda: RESNETS["resnet101"](), 44_549_160),  # torchvision: 44.5M
+        (lambda: RESNETS["resnet50"](classes=10, stem="cifar"), 23_520_842),  # kuangliu/pytorch-cifar
+        (lambda: RESNETS["resnet101"](classes=10, stem="cifar"), 42_512_970),
         (lambda: PSPNet("resnet50", classes=19), 48_975_494),  # MMSegmentation, pspnet_r50-d8: 48.98M
     ],
 )
@@ -58,8 +56,8 @@ def test_a_model_has_as_many_parameters_as_published(model: Callable[[], nn.Modu
 
 def test_a_resnet_halves_the_grid_by_stage_and_keeps_it_where_it_is_dilated() -> None:
     images = torch.randn(1, 3, 64, 48)
-    plain = resnet("resnet18").eval().features(images)
-    dilated = resnet("resnet18", dilations=(1, 1, 2, 4)).eval().features(images)
+    plain = RESNETS["resnet18"]().eval().features(images)
+    dilated = RESNETS["resnet18"](dilations=(1, 1, 2, 4)).eval().features(images)
     assert [tuple(part.shape) for part in plain] == [
         (1, 64, 16, 12),
         (1, 128, 8, 6),
@@ -72,8 +70,8 @@ def test_a_resnet_halves_the_grid_by_stage_and_keeps_it_where_it_is_dilated() ->
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["resnet18", "resnet50"])
 def test_a_dilated_stage_computes_what_the_strided_one_does_and_more_pixels(name: str) -> None:
-    plain = resnet(name).double().eval()
-    dilated = resnet(name, dilations=(1, 1, 2, 4)).double().eval()
+    plain = RESNETS[name]().double().eval()
+    dilated = RESNETS[name](dilations=(1, 1, 2, 4)).double().eval()
     dilated.load_state_dict(plain.state_dict())
     images = torch.randn(1, 3, 32, 64, dtype=torch.float64)
     expected, actual = plain.features(images), dilated.features(images)
@@ -82,9 +80,9 @@ def test_a_dilated_stage_computes_what_the_strided_one_does_and_more_pixels(name
 
 
 def test_zero_initialised_blocks_start_as_their_shortcut() -> None:
-    model = resnet("resnet50", zero_init=True)
+    model = RESNETS["resnet50"](zero_init=True)
     block = model.stages[0][1]  # type: ignore[index]
-    assert isinstance(block, Bottleneck)
+    assert isinstance(block, Block)
     x = torch.rand(2, 256, 4, 4)
     torch.testing.assert_close(block(x), x)
 

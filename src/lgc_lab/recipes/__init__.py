@@ -18,14 +18,8 @@ from lgc_lab.recipes.text import TEXT_GPT
 RECIPES: dict[str, Recipe] = {
     recipe.name: recipe
     for recipe in (
-        DIGITS,
-        DIGITS_MLP,
-        CIFAR10_RESNET20,
-        CIFAR10_RESNET50,
-        CIFAR10_RESNET101,
-        IMAGENET_RESNET50,
-        CAMVID_PSPNET,
-        TEXT_GPT,
+        *(DIGITS, DIGITS_MLP, CIFAR10_RESNET20, CIFAR10_RESNET50, CIFAR10_RESNET101),
+        *(IMAGENET_RESNET50, CAMVID_PSPNET, TEXT_GPT),
     )
 }
 

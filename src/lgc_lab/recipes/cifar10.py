@@ -9,26 +9,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lgc_lab.recipes.data import (
-    Array,
-    Data,
-    Row,
-    Table,
-    TensorSplit,
-    check_label,
-    decode_image,
-    decoded,
-    find_parquet,
-    standardised,
-)
-from lgc_lab.recipes.recipe import ACCURACY, Recipe, step_decay, warmup_and_cosine
-from lgc_lab.recipes.resnet import resnet, resnet20
+from lgc_lab.recipes.data import Cell, Column, Data, decode_image, decoded_splits, standardised
+from lgc_lab.recipes.recipe import Recipe, step_decay, warmup_and_cosine
+from lgc_lab.recipes.resnet import RESNETS, resnet20
 
 CLASSES = 10
 SIZE = 32
 PADDING = 4
 MEAN = (0.4914, 0.4822, 0.4465)
 DEVIATION = (0.2470, 0.2435, 0.2616)
+COLUMNS = (
+    Column(("img", "image"), (3, SIZE, SIZE), partial(decode_image, size=(SIZE, SIZE))),
+    Column(("label",), (), partial(Cell.label, classes=CLASSES)),
+)
 
 
 def crop_and_flip(images: Tensor, generator: torch.Generator) -> Tensor:
@@ -48,25 +41,11 @@ def to_batch(images: Tensor, labels: Tensor, generator: torch.Generator | None) 
     return standardised(images, MEAN, DEVIATION), labels.long()
 
 
-def load_split(path: str, split: str, limit: int | None) -> TensorSplit:
-    """The split's first `limit` images, or all."""
-    table = Table(find_parquet(path, split), images=[("img", "image")], labels=[("label",)])
-    image_column, label_column = table.columns
-
-    def decode(row: Row) -> tuple[Array, int]:
-        pixels = decode_image(row.values[image_column], f"{row.where}, column {image_column}", size=(SIZE, SIZE))
-        label = check_label(row.values[label_column], CLASSES, f"{row.where}, column {label_column}")
-        return pixels.transpose(2, 0, 1), label
-
-    arrays = decoded(table, limit, f"cifar10 {split}", {"images": (3, SIZE, SIZE), "labels": ()}, decode)
-    return TensorSplit(arrays["images"], arrays["labels"], to_batch)
-
-
 def load_cifar10(path: str | None, limit_train: int | None) -> Data:
     """Parquet files with columns img (or image) and label."""
     if path is None:
         raise ValueError("CIFAR-10 needs data: a folder with train.parquet and test.parquet, or uoft-cs/cifar10.")
-    return Data(load_split(path, "train", limit_train), load_split(path, "test", None))
+    return decoded_splits("cifar10", path, limit_train, COLUMNS, to_batch)
 
 
 CIFAR10_RESNET20 = Recipe(
@@ -75,12 +54,9 @@ CIFAR10_RESNET20 = Recipe(
     model=resnet20,
     data=load_cifar10,
     memory_format=torch.channels_last,
-    loss=F.cross_entropy,
-    metric=ACCURACY,
     batch_size=32,
     epochs=164,
     learning_rate=0.1,
-    momentum=0.9,
     weight_decay=1e-4,
     learning_rate_factor=step_decay(0.5, 0.75),
     scheme_defaults={"rate": 0.001, "dense_steps": 200, "warmup_steps": 400, "train_steps": 300},
@@ -94,7 +70,7 @@ def _bottleneck_recipe(name: str, millions: str) -> Recipe:
         CIFAR10_RESNET20,
         name=f"cifar10-{name}",
         summary=f"CIFAR-10, {name} with the CIFAR stem, {millions} million parameters",
-        model=partial(resnet, name, classes=CLASSES, stem="cifar"),
+        model=partial(RESNETS[name], classes=CLASSES, stem="cifar"),
         epochs=200,
         weight_decay=5e-4,
         learning_rate_factor=warmup_and_cosine,

@@ -3,33 +3,33 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import hashlib
 import io
 import logging
 import os
 import re
-import shutil
 import socket
-import tempfile
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
+from filelock import FileLock, Timeout
+from numpy.typing import DTypeLike, NDArray
 from torch import Tensor
 
 logger = logging.getLogger("lgc")
 
 Array = NDArray[Any]
+Transform = Callable[[Tensor, Tensor, torch.Generator | None], tuple[Tensor, Tensor]]
 
 IMAGE_FORMATS = ("JPEG", "PNG")
-READ_ROWS = 256
+READ_ROWS = 64  # that are in memory at once, decoded or not
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 SHARD = re.compile(r".*-(\d{5})-of-(\d{5})\.parquet")
 
@@ -57,23 +57,18 @@ class Data(NamedTuple):
     test: Split
 
 
+@dataclass(frozen=True, eq=False)
 class TensorSplit(Split):
     """Samples in memory.
 
-    Args:
+    Attributes:
         inputs, targets: one row per sample.
         transform: makes a batch of both out of the rows, with a generator for augmentation or without.
     """
 
-    def __init__(
-        self,
-        inputs: Tensor,
-        targets: Tensor,
-        transform: Callable[[Tensor, Tensor, torch.Generator | None], tuple[Tensor, Tensor]],
-    ) -> None:
-        self.inputs = inputs
-        self.targets = targets
-        self.transform = transform
+    inputs: Tensor
+    targets: Tensor
+    transform: Transform
 
     def __len__(self) -> int:
         return len(self.inputs)
@@ -131,129 +126,114 @@ def _download(name: str, split: str) -> Path:
         raise FileNotFoundError(f"{name} is not a folder, and the hub does not give it: {reason}") from error
 
 
-class Row(NamedTuple):
-    """One row of a parquet file; `where` names file and row for messages."""
+class Cell(NamedTuple):
+    """A value of a data set, of a struct its bytes; `where` names file, row and column for messages."""
 
+    value: Any
     where: str
-    values: Mapping[str, Any]
+
+    def image(self) -> bytes:
+        """An encoded image.
+
+        Raises:
+            ValueError: if this is not a struct with binary bytes.
+        """
+        if not isinstance(self.value, bytes):
+            raise ValueError(f"{self.where}: must be a struct with binary bytes, got {self.value!r:.80}.")
+        return self.value
+
+    def label(self, classes: int) -> int:
+        """A label, one of `classes`.
+
+        Raises:
+            ValueError: if this is not an integer in 0 .. classes - 1.
+        """
+        if type(self.value) is not int or not 0 <= self.value < classes:
+            raise ValueError(f"{self.where}: label must be in 0 .. {classes - 1}, got {self.value!r}.")
+        return self.value
 
 
 class Table:
-    """The rows of parquet files with the same columns, in order.
+    """The rows of a split's parquet files, in order.
 
     Args:
-        files: at least one.
-        images: columns of encoded images, by the names that they may have; the first there is counts.
-        labels: the same for columns of integers.
+        path, split: see `find_parquet`.
+        columns: names that a column may have, for each; the first there is counts, the same in all files.
+        limit: number of rows, None is all that there are.
+
+    Attributes:
+        files: that were found.
+        rows: number of rows in all files, at most `limit`.
 
     Raises:
-        ValueError: if a file is not parquet or empty, or a column is missing or of another type.
+        FileNotFoundError: see `find_parquet`.
+        ValueError: if a file is not parquet or empty, or a column is missing.
     """
 
-    def __init__(
-        self, files: Sequence[Path], *, images: Sequence[Sequence[str]], labels: Sequence[Sequence[str]] = ()
-    ) -> None:
+    def __init__(self, path: str, split: str, columns: Sequence[Sequence[str]], limit: int | None = None) -> None:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        self.files = list(files)
-        self.columns: list[str] = []
-        self._rows: list[int] = []
-        for file in files:
+        self.files = find_parquet(path, split)
+        self._names: list[str] = []
+        self._lengths: list[int] = []
+        for file in self.files:
             try:
-                metadata = pq.read_metadata(file)
-                schema = pq.read_schema(file)
+                with pq.ParquetFile(file) as parquet:
+                    rows, found = parquet.metadata.num_rows, parquet.schema_arrow.names
             except (pa.ArrowException, OSError) as error:
                 if isinstance(error, OSError) and error.errno is not None:  # missing, forbidden, unreadable
                     raise
                 raise ValueError(f"{file} is not a parquet file: {error}") from None
-            if metadata.num_rows == 0:
+            if rows == 0:
                 raise ValueError(f"{file} has no rows.")
-            self._rows.append(metadata.num_rows)
-            columns = [
-                *(_column(file, schema, names, "struct with binary bytes", _is_image) for names in images),
-                *(_column(file, schema, names, "integer", pa.types.is_integer) for names in labels),
-            ]
-            if self.columns not in ([], columns):
-                raise ValueError(f"{file} has {', '.join(columns)} where {files[0]} has {', '.join(self.columns)}.")
-            self.columns = columns
+            self._lengths.append(rows)
+            if missing := [names for names in columns if not set(names) & set(found)]:
+                raise ValueError(f"{file} has no column {' or '.join(missing[0])}; it has {', '.join(found)}.")
+            names = [next(name for name in names if name in found) for names in columns]
+            if self._names not in ([], names):
+                raise ValueError(f"{file} has {', '.join(names)} where {self.files[0]} has {', '.join(self._names)}.")
+            self._names = names
+        self.rows = min(sum(self._lengths), sum(self._lengths) if limit is None else limit)
 
-    @property
-    def rows(self) -> int:
-        """Number of rows in all files."""
-        return sum(self._rows)
-
-    def read(self, limit: int | None = None) -> Iterator[Row]:
-        """The first `limit` rows, with images as encoded bytes.
+    def read(self) -> Iterator[tuple[Cell, ...]]:
+        """The rows, with images encoded.
 
         Raises:
-            ValueError: for a damaged file, or an empty value.
+            ValueError: for a damaged file.
         """
+        return islice(chain.from_iterable(map(self._read, self.files, self._lengths)), self.rows)
+
+    def _read(self, file: Path, length: int) -> Iterator[tuple[Cell, ...]]:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        left = self.rows if limit is None else min(limit, self.rows)
-        for file, rows in zip(self.files, self._rows, strict=True):
-            if left == 0:
-                return
-            number = 0
-            try:
-                for batch in pq.ParquetFile(file).iter_batches(min(READ_ROWS, left), columns=self.columns):
-                    for values in batch.slice(0, left).to_pylist():
-                        yield Row(f"{file}, row {number}", _checked(f"{file}, row {number}", values))
-                        number += 1
-                        left -= 1
-                    if left == 0:
-                        return
-            except (pa.ArrowException, OSError) as error:
-                raise ValueError(f"{file} cannot be read after row {number}: {error}") from None
-            if number != rows:
-                raise ValueError(f"{file} must have {rows} rows by its footer, got {number}.")
-
-
-def _is_image(kind: Any) -> bool:
-    import pyarrow as pa
-
-    if not pa.types.is_struct(kind) or kind.get_field_index("bytes") < 0:
-        return False
-    content = kind.field("bytes").type
-    return bool(pa.types.is_binary(content) or pa.types.is_large_binary(content))
-
-
-def _column(file: Path, schema: Any, names: Sequence[str], kind: str, accepts: Callable[[Any], bool]) -> str:
-    for name in names:
-        if name in schema.names:
-            found = schema.field(name).type
-            if not accepts(found):
-                raise ValueError(f"{file}: column {name} must be {kind}, got {found}.")
-            return name
-    raise ValueError(f"{file} has no column {' or '.join(names)}; it has {', '.join(schema.names)}.")
-
-
-def _checked(where: str, values: dict[str, Any]) -> dict[str, Any]:
-    row = {name: value["bytes"] if isinstance(value, dict) else value for name, value in values.items()}
-    for name, value in row.items():
-        if value is None:
-            raise ValueError(f"{where}, column {name}: empty.")
-    return row
+        number = 0
+        try:
+            for batch in pq.ParquetFile(file).iter_batches(READ_ROWS, columns=self._names):
+                for row in batch.to_pylist():
+                    values = {name: v.get("bytes") if isinstance(v, dict) else v for name, v in row.items()}
+                    yield tuple(Cell(values[name], f"{file}, row {number}, column {name}") for name in self._names)
+                    number += 1
+        except (pa.ArrowException, OSError) as error:
+            raise ValueError(f"{file} cannot be read after row {number}: {error}") from None
+        if number != length:
+            raise ValueError(f"{file} must have {length} rows by its footer, got {number}.")
 
 
 def decode_image(
-    encoded: bytes,
-    where: str,
+    encoded: Cell,
     *,
-    mode: str = "RGB",
     size: tuple[int, int] | None = None,
+    indices: bool = False,
     part: Callable[[int, int], tuple[float, float, float, float]] | None = None,
     resize: tuple[int, int] | None = None,
 ) -> Array:
-    """Pixels of an encoded image, uint8.
+    """Pixels of a JPEG or PNG, uint8 of shape (3, height, width).
 
     Args:
-        encoded: JPEG or PNG.
-        where: file, row and column, for messages.
-        mode: "RGB" converts to (height, width, 3); "index" takes (height, width) as it is.
         size: width and height that it must have.
+        indices: takes one channel of class indices as it is, (height, width).
         part: box to cut out, of width and height.
         resize: width and height to scale to, bilinear with antialiasing.
 
@@ -262,21 +242,23 @@ def decode_image(
     """
     from PIL import Image, UnidentifiedImageError
 
+    content = encoded.image()
     try:
-        with Image.open(io.BytesIO(encoded), formats=IMAGE_FORMATS) as image:
+        with Image.open(io.BytesIO(content), formats=IMAGE_FORMATS) as image:
             if size is not None and image.size != size:
                 raise ValueError(f"must be {size[0]} x {size[1]} pixels, got {image.size[0]} x {image.size[1]}.")
-            if mode == "index" and image.mode not in ("L", "P"):
-                raise ValueError(f"must have one channel of class indices, got mode {image.mode}.")
-            pixels = image.convert("RGB") if mode == "RGB" else image
+            if indices:
+                if image.mode not in ("L", "P"):
+                    raise ValueError(f"must have one channel of class indices, got mode {image.mode}.")
+                return np.array(image)
+            pixels = image.convert("RGB")
             if resize is not None:
-                box = part(*image.size) if part is not None else None
-                pixels = pixels.resize(resize, Image.Resampling.BILINEAR, box)
-            return np.array(pixels, dtype=np.uint8)
+                pixels = pixels.resize(resize, Image.Resampling.BILINEAR, part(*image.size) if part else None)
+            return np.array(pixels).transpose(2, 0, 1)
     except UnidentifiedImageError:
-        raise ValueError(f"{where}: neither {' nor '.join(IMAGE_FORMATS)}.") from None
+        raise ValueError(f"{encoded.where}: neither {' nor '.join(IMAGE_FORMATS)}.") from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{where}: {error}") from None
+        raise ValueError(f"{encoded.where}: {error}") from None
 
 
 def standardised(images: Tensor, mean: Sequence[float], deviation: Sequence[float]) -> Tensor:
@@ -285,31 +267,12 @@ def standardised(images: Tensor, mean: Sequence[float], deviation: Sequence[floa
     return (images / 255 - centre) / scale
 
 
-def check_label(label: int, classes: int, where: str) -> int:
-    """Check that a label is one of `classes`, and return it.
-
-    Raises:
-        ValueError: if it is not.
-    """
-    if not 0 <= label < classes:
-        raise ValueError(f"{where}: label must be in 0 .. {classes - 1}, got {label}.")
-    return label
-
-
-def map_in_threads(function: Callable[[Any], Any], items: Iterator[Any], ahead: int = 256) -> Iterator[Any]:
-    """`map` in order, by as many threads as there are cores, without reading more than `ahead` items ahead."""
+def map_in_threads(function: Callable[[Any], Any], items: Iterable[Any], ahead: int = READ_ROWS) -> Iterator[Any]:
+    """`map` in order, by as many threads as there are cores, with at most `ahead` items and results in memory."""
+    items = iter(items)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        pending = []
-        try:
-            for item in items:
-                pending.append(pool.submit(function, item))
-                if len(pending) == ahead:
-                    yield pending.pop(0).result()
-            while pending:
-                yield pending.pop(0).result()
-        finally:
-            for future in pending:
-                future.cancel()
+        while part := list(islice(items, ahead)):
+            yield from pool.map(function, part)
 
 
 def cache_folder() -> Path:
@@ -319,125 +282,94 @@ def cache_folder() -> Path:
 
 
 def cached(
-    files: Sequence[Path], version: str, names: Sequence[str], make: Callable[[Path], None]
-) -> dict[str, Tensor]:
-    """Arrays that were made from files, by name, mapped into memory; made only if the cache does not have them yet.
+    files: Sequence[Path], name: str, shape: tuple[int, ...], kind: DTypeLike, fill: Callable[[Array], None]
+) -> Array:
+    """An array that was made from files, mapped into memory; made only if the cache does not have it yet.
 
-    The key is path, size and time of change of every file, and `version`. A folder of the cache is there whole or
+    The key is path, size and time of change of every file, and the other arguments. An array is in the cache whole or
     not at all, and nothing else is read from it than numbers. Others that want the same wait until it is there.
 
     Args:
-        files: what the arrays are made from.
-        version: names everything else that decides the result; its first word names the folder.
-        names: of the arrays.
-        make: writes `name.npy` files into a folder.
+        files: what the array is made from.
+        name: of what else decides the content; the cache's file begins with it.
+        shape, kind: of the array.
+        fill: writes its content.
 
     Raises:
-        OSError: if the disk is full.
+        OSError: if the disk is full, or the cache's file system has no locks.
     """
     described = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    key = hashlib.sha256(repr((version, described)).encode()).hexdigest()[:16]
-    folder = cache_folder() / f"{version.partition(' ')[0]}-{key}"
-
-    def is_there() -> bool:
-        return all((folder / f"{name}.npy").is_file() for name in names)
-
-    if not is_there():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with _alone(folder):
-            if not is_there():
-                _make(folder, make)
-    return {name: _mapped(folder / f"{name}.npy") for name in names}
-
-
-def _making(folder: Path) -> str:
-    """Name the start of all folders in which this machine makes this one; other machines may not see its locks."""
-    return f"making-{folder.name}-{socket.gethostname()}-"
-
-
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Wait for others that make this folder, and remove what a killed one has left."""
-    with Path(f"{folder}.lock").open("w") as lock:
-        with suppress(OSError):  # a file system without locks: each makes its own, and the first one counts
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                logger.warning("waiting for another process, which makes %s", folder)
-                fcntl.flock(lock, fcntl.LOCK_EX)
-            for left in folder.parent.glob(f"{_making(folder)}*"):
-                shutil.rmtree(left)
-        yield
-
-
-def _make(folder: Path, make: Callable[[Path], None]) -> None:
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=_making(folder)) as temporary:
-        if folder.is_dir():
-            os.replace(folder, Path(temporary, "damaged"))
-        made = Path(temporary, "made")
-        made.mkdir()
-        make(made)
-        for file in made.iterdir():  # else a power failure leaves files of the right size without the content
-            with file.open("rb") as written:
-                os.fsync(written.fileno())
-        _move(made, folder)
-
-
-def decoded(
-    table: Table,
-    limit: int | None,
-    version: str,
-    shapes: Mapping[str, tuple[int, ...]],
-    decode: Callable[[Row], tuple[Array | int, ...]],
-    *,
-    ahead: int = 256,
-) -> dict[str, Tensor]:
-    """The first `limit` rows of a table as arrays of uint8, by name, of shape (rows, *shape); cached.
-
-    Args:
-        table: of the rows.
-        limit: None is all.
-        version: see `cached`; the number of rows is added.
-        shapes: of what `decode` gives of a row, by name.
-        decode: called in threads.
-        ahead: how many rows are read ahead.
-    """
-    count = table.rows if limit is None else min(limit, table.rows)
-
-    def make(folder: Path) -> None:
-        arrays = [new_array(folder, name, np.uint8, count, *shape) for name, shape in shapes.items()]
-        for number, values in enumerate(map_in_threads(decode, table.read(limit), ahead)):
-            for array, value in zip(arrays, values, strict=True):
-                array[number] = value
-
-    return cached(table.files, f"{version} {count}", list(shapes), make)
-
-
-def new_array(folder: Path, name: str, kind: type[np.generic], *shape: int) -> Array:
-    """A file for `cached` to fill, mapped into memory.
-
-    Raises:
-        OSError: if the disk has no room for it.
-    """
-    path = folder / f"{name}.npy"
-    array = np.lib.format.open_memmap(path, mode="w+", dtype=kind, shape=shape)
-    with path.open("r+b") as file:
+    key = hashlib.sha256(repr((name, shape, np.dtype(kind), described)).encode()).hexdigest()[:16]
+    path = cache_folder() / f"{name}-{key}.npy"
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(path.with_suffix(".lock"))
         try:
-            os.posix_fallocate(file.fileno(), 0, os.path.getsize(path))  # else a full disk is a SIGBUS amid the writing
-        except OSError as error:
-            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):  # of file systems that cannot promise room
-                raise OSError(error.errno, error.strerror, str(path)) from None
-    return array
-
-
-def _mapped(file: Path) -> Tensor:
+            lock.acquire(blocking=False)
+        except Timeout:
+            logger.warning("waiting for another process, which makes %s", path)
+            lock.acquire()
+        try:
+            if not path.is_file():
+                _make(path, shape, kind, fill)
+        finally:
+            lock.release()
     # copy-on-write, because torch warns of arrays that cannot be written to
-    return torch.from_numpy(np.load(file, mmap_mode="c", allow_pickle=False))
+    mapped: Array = np.load(path, mmap_mode="c", allow_pickle=False)
+    return mapped
 
 
-def _move(made: Path, folder: Path) -> None:
+def _make(path: Path, shape: tuple[int, ...], kind: DTypeLike, fill: Callable[[Array], None]) -> None:
+    # a killed process leaves this file, and the next one begins it anew; other machines may not see the lock
+    making = path.with_name(f"making-{socket.gethostname()}-{path.name}")
     try:
-        os.replace(made, folder)
-    except OSError:
-        if not folder.is_dir():  # else another process was faster, with the same content
-            raise
+        array = np.lib.format.open_memmap(making, mode="w+", dtype=kind, shape=shape)
+        with making.open("r+b") as file:
+            try:
+                os.posix_fallocate(file.fileno(), 0, making.stat().st_size)  # else a full disk is a SIGBUS in `fill`
+            except OSError as error:
+                if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):  # of file systems that cannot promise room
+                    raise OSError(error.errno, error.strerror, str(making)) from None
+            fill(array)
+            array.flush()
+            os.fsync(file.fileno())  # else a power failure leaves a file of the right size without the content
+        os.replace(making, path)
+    finally:
+        making.unlink(missing_ok=True)
+
+
+class Column(NamedTuple):
+    """What is decoded of a table.
+
+    Attributes:
+        names: see `Table`.
+        shape: of what `decode` gives of a cell, numbers in 0 .. 255.
+        decode: called in threads.
+    """
+
+    names: tuple[str, ...]
+    shape: tuple[int, ...]
+    decode: Callable[[Cell], Array | int]
+
+
+def decoded_splits(
+    name: str, path: str, limit_train: int | None, columns: tuple[Column, Column], transform: Transform
+) -> Data:
+    """Splits train and test of parquet files, with inputs and targets as uint8; decoded once, cached by this name."""
+    kind = np.dtype([(column.names[0], np.uint8, column.shape) for column in columns])
+
+    def decode(row: tuple[Cell, ...]) -> tuple[Array | int, ...]:
+        return tuple(column.decode(cell) for column, cell in zip(columns, row, strict=True))
+
+    def load(split: str, limit: int | None) -> TensorSplit:
+        table = Table(path, split, [column.names for column in columns], limit)
+
+        def fill(array: Array) -> None:
+            for number, values in enumerate(map_in_threads(decode, table.read())):
+                array[number] = values
+
+        array = cached(table.files, name, (table.rows,), kind, fill)
+        inputs, targets = (torch.from_numpy(array[column.names[0]]) for column in columns)
+        return TensorSplit(inputs, targets, transform)
+
+    return Data(load("train", limit_train), load("test", None))

@@ -5,37 +5,25 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lgc_lab.recipes.data import Data, TensorSplit
-from lgc_lab.recipes.recipe import ACCURACY, Recipe, warmup_and_cosine
-from lgc_lab.recipes.resnet import BasicBlock, conv
+from lgc_lab.recipes.recipe import Recipe, warmup_and_cosine
+from lgc_lab.recipes.resnet import Block, basic, conv, normalised
 
 TEST_FRACTION = 1 / 3
 
 
-def block(inputs: int, outputs: int, stride: int) -> nn.Module:
+def block(inputs: int, outputs: int, stride: int) -> Block:
     """Make a residual block whose shortcut has a convolution also where the shape stays."""
-    block = BasicBlock(inputs, outputs, stride=stride, entering=1, dilation=1)
-    if isinstance(block.shortcut, nn.Identity):
-        block.shortcut = nn.Sequential(conv(inputs, outputs, 1, stride), nn.BatchNorm2d(outputs))
-    return block
+    return Block(basic(inputs, outputs, stride), project=True)
 
 
 def small_resnet() -> nn.Module:
     """Three residual blocks at 8, 4 and 2 pixels: (batch, 1, 8, 8) -> (batch, 10), 1.0 million parameters."""
-    return nn.Sequential(
-        conv(1, 32, 3),
-        nn.BatchNorm2d(32),
-        nn.ReLU(),
-        block(32, 32, 1),
-        block(32, 96, 2),
-        block(96, 256, 2),
-        nn.AdaptiveAvgPool2d(1),
-        nn.Flatten(),
-        nn.Linear(256, 10),
-    )
+    stem = normalised(conv(1, 32, 3))
+    blocks = block(32, 32, 1), block(32, 96, 2), block(96, 256, 2)
+    return nn.Sequential(*stem, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(256, 10))
 
 
 def wide_mlp() -> nn.Module:
@@ -74,12 +62,9 @@ DIGITS = Recipe(
     model=small_resnet,
     data=load_digits,
     memory_format=torch.channels_last,
-    loss=F.cross_entropy,
-    metric=ACCURACY,
     batch_size=16,
     epochs=24,
     learning_rate=0.05,
-    momentum=0.9,
     weight_decay=5e-4,
     learning_rate_factor=warmup_and_cosine,
     scheme_defaults={

@@ -7,27 +7,14 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from lgc_lab.recipes.data import (
-    Array,
-    Data,
-    Split,
-    Table,
-    cached,
-    check_label,
-    decode_image,
-    find_parquet,
-    new_array,
-    standardised,
-)
-from lgc_lab.recipes.recipe import ACCURACY, Recipe, step_decay
-from lgc_lab.recipes.resnet import resnet
+from lgc_lab.recipes.data import Array, Cell, Data, Split, Table, cached, decode_image, standardised
+from lgc_lab.recipes.recipe import Recipe, step_decay
+from lgc_lab.recipes.resnet import RESNETS
 
 CLASSES = 1000
 SIZE = 224
@@ -39,19 +26,13 @@ MEAN = (0.485, 0.456, 0.406)
 DEVIATION = (0.229, 0.224, 0.225)
 
 
-class Box(NamedTuple):
-    """Part of an image, in pixels from its upper left corner."""
-
-    left: float
-    upper: float
-    right: float
-    lower: float
+Box = tuple[float, float, float, float]  # left, upper, right and lower edge in pixels
 
 
 def central_box(width: int, height: int, side: float) -> Box:
     """The square of this side in the middle."""
     left, upper = (width - side) / 2, (height - side) / 2
-    return Box(left, upper, left + side, upper + side)
+    return left, upper, left + side, upper + side
 
 
 def random_box(width: int, height: int, draws: Tensor) -> Box:
@@ -66,7 +47,7 @@ def random_box(width: int, height: int, draws: Tensor) -> Box:
         box_width, box_height = (pixels * ratio) ** 0.5, (pixels / ratio) ** 0.5
         if box_width <= width and box_height <= height:
             left, upper = across * (width - box_width), down * (height - box_height)
-            return Box(left, upper, left + box_width, upper + box_height)
+            return left, upper, left + box_width, upper + box_height
     return central_box(width, height, min(width, height))
 
 
@@ -74,11 +55,11 @@ class EncodedSplit(Split):
     """Images that are decoded when they are asked for, in threads.
 
     Args:
-        encoded: encoded image of an index, and where it is from.
+        encoded: encoded image of an index.
         labels: (samples,).
     """
 
-    def __init__(self, encoded: Callable[[int], tuple[bytes, str]], labels: Tensor) -> None:
+    def __init__(self, encoded: Callable[[int], Cell], labels: Tensor) -> None:
         self.encoded = encoded
         self.labels = labels
         self.pool = ThreadPoolExecutor(os.cpu_count())
@@ -93,46 +74,43 @@ class EncodedSplit(Split):
             draws = torch.rand(len(indices), ATTEMPTS, 4, generator=generator)
             mirrored = torch.rand(len(indices), generator=generator) < 0.5
             images = self.pool.map(self.decode, indices.tolist(), draws, mirrored.tolist())
-        pixels = torch.from_numpy(np.stack(list(images))).permute(0, 3, 1, 2)
+        pixels = torch.from_numpy(np.stack(list(images)))
         return standardised(pixels, MEAN, DEVIATION), self.labels[indices].long()
 
     def decode(self, index: int, draws: Tensor | None = None, mirrored: bool = False) -> Array:
-        """Part of an image as (224, 224, 3): random if there are draws, else the middle."""
+        """Part of an image as (3, 224, 224): random if there are draws, else the middle."""
 
         def part(width: int, height: int) -> Box:
             if draws is not None:
                 return random_box(width, height, draws)
             return central_box(width, height, min(width, height) * SIZE / SHORT_SIDE)
 
-        encoded, where = self.encoded(index)
-        pixels = decode_image(encoded, where, part=part, resize=(SIZE, SIZE))
-        return pixels[:, ::-1] if mirrored else pixels
+        pixels = decode_image(self.encoded(index), part=part, resize=(SIZE, SIZE))
+        return pixels[:, :, ::-1] if mirrored else pixels
 
 
 def load_parquet(path: str, split: str, limit: int | None) -> EncodedSplit:
     """The split's first `limit` images. Their encoded bytes are copied to the cache, to be read in any order."""
-    table = Table(find_parquet(path, split), images=[("image", "img")], labels=[("label",)])
-    image_column, label_column = table.columns
-    count = table.rows if limit is None else min(limit, table.rows)
+    table = Table(path, split, [("image", "img"), ("label",)], limit)
 
-    def make(folder: Path) -> None:
-        lengths = [len(row.values[image_column]) for row in table.read(limit)]
-        ends = new_array(folder, "ends", np.int64, count)
-        ends[:] = np.cumsum(lengths)
-        content = new_array(folder, "content", np.uint8, int(ends[-1]))
-        labels = new_array(folder, "labels", np.int16, count)
-        for number, row in enumerate(table.read(limit)):
-            content[ends[number] - lengths[number] : ends[number]] = np.frombuffer(row.values[image_column], np.uint8)
-            labels[number] = check_label(row.values[label_column], CLASSES, f"{row.where}, column {label_column}")
+    def fill_index(index: Array) -> None:
+        for number, (image, label) in enumerate(table.read()):
+            index[number] = len(image.image()), label.label(CLASSES)
+        index["end"] = np.cumsum(index["end"])
 
-    arrays = cached(table.files, f"imagenet {split} {count}", ("ends", "content", "labels"), make)
-    content, ends = arrays["content"], arrays["ends"]
+    def fill(content: Array) -> None:
+        for (image, _), end in zip(table.read(), index["end"], strict=True):
+            encoded = np.frombuffer(image.image(), np.uint8)
+            content[end - encoded.size : end] = encoded
 
-    def encoded(index: int) -> tuple[bytes, str]:
-        start = int(ends[index - 1]) if index else 0
-        return content[start : int(ends[index])].numpy().tobytes(), f"{path}, {split}, image {index}"
+    index = cached(table.files, "imagenet-index", (table.rows,), [("end", np.int64), ("label", np.int64)], fill_index)
+    content = cached(table.files, "imagenet", (int(index["end"][-1]),), np.uint8, fill)
 
-    return EncodedSplit(encoded, arrays["labels"])
+    def encoded(number: int) -> Cell:
+        start = index["end"][number - 1] if number else 0
+        return Cell(content[start : index["end"][number]].tobytes(), f"{path}, {split}, image {number}")
+
+    return EncodedSplit(encoded, torch.from_numpy(index["label"]))
 
 
 def load_folder(folder: Path, classes: list[str], limit: int | None) -> EncodedSplit:
@@ -143,8 +121,8 @@ def load_folder(folder: Path, classes: list[str], limit: int | None) -> EncodedS
     count = len(files) if limit is None else min(limit, len(files))
     files = [files[position * len(files) // count] for position in range(count)]
 
-    def encoded(index: int) -> tuple[bytes, str]:
-        return files[index][0].read_bytes(), str(files[index][0])
+    def encoded(index: int) -> Cell:
+        return Cell(files[index][0].read_bytes(), str(files[index][0]))
 
     return EncodedSplit(encoded, torch.tensor([label for _, label in files]))
 
@@ -170,16 +148,13 @@ def load_imagenet(path: str | None, limit_train: int | None) -> Data:
 IMAGENET_RESNET50 = Recipe(
     name="imagenet-resnet50",
     summary="ImageNet, ResNet-50 of 25.6 million parameters, 76.4 % after 90 epochs",
-    model=partial(resnet, "resnet50", zero_init=True),
+    model=partial(RESNETS["resnet50"], zero_init=True),
     data=load_imagenet,
     memory_format=torch.channels_last,
-    loss=F.cross_entropy,
-    metric=ACCURACY,
     batch_size=64,
     evaluation_batch=128,
     epochs=90,
     learning_rate=0.1,
-    momentum=0.9,
     weight_decay=1e-4,
     learning_rate_factor=step_decay(30 / 90, 60 / 90, 80 / 90, warmup=5 / 90),
     scheme_defaults={"rate": 0.001, "dense_steps": 200, "warmup_steps": 20_000, "train_steps": 300},

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lgc_lab.recipes.data import Data, Split
@@ -30,6 +31,14 @@ class Metric:
     sums: Callable[[Tensor, Tensor], Tensor]
     value: Callable[[Tensor], float]
     better: Literal["higher", "lower"] = "higher"
+
+
+def _count_correct(outputs: Tensor, targets: Tensor) -> Tensor:
+    correct = (outputs.argmax(dim=1) == targets).sum()
+    return torch.stack([correct, torch.tensor(len(targets), device=correct.device)]).double()
+
+
+ACCURACY = Metric(name="accuracy", sums=_count_correct, value=lambda sums: float(100 * sums[0] / sums[1]))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,15 +72,15 @@ class Recipe:
     model: Callable[..., nn.Module]
     data: Callable[[str | None, int | None], Data]
     memory_format: torch.memory_format = torch.contiguous_format
-    loss: Callable[[Any, Tensor], Tensor]
-    metric: Metric
+    loss: Callable[[Any, Tensor], Tensor] = F.cross_entropy
+    metric: Metric = ACCURACY
     batch_size: int
     least_batch_size: int = 1
     evaluation_batch: int = 512
     epochs: int
     optimizer: Literal["sgd", "adamw"] = "sgd"
     learning_rate: float
-    momentum: float
+    momentum: float = 0.9
     weight_decay: float
     learning_rate_factor: Callable[[float], float]
     backbones: tuple[str, ...] = ()
@@ -112,11 +121,3 @@ def step_decay(*milestones: float, warmup: float = 0.0) -> Callable[[float], flo
 def poly_decay(power: float) -> Callable[[float], float]:
     """(1 - progress)^power. Source: Chen et al., DeepLab, arXiv 1606.00915."""
     return lambda progress: float((1 - progress) ** power)
-
-
-def _count_correct(outputs: Tensor, targets: Tensor) -> Tensor:
-    correct = (outputs.argmax(dim=1) == targets).sum()
-    return torch.stack([correct, torch.tensor(len(targets), device=correct.device)]).double()
-
-
-ACCURACY = Metric(name="accuracy", sums=_count_correct, value=lambda sums: float(100 * sums[0] / sums[1]))
