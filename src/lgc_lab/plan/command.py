@@ -5,10 +5,9 @@ from __future__ import annotations
 import json
 import math
 import os
-import pickle
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -19,7 +18,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lgc.choice.cost import TOLERANCE, Link, Prediction, Profile, predict, recommend
+from lgc.choice.cost import (
+    TOLERANCE,
+    Collective,
+    Link,
+    Prediction,
+    Profile,
+    SchemeCost,
+    StageCost,
+    predict,
+    recommend,
+)
 from lgc.choice.profile import Job, Profiler, stand_in, wrap
 from lgc.choice.rehearsal import probe
 from lgc.comm.transport import Transport
@@ -181,10 +190,9 @@ def _profile_here(question: Question, ranks: int) -> Profile:
     """With so many ranks on this machine."""
     preload(__name__)
     with tempfile.TemporaryDirectory() as folder, options.reported_errors():
-        path = Path(folder) / "profile"
+        path = Path(folder) / "profile.json"
         start_ranks(_write_profile, question, path, world_size=ranks, timeout=TIMEOUT)
-        profile: Profile = pickle.loads(path.read_bytes())
-        return profile
+        return _profile_from(json.loads(path.read_text(encoding="utf-8")))
 
 
 def _write_profile(question: Question, path: Path, device: torch.device) -> None:
@@ -192,7 +200,17 @@ def _write_profile(question: Question, path: Path, device: torch.device) -> None
     assert dist.group.WORLD is not None
     profile = _profile(question, dist.group.WORLD, device)
     if dist.get_rank() == 0:
-        path.write_bytes(pickle.dumps(profile))
+        path.write_text(json.dumps(asdict(profile)), encoding="utf-8")
+
+
+def _profile_from(fields: dict[str, Any]) -> Profile:
+    """Read a profile back from the fields that `asdict` gives."""
+    arms = []
+    for arm in fields.pop("arms"):
+        collectives = [[Collective(**one) for one in stage.pop("collectives")] for stage in arm["stages"]]
+        stages = [StageCost(**stage, collectives=of) for stage, of in zip(arm["stages"], collectives, strict=True)]
+        arms.append(SchemeCost(arm["scheme"], stages))
+    return Profile(**fields, arms=arms)
 
 
 def _profile_in_job(question: Question) -> tuple[Profile, Link]:
