@@ -12,7 +12,7 @@ demo: $(INSTALLED)
 	$(BIN)/lgc compare --recipe digits --workers 4 \
 		--schemes dense,topk,dgc,scalecom,lgc-ring,lgc-ps --out $(DEMO_OUT)
 
-# In the order of the files, so that none of the longest is left to the end; three at a time, as some only wait.
+# In the order of tests/conftest.py, the longest files first; three at a time, as some only wait.
 PYTEST := $(BIN)/pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder
 
 test: $(INSTALLED)

@@ -17,6 +17,9 @@ os.environ["OMP_NUM_THREADS"] = "1"  # of all processes that tests start
 settings.register_profile("lgc", print_blob=True)  # a failure prints what reproduces it, beside the example
 settings.load_profile("lgc")
 
+# The files that take minutes, so that none of them is begun last; xdist gives a whole file to one worker.
+LONGEST_FIRST = ("test_ddp", "test_resume", "test_cli", "test_fault_network", "test_fault_grid", "test_schemes")
+
 
 # In a suite that a shell has started in the background SIGINT is ignored, and what it starts inherits that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -24,10 +27,11 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Of a test marked as a grid, leave as many cells in the suite as it takes to have every value of every parameter.
+    """Put the longest files first, and leave out most cells of tests marked as a grid.
 
-    All others are for `make test-all`.
+    As many stay as it takes to have every value of every parameter; all others are for `make test-all`.
     """
+    items.sort(key=lambda item: LONGEST_FIRST.index(item.path.stem) if item.path.stem in LONGEST_FIRST else len(items))
     grids: dict[str, list[pytest.Function]] = defaultdict(list)
     for item in items:
         if isinstance(item, pytest.Function) and item.get_closest_marker("grid"):

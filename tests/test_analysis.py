@@ -115,7 +115,7 @@ def test_indices_that_all_workers_select_cost_nothing_given_another_worker(gener
     assert overlap(own[0]) == 1
 
 
-@pytest.mark.parametrize("correlation", [0.0, 0.8])
+@pytest.mark.parametrize("correlation", [pytest.param(0.0, marks=pytest.mark.exhaustive), 0.8])
 def test_measured_information_is_that_of_the_values(correlation: float, generator: np.random.Generator) -> None:
     recording = synthetic(selections(generator), correlation=correlation, generator=generator)
     rows = list(measure_redundancy(recording))

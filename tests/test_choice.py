@@ -449,6 +449,7 @@ def choose_wrongly(rank: int, world_size: int, wrong: str, everywhere: bool) -> 
         ("other", r"choose\(make_loss=\.\.\.\) must call the model that it is given"),
     ],
 )
+@pytest.mark.grid
 @pytest.mark.parametrize("everywhere", [True, False])
 def test_what_is_wrong_on_one_rank_is_named_on_all(
     ranks: RankFactory, wrong: str, message: str, everywhere: bool

@@ -117,7 +117,7 @@ def test_when_packets_are_dropped_every_rank_ends_in_time_and_can_be_restarted(
 
     ip("-n", namespaces[fault.rank], "link", "set", "lgc-link", "up")
     ranks = [start_rank(rank, name, 1, program) for rank, name in enumerate(namespaces)]
+    run_undisturbed(arguments(scheme, expected, timeout=60))
     outputs = finish(ranks)
     assert [rank.returncode for rank in ranks] == [0, 0], outputs
-    run_undisturbed(arguments(scheme, expected, timeout=60))
     assert results(out) == results(expected)

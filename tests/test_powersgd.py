@@ -59,6 +59,7 @@ def train_by_torch(rank: int, world_size: int, scheme: str, arguments: dict[str,
     return Trained(parameters(ddp), [], [], {})
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("world_size", [1, 3, 4])
 @pytest.mark.parametrize(
     ("scheme", "arguments"),
@@ -107,6 +108,7 @@ def mean_of_exact_gradients(rank: int, world_size: int, scheme: str) -> torch.Te
     return gradient
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("scheme", ["fp16", "bf16"])
 @pytest.mark.parametrize("world_size", [1, 3, 4])
 def test_16_bit_mean_is_exact_where_the_format_is(ranks: RankFactory, scheme: str, world_size: int) -> None:
@@ -116,6 +118,7 @@ def test_16_bit_mean_is_exact_where_the_format_is(ranks: RankFactory, scheme: st
         assert torch.equal(gradient, expected)
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("scheme", ["fp16", "bf16"])
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 def test_16_bit_sends_two_bytes_a_parameter(ranks: RankFactory, scheme: str, world_size: int) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fault_job import Fault
-from runs import ENVIRONMENT, LGC, LIMIT_S, TORCHRUN, measured
+from runs import ENVIRONMENT, LIMIT_S, TORCHRUN, lgc, measured
 
 from lgc import checkpoint
 
@@ -60,8 +60,7 @@ def torchrun(out: Path, faults: Sequence[Fault], run: list[str], *, limit_s: flo
 
 def run_undisturbed(run: list[str]) -> None:
     """The same with two ranks to which nothing happens."""
-    done = subprocess.run([*LGC, *run, "--workers", "2"], capture_output=True, text=True, timeout=LIMIT_S)
-    assert done.returncode == 0, done.stderr
+    lgc(*run, "--workers", "2")
 
 
 def results(out: Path) -> tuple[Any, ...]:
