@@ -16,6 +16,7 @@ from unittest import TestCase
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from ddp_models import (
     MODELS,
@@ -184,6 +185,40 @@ def test_a_models_memory_format_does_not_matter(ranks: RankFactory, scheme: str)
     channels_last, *_ = ranks(2).run(train_in, torch.channels_last, scheme)
     for name, parameter in plain.items():
         torch.testing.assert_close(channels_last[name], parameter)
+
+
+class Forked(nn.Module):
+    """One layer for rank 0 and one for the others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.other = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = (self.other if dist.get_rank() else self.one)(x)
+        return y
+
+
+def use_one_layer(rank: int, world_size: int, scheme: Any, views: bool) -> dict[str, Tensor]:
+    torch.manual_seed(0)
+    ddp = DistributedDataParallel(Forked(), find_unused_parameters=True, gradient_as_bucket_view=views)
+    optimizer = torch.optim.SGD(ddp.parameters(), lr=0.1)
+    if scheme is not None:
+        lgc.attach(ddp, scheme, optimizer)
+    for step in range(3):
+        optimizer.zero_grad(set_to_none=step != 1)
+        ddp(torch.full((2, 4), 1.0 + rank)).sum().backward()
+        optimizer.step()
+    return parameters(ddp)
+
+
+@pytest.mark.parametrize("views", [True, False])
+def test_ranks_may_use_different_parameters(ranks: RankFactory, views: bool) -> None:
+    everything = lgc.TopK(rate=1.0, values=lgc.Float32(), low_pass=1.0)
+    (plain, _), full = (ranks(2).run(use_one_layer, scheme, views) for scheme in (None, everything))
+    for result in full:
+        for name, parameter in plain.items():
+            torch.testing.assert_close(result[name], parameter)
 
 
 # --- exactness across ranks, phases, any module ---

@@ -258,7 +258,8 @@ def test_without_a_grad_scaler_a_nan_is_an_error_that_names_its_rank_everywhere(
 ) -> None:
     for failure in ranks(2).exceptions(raise_on_nan, bad_rank, at):
         assert type(failure) is FloatingPointError
-        assert str(failure) == f"lgc: step {at}: the gradient is not finite on rank {bad_rank}."
+        assert str(failure).startswith(f"lgc: step {at}: the gradient is not finite on rank {bad_rank}. ")
+        assert 'on_nonfinite="propagate"' in str(failure)
 
 
 def tensors_of(state: Any) -> list[torch.Tensor]:

@@ -140,6 +140,37 @@ def test_other_tensors_than_it_was_made_for_are_refused_by_name() -> None:
         lgc.Synchronizer(lgc.Dense(), {}, Transport(group))
 
 
+@pytest.mark.parametrize("wrong", [torch.zeros(2, 5), torch.zeros(10, dtype=torch.int64), torch.zeros(())])
+def test_a_tensor_of_another_form_is_refused_by_name(wrong: Tensor) -> None:
+    tensors = gradient(SHAPES, 0, 0) | {"head.bias": wrong}
+    with pytest.raises(ValueError, match=r"synchronize\(tensors=...\): head.bias must be floats \(10,\), got"):
+        make(lgc.TopK(rate=0.1)).synchronize(tensors, 0)
+
+
+def test_a_scheme_may_be_given_as_text_and_must_have_rounds() -> None:
+    group = dist.distributed_c10d._get_default_group()
+    tensors = {"w": torch.zeros(3)}
+    assert lgc.Synchronizer("dense", tensors, Transport(group)).synchronize({"w": torch.ones(3)}, 0)["w"].sum() == 3
+    with pytest.raises(TypeError, match=r"Synchronizer\(scheme=...\) must have rounds"):
+        lgc.Synchronizer(lgc.PowerSGD(), tensors, Transport(group))  # type: ignore[arg-type]
+
+
+def make_in_another_order(rank: int, world_size: int) -> None:
+    tensors = {name: torch.zeros(4) for name in (("a", "b"), ("b", "a"))[rank]}
+    lgc.Synchronizer("topk", tensors, Transport(dist.distributed_c10d._get_default_group()))
+
+
+def synchronize_other_steps(rank: int, world_size: int) -> None:
+    make(lgc.DGC(rate=0.1)).synchronize(gradient(SHAPES, rank, 0), rank)
+
+
+def test_ranks_that_differ_in_their_tensors_or_steps_are_told_so_on_every_rank(ranks: RankFactory) -> None:
+    for failure in ranks(2).exceptions(make_in_another_order):
+        assert "Synchronizer: the ranks differ in the order of" in str(failure)
+    for failure in ranks(2).exceptions(synchronize_other_steps):  # at step 0 replicas would be compared, at step 1 not
+        assert str(failure) == "lgc: the ranks are at different steps: [0, 1] (by rank)."
+
+
 def test_a_state_of_another_form_is_refused_and_changes_nothing() -> None:
     synchronizer = make(lgc.DGC(rate=0.1))
     train(synchronizer, range(2))

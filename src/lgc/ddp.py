@@ -127,6 +127,7 @@ class CollectedBuckets(Buckets):
         self._names = {id(parameter): name for name, parameter in self._parameters.items()}
         self._device = next(iter(self._parameters.values())).device
         self._unused_possible = ddp.find_unused_parameters or ddp.static_graph
+        self._gradients_are_views = ddp.gradient_as_bucket_view
         self._pending: list[_Pending] = []
         self._delivered = False
         replicas = {f"parameter {name}": parameter for name, parameter in self._parameters.items()}
@@ -167,16 +168,16 @@ class CollectedBuckets(Buckets):
                 gradient.copy_(means[name])
             bucket.future.set_result(bucket.buffer)
         if self._unused_possible:
-            self._deliver_to_unused(means)
+            self._deliver_to_unused(means, {name: view for bucket in pending for name, view in bucket.gradients})
         self._delivered = True
 
-    def _deliver_to_unused(self, means: dict[str, Tensor]) -> None:
+    def _deliver_to_unused(self, means: dict[str, Tensor], views: dict[str, Tensor]) -> None:
         # DDP leaves `.grad` of a parameter that no rank used as it was, and with it what feedback still owed.
         nonzero = torch.stack([means[name].any() for name in self._parameters]).tolist()  # one wait for the device
         for (name, parameter), owed in zip(self._parameters.items(), nonzero, strict=True):
             if owed:
                 if parameter.grad is None:
-                    parameter.grad = torch.empty_like(parameter)
+                    parameter.grad = views[name] if self._gradients_are_views else torch.empty_like(parameter)
                 parameter.grad.copy_(means[name])
 
     def _require_fresh_gradients(self, _: Tensor) -> None:

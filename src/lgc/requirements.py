@@ -23,10 +23,11 @@ def require_types(scheme: object, optimizer: object, grad_scaler: object, timeou
     if not isinstance(scheme, Scheme):
         raise TypeError(f"attach(scheme=...) must be a scheme, such as lgc.DGC(), or its text form, got {scheme!r}.")
     if not isinstance(optimizer, torch.optim.Optimizer | None):
-        raise TypeError(f"attach(optimizer=...) must be an optimizer or None, got {optimizer!r}.")
+        raise TypeError(f"attach(optimizer=...) must be an optimizer or None, got {type(optimizer).__name__}.")
     if not isinstance(grad_scaler, torch.amp.GradScaler | None):
         raise TypeError(f"attach(grad_scaler=...) must be a GradScaler or None, got {grad_scaler!r}.")
-    if timeout is not None and not (isinstance(timeout, int | float) and LEAST_TIMEOUT <= timeout <= MOST_TIMEOUT):
+    number = isinstance(timeout, int | float) and not isinstance(timeout, bool)
+    if timeout is not None and not (number and LEAST_TIMEOUT <= timeout <= MOST_TIMEOUT):
         raise ValueError(
             f"attach(timeout=...) must be {LEAST_TIMEOUT} to {MOST_TIMEOUT:g} seconds, or None, got {timeout!r}."
         )

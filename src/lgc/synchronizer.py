@@ -10,11 +10,11 @@ from typing import Any, Literal, Protocol, get_args
 import torch
 from torch import Tensor
 
-from lgc.comm.replicas import OnDifference, ReplicaCheck, ReplicaError
+from lgc.comm.replicas import OnDifference, ReplicaCheck, ReplicaError, require_agreement
 from lgc.comm.transport import RankError, Transport
 from lgc.phase import Phase
 from lgc.rounds.aggregator import Round
-from lgc.schemes import RoundScheme
+from lgc.schemes import RoundScheme, parse_scheme
 
 logger = logging.getLogger("lgc")
 
@@ -30,7 +30,7 @@ class Policy:
     on_nonfinite: OnNonfinite = "raise"
 
     def __post_init__(self) -> None:
-        if not isinstance(self.check_every, int) or self.check_every < 0:
+        if type(self.check_every) is not int or self.check_every < 0:
             raise ValueError(f"attach(check_every=...) must be an integer of at least 0, got {self.check_every!r}.")
         for name, options in (("on_difference", get_args(OnDifference)), ("on_nonfinite", get_args(OnNonfinite))):
             if getattr(self, name) not in options:
@@ -60,6 +60,10 @@ class Synchronizer:
         policy: what is done when something is wrong.
         replicas: what all ranks must have the same of, by name; compared at the policy's interval.
 
+    Raises:
+        TypeError, ValueError: a wrong argument.
+        RuntimeError: on every rank, naming the field, if the ranks differ in scheme, names, shapes or their order.
+
     Attributes:
         aggregator: the scheme at work: its layout, schedule, residual and momentum.
         observers: are shown every round.
@@ -67,18 +71,26 @@ class Synchronizer:
 
     def __init__(
         self,
-        scheme: RoundScheme,
+        scheme: RoundScheme | str,
         tensors: Mapping[str, Tensor],
         transport: Transport,
         policy: Policy | None = None,
         replicas: Mapping[str, Tensor] | None = None,
     ) -> None:
+        method = parse_scheme(scheme) if isinstance(scheme, str) else scheme
+        if not isinstance(method, RoundScheme):
+            raise TypeError(f"Synchronizer(scheme=...) must have rounds, as lgc.DGC() has, got {scheme!r}.")
+        if not isinstance(transport, Transport):
+            raise TypeError(f"Synchronizer(transport=...) must be a Transport, got {type(transport).__name__}.")
         if not tensors:
             raise ValueError("Synchronizer(tensors=...) must have at least one tensor, got none.")
+        shapes = {f"tensor {name}": str(list(tensor.shape)) for name, tensor in tensors.items()}
+        uncounted = Transport(transport.group, transport.device)
+        require_agreement(uncounted, "Synchronizer", {"scheme": method.name} | method.arguments() | shapes)
         self.policy = policy or Policy()
         self.transport = transport
         device = next(iter(tensors.values())).device
-        self.aggregator = scheme.build(scheme.layout(tensors.items()), transport, device=device)
+        self.aggregator = method.build(method.layout(tensors.items()), transport, device=device)
         self.observers: list[Observer] = []
         self._replicas = replicas or {}
         self._check = ReplicaCheck(transport, self.policy.check_every, self.policy.on_difference)
@@ -114,16 +126,18 @@ class Synchronizer:
             names = ", ".join(sorted(tensors.keys() ^ layout.slices.keys()))
             raise ValueError(f"synchronize(tensors=...) must be those this was made for, what differs is {names}.")
         for name, view in layout.by_name(self._flat).items():
+            if tensors[name].shape != view.shape or not tensors[name].is_floating_point():
+                found = f"{tuple(tensors[name].shape)} {tensors[name].dtype}"
+                raise ValueError(f"synchronize(tensors=...): {name} must be floats {tuple(view.shape)}, got {found}.")
             view.copy_(tensors[name])
         if scale not in (None, 1.0):
             self._flat /= scale
-        self.transport.begin(self.phase(step), steps=0)
-        if self._check.is_due(step):
-            replicas = {**self._replicas, **self.aggregator.replicas()}
-            self._check.run(step, replicas, counts=bool(self._flat.any()))
         for observer in self.observers:
             observer.before_round(step, self._flat)
         result = self.aggregator.aggregate(self._flat, step)
+        if self._check.is_due(step):  # once the opening has shown that it is for all ranks
+            replicas = {**self._replicas, **self.aggregator.replicas()}
+            self._check.run(step, replicas, counts=bool(self._flat.any()))
         for observer in self.observers:
             observer.after_round(step, result)
         self._report_nonfinite(result.nonfinite_ranks, step, warn=scale is None)
@@ -132,7 +146,10 @@ class Synchronizer:
     def _report_nonfinite(self, ranks: tuple[int, ...], step: int, *, warn: bool) -> None:
         message = f"step {step}: the gradient is not finite on rank {', '.join(map(str, ranks))}"
         if ranks and self.policy.on_nonfinite == "raise":
-            raise FloatingPointError(f"lgc: {message}.")
+            raise FloatingPointError(
+                f"lgc: {message}. No state has changed; DDP cannot run this model again: go on from a checkpoint. To "
+                'skip such steps, attach with on_nonfinite="propagate": all ranks then get NaN gradients.'
+            )
         if ranks and self._was_finite and warn and self.transport.rank == 0:
             logger.warning("%s, so it is NaN on all, and every parameter is after the optimizer's step.", message)
         self._was_finite = not ranks

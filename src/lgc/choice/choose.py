@@ -193,6 +193,8 @@ def _require_gradients(ddp: DistributedDataParallel, make_loss: Callable[[nn.Mod
     calls: list[nn.Module] = []
     noting = ddp.register_forward_pre_hook(lambda module, _: calls.append(module))
     with ddp.no_sync():
+        if not callable(make_loss):
+            raise TypeError(f"choose(make_loss=...) must be a function of the model, got {type(make_loss).__name__}.")
         loss = make_loss(ddp)
         if not calls:
             raise ValueError("choose(make_loss=...) must call the model that it is given, not another one.")

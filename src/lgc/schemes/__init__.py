@@ -66,12 +66,16 @@ def parse_scheme(text: str, defaults: Mapping[str, Any] | None = None) -> Scheme
     if settings[:1] == ["paper"] and issubclass(scheme, SparseScheme):
         settings = settings[1:]
         arguments |= scheme.paper_arguments()
+    given: set[str] = set()
     for setting in settings:
         key, equals, value = setting.partition("=")
         if not equals:
             raise ValueError(f"{name}: {setting!r} is not of the form argument=value.")
         if key not in known:
             raise ValueError(f"{name} has no argument {key!r}; it takes {', '.join(sorted(known)) or 'none'}.")
+        if key in given:
+            raise ValueError(f"{name}: {key} is set twice in {text!r}.")
+        given.add(key)
         arguments[key] = from_text(f"{name}:{key}", value, hints[key])
     return scheme(**arguments)
 
