@@ -15,7 +15,13 @@ from ranks import Ranks
 
 from lgc.rounds.layout import POOL
 from lgc_lab.analysis.command import PAGE, ROWS, analyze
-from lgc_lab.analysis.estimators import Floats, gaussian_mutual_information, kraskov_mutual_information, log_binomial
+from lgc_lab.analysis.estimators import (
+    Floats,
+    Integers,
+    gaussian_mutual_information,
+    kraskov_mutual_information,
+    log_binomial,
+)
 from lgc_lab.analysis.indices import IndexCosts
 from lgc_lab.analysis.record import RECORDING, Layer, Recording, record
 from lgc_lab.analysis.redundancy import divide_by_scale, layer_of, measure_redundancy, overlap
