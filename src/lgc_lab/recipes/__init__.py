@@ -15,13 +15,9 @@ from lgc_lab.recipes.imagenet import IMAGENET_RESNET50
 from lgc_lab.recipes.recipe import ACCURACY, Metric, Recipe, poly_decay, step_decay, warmup_and_cosine
 from lgc_lab.recipes.text import TEXT_GPT
 
-RECIPES: dict[str, Recipe] = {
-    recipe.name: recipe
-    for recipe in (
-        *(DIGITS, DIGITS_MLP, CIFAR10_RESNET20, CIFAR10_RESNET50, CIFAR10_RESNET101),
-        *(IMAGENET_RESNET50, CAMVID_PSPNET, TEXT_GPT),
-    )
-}
+OWN = [DIGITS, DIGITS_MLP, CIFAR10_RESNET20, CIFAR10_RESNET50, CIFAR10_RESNET101]
+OWN += [IMAGENET_RESNET50, CAMVID_PSPNET, TEXT_GPT]
+RECIPES = {recipe.name: recipe for recipe in OWN}
 
 __all__ = [
     "ACCURACY",

@@ -1,7 +1,5 @@
 """CamVid: street scenes of 480 x 360 pixels, 367 to train on and 233 to test, eleven classes; by PSPNet."""
 
-from __future__ import annotations
-
 from functools import partial
 
 import torch

@@ -1,7 +1,5 @@
 """CIFAR-10: 50,000 images of 32 x 32 pixels to train on and 10,000 to test, ten classes."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from functools import partial
 

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from filelock import FileLock, Timeout
+from filelock import FileLock
 from numpy.typing import DTypeLike, NDArray
 from torch import Tensor
 
@@ -28,7 +28,6 @@ logger = logging.getLogger("lgc")
 Array = NDArray[Any]
 Transform = Callable[[Tensor, Tensor, torch.Generator | None], tuple[Tensor, Tensor]]
 
-IMAGE_FORMATS = ("JPEG", "PNG")
 READ_ROWS = 64  # that are in memory at once, decoded or not
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 SHARD = re.compile(r".*-(\d{5})-of-(\d{5})\.parquet")
@@ -63,12 +62,13 @@ class TensorSplit(Split):
 
     Attributes:
         inputs, targets: one row per sample.
-        transform: makes a batch of both out of the rows, with a generator for augmentation or without.
+        transform: makes a batch of both out of the rows, with a generator for augmentation or without; as it is
+            by default.
     """
 
     inputs: Tensor
     targets: Tensor
-    transform: Transform
+    transform: Transform = lambda inputs, targets, generator: (inputs, targets)
 
     def __len__(self) -> int:
         return len(self.inputs)
@@ -98,18 +98,13 @@ def find_parquet(path: str, split: str) -> list[Path]:
         parents = sorted({str(file.parent) for file in files})
         if len(parents) > 1:
             raise ValueError(f"{folder} has split {split} in {', '.join(parents)}: name one of them.")
+        shards = [match.groups() for file in files if (match := SHARD.fullmatch(file.name))]
+        for _, total in shards:
+            if missing := set(range(int(total))) - {int(number) for number, of in shards if of == total}:
+                raise FileNotFoundError(f"{files[0].parent}: shard {min(missing):05} of {total} is missing.")
         if files:
-            _require_all_shards(files)
             return files
     raise FileNotFoundError(f"{folder} has no {split}.parquet and no {split}-*.parquet, nor has a folder in it.")
-
-
-def _require_all_shards(files: list[Path]) -> None:
-    numbers = [match.groups() for file in files if (match := SHARD.fullmatch(file.name))]
-    for _, total in numbers:
-        missing = set(range(int(total))) - {int(number) for number, of in numbers if of == total}
-        if missing:
-            raise FileNotFoundError(f"{files[0].parent}: shard {min(missing):05} of {total} is missing.")
 
 
 def _download(name: str, split: str) -> Path:
@@ -133,21 +128,13 @@ class Cell(NamedTuple):
     where: str
 
     def image(self) -> bytes:
-        """An encoded image.
-
-        Raises:
-            ValueError: if this is not a struct with binary bytes.
-        """
+        """An encoded image; ValueError if this is no struct with binary bytes."""
         if not isinstance(self.value, bytes):
             raise ValueError(f"{self.where}: must be a struct with binary bytes, got {self.value!r:.80}.")
         return self.value
 
     def label(self, classes: int) -> int:
-        """A label, one of `classes`.
-
-        Raises:
-            ValueError: if this is not an integer in 0 .. classes - 1.
-        """
+        """A label; ValueError if this is no integer in 0 .. classes - 1."""
         if type(self.value) is not int or not 0 <= self.value < classes:
             raise ValueError(f"{self.where}: label must be in 0 .. {classes - 1}, got {self.value!r}.")
         return self.value
@@ -224,18 +211,16 @@ class Table:
 def decode_image(
     encoded: Cell,
     *,
-    size: tuple[int, int] | None = None,
+    size: tuple[int, int],
     indices: bool = False,
     part: Callable[[int, int], tuple[float, float, float, float]] | None = None,
-    resize: tuple[int, int] | None = None,
 ) -> Array:
     """Pixels of a JPEG or PNG, uint8 of shape (3, height, width).
 
     Args:
         size: width and height that it must have.
         indices: takes one channel of class indices as it is, (height, width).
-        part: box to cut out, of width and height.
-        resize: width and height to scale to, bilinear with antialiasing.
+        part: box to cut out, of the image's width and height, and to scale to `size`, bilinear with antialiasing.
 
     Raises:
         ValueError: if it cannot be decoded or has another size.
@@ -244,19 +229,19 @@ def decode_image(
 
     content = encoded.image()
     try:
-        with Image.open(io.BytesIO(content), formats=IMAGE_FORMATS) as image:
-            if size is not None and image.size != size:
+        with Image.open(io.BytesIO(content), formats=("JPEG", "PNG")) as image:
+            if part is None and image.size != size:
                 raise ValueError(f"must be {size[0]} x {size[1]} pixels, got {image.size[0]} x {image.size[1]}.")
             if indices:
                 if image.mode not in ("L", "P"):
                     raise ValueError(f"must have one channel of class indices, got mode {image.mode}.")
                 return np.array(image)
             pixels = image.convert("RGB")
-            if resize is not None:
-                pixels = pixels.resize(resize, Image.Resampling.BILINEAR, part(*image.size) if part else None)
+            if part is not None:
+                pixels = pixels.resize(size, Image.Resampling.BILINEAR, part(*image.size))
             return np.array(pixels).transpose(2, 0, 1)
     except UnidentifiedImageError:
-        raise ValueError(f"{encoded.where}: neither {' nor '.join(IMAGE_FORMATS)}.") from None
+        raise ValueError(f"{encoded.where}: neither JPEG nor PNG.") from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"{encoded.where}: {error}") from None
 
@@ -303,17 +288,10 @@ def cached(
     path = cache_folder() / f"{name}-{key}.npy"
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(path.with_suffix(".lock"))
-        try:
-            lock.acquire(blocking=False)
-        except Timeout:
-            logger.warning("waiting for another process, which makes %s", path)
-            lock.acquire()
-        try:
+        logger.warning("making %s, or waiting for another process that makes it", path)
+        with FileLock(path.with_suffix(".lock")):
             if not path.is_file():
                 _make(path, shape, kind, fill)
-        finally:
-            lock.release()
     # copy-on-write, because torch warns of arrays that cannot be written to
     mapped: Array = np.load(path, mmap_mode="c", allow_pickle=False)
     return mapped

@@ -1,11 +1,9 @@
 """Handwritten digits, 8 x 8 pixels, that come with scikit-learn: a run of half a minute that needs no download."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lgc_lab.recipes.data import Data, TensorSplit
 from lgc_lab.recipes.recipe import Recipe, warmup_and_cosine
@@ -14,15 +12,10 @@ from lgc_lab.recipes.resnet import Block, basic, conv, normalised
 TEST_FRACTION = 1 / 3
 
 
-def block(inputs: int, outputs: int, stride: int) -> Block:
-    """Make a residual block whose shortcut has a convolution also where the shape stays."""
-    return Block(basic(inputs, outputs, stride), project=True)
-
-
 def small_resnet() -> nn.Module:
     """Three residual blocks at 8, 4 and 2 pixels: (batch, 1, 8, 8) -> (batch, 10), 1.0 million parameters."""
     stem = normalised(conv(1, 32, 3))
-    blocks = block(32, 32, 1), block(32, 96, 2), block(96, 256, 2)
+    blocks = [Block(basic(*sizes), project=True) for sizes in ((32, 32, 1), (32, 96, 2), (96, 256, 2))]
     return nn.Sequential(*stem, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(256, 10))
 
 
@@ -34,11 +27,6 @@ def wide_mlp() -> nn.Module:
     )
 
 
-def to_batch(pixels: Tensor, labels: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
-    """Return them as they are: digits are not augmented."""
-    return pixels, labels
-
-
 def load_digits(path: str | None, limit_train: int | None) -> Data:
     """Two thirds of the 1,797 images to train on and one third to test, each class in proportion."""
     from sklearn.datasets import load_digits
@@ -47,13 +35,10 @@ def load_digits(path: str | None, limit_train: int | None) -> Data:
     if path is not None:
         raise ValueError(f"digits come with scikit-learn: data must not be set, got {path!r}.")
     pixels, labels = load_digits(return_X_y=True)
-    parts = train_test_split(pixels / 16, labels, test_size=TEST_FRACTION, random_state=0, stratify=labels)
-    train_inputs, test_inputs = (torch.tensor(part, dtype=torch.float32).view(-1, 1, 8, 8) for part in parts[:2])
-    train_targets, test_targets = (torch.tensor(part, dtype=torch.int64) for part in parts[2:])
-    return Data(
-        TensorSplit(train_inputs[:limit_train], train_targets[:limit_train], to_batch),
-        TensorSplit(test_inputs, test_targets, to_batch),
-    )
+    rows = train_test_split(range(len(labels)), test_size=TEST_FRACTION, random_state=0, stratify=labels)
+    inputs, targets = torch.tensor(pixels / 16, dtype=torch.float32).view(-1, 1, 8, 8), torch.tensor(labels)
+    train, test = rows[0][:limit_train], rows[1]
+    return Data(TensorSplit(inputs[train], targets[train]), TensorSplit(inputs[test], targets[test]))
 
 
 DIGITS = Recipe(

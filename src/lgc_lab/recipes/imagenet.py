@@ -1,7 +1,5 @@
 """ImageNet (ILSVRC 2012): 1,281,167 images to train on and 50,000 to test, a thousand classes."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -25,12 +23,12 @@ ATTEMPTS = 10
 MEAN = (0.485, 0.456, 0.406)
 DEVIATION = (0.229, 0.224, 0.225)
 
-
 Box = tuple[float, float, float, float]  # left, upper, right and lower edge in pixels
 
 
-def central_box(width: int, height: int, side: float) -> Box:
-    """The square of this side in the middle."""
+def central_box(width: int, height: int, part: float = 1.0) -> Box:
+    """The square in the middle whose side is this part of the image's shorter one."""
+    side = part * min(width, height)
     left, upper = (width - side) / 2, (height - side) / 2
     return left, upper, left + side, upper + side
 
@@ -48,7 +46,7 @@ def random_box(width: int, height: int, draws: Tensor) -> Box:
         if box_width <= width and box_height <= height:
             left, upper = across * (width - box_width), down * (height - box_height)
             return left, upper, left + box_width, upper + box_height
-    return central_box(width, height, min(width, height))
+    return central_box(width, height)
 
 
 class EncodedSplit(Split):
@@ -79,13 +77,9 @@ class EncodedSplit(Split):
 
     def decode(self, index: int, draws: Tensor | None = None, mirrored: bool = False) -> Array:
         """Part of an image as (3, 224, 224): random if there are draws, else the middle."""
-
-        def part(width: int, height: int) -> Box:
-            if draws is not None:
-                return random_box(width, height, draws)
-            return central_box(width, height, min(width, height) * SIZE / SHORT_SIDE)
-
-        pixels = decode_image(self.encoded(index), part=part, resize=(SIZE, SIZE))
+        middle = partial(central_box, part=SIZE / SHORT_SIDE)
+        box = middle if draws is None else partial(random_box, draws=draws)
+        pixels = decode_image(self.encoded(index), size=(SIZE, SIZE), part=box)
         return pixels[:, :, ::-1] if mirrored else pixels
 
 
@@ -137,8 +131,6 @@ def load_imagenet(path: str | None, limit_train: int | None) -> Data:
     classes = sorted(entry.name for entry in train.iterdir() if entry.is_dir())
     if not 1 <= len(classes) <= CLASSES:
         raise ValueError(f"{train} must have 1 .. {CLASSES} folders, one for each class, got {len(classes)}.")
-    if not test.is_dir():
-        raise FileNotFoundError(f"{path} has train/ but no val/.")
     unknown = {entry.name for entry in test.iterdir() if entry.is_dir()} - set(classes)
     if unknown:
         raise ValueError(f"{test} has a class that {train} has not: {min(unknown)}.")

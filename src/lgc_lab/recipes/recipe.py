@@ -1,7 +1,5 @@
 """A recipe and its parts: metrics and learning-rate schedules."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field

@@ -1,7 +1,5 @@
 """Residual networks. Source: He et al., CVPR 2016, arXiv 1512.03385."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Literal
@@ -53,27 +51,14 @@ class Block(nn.Module):
         return F.relu(self.body(x) + self.shortcut(x))
 
 
-class PaddedShortcut(nn.Module):
-    """Shortcut without parameters: every second pixel, new channels zero (option A)."""
-
-    def __init__(self, added: int) -> None:
-        super().__init__()
-        self.added = added
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, 0, self.added))
-
-
 def stem_layers(stem: Stem, outputs: int) -> nn.Sequential:
     """Layers before the blocks: 7x7 and pooling, three 3x3 and pooling, or one 3x3 alone."""
     if stem == "cifar":
         return normalised(conv(3, outputs, 3))
-    half = outputs // 2
+    half, pooling = outputs // 2, nn.MaxPool2d(3, stride=2, padding=1)
     if stem == "deep":
-        convolutions = [conv(3, half, 3, 2), conv(half, half, 3), conv(half, outputs, 3)]
-    else:
-        convolutions = [conv(3, outputs, 7, 2)]
-    return normalised(*convolutions).append(nn.MaxPool2d(3, stride=2, padding=1))
+        return normalised(conv(3, half, 3, 2), conv(half, half, 3), conv(half, outputs, 3)).append(pooling)
+    return normalised(conv(3, outputs, 7, 2)).append(pooling)
 
 
 class ResNet(nn.Module):
@@ -143,8 +128,9 @@ def initialise(model: nn.Module) -> None:
 def resnet20() -> ResNet:
     """The CIFAR family's smallest: (batch, 3, 32, 32) -> (batch, 10), 0.27 million parameters. Source: section 4.2."""
     model = ResNet(basic, (3, 3, 3), classes=10, stem="cifar", width=16)
-    for stage, added in ((1, 16), (2, 32)):
-        model.stages[stage][0].shortcut = PaddedShortcut(added)  # type: ignore[index]
+    for stage, added in ((1, 16), (2, 32)):  # option A: every second pixel, new channels are zero
+        shortcut = nn.Sequential(nn.AvgPool2d(1, stride=2), nn.ZeroPad3d((0, 0, 0, 0, 0, added)))
+        model.stages[stage][0].shortcut = shortcut  # type: ignore[index]
     return model
 
 

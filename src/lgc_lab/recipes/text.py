@@ -1,7 +1,5 @@
 """A GPT of the bytes of Python's standard library, which every machine has."""
 
-from __future__ import annotations
-
 import math
 import sysconfig
 from functools import partial
@@ -55,21 +53,14 @@ def load_text(path: str | None, limit_train: int | None) -> Data:
     files = sorted(file for file in found if file.is_file())
     if len(files) < 2:
         raise FileNotFoundError(f"{folder} must have at least two *.py files to train and test on, got {len(files)}.")
-    train, test = (
-        [file for number, file in enumerate(files) if (number % TEST_EVERY == 0) == testing]
-        for testing in (False, True)
-    )
-    data = Data(TextSplit(read_text(train), limit_train), TextSplit(read_text(test)))
-    for part, split in zip(("train", "test"), data, strict=True):
-        if len(split) == 0:
+    splits = []
+    for part, limit in (("train", limit_train), ("test", None)):
+        chosen = (file for number, file in enumerate(files) if (number % TEST_EVERY == 0) == (part == "test"))
+        content = bytearray(b"".join(file.read_bytes() for file in chosen))
+        splits.append(TextSplit(torch.from_numpy(np.frombuffer(content, dtype=np.uint8)), limit))
+        if len(splits[-1]) == 0:
             raise ValueError(f"{folder} must have more than {CONTEXT} bytes to {part} on.")
-    return data
-
-
-def read_text(files: list[Path]) -> Tensor:
-    """The bytes of these files, one after another."""
-    content = bytearray(b"".join(file.read_bytes() for file in files))
-    return torch.from_numpy(np.frombuffer(content, dtype=np.uint8))
+    return Data(*splits)
 
 
 class Block(nn.Module):
@@ -102,7 +93,6 @@ class GPT(nn.Module):
     (batch, length) of tokens -> (batch, length, vocabulary) of logits for the next ones.
 
     Args:
-        vocabulary: number of tokens.
         context: greatest length.
         width: of the residual stream.
         depth: number of blocks.
@@ -117,10 +107,7 @@ class GPT(nn.Module):
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, vocabulary, bias=False)
         self.head.weight = self.tokens.weight  # Press and Wolf, EACL 2017, arXiv 1608.05859
-        self.initialise(depth)
-
-    def initialise(self, depth: int) -> None:
-        """Deviation 0.02, smaller by 1/sqrt(2 depth) for what is added to the residual stream. Source: GPT-2."""
+        # deviation 0.02, smaller by 1/sqrt(2 depth) for what is added to the residual stream, as in GPT-2
         for name, parameter in self.named_parameters():
             if parameter.ndim >= 2:
                 added = name.endswith(("project.weight", "contract.weight"))
@@ -134,14 +121,14 @@ class GPT(nn.Module):
         return logits
 
 
-def next_byte_loss(outputs: Tensor, targets: Tensor) -> Tensor:
-    """Mean cross entropy in nats."""
-    return F.cross_entropy(outputs.flatten(0, 1), targets.flatten())
+def next_byte_loss(outputs: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
+    """Cross entropy in nats."""
+    return F.cross_entropy(outputs.flatten(0, 1), targets.flatten(), reduction=reduction)
 
 
-def _sum_losses(outputs: Tensor, targets: Tensor) -> Tensor:
-    total = F.cross_entropy(outputs.flatten(0, 1), targets.flatten(), reduction="sum")
-    return torch.stack([total, torch.tensor(targets.numel(), device=total.device)]).double()
+def _sum_bits(outputs: Tensor, targets: Tensor) -> Tensor:
+    bits = next_byte_loss(outputs, targets, "sum").double() / math.log(2)
+    return torch.stack([bits, torch.full_like(bits, targets.numel())])
 
 
 TEXT_GPT = Recipe(
@@ -150,12 +137,7 @@ TEXT_GPT = Recipe(
     model=partial(GPT, vocabulary=BYTES, context=CONTEXT, width=192, depth=4, heads=4),
     data=load_text,
     loss=next_byte_loss,
-    metric=Metric(
-        name="bits_per_byte",
-        sums=_sum_losses,
-        value=lambda sums: float(sums[0] / sums[1] / math.log(2)),
-        better="lower",
-    ),
+    metric=Metric(name="bits_per_byte", sums=_sum_bits, value=lambda sums: float(sums[0] / sums[1]), better="lower"),
     batch_size=16,
     evaluation_batch=64,
     epochs=4,
