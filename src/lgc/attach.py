@@ -19,6 +19,7 @@ from lgc.phase import Phase
 from lgc.requirements import (
     advise,
     describe,
+    is_collected,
     require_ddp,
     require_exchangeable,
     require_optimizer_of,
@@ -27,7 +28,7 @@ from lgc.requirements import (
     require_types,
     trained,
 )
-from lgc.schemes import Scheme, SparseScheme, parse_scheme
+from lgc.schemes import Scheme, parse_scheme
 from lgc.synchronizer import OnNonfinite, Policy, Synchronizer, require_same_form
 
 STATE_VERSION = 4
@@ -103,7 +104,7 @@ def attach(
         advise(ddp, scheme, optimizer)
     buckets = (
         CollectedBuckets(ddp, scheme, transport, policy, optimizer, grad_scaler)
-        if isinstance(scheme, SparseScheme)
+        if is_collected(scheme)
         else ReducedBuckets(ddp, scheme, transport, policy)
     )
     handle = Handle(scheme, transport, buckets, sum(parameter.numel() for _, parameter in trained(ddp)))

@@ -6,13 +6,14 @@ import logging
 import sys
 import warnings
 from collections.abc import Mapping
+from typing import TypeGuard
 
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from lgc.comm.transport import LEAST_TIMEOUT, MOST_TIMEOUT
-from lgc.schemes import Dense, Scheme, SparseScheme
+from lgc.schemes import Dense, RoundScheme, Scheme
 from lgc.version import __version__
 
 ADAPTIVE = {"betas", "alpha", "rho", "lr_decay"}  # what Adam, RMSprop, Adadelta and Adagrad have
@@ -31,6 +32,11 @@ def require_types(scheme: object, optimizer: object, grad_scaler: object, timeou
         raise ValueError(
             f"attach(timeout=...) must be {LEAST_TIMEOUT} to {MOST_TIMEOUT:g} seconds, or None, got {timeout!r}."
         )
+
+
+def is_collected(scheme: Scheme) -> TypeGuard[RoundScheme]:
+    """Whether DDP's buckets are collected into one round; those of dense are reduced one by one, as DDP does."""
+    return isinstance(scheme, RoundScheme) and not isinstance(scheme, Dense)
 
 
 def require_ddp(model: nn.Module) -> DistributedDataParallel:
@@ -81,7 +87,7 @@ def parameters_of(optimizer: torch.optim.Optimizer) -> set[int]:
 def require_real(ddp: DistributedDataParallel, scheme: Scheme) -> None:
     """Raise ValueError for complex parameters under a scheme that flattens gradients to float32."""
     complex_ones = [name for name, parameter in trained(ddp) if parameter.is_complex()]
-    if complex_ones and isinstance(scheme, SparseScheme):
+    if complex_ones and is_collected(scheme):
         raise ValueError(
             f"attach(model=...) has complex parameters ({', '.join(complex_ones)}), of which {scheme.name} would see "
             "one half; only dense, bf16, fp16 and powersgd take them."
@@ -127,7 +133,7 @@ def advise(ddp: DistributedDataParallel, scheme: Scheme, optimizer: torch.optim.
             "attach, and broadcast them before evaluation and checkpoints.",
             stacklevel=3,
         )
-    if isinstance(scheme, SparseScheme) and optimizer is not None:
+    if is_collected(scheme) and optimizer is not None:
         optimized = parameters_of(optimizer)
         others = [name for name, parameter in trained(ddp) if id(parameter) not in optimized]
         if others:

@@ -19,7 +19,7 @@ from lgc.choice.profile import Job, Profiler, stand_in, wrap
 from lgc.comm.replicas import require_agreement
 from lgc.comm.transport import SERVER, RankError, Transport
 from lgc.requirements import require_real, trained
-from lgc.schemes import Dense, PowerSGD, Scheme, SparseScheme, parse_scheme
+from lgc.schemes import Dense, PowerSGD, RoundScheme, Scheme, parse_scheme
 
 logger = logging.getLogger("lgc")
 
@@ -150,7 +150,7 @@ def _require_possible(scheme: Scheme, model: nn.Module, profiler: Profiler) -> N
     """Raise ValueError, alike on every rank, if `attach` would refuse this scheme for this model."""
     try:
         require_real(profiler.ddp, scheme)
-        if isinstance(scheme, SparseScheme):
+        if isinstance(scheme, RoundScheme):
             scheme.layout(trained(profiler.ddp))
     except ValueError as error:
         raise ValueError(f"choose(candidates=...): {error}") from None

@@ -113,7 +113,7 @@ class Feedback:
         Selected coordinates lose SGD's momentum (factor masking) unless `low_pass` is below 1, dense ones keep it.
         """
         if isinstance(piece.where, slice):
-            self._pending_residual[piece.where] = 0
+            self._pending_residual[piece.where] -= piece.values
             return
         if self.keep_loss:
             self._pending_residual[piece.where] -= piece.values
