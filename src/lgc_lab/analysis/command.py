@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -62,7 +63,8 @@ def analyze(workers: int, every: int, samples: int, timeout: float, out: Path, o
             raise ValueError("analyze: the scheme's rate must be below 1, else there are no indices to look at.")
     with options.reported_errors():
         preload(record.__module__)
-        steps = settings.total_steps(settings.load_data())  # decodes into the cache that the ranks map
+        per_epoch = settings.steps_per_epoch(settings.load_data())  # decodes into the cache that the ranks map
+        steps = min(settings.steps or math.inf, settings.resolve_recipe().epochs * per_epoch)
     if (steps - 1) // every - max(0, scheme.warmup_steps - 1) // every < LEAST_RECORDS:
         raise click.UsageError(
             f"--every {every} leaves fewer than {LEAST_RECORDS} records in {steps} steps, of which "

@@ -1,4 +1,4 @@
-"""The random streams of a run, and what each rank reads: its batches of the training data."""
+"""Random streams of a run, and the batches of the training data that each rank reads."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lgc_lab.training.settings import Settings
 
 
 class Stream(IntEnum):
-    """What random numbers are for. The values are part of what a seed means: new streams go to the end."""
+    """Names what random numbers are for. The values are part of what a seed means: new streams go to the end."""
 
     MODEL = 0  # dropout and the like: of a rank, and after a change of their number of a step too
     SHUFFLE = 1  # the order of the training data: of an epoch
@@ -38,7 +38,7 @@ def derive(seed: int, stream: Stream, *key: int) -> int:
 def batches(
     settings: Settings, data: Data, total: int, device: torch.device, *, start: int = 0
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """This rank's batches of the steps from `start` to `total`, one ahead of what has been asked for.
+    """Yield this rank's batches of the steps from `start` to `total`, one ahead of what has been asked for.
 
     Every epoch is one shuffle, dealt out to the ranks. A batch is a function of seed, step and rank alone.
     """

@@ -1,4 +1,4 @@
-"""The training loop: one rank of a run, the model, what trains it, and how far it is."""
+"""Training loop: one rank of a run, the model, what trains it, and how far it is."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ ADAM_SECOND_BETA = 0.95  # as for GPT-3: Brown et al., arXiv 2005.14165, appendi
 
 
 class Training:
-    """One rank of a run: the model, what trains it, and how far it is. Made by all ranks together.
+    """Rank of a run: the model, what trains it, and how far it is. Made by all ranks together.
 
     Attributes:
         step: updates done.
@@ -76,7 +76,7 @@ class Training:
         self.world_sizes = [[0, settings.world_size]]
 
     def _settle_buckets(self) -> None:
-        """One backward pass for nothing, after which DDP lays out the buckets that it keeps.
+        """Make a backward pass for nothing, after which DDP lays out the buckets that it keeps.
 
         From three ranks on, the order in which gloo adds up depends on a gradient's place in its bucket, and the first
         step of a resumed run would else differ in rounding.
@@ -100,35 +100,30 @@ class Training:
 
     @property
     def ends_epoch(self) -> bool:
-        """Whether the last update was the last one of a pass over the data."""
+        """Tells whether the last update was the last one of a pass over the data."""
         return self.batch_number % self.per_epoch == 0
 
     @property
     def is_done(self) -> bool:
-        """Whether there is nothing left to train."""
+        """Tells whether there is nothing left to train."""
         return self.step >= self.total
 
     @property
     def progress(self) -> float:
-        """The part of the run that is done, in [0, 1]: of the steps where they are limited, else of the epochs."""
+        """Part of the run that is done, in [0, 1]: of the steps where they are limited, else of the epochs."""
         if self.settings.steps:
             return self.step / self.total
         return self.batch_number / (self.recipe.epochs * self.per_epoch)
 
-    @property
-    def wall_seconds(self) -> float:
-        """Time of the run so far, without what was lost in interruptions."""
-        return self.seconds["wall_s"] + time.monotonic() - self._started
-
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """What is left of this rank's batches."""
+        """Yield what is left of this rank's batches."""
         if self.is_done:
             return iter(())
         last = self.batch_number + self.total - self.step
         return batches(self.settings, self.data, last, self.device, start=self.batch_number)
 
     def update(self, inputs: Tensor, targets: Tensor) -> dict[str, Any]:
-        """Train on one batch. This rank's row of metrics.jsonl."""
+        """Train on one batch; returns this rank's row of metrics.jsonl."""
         started = time.monotonic()
         learning_rate = self.recipe.learning_rate * self.recipe.learning_rate_factor(self.progress)
         for group in self.optimizer.param_groups:
@@ -152,7 +147,7 @@ class Training:
     def evaluate(self) -> dict[str, Any]:
         """Measure the metric on the test data, each rank its share; a collective.
 
-        All have rank 0's buffers then (batch norm's statistics). The row of metrics.jsonl, with the bytes of all ranks.
+        All have rank 0's buffers then (batch norm's statistics). Returns the row of metrics.jsonl, with bytes of all.
         """
         started = time.monotonic()
         for buffer in self.model.buffers():
@@ -176,7 +171,7 @@ class Training:
         return {metric.name: self.last} | {name: wire[name] for name in MOVED}
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that this rank needs to go on from here with the same numbers."""
+        """Collect all that this rank needs to go on from here with the same numbers."""
         epoch, number = divmod(self.batch_number, self.per_epoch)
         random = {"cpu": torch.get_rng_state()}
         if self.device.type == "cuda":
@@ -193,7 +188,7 @@ class Training:
             "position": position,
             "metric": {"last": self.last, "best": self.best},
             "started": self.started,
-            "seconds": self._seconds_now(),
+            "seconds": self.seconds_now(),
             "random": random,
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -231,8 +226,8 @@ class Training:
             torch.manual_seed(derive(self.settings.seed, Stream.MODEL, dist.get_rank(), self.step))
 
     def summary(self) -> dict[str, Any]:
-        """The content of summary.json; a collective."""
-        metric, seconds = self.recipe.metric, self._seconds_now()
+        """Sum up the run, as in summary.json; a collective."""
+        metric, seconds = self.recipe.metric, self.seconds_now()
         speed = {"samples_per_s": round(self.samples / seconds["train_s"], 1)}
         return {
             "recipe": self.recipe.name,
@@ -250,8 +245,9 @@ class Training:
             "configuration": self.settings.configuration(),
         }
 
-    def _seconds_now(self) -> dict[str, float]:
-        return self.seconds | {"wall_s": self.wall_seconds}
+    def seconds_now(self) -> dict[str, float]:
+        """Read the clock: `seconds` of the run so far, without what was lost in interruptions."""
+        return self.seconds | {"wall_s": self.seconds["wall_s"] + time.monotonic() - self._started}
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.settings.bf16)

@@ -1,4 +1,4 @@
-"""The folder of one run.
+"""Folder of one run.
 
 settings.json     what was asked for, from the start on
 metrics.jsonl     a row a step and a row an evaluation, while it trains
@@ -26,7 +26,7 @@ OVERWRITE = "overwrite.pending"
 
 
 def is_to_be_overwritten(folder: Path, *, first_start: bool) -> bool:
-    """Whether what is there is still to be removed, of a job that was to and that a launcher may have restarted."""
+    """Tell whether what is there is still to be removed, by a job that a launcher may have restarted."""
     marker = folder / OVERWRITE
     if first_start:
         folder.mkdir(parents=True, exist_ok=True)
@@ -47,12 +47,7 @@ def claim(folder: Path, configuration: Mapping[str, Any], *, overwrite: bool) ->
     if overwrite:
         for name in (CHECKPOINTS, EVENTS):
             shutil.rmtree(folder / name, ignore_errors=True)
-        for name in (
-            SUMMARY,
-            METRICS,
-            SETTINGS,
-            OVERWRITE,
-        ):  # so that after a kill it is known what is to do
+        for name in (SUMMARY, METRICS, SETTINGS, OVERWRITE):  # the marker last, for a launcher that restarts ranks
             (folder / name).unlink(missing_ok=True)
     finished = is_finished(folder, configuration)
     if not finished:
@@ -61,7 +56,7 @@ def claim(folder: Path, configuration: Mapping[str, Any], *, overwrite: bool) ->
 
 
 def is_finished(folder: Path, configuration: Mapping[str, Any]) -> bool:
-    """Whether a folder has a run of this configuration, finished; changes nothing. Raises as `claim`."""
+    """Tell whether a folder has a run of this configuration, finished; changes nothing. Raises as `claim`."""
     summary = _content(folder / SUMMARY)
     if summary is not None:
         if not isinstance(summary.get("configuration"), dict):
@@ -83,7 +78,7 @@ def is_finished(folder: Path, configuration: Mapping[str, Any]) -> bool:
 
 
 def _content(file: Path) -> dict[str, Any] | None:
-    """The object in a file, None if there is no file, or one that a power failure has left empty."""
+    """Read the object in a file, None if there is no file, or one that a power failure has left empty."""
     if not file.exists() or file.stat().st_size == 0:
         return None
     try:

@@ -1,4 +1,4 @@
-"""What a run is asked to do, and what it is to leave."""
+"""Settings of a run, and what it is to leave."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ OF_RECIPE = ("epochs", "batch_size", "learning_rate")  # its own where they are 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """Everything that decides a run's result; plain values, so that they can be compared and passed on.
+    """Decides a run's result; plain values, so that they can be compared and passed on.
 
     Args:
         recipe: name of a recipe.
@@ -72,7 +72,7 @@ class Settings:
         object.__setattr__(self, "source", source_digest(self.recipe))
 
     def resolve_recipe(self) -> Recipe:
-        """The recipe with these settings in place of its own."""
+        """Find the recipe, with these settings in place of its own."""
         recipe = find_recipe(self.recipe)
         own: dict[str, Any] = {name: getattr(self, name) or getattr(recipe, name) for name in OF_RECIPE}
         if recipe.backbones:
@@ -80,11 +80,11 @@ class Settings:
         return replace(recipe, **own)
 
     def resolve_scheme(self) -> Scheme:
-        """The scheme with the recipe's arguments where none are set."""
+        """Read the scheme, with the recipe's arguments where none are set."""
         return parse_scheme(self.scheme, find_recipe(self.recipe).scheme_defaults)
 
     def load_data(self) -> Data:
-        """The data set. The first call decodes it into the cache; let one process do that before the ranks start.
+        """Load the data set. The first call decodes it into the cache; let one process do that before the ranks start.
 
         Raises:
             ValueError, OSError: if it is missing or malformed, or too small for the batches.
@@ -99,7 +99,7 @@ class Settings:
         return data
 
     def steps_per_epoch(self, data: Data) -> int:
-        """Whole batches that every rank has of the training data. Raises ValueError if that is none."""
+        """Count the whole batches that every rank has of the training data. Raises ValueError if that is none."""
         samples, batch_size = len(data.train), self.resolve_recipe().batch_size
         steps = samples // (batch_size * self.world_size)
         if steps == 0:
@@ -109,13 +109,8 @@ class Settings:
             )
         return steps
 
-    def total_steps(self, data: Data) -> int:
-        """Steps of a run that keeps its number of ranks."""
-        of_epochs = self.resolve_recipe().epochs * self.steps_per_epoch(data)
-        return min(self.steps or of_epochs, of_epochs)
-
     def configuration(self) -> dict[str, Any]:
-        """What must be equal for two runs to be the same run, as JSON values."""
+        """Collect what must be equal for two runs to be the same run, as JSON values."""
         recipe = self.resolve_recipe()
         resolved: dict[str, Any] = {name: getattr(recipe, name) for name in OF_RECIPE}
         resolved["memory_format"] = str(recipe.memory_format).removeprefix("torch.")
@@ -128,7 +123,7 @@ class Settings:
 
 @dataclass(frozen=True, kw_only=True)
 class Output:
-    """What a run leaves, apart from its settings: nothing here changes its result.
+    """Says what a run leaves; nothing here changes its result.
 
     Attributes:
         folder: of the run, one for all ranks.

@@ -1,4 +1,4 @@
-"""One training run: starting it on this machine or in torchrun's job, what every rank does, and what rank 0 writes."""
+"""Training run: its start on this machine or in torchrun's job, what every rank does, and what rank 0 writes."""
 
 from __future__ import annotations
 
@@ -121,10 +121,10 @@ def train(settings: Settings, output: Output, device: torch.device) -> None:
     _use_deterministic_kernels(device)
     run = Training(settings, device)
     _require_same_run(run, output)
-    is_resumed = _resume(run, checkpoints)
+    _resume(run, checkpoints)
     log = None
     if is_first:
-        _tell_what_to_expect(run, output, is_resumed=is_resumed)
+        _tell_what_to_expect(run, output)
         log = RunLog(run, output)
     for inputs, targets in run.batches():
         row = run.update(inputs, targets)
@@ -145,15 +145,22 @@ def train(settings: Settings, output: Output, device: torch.device) -> None:
 
 
 def _require_same_run(run: Training, output: Output) -> None:
-    """All ranks have the same settings and as much data; a collective. Raises RuntimeError on all, naming the field."""
+    """Require the same settings and as much data on all ranks; a collective. RuntimeError on all names the field."""
     asked = {name: value for name, value in asdict(run.settings).items() if name != "data"}  # a folder of each machine
     lengths = {"training samples": len(run.data.train), "test samples": len(run.data.test)}
     everything = asked | lengths | {"checkpoint_every": output.checkpoint_every}
     require_agreement(Transport(run.group, run.device), "lgc train", everything)
 
 
+def _resume(run: Training, checkpoints: Path) -> None:
+    """Load the newest checkpoint that is not refused, if there is one; a collective."""
+    state = checkpoint.resume(checkpoints, group=run.group)
+    if state is not None:
+        run.load_state_dict(state)
+
+
 def _use_deterministic_kernels(device: torch.device) -> None:
-    """On a GPU, where an interrupted run would else go on with other numbers.
+    """Have a GPU compute the same numbers in an interrupted run as in one that was not.
 
     torch warns of what it has no deterministic kernel for. Filling new memory is for debugging only.
     """
@@ -165,15 +172,7 @@ def _use_deterministic_kernels(device: torch.device) -> None:
             enable(False)
 
 
-def _resume(run: Training, checkpoints: Path) -> bool:
-    """Load the newest checkpoint that is not refused, if there is one; a collective."""
-    state = checkpoint.resume(checkpoints, group=run.group)
-    if state is not None:
-        run.load_state_dict(state)
-    return state is not None
-
-
-def _tell_what_to_expect(run: Training, output: Output, *, is_resumed: bool) -> None:
+def _tell_what_to_expect(run: Training, output: Output) -> None:
     dtype = "bfloat16 by autocast" if run.settings.bf16 else "float32"
     compiled = "compiled" if run.settings.compile else "not compiled"
     memory_format = str(run.recipe.memory_format).removeprefix("torch.")
@@ -181,11 +180,13 @@ def _tell_what_to_expect(run: Training, output: Output, *, is_resumed: bool) -> 
     processor = torch.backends.cpu.get_cpu_capability() if on_cpu else torch.cuda.get_device_name(run.device)
     threads = torch.get_num_threads()
     notify(f"computes in {dtype}, {memory_format}, {compiled}, on {processor}, threads a rank: {threads}")
-    if is_resumed and isinstance(run.scheme, PowerSGD):
-        notify("NOTICE: the state of powersgd is not saved; it starts again with uncompressed steps.")
-    if not is_resumed and (output.folder / METRICS).exists():
+    if run.step:
+        if isinstance(run.scheme, PowerSGD):
+            notify("NOTICE: the state of powersgd is not saved; it starts again with uncompressed steps.")
+        return
+    if (output.folder / METRICS).exists():
         notify(f"{output.folder}: starts anew, there is no checkpoint to go on from")
-    if run.step or run.handle.synchronizer is None:
+    if run.handle.synchronizer is None:
         return
     schedule = run.handle.synchronizer.aggregator.schedule
     last = schedule.at(run.total - 1).phase
@@ -226,7 +227,7 @@ class RunLog:
     def row(self, values: Mapping[str, Any]) -> None:
         """Record what was measured in the last step, or in the evaluation after it."""
         epoch = (self._run.batch_number - 1) / self._run.per_epoch
-        seconds = round(self._run.wall_seconds, 3)
+        seconds = round(self._run.seconds_now()["wall_s"], 3)
         row = {"step": self._run.step - 1, "epoch": round(epoch, 4), "seconds": seconds} | dict(values)
         self._file.write(json.dumps(row) + "\n")
         self._file.flush()
