@@ -267,26 +267,10 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "other step": (lambda p: rewrite(p, step=3), "manifest.json: step must be step-0000000002, got 3"),
     "other world size": (lambda p: rewrite(p, world_size=2), "manifest.json: world_size must be 1, got 2"),
     "no files": (lambda p: rewrite(p, files=[], world_size=0), r"manifest.json: files must be a list, got \[\]"),
-    "absurd size": (lambda p: rewrite(p, files=entry(p, size=2**62)), r"files\[0\].size must be .*, got 461168"),
-    "absurd shape": (
-        lambda p: rewrite(p, files=entry(p, tensors={"/w": {"dtype": "float32", "shape": [2**40, 2**40]}})),
-        r"files\[0\].size must be 4835703278458516698824704 and",
-    ),
-    "negative shape": (
-        lambda p: rewrite(p, files=entry(p, tensors={"/w": {"dtype": "float32", "shape": [-6]}})),
-        r"files\[0\].tensors\['/w'\] must be an object of dtype and shape",
-    ),
-    "other shape": (
-        lambda p: rewrite(p, files=entry(p, tensors={"/w": {"dtype": "float32", "shape": [2, 3]}})),
-        r"rank-0000.*: tensors\['/w'\] must be {.*\[2, 3\]}, got {.*\[6\]}",
-    ),
+    "absurd size": (lambda p: rewrite(p, files=entry(p, size=2**62)), r"rank-0000.*: size must be 461168\d*, got "),
     "path outside": (
         lambda p: rewrite(p, files=entry(p, name="../x")),
         r"files\[0\].name must be rank-0000.*, got '\.\./x'",
-    ),
-    "tensor of no form": (
-        lambda p: rewrite(p, files=entry(p, tensors={"/w": {"dtype": ["float32"], "shape": [6]}})),
-        r"files\[0\].tensors\['/w'\] must be an object of dtype and shape",
     ),
     "field unknown": (lambda p: rewrite(p, files=entry(p, more=1)), r"files\[0\] must be an object of name, size"),
 }

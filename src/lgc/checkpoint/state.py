@@ -1,4 +1,4 @@
-"""A nested state: as JSON text and named tensors and back, and that of a handle at another number of ranks."""
+"""Nested states: as JSON text and named tensors and back, and those of handles at another number of ranks."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ DTYPES = {
 
 
 def to_json(state: State) -> tuple[str, dict[str, Tensor]]:
-    """A state's JSON text and its tensors by their path in it: contiguous, on the CPU, each with storage of its own.
+    """Split a state into JSON text and tensors by their path in it: contiguous, on the CPU, with storage of their own.
 
     Lists are lists and dicts with string keys are objects; {"$tensor": name}, {"$float": "nan"}, {"$tuple": [...]} and
     {"$dict": [[key, value], ...]} are what JSON does not have.
@@ -44,7 +44,7 @@ def to_json(state: State) -> tuple[str, dict[str, Tensor]]:
 
 
 def from_json(text: str, tensors: Mapping[str, Tensor]) -> Any:
-    """The value that `to_json` was given.
+    """Put together the value that `to_json` was given.
 
     Raises:
         ValueError, KeyError, TypeError, RecursionError: if there is none.
@@ -53,7 +53,7 @@ def from_json(text: str, tensors: Mapping[str, Tensor]) -> Any:
 
 
 def dtype_name(tensor: Tensor) -> str:
-    """The name of a tensor's dtype, a key of `DTYPES` if it has a file format."""
+    """Name a tensor's dtype, by a key of `DTYPES` if it has a file format."""
     return str(tensor.dtype).removeprefix("torch.")
 
 
@@ -108,7 +108,7 @@ def _refuse_constant(text: str) -> None:
 
 
 def reshard(states: Iterable[State], *, rank: int, world_size: int) -> dict[str, Any]:
-    """The state of a handle at another world size, from its states on all K ranks, in order of rank.
+    """Make the state of a handle at another world size, from its states on all K ranks, in order of rank.
 
     New rank j of K' takes over the old ranks' share [j / K', (j + 1) / K') of [0, 1), on which old rank i is
     [i / K, (i + 1) / K): its residual and momentum are the old ranks' averages, weighted by their part in it. That
@@ -147,7 +147,7 @@ def reshard(states: Iterable[State], *, rank: int, world_size: int) -> dict[str,
 
 
 def with_handles(value: Any, replacement: Callable[[Keys], Any], keys: Keys = ()) -> Any:
-    """A nested state with `replacement(keys)` in place of each handle's, which is under `keys`."""
+    """Copy a nested state with `replacement(keys)` in place of each handle's, which is under `keys`."""
     if isinstance(value, Mapping):
         if value.keys() >= HANDLE_KEYS:
             return replacement(keys)
@@ -158,21 +158,21 @@ def with_handles(value: Any, replacement: Callable[[Keys], Any], keys: Keys = ()
 
 
 def scheme_of(state: State) -> str | None:
-    """The scheme of the first handle in a nested state."""
+    """Find the scheme of the first handle in a nested state."""
     found: list[Keys] = []
     with_handles(state, found.append)
     return at(state, found[0])["scheme"] if found else None
 
 
 def at(state: Any, keys: Keys) -> Any:
-    """The part of a nested state that is under `keys`."""
+    """Find the part of a nested state that is under `keys`."""
     for key in keys:
         state = state[key]
     return state
 
 
 def _overlap(old_rank: int, old_world_size: int, rank: int, world_size: int) -> Fraction:
-    """The part of new rank's share that the old rank had, in [0, 1]; over the old ranks they add up to 1."""
+    """Part of the new rank's share that the old rank had, in [0, 1]; over the old ranks they add up to 1."""
     start = max(Fraction(old_rank, old_world_size), Fraction(rank, world_size))
     stop = min(Fraction(old_rank + 1, old_world_size), Fraction(rank + 1, world_size))
     return max(stop - start, Fraction(0)) * world_size
@@ -195,7 +195,7 @@ def _as_saved(total: Any, like: Any) -> Any:
 
 
 def _deal_counts(wires: list[Any], rank: int, world_size: int) -> dict[str, Any]:
-    """The new rank's share of the byte counts by phase; steps are everyone's."""
+    """Deal out the byte counts by phase: the new rank's share; steps are everyone's."""
 
     def share(counts: list[int]) -> int:
         def before(boundary: Fraction) -> int:

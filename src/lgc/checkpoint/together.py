@@ -1,4 +1,4 @@
-"""What the ranks do together: save, find, load and resume; everything that one refuses or fails at, all do."""
+"""Saving, finding, loading and resuming by all ranks: what one refuses or fails at, all do."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def save(directory: Path | str, state: State, *, step: int, group: dist.ProcessG
 
 
 def available(directory: Path | str, *, group: dist.ProcessGroup | None = None) -> list[Path]:
-    """The complete checkpoints of a folder, newest first.
+    """List the complete checkpoints of a folder, newest first.
 
     Complete is one that has a valid manifest and all its files in their full size; what is in them is for `load` to
     check. One of a newer schema is in the list, and `load` refuses it.
@@ -95,7 +95,7 @@ def available(directory: Path | str, *, group: dist.ProcessGroup | None = None) 
 
 
 def latest(directory: Path | str) -> Path | None:
-    """The newest complete checkpoint of a folder, None where there is none; raises as `available`."""
+    """Find the newest complete checkpoint of a folder, None where there is none; raises as `available`."""
     return next(iter(available(directory)), None)
 
 
@@ -117,7 +117,7 @@ def set_aside(path: Path, *, group: dist.ProcessGroup) -> Path:
 
 
 def resume(directory: Path | str, *, group: dist.ProcessGroup) -> dict[str, Any] | None:
-    """This rank's state from the newest checkpoint that is not refused, None if there is none; a collective.
+    """Load this rank's state from the newest checkpoint that is not refused, None if there is none; a collective.
 
     Rank 0 logs which one it is, at level INFO. What is refused is set aside, with a warning: the run then goes on from
     an older checkpoint, and repeats the steps since. To have the last word on that, use `available`, `load` and
@@ -142,7 +142,7 @@ def resume(directory: Path | str, *, group: dist.ProcessGroup) -> dict[str, Any]
 
 
 def load(path: Path, *, group: dist.ProcessGroup) -> dict[str, Any]:
-    """This rank's state from a checkpoint of these ranks, or of another number of ranks; a collective.
+    """Load this rank's state from a checkpoint of these ranks, or of another number of ranks; a collective.
 
     As `load_rank`, but a file that one rank refuses is refused by all.
 
@@ -165,7 +165,7 @@ def load(path: Path, *, group: dist.ProcessGroup) -> dict[str, Any]:
 
 
 def load_rank(path: Path, *, rank: int, world_size: int) -> dict[str, Any]:
-    """The state of one rank out of `world_size`, verified before anything of it is used.
+    """Load the state of one rank out of `world_size`, verified before anything of it is used.
 
     At the world size of the checkpoint it is what that rank saved, bit for bit: tensors are contiguous, on the CPU,
     each with storage of its own, and every mapping is a dict. At another one, the state of a handle is resharded

@@ -1,1 +1,1 @@
-"""What a step would take under each scheme, and the choice by it."""
+"""Finding out what a step would take under each scheme, and the choice by it."""

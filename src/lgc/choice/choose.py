@@ -111,7 +111,7 @@ def _fastest(schemes: Sequence[Scheme], profiler: Profiler, link: Link) -> tuple
 
 
 def _place_of(model: nn.Module, group: dist.ProcessGroup | None) -> tuple[dist.ProcessGroup, torch.device]:
-    """The ranks that a model is trained by, and the device that it is on here."""
+    """Find the ranks that a model is trained by, and the device that it is on here."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"choose(model=...) must be a module, got {model!r}.")
     if isinstance(model, DistributedDataParallel):
@@ -129,7 +129,7 @@ def _place_of(model: nn.Module, group: dist.ProcessGroup | None) -> tuple[dist.P
 
 
 def _checked(candidates: Sequence[Scheme | str], link: Link | None) -> list[Scheme]:
-    """The candidates as schemes."""
+    """Read the candidates as schemes."""
     if isinstance(candidates, str) or not isinstance(candidates, Sequence) or not candidates:
         raise ValueError(f"choose(candidates=...) must be a sequence of at least one scheme, got {candidates!r}.")
     if not isinstance(link, Link | None):
@@ -220,7 +220,7 @@ def _require_gradients(ddp: DistributedDataParallel, make_loss: Callable[[nn.Mod
 
 @contextlib.contextmanager
 def _together(transport: Transport) -> Iterator[None]:
-    """What every rank does by itself; if one fails, the others raise RankError with its error. A collective."""
+    """Have every rank do something by itself; if one fails, the others raise RankError with its error. A collective."""
     try:
         yield
     except Exception as error:

@@ -1,4 +1,4 @@
-"""The cost of a step on a link: t = compute + compression + the collectives that the backward pass does not hide.
+"""Cost of a step on a link: t = compute + compression + the collectives that the backward pass does not hide.
 
 A collective of K ranks takes (messages in sequence) * latency + (bytes in sequence) / bandwidth:
 
@@ -33,7 +33,7 @@ Kind = Literal["all-reduce", "all-gather", "broadcast", "gather", "relay"]
 
 @dataclass(frozen=True)
 class Link:
-    """What joins the ranks.
+    """Link that joins the ranks.
 
     Args:
         bandwidth: payload bytes per second each way, above 0.
@@ -67,21 +67,15 @@ class Link:
 
 @dataclass(frozen=True)
 class Collective:
-    """One collective of a round.
-
-    Attributes:
-        size: bytes of one rank's buffer.
-        seconds: what it took between the ranks that measured it, from the arrival of the last one on.
-        lead: how many seconds before the end of the backward pass it can start.
-    """
+    """Collective of a round."""
 
     kind: Kind
-    size: int
-    seconds: float = 0.0
-    lead: float = 0.0
+    size: int  # bytes of one rank's buffer
+    seconds: float = 0.0  # what it took between the ranks that measured it, from the arrival of the last one on
+    lead: float = 0.0  # how many seconds before the end of the backward pass it can start
 
     def sent_bytes(self, world_size: int) -> float:
-        """What a rank sends of it, on average over the ranks and over the possible sources."""
+        """Bytes that a rank sends of it, on average over the ranks and over the possible sources."""
         return self._counts(world_size)[2] * self.size
 
     def time(self, link: Link, world_size: int) -> float:
@@ -105,19 +99,12 @@ class Collective:
 
 @dataclass(frozen=True)
 class StageCost:
-    """Steps of one scheme that cost the same.
-
-    Attributes:
-        phase: of the schedule.
-        steps: how many there are; None for those that go on to the end.
-        seconds: of a rank's own work on top of the forward and backward pass.
-        collectives: in their order.
-    """
+    """Steps of one scheme that cost the same."""
 
     phase: str
-    steps: int | None
-    seconds: float
-    collectives: list[Collective]
+    steps: int | None  # None for those that go on to the end
+    seconds: float  # of a rank's own work on top of the forward and backward pass
+    collectives: list[Collective]  # in their order
 
     def communication(self, link: Link, world_size: int) -> float:
         """Seconds for which a rank waits for the link, after its backward pass."""
@@ -127,13 +114,13 @@ class StageCost:
         return max(0.0, end)
 
     def sent_bytes(self, world_size: int) -> float:
-        """What a rank sends per step, on average."""
+        """Bytes that a rank sends per step, on average."""
         return sum(collective.sent_bytes(world_size) for collective in self.collectives)
 
 
 @dataclass(frozen=True)
 class SchemeCost:
-    """A scheme, as text, and its stages; the last one goes on to the end."""
+    """Scheme, as text, and its stages; the last one goes on to the end."""
 
     scheme: str
     stages: list[StageCost]
@@ -141,25 +128,20 @@ class SchemeCost:
 
 @dataclass(frozen=True)
 class Profile:
-    """What has been measured. The first arm is dense.
+    """Profile of what has been measured."""
 
-    Attributes:
-        world_size: K, the number of ranks that the arms are for.
-        compute: seconds of a step that communicates nothing.
-    """
-
-    world_size: int
-    compute: float
-    arms: list[SchemeCost]
+    world_size: int  # K, the number of ranks that the arms are for
+    compute: float  # seconds of a step that communicates nothing
+    arms: list[SchemeCost]  # the first is dense
 
     @property
     def gradient_bytes(self) -> int:
-        """Of all gradients, as dense sends them."""
+        """Size of all gradients, as dense sends them."""
         return sum(collective.size for collective in self.arms[0].stages[-1].collectives)
 
 
 class Early(NamedTuple):
-    """A stage before the last one: what a step of it takes."""
+    """Stage before the last one: what a step of it takes."""
 
     phase: str
     steps: int
@@ -167,30 +149,23 @@ class Early(NamedTuple):
 
 
 class Prediction(NamedTuple):
-    """A step under one scheme on one link, once its early stages are over; seconds and bytes.
-
-    Attributes:
-        phase: the one it stays in; "dense" also in 16 bits.
-        speedup: how many times faster than dense.
-        pays_from: the first step from which on the run as a whole is ahead of dense, None if it never is.
-        step_at_half: the step on a link of half the bandwidth.
-    """
+    """Prediction of a step under one scheme on one link, once its early stages are over; seconds and bytes."""
 
     scheme: str
-    phase: str
+    phase: str  # the one it stays in; "dense" also in 16 bits
     sent_bytes: float
     compute: float
     compression: float
     communication: float
     step: float
-    speedup: float
+    speedup: float  # how many times as fast as dense
     early: list[Early]
-    pays_from: int | None
-    step_at_half: float
+    pays_from: int | None  # the first step from which on the run as a whole is ahead of dense, None if it never is
+    step_at_half: float  # the step on a link of half the bandwidth
 
 
 def predict(profile: Profile, link: Link) -> list[Prediction]:
-    """What a step takes on `link`, by arm."""
+    """Predict what a step takes on `link`, by arm."""
 
     def step(stage: StageCost, link: Link = link) -> float:
         return profile.compute + stage.seconds + stage.communication(link, profile.world_size)

@@ -1,4 +1,4 @@
-"""What a model's step costs: the backward pass, DDP's buckets in it, and every scheme's rounds."""
+"""Measuring what a model's step costs: the backward pass, DDP's buckets in it, and every scheme's rounds."""
 
 # No `from __future__ import annotations`: DDP compares the hook's annotations by identity.
 import math
@@ -26,17 +26,14 @@ UNSTEADY = 2.0  # the longest step over the shortest
 
 
 class Job(NamedTuple):
-    """What is trained.
+    """Job to be measured: a model and what trains it.
 
-    Attributes:
-        ddp: the model.
-        loss: makes the forward pass; returns the loss of one batch.
-        make_optimizer: makes the one that goes with a scheme, with a learning rate of 0, so that the gradients stay
-            those of the start, however often they are computed.
+    The learning rate of the optimizer that goes with a scheme is 0, so that the gradients stay those of the start,
+    however often they are computed.
     """
 
     ddp: DistributedDataParallel
-    loss: Callable[[], Tensor]
+    loss: Callable[[], Tensor]  # makes the forward pass; returns the loss of one batch
     make_optimizer: Callable[[Scheme], torch.optim.Optimizer]
 
     def step(self, scheme: Scheme) -> Callable[[], None]:
@@ -66,7 +63,7 @@ def stand_in(module: nn.Module, scheme: Scheme) -> torch.optim.SGD:
 
 
 class Bucket(NamedTuple):
-    """A bucket of DDP: how many seconds before the end of the backward pass it is complete, and its tensor's form."""
+    """Bucket of DDP: how many seconds before the end of the backward pass it is complete, and its tensor's form."""
 
     lead: float
     elements: int
@@ -146,7 +143,7 @@ class Profiler:
         return arm is not None
 
     def _rehearse_dense(self, scheme: Dense) -> SchemeCost:
-        """By what float32 all-reduce of every bucket, as soon as it is complete, was seen to add to a step."""
+        """Derive it from what float32 all-reduce of each bucket, once it is complete, was seen to add to a step."""
         seconds, visible = 0.0, self._visible
         if scheme.dtype is not None:
             flat = torch.cat([gradient.flatten() for gradient in self._gradients.values()])
@@ -161,7 +158,7 @@ class Profiler:
         return SchemeCost(str(scheme), [StageCost(Phase.DENSE.value, None, seconds, collectives)])
 
     def _all_reduce_seconds(self, flat: Tensor, dtype: torch.dtype) -> tuple[float, float]:
-        """What converting there and back, and what all-reduce takes."""
+        """Time converting there and back, and all-reduce."""
         rounds: list[tuple[float, float]] = []
         while len(rounds) <= LEAST_ROUNDS and (not rounds or sum(rounds[-1]) < LONG_ROUND):
             started = self._timer.start()
@@ -176,7 +173,7 @@ class Profiler:
         return median(own), median(waits)
 
     def _rehearse_power_sgd(self, scheme: PowerSGD) -> SchemeCost:
-        """By torch's hook, on a model of its own."""
+        """Measure torch's hook, on a model of its own."""
         job = self._make_job(one_bucket_mb(self.ddp))
         transport = Rehearsal(self.local, self.profile.world_size)
         hook = PowerSGDHook(PowerSGD(rank=scheme.rank, start_steps=2), transport)

@@ -32,7 +32,7 @@ Result = TypeVar("Result")
 
 
 class Rehearsal(Transport):
-    """A transport of K ranks of which only some are there: each of them stands in for K / R ranks.
+    """Transport of K ranks of which only some are there: each of them stands in for K / R ranks.
 
     What they exchange goes through `local`; to the others they have sent the same. So every rank does the work of one
     of K, without the time on the link. Whoever is a source must be there.
@@ -96,12 +96,12 @@ class Timer:
     enough: float
 
     def agree(self, *numbers: float) -> list[list[float]]:
-        """The numbers of all ranks, by rank; all pass the same count of them."""
+        """Gather the numbers of all ranks, by rank; all pass the same count of them."""
         rows: list[list[float]] = self.local.all_gather(torch.tensor(numbers, dtype=torch.float64), CONTENT).tolist()
         return rows
 
     def start(self) -> float:
-        """The time, once all ranks are here."""
+        """Read the clock, once all ranks are here."""
         self.agree(0.0)
         return clock(self.device)
 
@@ -113,11 +113,11 @@ class Timer:
         return fmean(row[0] for row in self.agree((clock(self.device) - started) / times))
 
     def in_a_row(self, seconds: float) -> int:
-        """How many rounds that take so long to measure together: one for each rank to lead, if there is time."""
+        """Count the rounds of this length to measure together: one for each rank to lead, if there is time."""
         return self.local.world_size if self.local.world_size * seconds < self.enough else 1
 
     def repeated(self, measure: Callable[[], tuple[float, Result]]) -> list[Result]:
-        """What is measured, 3 to 15 times, within `enough` seconds if it can be; `measure` also gives the seconds."""
+        """Measure 3 to 15 times, in `enough` seconds if it can be; `measure` gives the seconds and what it found."""
         spent = 0.0
         found: list[Result] = []
         while len(found) < LEAST_ROUNDS or (len(found) < MOST_ROUNDS and spent < self.enough):
@@ -200,7 +200,7 @@ class Rounds:
         return end + in_a_row * beside, [own, *(fmean(least[place::length]) for place in range(length))]
 
     def _cost(self, stage: Stage, steps: int | None, measured: Sequence[Sequence[float]]) -> StageCost:
-        """Of the stage that was measured last, each part for itself the median."""
+        """Cost of the stage that was measured last, each part for itself the median."""
         own, *waits = (median(part) for part in zip(*measured, strict=True))
         performed = self._transport.collectives[: len(waits)]
         collectives = [replace(one, seconds=seconds) for one, seconds in zip(performed, waits, strict=True)]
@@ -243,7 +243,7 @@ def probe(transport: Transport, device: torch.device) -> Link:
 
 
 def _stages(of: Schedule) -> list[tuple[Stage, int | None]]:
-    """The stages of a schedule and how many steps each has, None for the last one."""
+    """List the stages of a schedule and how many steps each has, None for the last one."""
     stages: list[tuple[Stage, int | None]] = []
     for _, alike in groupby(map(of.at, range(of.train_end)), lambda stage: stage[1:]):  # but for the step
         first, *others = alike

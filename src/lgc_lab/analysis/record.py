@@ -28,61 +28,44 @@ RECORDING = "recording.safetensors"
 
 
 class Layer(NamedTuple):
-    """A weight, or the pool of all small tensors.
-
-    Attributes:
-        start, size: its place in the flat vector.
-        row: how many neighbouring coordinates belong to one output; all, for small tensors.
-        block: how many are a kernel (of a convolution) or a row (of a matrix).
-        sampled: how many of its coordinates are sampled.
-    """
+    """Weight, or pool of neighbouring small tensors, and its place in the flat vector."""
 
     name: str
     start: int
     size: int
-    row: int
-    block: int
-    sampled: int
+    row: int  # how many neighbouring coordinates belong to one output; all, for small tensors
+    block: int  # how many are a kernel (of a convolution) or a row (of a matrix)
+    sampled: int  # how many of its coordinates are sampled
 
 
 @dataclass(frozen=True)
 class Recording:
-    """What one training run left. T recorded steps, K workers, M sampled coordinates, k selected ones.
+    """Record of one training run: T recorded steps, K workers, M sampled coordinates, k selected ones.
 
-    Attributes:
-        settings: what was recorded, see `configuration`.
-        layers: in the order of the flat vector.
-        coordinates: the sampled ones, layer after layer, shape (M,).
-        steps: the recorded ones, shape (T,).
-        gradient, accumulator: g and v before sending, of the step before and of the recorded one, (T, 2, K, M).
-        own: every worker's own top-k of v at the final rate, ascending, shape (T, K, k).
-        shared: every worker's v at the indices of the leader, shape (T, K, k).
-        sent: per step from `warmup_end` on, where something was sent and the mean that everyone got of it.
-        seconds: of training, and of recording beside it.
-        warmup_end: the first step at the final rate.
-        total_steps: of the training.
+    `gradient` and `accumulator` are g and v before sending, of the step before and of the recorded one. `sent` is by
+    step from `warmup_end` on: where something was sent, and the mean that everyone got of it.
     """
 
-    settings: dict[str, Any]
-    layers: list[Layer]
-    coordinates: NDArray[np.int64]
-    steps: NDArray[np.int64]
-    gradient: NDArray[np.float32]
-    accumulator: NDArray[np.float32]
-    own: NDArray[np.int64]
-    shared: NDArray[np.float32]
+    settings: dict[str, Any]  # what was recorded, see `configuration`
+    layers: list[Layer]  # in the order of the flat vector
+    coordinates: NDArray[np.int64]  # the sampled ones, layer after layer: (M,)
+    steps: NDArray[np.int64]  # the recorded ones: (T,)
+    gradient: NDArray[np.float32]  # (T, 2, K, M)
+    accumulator: NDArray[np.float32]  # (T, 2, K, M)
+    own: NDArray[np.int64]  # every worker's own top-k of v at the final rate, ascending: (T, K, k)
+    shared: NDArray[np.float32]  # every worker's v at the indices of the leader: (T, K, k)
     sent: list[tuple[NDArray[np.int64], NDArray[np.float32]]]
-    seconds: dict[str, float]
-    warmup_end: int
-    total_steps: int
+    seconds: dict[str, float]  # of training, and of recording beside it
+    warmup_end: int  # the first step at the final rate
+    total_steps: int  # of the training
 
     @property
     def workers(self) -> int:
-        """K."""
+        """Number of workers, K."""
         return int(self.gradient.shape[2])
 
     def leader(self, record: int) -> int:
-        """The worker whose indices all others would use at a recorded step."""
+        """Find the worker whose indices all others would use at a recorded step."""
         return int(self.steps[record]) % self.workers
 
     @classmethod
@@ -194,12 +177,12 @@ def record(settings: Settings, out: Path, every: int, samples: int, device: torc
 
 
 def configuration(settings: Settings, every: int, samples: int) -> dict[str, Any]:
-    """What must be equal for two recordings to be the same one, as JSON values."""
+    """Collect what must be equal for two recordings to be the same one, as JSON values."""
     return settings.configuration() | {"every": every, "samples": samples}
 
 
 def find_layers(layout: Layout, samples: int) -> list[Layer]:
-    """Every weight, and neighbouring small tensors together as one layer, in the order of the flat vector."""
+    """List every weight, and neighbouring small tensors together as one layer, in the order of the flat vector."""
     layers: list[Layer] = []
     for name, place in sorted(layout.slices.items(), key=lambda item: item[1].start):
         shape, start, size = layout.shapes[name], place.start, place.stop - place.start

@@ -18,17 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lgc.choice.cost import (
-    TOLERANCE,
-    Collective,
-    Link,
-    Prediction,
-    Profile,
-    SchemeCost,
-    StageCost,
-    predict,
-    recommend,
-)
+from lgc.choice.cost import TOLERANCE, Collective, Link, Prediction, Profile, SchemeCost, StageCost, predict, recommend
 from lgc.choice.profile import Job, Profiler, stand_in, wrap
 from lgc.choice.rehearsal import probe
 from lgc.comm.transport import Transport
@@ -36,6 +26,7 @@ from lgc.schemes import Dense, PowerSGD, Scheme, SparseScheme, parse_scheme, req
 from lgc.schemes.powersgd import bucket_mb
 from lgc_lab import options
 from lgc_lab.bench.link.results import LOOPBACK, UNSHAPED, Results
+from lgc_lab.folder import read_objects, write_json
 from lgc_lab.launch.ranks import place_under_torchrun, preload, process_group, start_ranks, under_torchrun
 from lgc_lab.recipes import find_object
 from lgc_lab.terminal import aligned, notify
@@ -49,7 +40,7 @@ TIMEOUT = timedelta(seconds=600)  # ranks wait for the one that trains an autoen
 
 
 class Question(NamedTuple):
-    """What is asked, to be sent to the ranks that measure."""
+    """Question to be sent to the ranks that measure."""
 
     make_job: Callable[[torch.device, dist.ProcessGroup, int | None], Job]  # in every rank, with so large buckets
     schemes: dict[str, Scheme]  # as asked for, with what comes from the recipe
@@ -165,7 +156,7 @@ def _question(world_size: int, *, recipe: str | None, model: str | None, schemes
 def _job_of_recipe(
     settings: Settings, device: torch.device, group: dist.ProcessGroup, bucket_cap_mb: int | None
 ) -> Job:
-    """A recipe with the first batch of its data."""
+    """Make the job of a recipe and the first batch of its data."""
     recipe = settings.resolve_recipe()
     ddp = wrap(recipe.make_model(device), group, bucket_cap_mb=bucket_cap_mb)
     train, generator = settings.load_data().train, torch.Generator().manual_seed(0)
@@ -179,7 +170,7 @@ def _job_of_recipe(
 
 
 def _job_of_function(text: str, device: torch.device, group: dist.ProcessGroup, bucket_cap_mb: int | None) -> Job:
-    """What the function of --model returns; the device is torch's default in there."""
+    """Make the job of what the function of --model returns; the device is torch's default in there."""
     with device:
         model, loss = find_object("model", text)()
     ddp = wrap(model.to(device), group, bucket_cap_mb=bucket_cap_mb)
@@ -187,12 +178,12 @@ def _job_of_function(text: str, device: torch.device, group: dist.ProcessGroup, 
 
 
 def _profile_here(question: Question, ranks: int) -> Profile:
-    """With so many ranks on this machine."""
+    """Measure with so many ranks on this machine."""
     preload(__name__)
     with tempfile.TemporaryDirectory() as folder, options.reported_errors():
         path = Path(folder) / "profile.json"
         start_ranks(_write_profile, question, path, world_size=ranks, timeout=TIMEOUT)
-        return _profile_from(json.loads(path.read_text(encoding="utf-8")))
+        return _profile_from(read_objects(path)[0])
 
 
 def _write_profile(question: Question, path: Path, device: torch.device) -> None:
@@ -200,21 +191,20 @@ def _write_profile(question: Question, path: Path, device: torch.device) -> None
     assert dist.group.WORLD is not None
     profile = _profile(question, dist.group.WORLD, device)
     if dist.get_rank() == 0:
-        path.write_text(json.dumps(asdict(profile)), encoding="utf-8")
+        write_json(path, asdict(profile))
 
 
 def _profile_from(fields: dict[str, Any]) -> Profile:
     """Read a profile back from the fields that `asdict` gives."""
-    arms = []
-    for arm in fields.pop("arms"):
-        collectives = [[Collective(**one) for one in stage.pop("collectives")] for stage in arm["stages"]]
-        stages = [StageCost(**stage, collectives=of) for stage, of in zip(arm["stages"], collectives, strict=True)]
-        arms.append(SchemeCost(arm["scheme"], stages))
-    return Profile(**fields, arms=arms)
+    for arm in fields["arms"]:
+        for stage in arm["stages"]:
+            stage["collectives"] = [Collective(**one) for one in stage["collectives"]]
+        arm["stages"] = [StageCost(**stage) for stage in arm["stages"]]
+    return Profile(**fields | {"arms": [SchemeCost(**arm) for arm in fields["arms"]]})
 
 
 def _profile_in_job(question: Question) -> tuple[Profile, Link]:
-    """As one rank of a torchrun job: the ranks of a machine measure together, and all of them the link."""
+    """Measure as one rank of a torchrun job: the ranks of a machine together, and all of them the link."""
     local_rank, on_machine = place_under_torchrun()
     with process_group(TIMEOUT, local_rank, on_machine) as device:
         assert dist.group.WORLD is not None
@@ -241,7 +231,7 @@ def _profile(question: Question, group: dist.ProcessGroup, device: torch.device)
 
 
 def _check(folder: Path) -> str:
-    """What was measured in a folder of `lgc bench link`, beside what is predicted for it here and now."""
+    """Set what was measured in a folder of `lgc bench link` beside what is predicted for it here and now."""
     results = Results.load(folder)
     run = {name: results.configuration[name] for name in ("recipe", "batch_size", "data")}
     world_size, schemes = results.configuration["world_size"], ",".join(results.schemes)
@@ -252,7 +242,7 @@ def _check(folder: Path) -> str:
     for rate in results.rates:
         link = Link(math.inf) if rate in (UNSHAPED, LOOPBACK) else Link.parse(rate)
         rows = [row for row in predict(profile, link) if row.scheme in labels]
-        measured = [results.lasting(rate, labels[row.scheme]).split.step for row in rows]
+        measured = [results.lasting(rate, labels[row.scheme]).step for row in rows]
         table = [("scheme", "predicted", "measured", "error")]
         for row, seconds in zip(rows, measured, strict=True):
             difference = f"{100 * (row.step / seconds - 1):+.1f} %"
@@ -266,7 +256,7 @@ def _check(folder: Path) -> str:
 
 
 def _labels(question: Question) -> dict[str, str]:
-    """The schemes as they were asked for, by their full text."""
+    """Map the full text of each scheme to the one that was asked for."""
     return {str(scheme): text for text, scheme in question.schemes.items()}
 
 
@@ -287,7 +277,7 @@ def _as_text(name: str, link: Link, profile: Profile, rows: Sequence[Prediction]
 
 
 def _advice(rows: Sequence[Prediction], labels: Mapping[str, str], profile: Profile) -> list[str]:
-    """Which scheme to take and what else to know, by paragraphs."""
+    """Say which scheme to take and what else to know, by paragraphs."""
     best = recommend(rows)
     scheme = parse_scheme(best.scheme)
     if best == rows[0]:
@@ -325,24 +315,17 @@ def _attach(best: Prediction) -> str:
 
 
 def _as_json(name: str, link: Link, profile: Profile, rows: Sequence[Prediction]) -> dict[str, Any]:
+    def answer(row: Prediction) -> dict[str, Any]:
+        seconds = {f"{name}_s": getattr(row, name) for name in ("compute", "compression", "communication", "step")}
+        early = [{"phase": stage.phase, "steps": stage.steps, "step_s": stage.step} for stage in row.early]
+        own = {"scheme": row.scheme, "sent_bytes": round(row.sent_bytes), **seconds, "speedup": row.speedup}
+        return own | {"early": early, "ahead_from_step": row.pays_from}
+
     best = recommend(rows)
     return {
         "link": {"name": name, "bytes_per_s": link.bandwidth, "latency_s": link.latency, "measured": name == MEASURED},
         "workers": profile.world_size,
-        "schemes": [
-            {
-                "scheme": row.scheme,
-                "sent_bytes": round(row.sent_bytes),
-                "compute_s": row.compute,
-                "compression_s": row.compression,
-                "communication_s": row.communication,
-                "step_s": row.step,
-                "speedup": row.speedup,
-                "early": [{"phase": stage.phase, "steps": stage.steps, "step_s": stage.step} for stage in row.early],
-                "ahead_from_step": row.pays_from,
-            }
-            for row in rows
-        ],
+        "schemes": [answer(row) for row in rows],
         "recommended": best.scheme,
         "attach": _attach(best) if best != rows[0] else None,
     }

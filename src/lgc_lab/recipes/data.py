@@ -45,12 +45,12 @@ class Split(ABC):
         """Inputs and targets of these samples; augmented from the generator if there is one."""
 
     def to(self, device: torch.device) -> Split:
-        """The same samples, on the device where that makes batches faster."""
+        """Move the samples to the device where that makes batches faster."""
         return self
 
 
 class Data(NamedTuple):
-    """A split to train on and one to test on."""
+    """Split to train on, and one to test on."""
 
     train: Split
     test: Split
@@ -58,12 +58,9 @@ class Data(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class TensorSplit(Split):
-    """Samples in memory.
+    """Samples in memory, one row of inputs and targets each.
 
-    Attributes:
-        inputs, targets: one row per sample.
-        transform: makes a batch of both out of the rows, with a generator for augmentation or without; as it is
-            by default.
+    `transform` makes a batch of both out of the rows, with a generator for augmentation or without.
     """
 
     inputs: Tensor
@@ -82,7 +79,7 @@ class TensorSplit(Split):
 
 
 def find_parquet(path: str, split: str) -> list[Path]:
-    """The files of a split in a folder in the hub's layout, or in a data set of the hub by name.
+    """Find the files of a split in a folder in the hub's layout, or in a data set of the hub by name.
 
     The layouts are `train.parquet`, `train-00000-of-00002.parquet` and so on, in the folder or one below it.
 
@@ -122,26 +119,26 @@ def _download(name: str, split: str) -> Path:
 
 
 class Cell(NamedTuple):
-    """A value of a data set, of a struct its bytes; `where` names file, row and column for messages."""
+    """Value of a data set, of a struct its bytes; `where` names file, row and column for messages."""
 
     value: Any
     where: str
 
     def image(self) -> bytes:
-        """An encoded image; ValueError if this is no struct with binary bytes."""
+        """Take it for an encoded image; ValueError if it is no struct with binary bytes."""
         if not isinstance(self.value, bytes):
             raise ValueError(f"{self.where}: must be a struct with binary bytes, got {self.value!r:.80}.")
         return self.value
 
     def label(self, classes: int) -> int:
-        """A label; ValueError if this is no integer in 0 .. classes - 1."""
+        """Take it for a label; ValueError if it is no integer in 0 .. classes - 1."""
         if type(self.value) is not int or not 0 <= self.value < classes:
             raise ValueError(f"{self.where}: label must be in 0 .. {classes - 1}, got {self.value!r}.")
         return self.value
 
 
 class Table:
-    """The rows of a split's parquet files, in order.
+    """Table of the rows of a split's parquet files, in order.
 
     Args:
         path, split: see `find_parquet`.
@@ -184,11 +181,7 @@ class Table:
         self.rows = min(sum(self._lengths), sum(self._lengths) if limit is None else limit)
 
     def read(self) -> Iterator[tuple[Cell, ...]]:
-        """The rows, with images encoded.
-
-        Raises:
-            ValueError: for a damaged file.
-        """
+        """Yield the rows, with images encoded. Raises ValueError for a damaged file."""
         return islice(chain.from_iterable(map(self._read, self.files, self._lengths)), self.rows)
 
     def _read(self, file: Path, length: int) -> Iterator[tuple[Cell, ...]]:
@@ -215,7 +208,7 @@ def decode_image(
     indices: bool = False,
     part: Callable[[int, int], tuple[float, float, float, float]] | None = None,
 ) -> Array:
-    """Pixels of a JPEG or PNG, uint8 of shape (3, height, width).
+    """Decode a JPEG or PNG to pixels, uint8 of shape (3, height, width).
 
     Args:
         size: width and height that it must have.
@@ -269,7 +262,7 @@ def cache_folder() -> Path:
 def cached(
     files: Sequence[Path], name: str, shape: tuple[int, ...], kind: DTypeLike, fill: Callable[[Array], None]
 ) -> Array:
-    """An array that was made from files, mapped into memory; made only if the cache does not have it yet.
+    """Map an array that is made from files into memory; it is made only if the cache does not have it yet.
 
     The key is path, size and time of change of every file, and the other arguments. An array is in the cache whole or
     not at all, and nothing else is read from it than numbers. Others that want the same wait until it is there.
@@ -317,23 +310,17 @@ def _make(path: Path, shape: tuple[int, ...], kind: DTypeLike, fill: Callable[[A
 
 
 class Column(NamedTuple):
-    """What is decoded of a table.
+    """Column of a table that is to be decoded."""
 
-    Attributes:
-        names: see `Table`.
-        shape: of what `decode` gives of a cell, numbers in 0 .. 255.
-        decode: called in threads.
-    """
-
-    names: tuple[str, ...]
-    shape: tuple[int, ...]
-    decode: Callable[[Cell], Array | int]
+    names: tuple[str, ...]  # that it may have, see `Table`
+    shape: tuple[int, ...]  # of what `decode` gives of a cell, numbers in 0 .. 255
+    decode: Callable[[Cell], Array | int]  # called in threads
 
 
 def decoded_splits(
     name: str, path: str, limit_train: int | None, columns: tuple[Column, Column], transform: Transform
 ) -> Data:
-    """Splits train and test of parquet files, with inputs and targets as uint8; decoded once, cached by this name."""
+    """Load splits train and test of parquet files, inputs and targets as uint8; decoded once, cached by this name."""
     kind = np.dtype([(column.names[0], np.uint8, column.shape) for column in columns])
 
     def decode(row: tuple[Cell, ...]) -> tuple[Array | int, ...]:

@@ -1,4 +1,4 @@
-"""A recipe and its parts: metrics and learning-rate schedules."""
+"""Recipes and their parts: metrics and learning-rate schedules."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -16,18 +16,11 @@ WARMUP = 0.1  # fraction of the run over which the learning rate rises
 
 @dataclass(frozen=True, kw_only=True)
 class Metric:
-    """A number that says how good a model is.
+    """Number that says how good a model is."""
 
-    Attributes:
-        name: for tables and files.
-        sums: of outputs and targets, a tensor that may be added up over batches and ranks.
-        value: the metric from those sums.
-        better: which of two values is the better one.
-    """
-
-    name: str
-    sums: Callable[[Tensor, Tensor], Tensor]
-    value: Callable[[Tensor], float]
+    name: str  # for tables and files
+    sums: Callable[[Tensor, Tensor], Tensor]  # of outputs and targets; what may be added up over batches and ranks
+    value: Callable[[Tensor], float]  # of those sums
     better: Literal["higher", "lower"] = "higher"
 
 
@@ -41,48 +34,32 @@ ACCURACY = Metric(name="accuracy", sums=_count_correct, value=lambda sums: float
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """A training run but for the scheme.
+    """Describes a training run but for the scheme.
 
-    Attributes:
-        name, summary: for the command line.
-        model: a new model, initialised from torch's default generator; takes the name of a backbone if the
-            recipe has backbones, else nothing.
-        data: reads the data set at a path (None: the recipe's own) with the first samples of the training
-            data only (None: all); raises ValueError or OSError where that fails. The first call decodes into
-            a cache, later ones map it into memory.
-        memory_format: of the model and its inputs; `torch.channels_last`, in which convolutions can be faster, takes
-            inputs of four dimensions.
-        loss: of outputs and targets, a scalar.
-        metric: on the test data.
-        batch_size, least_batch_size: per rank.
-        evaluation_batch: samples that are evaluated at once, per rank.
-        epochs: over the training data, all ranks together.
-        optimizer: SGD, or AdamW with the weight decay on tensors of two or more dimensions only.
-        learning_rate, momentum, weight_decay: of the optimizer, for uncompressed training; momentum is the
-            first beta of AdamW.
-        learning_rate_factor: by progress in [0, 1).
-        backbones: names that `model` accepts; the first is the default.
-        scheme_defaults: arguments of schemes that suit the length of this run.
+    `model` makes a new model from torch's default generator, given the name of a backbone if the recipe has some.
+    `data` reads the data set at a path (None: the recipe's own) with the first samples of the training data only (None:
+    all); it raises ValueError or OSError where that fails. The first call decodes into a cache, later ones map it into
+    memory. What the optimizer is given is for uncompressed training.
     """
 
     name: str
     summary: str
     model: Callable[..., nn.Module]
     data: Callable[[str | None, int | None], Data]
-    memory_format: torch.memory_format = torch.contiguous_format
-    loss: Callable[[Any, Tensor], Tensor] = F.cross_entropy
-    metric: Metric = ACCURACY
-    batch_size: int
+    memory_format: torch.memory_format = torch.contiguous_format  # channels_last takes inputs of four dimensions
+    loss: Callable[[Any, Tensor], Tensor] = F.cross_entropy  # of outputs and targets, a scalar
+    metric: Metric = ACCURACY  # on the test data
+    batch_size: int  # per rank, as the next two
     least_batch_size: int = 1
-    evaluation_batch: int = 512
-    epochs: int
-    optimizer: Literal["sgd", "adamw"] = "sgd"
+    evaluation_batch: int = 512  # samples that are evaluated at once
+    epochs: int  # over the training data, all ranks together
+    optimizer: Literal["sgd", "adamw"] = "sgd"  # AdamW decays tensors of two or more dimensions only
     learning_rate: float
-    momentum: float = 0.9
+    momentum: float = 0.9  # the first beta of AdamW
     weight_decay: float
-    learning_rate_factor: Callable[[float], float]
-    backbones: tuple[str, ...] = ()
-    scheme_defaults: Mapping[str, Any] = field(default_factory=dict)
+    learning_rate_factor: Callable[[float], float]  # by progress in [0, 1)
+    backbones: tuple[str, ...] = ()  # names that `model` accepts; the first is the default
+    scheme_defaults: Mapping[str, Any] = field(default_factory=dict)  # arguments that suit the length of this run
 
     def make_model(self, device: torch.device) -> nn.Module:
         """Make a new model on a device, in the recipe's memory format."""
@@ -99,14 +76,14 @@ class Recipe:
 
 
 def warmup_and_cosine(progress: float) -> float:
-    """A linear rise, then half a cosine to zero. Source: Loshchilov and Hutter, SGDR, arXiv 1608.03983."""
+    """Rises linearly, then falls by half a cosine to zero. Source: Loshchilov and Hutter, SGDR, arXiv 1608.03983."""
     if progress < WARMUP:
         return (progress + 0.01) / (WARMUP + 0.01)
     return 0.5 * (1 + math.cos(math.pi * (progress - WARMUP) / (1 - WARMUP)))
 
 
 def step_decay(*milestones: float, warmup: float = 0.0) -> Callable[[float], float]:
-    """A linear rise over the fraction `warmup` of the run, then a tenth from each milestone on."""
+    """Make a schedule: a linear rise over the fraction `warmup` of the run, then a tenth from each milestone on."""
 
     def factor(progress: float) -> float:
         if progress < warmup:
@@ -117,5 +94,5 @@ def step_decay(*milestones: float, warmup: float = 0.0) -> Callable[[float], flo
 
 
 def poly_decay(power: float) -> Callable[[float], float]:
-    """(1 - progress)^power. Source: Chen et al., DeepLab, arXiv 1606.00915."""
+    """Make the schedule (1 - progress)^power. Source: Chen et al., DeepLab, arXiv 1606.00915."""
     return lambda progress: float((1 - progress) ** power)

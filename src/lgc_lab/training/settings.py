@@ -17,41 +17,23 @@ OF_RECIPE = ("epochs", "batch_size", "learning_rate")  # its own where they are 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """Decides a run's result; plain values, so that they can be compared and passed on.
-
-    Args:
-        recipe: name of a recipe.
-        scheme: text form of a scheme; arguments it does not set come from the recipe.
-        world_size: number of ranks, at least 1.
-        seed: of the model, the shuffling and the augmentation, in 0 .. 2^63 - 1.
-        epochs, batch_size (per rank): at least 1; None is the recipe's.
-        steps: stop after this many, at least 1; None is at the end of the epochs.
-        learning_rate: before the schedule's factor, above 0; None is the recipe's.
-        data: folder or name of the data set; None is the recipe's own.
-        limit_train, limit_test: use this many samples only, at least 1, and one a rank for the test; None is all.
-        backbone: one of the recipe's; None is its first.
-        bf16: whether the model computes in bfloat16 where autocast has it do so.
-        compile: whether the model is compiled for training, by torch.compile.
-
-    Attributes:
-        source: digest of the file that has a user's own recipe, as it was when these settings were made.
-    """
+    """Decides a run's result; plain values, so that they can be compared and passed on. None is the recipe's own."""
 
     recipe: str
-    scheme: str
-    world_size: int
-    seed: int = 0
+    scheme: str  # text form; arguments it does not set come from the recipe
+    world_size: int  # number of ranks, at least 1 like every count here
+    seed: int = 0  # of the model, the shuffling and the augmentation, in 0 .. 2^63 - 1
     epochs: int | None = None
-    steps: int | None = None
-    batch_size: int | None = None
-    learning_rate: float | None = None
-    data: str | None = None
-    limit_train: int | None = None
-    limit_test: int | None = None
-    backbone: str | None = None
-    bf16: bool = False
-    compile: bool = False
-    source: str | None = field(init=False, default=None)
+    steps: int | None = None  # to stop after; None is at the end of the epochs
+    batch_size: int | None = None  # per rank
+    learning_rate: float | None = None  # before the schedule's factor, above 0
+    data: str | None = None  # folder or name of the data set
+    limit_train: int | None = None  # use so many samples only; None is all
+    limit_test: int | None = None  # the same, at least one a rank
+    backbone: str | None = None  # None is the recipe's first
+    bf16: bool = False  # the model computes in bfloat16 where autocast has it do so
+    compile: bool = False  # the model is compiled for training, by torch.compile
+    source: str | None = field(init=False, default=None)  # digest of the file of a user's own recipe, at this time
 
     def __post_init__(self) -> None:
         recipe = find_recipe(self.recipe)
@@ -123,14 +105,8 @@ class Settings:
 
 @dataclass(frozen=True, kw_only=True)
 class Output:
-    """Says what a run leaves; nothing here changes its result.
+    """Says what a run leaves; nothing here changes its result."""
 
-    Attributes:
-        folder: of the run, one for all ranks.
-        checkpoint_every: steps from one checkpoint to the next; None is an epoch, 0 is never.
-        tensorboard: whether to write TensorBoard events.
-    """
-
-    folder: Path
-    checkpoint_every: int | None = None
-    tensorboard: bool = False
+    folder: Path  # one for all ranks
+    checkpoint_every: int | None = None  # steps; None is an epoch, 0 is never
+    tensorboard: bool = False  # whether to write TensorBoard events

@@ -1,1 +1,1 @@
-"""What a step costs under every scheme on links of several speeds; docs/links.md has the conventions."""
+"""Measuring what a step costs under every scheme on links of several speeds; docs/links.md has the conventions."""

@@ -84,7 +84,7 @@ def link(
 
 
 def _find(folder: Path, wanted: Measurement, *, loopback: bool) -> Results | None:
-    """What the folder has of this measurement, on the same kind of link.
+    """Find what the folder has of this measurement, on the same kind of link.
 
     Raises:
         OtherRunError: if it has another one.
@@ -113,7 +113,7 @@ def _find(folder: Path, wanted: Measurement, *, loopback: bool) -> Results | Non
 
 @contextmanager
 def _network(world_size: int, loopback: bool) -> Iterator[Network | None]:
-    """A network, or None and a note where there is to be or can be none."""
+    """Set up a network, or give None and a note where there is to be or can be none."""
     with ExitStack() as stack:
         network = None
         try:
@@ -131,7 +131,7 @@ def _write_picture(results: Results, times: Sequence[TimeToTarget], target: floa
 
     rates, schemes = results.rates, results.schemes
     ms: dict[str, list[float | None]]
-    ms = {name: [1e3 * results.lasting(rate, name).split.step for rate in rates] for name in schemes}
+    ms = {name: [1e3 * results.lasting(rate, name).step for rate in rates] for name in schemes}
     panels = [Panel("ms a step", ms)]
     if times:
         seconds = {name: [each.seconds for each in times if each.scheme == name] for name in schemes}

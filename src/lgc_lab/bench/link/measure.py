@@ -45,29 +45,18 @@ LEARNING_RATE = 1e-4  # so low that no scheme diverges: a round whose gradient i
 
 @dataclass(frozen=True, kw_only=True)
 class Measurement:
-    """What is to be measured.
+    """Says what is to be measured."""
 
-    Args:
-        recipe, data, batch_size: see `lgc_lab.training.settings.Settings`.
-        world_size: number of ranks, at least 2.
-        schemes: text forms; lengths of phases are set to a few steps.
-        rates: of the links, such as "100mbit", or "unshaped".
-        steps: at most so many a cell, at least 1.
-        warm_up: steps of a cell before those that count.
-        seconds: stop a cell after about so long; a step that takes longer counts although it is the first.
-        repeats: how often every cell is measured, at least 1; early phases are measured once.
-    """
-
-    recipe: str
+    recipe: str  # this and the next three as in `lgc_lab.training.settings.Settings`
     data: str | None
     batch_size: int | None
-    world_size: int
-    schemes: Sequence[str]
-    rates: Sequence[str]
-    steps: int
-    warm_up: int
-    seconds: float
-    repeats: int
+    world_size: int  # at least 2
+    schemes: Sequence[str]  # text forms; lengths of phases are set to a few steps
+    rates: Sequence[str]  # of the links, such as "100mbit", or "unshaped"
+    steps: int  # at most so many a cell, at least 1
+    warm_up: int  # steps of a cell before those that count
+    seconds: float  # to stop a cell after; a step that takes longer counts although it is the first
+    repeats: int  # of every cell, at least 1; early phases are measured once
 
     def __post_init__(self) -> None:
         for text in self.rates:
@@ -78,32 +67,26 @@ class Measurement:
             raise ValueError(f"rates must differ, got {','.join(self.rates)}.")
 
     def scheme(self, text: str) -> Scheme:
-        """As a run of the recipe has it."""
+        """Read a text form as a run of the recipe does."""
         return self.training(text).resolve_scheme()
 
     def training(self, text: str) -> Settings:
         """Settings of a run with the scheme of this text form."""
-        return Settings(
-            recipe=self.recipe,
-            scheme=text,
-            world_size=self.world_size,
-            batch_size=self.batch_size,
-            data=self.data,
-            epochs=ENDLESS,
-        )
+        own = {name: getattr(self, name) for name in ("recipe", "data", "batch_size", "world_size")}
+        return Settings(scheme=text, epochs=ENDLESS, **own)
 
     def configuration(self) -> dict[str, Any]:
-        """What must be equal for two measurements to be the same one, as JSON values."""
+        """Collect what must be equal for two measurements to be the same one, as JSON values."""
         return asdict(self)
 
 
 def machine() -> dict[str, Any]:
-    """What the parts of one measurement must have in common."""
+    """Describe what the parts of one measurement must have in common."""
     return {"cores": os.cpu_count(), "lgc": __version__, "torch": torch.__version__}
 
 
 def shortened(scheme: Scheme) -> Scheme:
-    """The same with phases of a few steps: each rate of the warm-up once, an autoencoder that is never refreshed."""
+    """Shorten the phases to a few steps: each rate of the warm-up once, an autoencoder that is never refreshed."""
     if isinstance(scheme, PowerSGD):
         return replace(scheme, start_steps=START_STEPS)
     if not isinstance(scheme, SparseScheme):
@@ -116,7 +99,7 @@ def shortened(scheme: Scheme) -> Scheme:
 
 
 def full_text(scheme: Scheme) -> str:
-    """The scheme with all its arguments, so that no recipe's default takes the place of one."""
+    """Write a scheme with all its arguments, so that no recipe's default takes the place of one."""
     return ":".join([scheme.name, *(f"{name}={text}" for name, text in scheme.arguments().items() if name != "roles")])
 
 
@@ -186,19 +169,14 @@ MOVED = (*COUNTED, "counter_sent", "counter_received", "packets_sent", "packets_
 
 
 class Samples(NamedTuple):
-    """What one rank saw of some steps.
+    """Samples of some steps, by one rank."""
 
-    Attributes:
-        seconds: of a step, its compression and its communication (NaN where they cannot be told), shape (steps, 3).
-        moved: bytes and packets, in the order of `MOVED`, shape (6,), or those of `COUNTED` without a network.
-    """
-
-    seconds: Tensor
-    moved: Tensor
+    seconds: Tensor  # of a step, its compression and its communication, NaN where they cannot be told: (steps, 3)
+    moved: Tensor  # bytes and packets in the order of `MOVED`: (6,), or those of `COUNTED` without a network
 
 
 class Arm:
-    """A scheme at work, in all its phases one after the other."""
+    """Scheme at work, in all its phases one after the other."""
 
     def __init__(self, settings: Settings, device: torch.device) -> None:
         self.run = Training(settings, device, check_every=0)  # not every first step of a phase
@@ -206,13 +184,13 @@ class Arm:
         self.batches = self.run.batches()
 
     def step(self) -> None:
-        """One update; FloatingPointError if the loss is not finite."""
+        """Train on a batch; FloatingPointError if the loss is not finite."""
         row = self.run.update(*next(self.batches))
         if not math.isfinite(row["loss"]):
             raise FloatingPointError(f"{self.run.scheme}: the loss is {row['loss']} after {self.run.step} steps.")
 
     def phases(self) -> dict[str, tuple[int, int | None]]:
-        """First step and length of every phase; of the one that lasts, the length is None."""
+        """Find the first step and the length of every phase; the one that lasts has length None."""
         if self.run.handle.synchronizer is None:
             only = Phase.COMPRESSED if isinstance(self.run.scheme, PowerSGD) else Phase.DENSE
             return {str(only): (0, None)}
@@ -255,7 +233,7 @@ class Meter:
     has_network: bool
 
     def cells(self, rate: str, repeat: int, scheme: str, arm: Arm) -> Iterator[Cell]:
-        """What all ranks see of every phase in the first turn, and of the lasting one in the others; a collective."""
+        """Yield what all ranks see of every phase in the first turn, and of the lasting one later; a collective."""
         for phase, (first, length) in arm.phases().items():
             if repeat == 0 or length is None:
                 arm.go_to(first)
@@ -269,7 +247,7 @@ class Meter:
                 yield Cell(rate, repeat, scheme, phase, step.tolist(), *parts, **counts)
 
     def _samples(self, arm: Arm, length: int | None, *, are_alike: bool) -> Samples:
-        """All steps of a phase, or some of one without end; one step that takes long is enough if all are alike."""
+        """Take all steps of a phase, or some of one without end; a single long one is enough if all are alike."""
         probe = self._steps(arm, 1)
         slowest = probe.seconds[:, 0].max()
         dist.all_reduce(slowest, dist.ReduceOp.MAX)

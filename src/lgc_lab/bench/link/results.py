@@ -1,4 +1,4 @@
-"""What has been measured, and what is made of it: steps split into their parts, as a table."""
+"""Results of a measurement, and what is made of them: steps split into their parts, as a table."""
 
 from __future__ import annotations
 
@@ -45,33 +45,26 @@ class Cell(NamedTuple):
     packets_received: list[int] | None = None
 
 
-class Split(NamedTuple):
-    """Seconds of a step and what they went into.
+class Row(NamedTuple):
+    """Seconds and bytes of a step of one scheme in one phase on one link.
 
     The step is the median over all steps, on average over the ranks. It is not that of the slowest rank of each step:
     another one is late every time, but in the end all take equally long. Compression and communication are those of
     the rank that waits least in a step. While the autoencoder is trained, all are of the rank that does it. Where the
     exchange goes on amid the backward pass, `compression` is None and `communication` has both: the step less what it
-    takes without any exchange.
-    """
+    takes without any exchange. `spread` is half of the range over the repeats.
 
-    step: float
-    compute: float
-    compression: float | None
-    communication: float
-
-
-class Row(NamedTuple):
-    """One scheme in one phase on one link.
-
-    `spread` is half of the range over the repeats. Bytes are those that all ranks together have sent, a step:
-    `counted` by the transport, `headers` and `payload` by the interfaces, None without a network.
+    Bytes are those that all ranks together have sent: `counted` by the transport, `headers` and `payload` by the
+    interfaces, None without a network.
     """
 
     rate: str
     scheme: str
     phase: str
-    split: Split
+    step: float
+    compute: float
+    compression: float | None
+    communication: float
     spread: float
     counted: float
     headers: float | None
@@ -79,7 +72,7 @@ class Row(NamedTuple):
 
 
 class Results:
-    """A measurement of one link or more."""
+    """Results of a measurement of one link or more."""
 
     def __init__(self, content: Mapping[str, Any]) -> None:
         self.configuration: dict[str, Any] = content["configuration"]
@@ -119,7 +112,7 @@ class Results:
         return list(dict.fromkeys(row.scheme for row in self.rows))
 
     def lasting(self, rate: str, scheme: str) -> Row:
-        """The row of the phase that a long run spends its time in, which is a scheme's last."""
+        """Find the row of the phase that a long run spends its time in, which is a scheme's last."""
         return [row for row in self.rows if (row.rate, row.scheme) == (rate, scheme)][-1]
 
     def _row(self, rate: str, scheme: str, phase: str, cells: list[Cell]) -> Row:
@@ -131,16 +124,16 @@ class Results:
         )
         headers = HEADER_BYTES * packets
         of_interfaces = (headers, framed - headers) if packets else (None, None)
-        split, spread = _split(cells, self.compute[rate]), (max(of_turns) - min(of_turns)) / 2
-        return Row(rate, scheme, phase, split, spread, counted, *of_interfaces)
+        spread = (max(of_turns) - min(of_turns)) / 2
+        return Row(rate, scheme, phase, *_split(cells, self.compute[rate]), spread, counted, *of_interfaces)
 
     def text(self) -> str:
-        """All rows as an aligned table, a block a link."""
+        """Show all rows in an aligned table, a block a link."""
         blocks = []
-        unlimited = {(row.scheme, row.phase): row.split.step for row in self.rows if row.rate == UNSHAPED}
+        unlimited = {(row.scheme, row.phase): row.step for row in self.rows if row.rate == UNSHAPED}
         for rate in self.rates:
             rows = [row for row in self.rows if row.rate == rate]
-            dense = next((row.split.step for row in rows if row.scheme == Dense.name), None)
+            dense = next((row.step for row in rows if row.scheme == Dense.name), None)
             lines = [_cells(row, dense, unlimited.get((row.scheme, row.phase))) for row in rows]
             table = [tuple(lines[0]), *(tuple(line.values()) for line in lines)]
             blocks.append(f"{rate}, compute alone {_ms(self.compute[rate])} ms\n{aligned(table)}")
@@ -150,8 +143,7 @@ class Results:
 
 
 def _cells(row: Row, dense: float | None, unlimited: float | None) -> dict[str, str]:
-    """A row as text, by column."""
-    split = row.split
+    """Format a row, by column."""
     headers = counters = "-"
     if row.headers is not None and row.payload is not None and row.counted:
         headers = f"{100 * row.headers / row.counted:+.1f} %"
@@ -159,13 +151,13 @@ def _cells(row: Row, dense: float | None, unlimited: float | None) -> dict[str, 
     return {
         "scheme": row.scheme,
         "phase": row.phase,
-        "step, ms": _ms(split.step),
+        "step, ms": _ms(row.step),
         "±": _ms(row.spread),
-        "compute": _ms(split.compute),
-        "compression": "-" if split.compression is None else _ms(split.compression),
-        "communication": _ms(split.communication),
-        "link": "-" if unlimited is None else _ms(split.step - unlimited),
-        "against dense": "-" if dense is None else f"{dense / split.step:.2f}x",
+        "compute": _ms(row.compute),
+        "compression": "-" if row.compression is None else _ms(row.compression),
+        "communication": _ms(row.communication),
+        "link": "-" if unlimited is None else _ms(row.step - unlimited),
+        "against dense": "-" if dense is None else f"{dense / row.step:.2f}x",
         "kB a step": f"{row.counted / 1e3:,.1f}",
         "headers": headers,
         "counters": counters,
@@ -176,29 +168,29 @@ def _ms(seconds: float) -> str:
     return f"{seconds * 1e3:.1f}"
 
 
-def _split(cells: Sequence[Cell], compute: float) -> Split:
-    """Split the step of one scheme in one phase, from all turns; `compute` is that of steps without any exchange."""
+def _split(cells: Sequence[Cell], compute: float) -> tuple[float, float, float | None, float]:
+    """Split the step of one scheme in one phase, as in `Row`; `compute` is that of steps without any exchange."""
     step = step_seconds(cells)
     if cells[0].communication is None:
-        return Split(step, min(compute, step), None, max(0.0, step - compute))
+        return step, min(compute, step), None, max(0.0, step - compute)
     waits, own = _samples(cells, "communication"), _samples(cells, "compression")
     last = waits.argmin(axis=1, keepdims=True)  # rank to arrive
     communication, compression = (_typical(cells, np.take_along_axis(part, last, axis=1)) for part in (waits, own))
-    return Split(step, max(0.0, step - compression - communication), compression, communication)
+    return step, max(0.0, step - compression - communication), compression, communication
 
 
 def step_seconds(cells: Sequence[Cell]) -> float:
-    """Seconds of a step of one scheme in one phase, see `Split`."""
+    """Seconds of a step of one scheme in one phase, see `Row`."""
     return _typical(cells, _samples(cells, "seconds"))
 
 
 def _typical(cells: Sequence[Cell], samples: NDArray[np.float64]) -> float:
-    """The median over the steps, or in the warm-up, whose rates differ, the mean; on average over the ranks."""
+    """Take the median over the steps, or in the warm-up, whose rates differ, the mean; on average over the ranks."""
     return float((np.mean if cells[0].phase == Phase.WARMUP else np.median)(samples, axis=0).mean())
 
 
 def _samples(cells: Sequence[Cell], quantity: str) -> NDArray[np.float64]:
-    """A quantity by step of all turns, and by rank.
+    """Stack a quantity, by step of all turns and by rank.
 
     While the autoencoder is trained, it is rank 0's alone, which does that (after a few steps all run at its pace),
     and without the last step, which sends it.

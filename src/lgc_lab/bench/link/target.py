@@ -50,7 +50,7 @@ def times_to_target(results: Results, runs: Sequence[Run], target: float) -> lis
 
 
 def _runs_of(runs: Sequence[Run], results: Results, scheme: str) -> list[Run]:
-    """Those of the measured model with a scheme, one of each seed."""
+    """Find the runs of the measured model with a scheme, one of each seed."""
     asked = {name: results.configuration[name] for name in ("recipe", "world_size", "batch_size")}
     resolved = Settings(scheme=scheme, **asked).configuration()
     wanted = {name: resolved[name] for name in ("scheme", *asked)}
@@ -82,7 +82,7 @@ def _step_of_phase(results: Results, rate: str, scheme: str, phase: str) -> floa
     for name in (scheme, Dense.name):
         for row in results.rows:
             if (row.rate, row.scheme, row.phase) == (rate, name, phase):
-                return row.split.step
+                return row.step
     raise ValueError(f"{scheme} was not measured in phase {phase}; add dense to --schemes.")
 
 
