@@ -18,6 +18,7 @@ from lgc.coding import (
     Float32,
     IndexCoder,
     Kind,
+    LloydMax,
     PayloadError,
     RangeCoder,
     RawIndices,
@@ -25,11 +26,14 @@ from lgc.coding import (
     Sign,
     Uniform,
     ValueCodec,
+    decode_zeros,
+    encode_zeros,
     pack,
     unpack,
 )
 
 SIZES, COUNTS = [1000, 0, 7, 50_000, 3], [20, 0, 7, 40, 0]
+ZEROS_COUNT = 1503
 
 
 class Target(NamedTuple):
@@ -48,8 +52,11 @@ def targets(generator: np.random.Generator) -> Iterator[Target]:
     for coder in (RawIndices(), Rice(), RangeCoder()):
         yield Target(repr(coder), coder.encode(indices, SIZES).numpy().tobytes(), partial(check_indices, coder))
     values = torch.from_numpy(generator.standard_t(3, sum(COUNTS)).astype(np.float32))
-    for codec in (Float32(), Float16(), BFloat16(), Sign(), Uniform(3), Uniform(8), Uniform(4, block=16)):
+    quantisers = (Uniform(3), Uniform(8), Uniform(4, block=16), LloydMax(1), LloydMax(), LloydMax(3, block=16))
+    for codec in (Float32(), Float16(), BFloat16(), Sign(), *quantisers):
         yield Target(repr(codec), codec.encode(values, COUNTS).numpy().tobytes(), partial(check_values, codec))
+    mostly = torch.from_numpy((generator.random(ZEROS_COUNT) < np.linspace(-1, 2, ZEROS_COUNT)).astype(np.float32))
+    yield Target("zeros", encode_zeros(mostly).numpy().tobytes(), check_zeros)
     parts = [Rice().encode(indices, SIZES), Sign().encode(values, COUNTS)]
     bounds = [Rice().bound(SIZES, COUNTS), Sign().size(COUNTS)]
     valid = pack(parts, kind=Kind.ENTRIES, step=7).numpy().tobytes()
@@ -63,6 +70,11 @@ def check_indices(coder: IndexCoder, data: bytes) -> None:
 
 def check_values(codec: ValueCodec, data: bytes) -> None:
     assert codec.decode(data, COUNTS).isfinite().all()
+
+
+def check_zeros(data: bytes) -> None:
+    zero = decode_zeros(data, ZEROS_COUNT)
+    assert encode_zeros((~zero).float()).numpy().tobytes() == data, zero
 
 
 def check_payload(bounds: Sequence[int], data: bytes) -> None:
@@ -105,10 +117,10 @@ def fuzz(count: int, seed: int) -> Counter[str]:
 
 
 def test_broken_bytes_are_refused_or_are_a_code() -> None:
-    assert len(fuzz(5_000, seed=0)) == 11  # three coders, seven codecs, the payload
+    assert len(fuzz(5_000, seed=0)) == 15  # three coders, ten codecs, zeros, the payload
 
 
 @pytest.mark.exhaustive
 def test_many_broken_bytes_are_refused_or_are_a_code() -> None:
     count, seed = int(os.environ.get("FUZZ_COUNT", "1000000")), int(os.environ.get("FUZZ_SEED", "1"))
-    assert len(fuzz(count, seed)) == 11
+    assert len(fuzz(count, seed)) == 15

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import struct
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,7 @@ from lgc.coding import (
     BFloat16,
     Float16,
     Float32,
+    LloydMax,
     PayloadError,
     Sign,
     Uniform,
@@ -25,6 +28,7 @@ from lgc.coding import (
     pack_lanes,
     unpack_lanes,
 )
+from lgc.schemes.arguments import from_text, to_text
 
 CODECS: list[ValueCodec] = [
     Float32(),
@@ -36,6 +40,9 @@ CODECS: list[ValueCodec] = [
     Uniform(bits=7),
     Uniform(bits=8),
     Uniform(bits=16),
+    LloydMax(bits=1),
+    LloydMax(),
+    LloydMax(bits=4, block=2),
 ]
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "values.json").read_text())
 
@@ -63,9 +70,9 @@ def test_any_finite_values_have_a_code_of_the_promised_length(codec: ValueCodec,
     assert torch.equal(codec.decode(data.numpy().tobytes(), counts), decoded)
 
 
-@every_codec
+@pytest.mark.parametrize("codec", [codec for codec in CODECS if not isinstance(codec, LloydMax)], ids=repr)
 def test_what_is_decoded_is_coded_without_further_loss(codec: ValueCodec) -> None:
-    """Every rank may code again what it decoded: the representable values are kept."""
+    """Every rank may code again what it decoded: the representable values are kept, except by Lloyd and Max's codec."""
     values = normal(1000)
     decoded = codec.decode(codec.encode(values, [400, 600]), [400, 600])
     assert torch.allclose(codec.decode(codec.encode(decoded, [400, 600]), [400, 600]), decoded, rtol=1e-6, atol=0)
@@ -110,6 +117,75 @@ def test_uniform_has_a_scale_for_every_block_of_a_segment() -> None:
     values = torch.tensor([1.0, -1.0, 5.0, 7.0, 0.0, 1e-30])
     assert torch.equal(codec.decode(codec.encode(values, [3, 3]), [3, 3])[:4], torch.tensor([1.0, -1.0, 5.0, 7.0]))
     assert codec.size([3, 3]) == 4 * 4 + 3
+
+
+def gaussian_mean(low: float, high: float) -> float:
+    """The mean of a standard Gaussian's values between two numbers, 0 <= low < high."""
+
+    def density(x: float) -> float:
+        return math.exp(-x * x / 2) / math.sqrt(2 * math.pi)
+
+    tails = [math.erfc(x / math.sqrt(2)) / 2 for x in (low, high)]
+    return (density(low) - density(high)) / (tails[0] - tails[1])
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_every_level_of_lloyd_and_max_is_the_mean_of_the_gaussian_values_next_to_it(bits: int) -> None:
+    """Read from a code with a scale of one that lists all levels in ascending order."""
+    string = sum(number << (bits * number) for number in range(2**bits))
+    data = b"\x80\x3f" + string.to_bytes(-(-bits * 2**bits // 8), "little")
+    levels = LloydMax(bits=bits).decode(data, [2**bits]).double().tolist()
+    assert levels == sorted(levels) == [-level for level in reversed(levels)]
+    positive = levels[2 ** (bits - 1) :]
+    inner = [(low + high) / 2 for low, high in pairwise(positive)]
+    means = [gaussian_mean(*ends) for ends in zip([0.0, *inner], [*inner, math.inf], strict=True)]
+    assert positive == pytest.approx(means, rel=0, abs=2**-13)  # they are multiples of it
+
+
+def test_the_levels_of_two_bits_are_those_of_the_paper() -> None:
+    data = b"\x80\x3f" + bytes([0b11100100])
+    assert LloydMax().decode(data, [4]).tolist() == pytest.approx([-1.510, -0.4528, 0.4528, 1.510], abs=5e-4)
+
+
+@pytest.mark.parametrize(("bits", "error"), [(1, 0.3634), (2, 0.1175), (3, 0.03454), (4, 0.009497)])
+@pytest.mark.parametrize("magnitude", [1e-10, 1.0, 1e10])
+def test_gaussian_values_lose_what_max_has_computed(bits: int, error: float, magnitude: float) -> None:
+    """Root mean squares of few values flatter them by a little, so the blocks are long."""
+    values = normal(1 << 18)
+    codec, counts = LloydMax(bits=bits, block=4096), [values.numel()]
+    decoded = codec.decode(codec.encode(values * magnitude, counts), counts).double() / magnitude
+    assert float((values - decoded).square().mean()) == pytest.approx(error, rel=0.01)
+
+
+@pytest.mark.parametrize("codec", [LloydMax(bits=1), LloydMax(bits=2), LloydMax(bits=4)], ids=repr)
+def test_a_scale_of_lloyd_and_max_may_be_as_small_or_large_as_any_value(codec: LloydMax) -> None:
+    """From where a bfloat16 is zero to where it has to be cut down so that no product overflows."""
+    for magnitude in (1e-45, 1e-40, 1e-38, 1e-9, 1e9, 1e37, 3.4e38):
+        values = magnitude * torch.tensor([1.0, -1.0, 1.0, -1.0])
+        decoded = codec.decode(codec.encode(values, [4]), [4])
+        assert bool(decoded.isfinite().all())
+        assert bool((decoded * values.sign() >= 0).all())
+        assert float(decoded.abs().max()) <= 1.6 * magnitude
+        if 1e-38 <= magnitude <= 1e37:
+            assert float((values - decoded).double().norm() / values.double().norm()) < 0.6
+
+
+def test_blocks_of_lloyd_and_max_end_with_their_segment() -> None:
+    """So another segment's magnitude does not matter to a block, and neither does the order of segments."""
+    codec, counts = LloydMax(block=8), [11, 0, 1, 8, 29]
+    parts = [10.0**power * normal(count, power) for power, count in enumerate(counts)]
+    together = codec.decode(codec.encode(torch.cat(parts), counts), counts)
+    alone = [codec.decode(codec.encode(part, [part.numel()]), [part.numel()]) for part in parts]
+    assert torch.equal(together, torch.cat(alone))
+    assert codec.size(counts) == 2 * (2 + 0 + 1 + 1 + 4) + 13  # 49 values of two bits
+
+
+def test_lloyd_and_max_by_hand() -> None:
+    """The root mean square of 3, 0, 0, -1, 0 is sqrt(2), as bfloat16 1.4140625; zeros count as positive."""
+    data = LloydMax().encode(torch.tensor([3.0, 0.0, 0.0, -1.0, 0.0]), [5])
+    assert data.numpy().tobytes() == b"\xb5\x3f" + bytes([0b01101011, 0b10])
+    low, high = 1.4140625 * 3709 / 2**13, 1.4140625 * 12373 / 2**13
+    assert LloydMax().decode(data, [5]).tolist() == [high, low, low, -low, low]
 
 
 def test_sign_by_hand() -> None:
@@ -159,6 +235,12 @@ def test_another_length_is_refused(codec: ValueCodec) -> None:
         (Uniform(bits=4), struct.pack("<f", float("nan")) + b"\x00", "values.scales"),
         (Uniform(bits=4), struct.pack("<f", 1.0) + b"\x0f", "values.integers"),
         (Uniform(bits=4), struct.pack("<f", 1.0) + b"\x10", "values.integers"),
+        (LloydMax(), b"\x80\xbf\x00", "values.scales"),  # -1
+        (LloydMax(), b"\x00\x80\x00", "values.scales"),  # -0
+        (LloydMax(), b"\x80\x7f\x00", "values.scales"),  # infinite
+        (LloydMax(), b"\xc0\x7f\x00", "values.scales"),  # not a number
+        (LloydMax(), b"\x01\x7e\x00", "values.scales"),  # above 2^125
+        (LloydMax(), b"\x80\x3f\x04", "values.levels"),
     ],
 )
 def test_bytes_that_no_value_has_are_refused(codec: ValueCodec, data: bytes, field: str) -> None:
@@ -173,9 +255,36 @@ def test_uniform_refuses_other_widths(bits: int) -> None:
         Uniform(bits=bits)
 
 
-def test_uniform_refuses_an_empty_block() -> None:
-    with pytest.raises(ValueError, match=r"Uniform\(block=\.\.\.\) must be an integer of at least 1, got 0"):
-        Uniform(bits=4, block=0)
+@pytest.mark.parametrize("codec", [Uniform, LloydMax])
+def test_an_empty_block_is_refused(codec: type[Uniform | LloydMax]) -> None:
+    with pytest.raises(ValueError, match=rf"{codec.__name__}\(block=\.\.\.\) must be an integer of at least 1, got 0"):
+        codec(bits=4, block=0)
+
+
+@pytest.mark.parametrize("bits", [-1, 0, 9, True, 2.0])
+def test_lloyd_and_max_have_levels_of_one_to_eight_bits(bits: int) -> None:
+    with pytest.raises(ValueError, match=rf"LloydMax\(bits=\.\.\.\) must be 1 to 8, got {bits}"):
+        LloydMax(bits=bits)
+
+
+@pytest.mark.parametrize(
+    ("codec", "text"),
+    [
+        (LloydMax(), "lloyd2"),
+        (LloydMax(bits=4, block=64), "lloyd4x64"),
+        (Uniform(bits=4), "uniform4"),
+        (Uniform(bits=4, block=256), "uniform4x256"),
+    ],
+)
+def test_a_codec_with_levels_has_a_text_form(codec: ValueCodec, text: str) -> None:
+    assert to_text(codec) == text
+    assert from_text("values", text, ValueCodec) == codec
+
+
+@pytest.mark.parametrize("text", ["lloyd", "lloyd2x", "lloydx64", "max2"])
+def test_another_text_is_refused_with_what_it_may_be(text: str) -> None:
+    with pytest.raises(ValueError, match=r"uniformBITS, uniformBITSxBLOCK, lloydBITS, lloydBITSxBLOCK, got"):
+        from_text("values", text, ValueCodec)
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])

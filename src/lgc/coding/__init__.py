@@ -3,7 +3,8 @@
 from lgc.coding.bits import lane_width, lane_words, pack_lanes, unpack_lanes
 from lgc.coding.indices import IndexCoder, RangeCoder, RawIndices, Rice
 from lgc.coding.payload import Kind, PayloadError, header_size, pack, size_limit, unpack
-from lgc.coding.values import BFloat16, Float16, Float32, Sign, Uniform, ValueCodec
+from lgc.coding.values import BFloat16, Float16, Float32, LloydMax, Sign, Uniform, ValueCodec
+from lgc.coding.zeros import decode_zeros, encode_zeros, zeros_bound
 
 __all__ = [
     "BFloat16",
@@ -11,6 +12,7 @@ __all__ = [
     "Float32",
     "IndexCoder",
     "Kind",
+    "LloydMax",
     "PayloadError",
     "RangeCoder",
     "RawIndices",
@@ -18,6 +20,8 @@ __all__ = [
     "Sign",
     "Uniform",
     "ValueCodec",
+    "decode_zeros",
+    "encode_zeros",
     "header_size",
     "lane_width",
     "lane_words",
@@ -26,4 +30,5 @@ __all__ = [
     "size_limit",
     "unpack",
     "unpack_lanes",
+    "zeros_bound",
 ]

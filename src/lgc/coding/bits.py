@@ -22,6 +22,44 @@ def octet_count(bits: int) -> int:
     return (bits + 7) // 8
 
 
+def check_bits(data: Octets, count: int, field: str) -> None:
+    """Raise PayloadError unless these are as many bytes as `count` bits need, with no bit set after the last."""
+    if data.size != octet_count(count):
+        raise PayloadError(field, f"{octet_count(count)} bytes", data.size)
+    if count % 8 and data[-1] >> (count % 8):
+        raise PayloadError(field, "zero after its last bit", f"byte {data[-1]:#04x}")
+
+
+def pack_fixed(values: npt.NDArray[np.integer], width: int) -> Octets:
+    """Write values < 2^width one after another, each low bit first; the width is 1 to 8, or 16."""
+    lanes = min(8, 64 // width)  # as many as fill whole bytes of a word
+    padded = np.zeros((-(-values.size // lanes), lanes), "<u8" if width > 8 else np.uint8)
+    padded.reshape(-1)[: values.size] = values
+    words = np.zeros(len(padded), "<u8")
+    for lane in range(lanes):
+        words |= padded[:, lane].astype("<u8") << np.uint64(lane * width)
+    filled = words.view(np.uint8).reshape(-1, 8)[:, : lanes * width // 8]
+    return filled.reshape(-1)[: octet_count(values.size * width)]
+
+
+def unpack_fixed(data: Octets, count: int, width: int, field: str) -> npt.NDArray[np.unsignedinteger]:
+    """The values that `pack_fixed` wrote, uint8, or uint16 if they have 16 bits.
+
+    Raises:
+        PayloadError: if the length is another one, or a bit after the last value is set.
+    """
+    check_bits(data, count * width, field)
+    lanes = min(8, 64 // width)
+    filled = np.zeros((-(-count // lanes), lanes * width // 8), np.uint8)
+    filled.reshape(-1)[: data.size] = data
+    words = np.zeros(len(filled), "<u8")
+    words.view(np.uint8).reshape(-1, 8)[:, : filled.shape[1]] = filled
+    values = np.empty((len(filled), lanes), np.uint16 if width > 8 else np.uint8)
+    for lane in range(lanes):
+        values[:, lane] = (words >> np.uint64(lane * width)) & np.uint64(2**width - 1)
+    return values.reshape(-1)[:count]
+
+
 def pack_bits(values: Integers, widths: Integers) -> Octets:
     """Write `values[i] < 2^widths[i]` one after another, each low bit first; widths are at most 62."""
     ends = np.cumsum(widths)
@@ -48,10 +86,7 @@ def unpack_bits(data: Octets, widths: Integers, field: str) -> Integers:
     """
     ends = np.cumsum(widths)
     total = int(ends[-1]) if ends.size else 0
-    if data.size != octet_count(total):
-        raise PayloadError(field, f"{octet_count(total)} bytes", data.size)
-    if total % 8 and data[-1] >> (total % 8):
-        raise PayloadError(field, "zero after its last bit", f"byte {data[-1]:#04x}")
+    check_bits(data, total, field)
     words = np.zeros(total // 64 + 2, dtype="<u8")
     words.view(np.uint8)[: data.size] = data
     offsets = ends - widths

@@ -12,6 +12,7 @@ from lgc.coding import (
     Float16,
     Float32,
     IndexCoder,
+    LloydMax,
     RangeCoder,
     RawIndices,
     Rice,
@@ -28,12 +29,14 @@ VALUE_CODECS: dict[str, type[ValueCodec]] = {
     "bfloat16": BFloat16,
     "sign": Sign,
 }
+QUANTISERS: dict[str, type[Uniform] | type[LloydMax]] = {"uniform": Uniform, "lloyd": LloydMax}
 
 
 def to_text(value: object) -> str:
     """An argument's value as `from_text` reads it."""
-    if isinstance(value, Uniform):
-        return f"uniform{value.bits}" + ("" if value.block is None else f"x{value.block}")
+    if isinstance(value, Uniform | LloydMax):
+        (name,) = [name for name, codec in QUANTISERS.items() if type(value) is codec]
+        return f"{name}{value.bits}" + ("" if value.block == type(value).block else f"x{value.block}")
     for name, codec in (INDEX_CODERS | VALUE_CODECS).items():
         if type(value) is codec:
             return name
@@ -101,12 +104,12 @@ def require_role(scheme: object, name: str, value: object) -> Role:
 
 def _codec(where: str, text: str, codecs: Mapping[str, type[IndexCoder] | type[ValueCodec]]) -> IndexCoder | ValueCodec:
     of_values = codecs is VALUE_CODECS
-    uniform = re.fullmatch(r"uniform(\d+)(?:x(\d+))?", text) if of_values else None
-    if uniform:
-        bits, block = uniform.groups()
-        return Uniform(bits=int(bits), block=None if block is None else int(block))
+    quantiser = re.fullmatch(rf"({'|'.join(QUANTISERS)})(\d+)(?:x(\d+))?", text) if of_values else None
+    if quantiser:
+        name, *numbers = quantiser.groups()
+        return QUANTISERS[name](*(int(number) for number in numbers if number is not None))
     if text not in codecs:
-        options = ", ".join(codecs) + (", uniformBITS or uniformBITSxBLOCK" if of_values else "")
+        options = ", ".join([*codecs, *(f"{name}BITS, {name}BITSxBLOCK" for name in QUANTISERS if of_values)])
         raise ValueError(f"{where} must be one of {options}, got {text!r}.")
     return codecs[text]()
 
