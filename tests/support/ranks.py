@@ -190,6 +190,7 @@ def _serve(connection: Connection, rank: int, port: int, stack_path: str) -> Non
     stack_file = open(stack_path, "w")  # noqa: SIM115 - open as long as the process lives
     faulthandler.register(signal.SIGUSR1, file=stack_file)
     store = dist.TCPStore("127.0.0.1", port, is_master=False)
+    gc.freeze()  # what torch has imported is not looked through after every call
     while True:
         try:
             call, world_size, function, args = pickle.loads(connection.recv_bytes())
