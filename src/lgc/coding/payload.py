@@ -31,6 +31,7 @@ class Kind(IntEnum):
     ENTRIES = 3  # indices, then their values
     LATENT = 4
     INNOVATION = 5  # indices into the selected entries, then their values
+    QUANTIZED = 6  # which values are zero, then the code of all others
 
 
 class PayloadError(ValueError):

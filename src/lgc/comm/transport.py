@@ -8,6 +8,7 @@ Bytes are those of the buffers handed over, times what a rank sends and receives
 | all-gather   | (K-1) b                         | (K-1) b               | ring                           |
 | broadcast    | b for each child in the tree    | b, the source nothing | binomial tree                  |
 | gather       | b, the destination nothing      | destination (K-1) b   | direct                         |
+| all-to-all   | what is for others              | what others have sent | direct                         |
 | relay        | as send to rank 0 and broadcast |                       | point-to-point, binomial tree  |
 
 These are gloo's algorithms; other backends may spread the same totals differently over the ranks. Framing of the
@@ -92,6 +93,15 @@ class Transport:
         if self.device.type == "cpu":
             _release_at_exit()
         self.begin(SETUP, steps=0)
+
+    def of_new_group(self) -> Transport:
+        """Another one, of a new group of the same ranks and timeout, that counts with this one; a collective."""
+        ranks = dist.get_process_group_ranks(self.group)
+        timeout = dist.distributed_c10d._get_default_timeout(dist.get_backend(self.group))
+        group = dist.new_group(ranks, backend=dist.get_backend_config(self.group), use_local_synchronization=True)
+        other = Transport(group, self._compute_device)
+        other.wire = self.wire
+        return other
 
     def set_timeout(self, seconds: float) -> None:
         """How long a rank waits for another in any collective of the group before it gives up."""
@@ -232,6 +242,40 @@ class Transport:
         _require_possible(lengths, limit)
         gathered = self.all_gather(_padded(payload, max(lengths)), content)
         return [row[:length] for row, length in zip(gathered, lengths, strict=True)]
+
+    def all_to_all_bytes(self, payloads: Sequence[Tensor], content: str, *, limits: Sequence[int]) -> list[Tensor]:
+        """The payloads of all ranks for this one, by sender, uint8 of any lengths; its own stays where it is.
+
+        Args:
+            payloads: this rank's, by receiver.
+            content: what the bytes are counted as.
+            limits: the greatest length that is possible, by receiver.
+
+        Raises:
+            PayloadError: on every rank, if one announces more; before memory for it is taken.
+        """
+        own = torch.tensor([payload.numel() for payload in payloads], device="cpu")
+        lengths = self.all_gather(own, content).T.tolist()  # by receiver, then sender
+        for received, limit in zip(lengths, limits, strict=True):
+            _require_possible(received, limit)
+        return self.all_to_all(payloads, content, lengths[self.rank])
+
+    def all_to_all(self, payloads: Sequence[Tensor], content: str, lengths: Sequence[int]) -> list[Tensor]:
+        """As `all_to_all_bytes`, of known lengths by sender."""
+        sent, received = [payload.numel() for payload in payloads], list(lengths)
+        sent[self.rank] = received[self.rank] = 0
+        self._count(content, sent=sum(sent), received=sum(received), upload=sum(sent))
+        others = self._stage(torch.cat([payload[:size] for payload, size in zip(payloads, sent, strict=True)]))
+        buffer = others.new_empty(sum(received))
+        with self._timed():
+            dist.all_to_all_single(buffer, others, received, sent, group=self.group)
+        parts = list(buffer.cpu().split(received))
+        parts[self.rank] = payloads[self.rank]
+        return parts
+
+    def origin(self, rank: int) -> int:
+        """The rank that has sent what stands at the place of `rank` in what was gathered."""
+        return rank
 
     def all_gather_json(self, value: object, content: str) -> list[Any]:
         """The JSON values of all ranks. Raises as all_gather_bytes."""

@@ -79,6 +79,8 @@ class Aggregator(ABC):
             lengths = [] if payload is None else list(next(columns))
             exchanged.append(exchange.exchange(v, payload, lengths, stage))
         result = self._close(exchanged)
+        for exchange in exchanges:
+            exchange.commit()
         self.finish(step, opening.votes)
         return result
 

@@ -46,6 +46,9 @@ class Exchange(ABC):
             stage: step and least rate of the round.
         """
 
+    def commit(self) -> None:  # noqa: B027 - most exchanges keep nothing
+        """Make what this round has changed in the exchange its state; not called for one that was abandoned."""
+
 
 class DenseExchange(Exchange):
     """All-reduce of a whole region.

@@ -12,6 +12,7 @@ from lgc.schemes.learned import LGCScheme
 from lgc.schemes.lgc_ring import LGCRing
 from lgc.schemes.lgc_server import LGCServer
 from lgc.schemes.powersgd import PowerSGD
+from lgc.schemes.quantized import Quantized
 from lgc.schemes.scalecom import ScaleCom
 from lgc.schemes.scheme import RoundScheme, Scheme
 from lgc.schemes.sparse import SparseScheme
@@ -27,6 +28,7 @@ __all__ = [
     "LGCScheme",
     "LGCServer",
     "PowerSGD",
+    "Quantized",
     "RoundScheme",
     "ScaleCom",
     "Scheme",
@@ -37,7 +39,8 @@ __all__ = [
 ]
 
 SCHEMES: dict[str, type[Scheme]] = {
-    scheme.name: scheme for scheme in (Dense, DenseFP16, DenseBF16, PowerSGD, TopK, DGC, ScaleCom, LGCRing, LGCServer)
+    scheme.name: scheme
+    for scheme in (Dense, DenseFP16, DenseBF16, PowerSGD, Quantized, TopK, DGC, ScaleCom, LGCRing, LGCServer)
 }
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import types
 from collections.abc import Mapping
 from typing import Any, Literal, get_args, get_origin
 
@@ -53,12 +52,13 @@ def from_text(where: str, text: str, hint: Any) -> Any:
         if text != "kernel" and not text.isdecimal():
             raise ValueError(f'{where} must be a number of elements or "kernel", got {text!r}.')
         return int(text) if text.isdecimal() else "kernel"
+    optional = type(None) in get_args(hint)
+    if optional and text.lower() == "none":
+        return None
     options = [option for option in get_args(hint) or (hint,) if option is not type(None)]
     if all(isinstance(option, type) and issubclass(option, IndexCoder | ValueCodec) for option in options):
         return _codec(where, text, INDEX_CODERS if hint is IndexCoder else VALUE_CODECS)
-    if get_origin(hint) is types.UnionType:
-        if text.lower() == "none":
-            return None
+    if optional:
         (hint,) = options
     if get_origin(hint) is Literal or hint is Role:
         return text  # the scheme checks it
