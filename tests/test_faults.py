@@ -67,14 +67,14 @@ def aggregator_of(handle: lgc.Handle) -> Any:
 def fail_while_preparing(rank: int, world_size: int, scheme: Any, failing: int, at: int) -> None:
     training = Training(rank, scheme)
     aggregator: Any = aggregator_of(training.handle)
-    prepare = aggregator.own.prepare
+    prepare = aggregator.reduced.prepare
 
     def fails(*args: Any) -> Any:
         if rank == failing and training.handle.step == at:
             raise ValueError("out of luck")
         return prepare(*args)
 
-    aggregator.own.prepare = fails
+    aggregator.reduced.prepare = fails
     for _ in range(STEPS):
         training.step()
 
@@ -224,7 +224,7 @@ def test_a_killed_rank_is_noticed_at_once(ranks: RankFactory) -> None:
 def lose_count(rank: int, world_size: int, scheme: Any) -> None:
     training = Training(rank, scheme)
     for step in range(STEPS):
-        training.handle._buckets.step += (rank, step) == (1, 7)
+        training.handle._caller.step += (rank, step) == (1, 7)
         x, y = batch(rank, step)
         training.optimizer.zero_grad()
         F.cross_entropy(training.ddp(x), y).backward()

@@ -1,35 +1,40 @@
-"""Attach a scheme to a DistributedDataParallel model, and hold what is attached."""
+"""Attach a scheme to a model, and hold what is attached."""
 
 # No `from __future__ import annotations`: DDP compares the hook's annotations by identity.
 import weakref
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import asdict
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
-from torch.futures import Future
+from torch.nn.parallel import DistributedDataParallel
 
+from lgc.caller import Caller, RoundTime
 from lgc.comm.replicas import OnDifference, require_agreement
 from lgc.comm.traffic import Wire, summarise, wire_from_json
 from lgc.comm.transport import Transport
-from lgc.ddp import Buckets, CollectedBuckets, ReducedBuckets, RoundTime
+from lgc.ddp import CollectedBuckets, ReducedBuckets
+from lgc.local_steps import LocalRounds
 from lgc.phase import Phase
 from lgc.requirements import (
     advise,
     describe,
+    group_of,
     is_collected,
     require_ddp,
     require_exchangeable,
+    require_local_steps,
+    require_module,
     require_optimizer_of,
     require_real,
     require_single_momentum,
     require_types,
     trained,
 )
-from lgc.schemes import Scheme, parse_scheme
-from lgc.synchronizer import OnNonfinite, Policy, Synchronizer, require_same_form
+from lgc.schemes import LocalSteps, Scheme, parse_scheme
+from lgc.synchronizer import OnNonfinite, Policy, Synchronizer
 
 STATE_VERSION = 4
 STATE_HINTS = {
@@ -82,34 +87,43 @@ def attach(
     The backward pass then raises, on every rank, ReplicaError when replicas differ and, with schemes that compress,
     RankError when a rank has failed and FloatingPointError for a non-finite gradient.
     """
-    ddp = require_ddp(model)
-    if ddp in _attached:
-        raise RuntimeError(f"attach: this model already has the scheme {_attached[ddp].scheme}.")
-    require_exchangeable(ddp)
     if isinstance(scheme, str):
         scheme = parse_scheme(scheme)
     require_types(scheme, optimizer, grad_scaler, timeout)
+    model = require_module(model) if isinstance(scheme, LocalSteps) else require_ddp(model)
+    if model in _attached:
+        raise RuntimeError(
+            f"attach: this model already has the scheme {_attached[model].scheme}, which stays; to attach another, "
+            "make the model, or DDP around it, anew."
+        )
+    require_exchangeable(model)
     skips = grad_scaler is not None and grad_scaler.is_enabled()
     default: OnNonfinite = "propagate" if skips else "raise"
     policy = Policy(check_every, on_difference, default if on_nonfinite is None else on_nonfinite)
-    require_real(ddp, scheme)
+    require_real(model, scheme)
     if optimizer is not None:
-        require_optimizer_of(ddp, optimizer)
+        require_optimizer_of(model, optimizer)
         require_single_momentum(scheme, optimizer)
-    transport = Transport(ddp.process_group, trained(ddp)[0][1].device)
+    if isinstance(scheme, LocalSteps):
+        require_local_steps(model, optimizer, grad_scaler, scheme.start_steps)
+    transport = Transport(group_of(model), trained(model)[0][1].device)
     if timeout is not None:
         transport.set_timeout(timeout)
-    require_agreement(transport, "attach", describe(ddp, scheme, asdict(policy), transport.world_size))
+    require_agreement(transport, "attach", describe(model, scheme, asdict(policy), transport.world_size))
     if transport.rank == 0:
-        advise(ddp, scheme, optimizer)
-    buckets = (
-        CollectedBuckets(ddp, scheme, transport, policy, optimizer, grad_scaler)
-        if is_collected(scheme)
-        else ReducedBuckets(ddp, scheme, transport, policy)
-    )
-    handle = Handle(scheme, transport, buckets, sum(parameter.numel() for _, parameter in trained(ddp)))
-    ddp.register_comm_hook(None, handle.exchange_bucket)
-    _attached[ddp] = handle
+        advise(model, scheme, optimizer)
+    caller: Caller
+    if isinstance(scheme, LocalSteps):
+        assert optimizer is not None  # required above
+        caller = LocalRounds(model, scheme, transport, policy, optimizer, grad_scaler)
+    elif is_collected(scheme):
+        caller = CollectedBuckets(require_ddp(model), scheme, transport, policy, optimizer, grad_scaler)
+    else:
+        caller = ReducedBuckets(require_ddp(model), scheme, transport, policy)
+    handle = Handle(scheme, transport, caller, sum(parameter.numel() for _, parameter in trained(model)))
+    if isinstance(model, DistributedDataParallel):
+        model.register_comm_hook(None, caller.exchange)
+    _attached[model] = handle
     return handle
 
 
@@ -120,34 +134,51 @@ class Handle:
         scheme: as attached.
         transport: between the ranks, with the byte counts.
         parameters: number of trained parameters N.
-        synchronizer: the rounds; None for the schemes that reduce bucket by bucket (dense, fp16, bf16, powersgd).
+        synchronizer: the rounds, of the first fragment under local steps; None for the schemes that reduce bucket by
+            bucket (dense, fp16, bf16, powersgd).
     """
 
-    def __init__(self, scheme: Scheme, transport: Transport, buckets: Buckets, parameters: int) -> None:
+    def __init__(self, scheme: Scheme, transport: Transport, caller: Caller, parameters: int) -> None:
         self.scheme = scheme
         self.transport = transport
         self.parameters = parameters
-        self._buckets = buckets
-        self.synchronizer: Synchronizer | None = buckets.synchronizer
+        self._caller = caller
+        self.synchronizer: Synchronizer | None = caller.synchronizer
 
-    def exchange_bucket(self, _: object, bucket: dist.GradBucket) -> Future[torch.Tensor]:
-        """Exchange one of DDP's buckets: its communication hook."""
-        return self._buckets.exchange(bucket)
+    def anchored(self) -> AbstractContextManager[None]:
+        """Have in the model what all ranks share, for evaluation and export: under local steps that of the last round.
+
+            with handle.anchored():
+                evaluate(model)
+
+        What is changed in the model meanwhile is lost under local steps; other schemes share all weights anyway.
+        """
+        return self._caller.anchored()
+
+    def finish(self) -> None:
+        """End local steps with a round, at any step; a collective. Nothing under other schemes.
+
+        All ranks have the same weights then, and may go on training.
+
+        Raises:
+            RankError: on every rank, if the ranks are at different steps.
+        """
+        self._caller.finish()
 
     @property
     def step(self) -> int:
-        """Number of rounds done; each synchronised backward pass is one."""
-        return self._buckets.step
+        """Number of steps done: of the optimizer under local steps, else of synchronised backward passes."""
+        return self._caller.step
 
     @property
     def phase(self) -> Phase:
         """The phase of the last round; before the first one, that of the first."""
-        return self._buckets.phase
+        return self._caller.phase
 
     @property
     def round_time(self) -> RoundTime | None:
         """The time of the last round; None for schemes that reduce bucket by bucket, amid the backward pass."""
-        return self._buckets.round_time
+        return self._caller.round_time
 
     @property
     def wire(self) -> Wire:
@@ -185,7 +216,7 @@ class Handle:
             "step": self.step,
             "phase": str(self.phase),
             "wire": self.wire.to_json(),
-            "aggregator": self.synchronizer.state_dict() if self.synchronizer else {},
+            "aggregator": self._caller.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -211,10 +242,7 @@ class Handle:
         resharded = "resharded_from" in state
         if resharded and self.synchronizer and self.step:
             raise ValueError(f"state_dict: resharded, goes into a new handle only, this one is at step {self.step}.")
-        if self.synchronizer:
-            self.synchronizer.load_state_dict(state.get("aggregator"), step, resharded=resharded)
-        else:
-            require_same_form({}, state.get("aggregator"), "aggregator")
-        self._buckets.step = step
-        self._buckets.phase = Phase(phase)
+        self._caller.load_state_dict(state.get("aggregator"), step, resharded=resharded)
+        self._caller.step = step
+        self._caller.phase = Phase(phase)
         self.wire.phases = wire.phases

@@ -2,7 +2,7 @@
 
 # No `from __future__ import annotations`: DDP compares the hook's annotations by identity.
 import weakref
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from typing import NamedTuple
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 
+from lgc.caller import Caller, RoundTime
 from lgc.comm.replicas import ReplicaCheck
 from lgc.comm.transport import Transport, clock
 from lgc.phase import Phase
@@ -18,16 +19,6 @@ from lgc.requirements import parameters_of, require_single_momentum, trained
 from lgc.schemes import Dense, PowerSGD, RoundScheme, Scheme
 from lgc.schemes.powersgd import PowerSGDHook
 from lgc.synchronizer import Policy, Synchronizer
-
-
-class RoundTime(NamedTuple):
-    """Seconds of this rank in one round, from the last gradient to the mean.
-
-    `communication` is that in collectives, waiting for other ranks included; `compression` is the rest.
-    """
-
-    compression: float
-    communication: float
 
 
 def gradients_in(bucket: dist.GradBucket) -> list[tuple[Tensor, Tensor]]:
@@ -45,23 +36,11 @@ def _laid_out_as(parameter: Tensor, gradient: Tensor) -> Tensor:
     return gradient.as_strided(parameter.shape, parameter.stride()) if dense else gradient
 
 
-class Buckets(ABC):
-    """A DDP model's communication hook.
-
-    Attributes:
-        step: number of rounds done; each synchronised backward pass is one.
-        phase: of the last round; before the first one, of the first.
-        synchronizer: makes the rounds; None where DDP's buckets are reduced one by one.
-        round_time: of the last round; None there, where it happens amid the backward pass.
-    """
-
-    step = 0
-    phase = Phase.DENSE
-    synchronizer: Synchronizer | None = None
-    round_time: RoundTime | None = None
+class Buckets(Caller):
+    """A DDP model's communication hook."""
 
     @abstractmethod
-    def exchange(self, bucket: dist.GradBucket) -> Future[Tensor]:
+    def exchange(self, _: object, bucket: dist.GradBucket) -> Future[Tensor]:
         """The mean of a bucket over the ranks, in its buffer."""
 
 
@@ -76,7 +55,7 @@ class ReducedBuckets(Buckets):
         self._check = ReplicaCheck(transport, policy.check_every, policy.on_difference)
         self._has_gradient = False  # in this round
 
-    def exchange(self, bucket: dist.GradBucket) -> Future[Tensor]:
+    def exchange(self, _: object, bucket: dist.GradBucket) -> Future[Tensor]:
         buffer = bucket.buffer()
         if bucket.index() == 0:
             self.phase = self._power_sgd.phase if self._power_sgd else Phase.DENSE
@@ -138,7 +117,7 @@ class CollectedBuckets(Buckets):
         )
         weakref.finalize(ddp, guard.remove)  # the module may be trained on without DDP
 
-    def exchange(self, bucket: dist.GradBucket) -> Future[Tensor]:
+    def exchange(self, _: object, bucket: dist.GradBucket) -> Future[Tensor]:
         gradients = [(self._names[id(parameter)], gradient) for parameter, gradient in gradients_in(bucket)]
         devices: list[int | str | torch.device] = [self._device] if self._device.type == "cuda" else []
         future: Future[Tensor] = Future(devices=devices)

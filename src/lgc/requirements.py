@@ -9,11 +9,12 @@ from collections.abc import Mapping
 from typing import TypeGuard
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from lgc.comm.transport import LEAST_TIMEOUT, MOST_TIMEOUT
-from lgc.schemes import Dense, RoundScheme, Scheme
+from lgc.schemes import Dense, LocalSteps, RoundScheme, Scheme
 from lgc.version import __version__
 
 ADAPTIVE = {"betas", "alpha", "rho", "lr_decay"}  # what Adam, RMSprop, Adadelta and Adagrad have
@@ -41,6 +42,17 @@ def is_collected(scheme: Scheme) -> TypeGuard[RoundScheme]:
 
 def require_ddp(model: nn.Module) -> DistributedDataParallel:
     """The DDP model, out of torch.compile's wrapper; raises TypeError if there is none."""
+    model = require_module(model)
+    if not isinstance(model, DistributedDataParallel):
+        raise TypeError(
+            f"attach(model=...) must be a DistributedDataParallel model, got {type(model).__name__}; wrap it first: "
+            "model = torch.nn.parallel.DistributedDataParallel(model). Only LocalSteps takes other modules."
+        )
+    return model
+
+
+def require_module(model: nn.Module) -> nn.Module:
+    """The model, out of torch.compile's wrapper; raises TypeError if it is none, or sharded, or spread over devices."""
     model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper
     fsdp = sys.modules.get("torch.distributed.fsdp")  # slow to import, and loaded if the model is of it
     if fsdp is not None and isinstance(model, fsdp.FullyShardedDataParallel | fsdp.FSDPModule):
@@ -48,34 +60,42 @@ def require_ddp(model: nn.Module) -> DistributedDataParallel:
             "attach(model=...) is sharded (FSDP), and a rank then never has the whole gradient; lgc needs "
             "torch.nn.parallel.DistributedDataParallel."
         )
-    if not isinstance(model, DistributedDataParallel):
-        raise TypeError(
-            f"attach(model=...) must be a DistributedDataParallel model, got {type(model).__name__}; wrap it first: "
-            "model = torch.nn.parallel.DistributedDataParallel(model)."
-        )
+    if not isinstance(model, nn.Module) or isinstance(model, nn.DataParallel):
+        raise TypeError(f"attach(model=...) must be a module, in DistributedDataParallel, got {type(model).__name__}.")
     return model
 
 
-def require_exchangeable(ddp: DistributedDataParallel) -> None:
+def group_of(model: nn.Module) -> dist.ProcessGroup:
+    """The process group of a DDP model, else the default one; raises RuntimeError if there is none."""
+    if isinstance(model, DistributedDataParallel):
+        return model.process_group
+    if dist.group.WORLD is None:
+        raise RuntimeError("attach: there is no process group; call torch.distributed.init_process_group() before.")
+    return dist.group.WORLD
+
+
+def require_exchangeable(model: nn.Module) -> None:
     """Raise if DDP is set to something, or the model has something, that lgc cannot do."""
-    if ddp._comm_hooks or ddp.mixed_precision is not None:
+    if isinstance(model, DistributedDataParallel) and (model._comm_hooks or model.mixed_precision is not None):
         raise RuntimeError(
             "attach: this model already has a communication hook (register_comm_hook or mixed_precision=), and DDP "
             "allows one; use autocast for mixed precision."
         )
-    if len({parameter.device for _, parameter in trained(ddp)}) != 1:
+    if len({parameter.device for _, parameter in trained(model)}) != 1:
         raise ValueError("attach(model=...) must have its trained parameters on one device.")
-    if any(isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.sparse for module in ddp.modules()):
+    if any(isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.sparse for module in model.modules()):
         raise ValueError("attach(model=...) has an embedding with sparse=True; lgc needs dense gradients.")
 
 
-def trained(ddp: DistributedDataParallel) -> list[tuple[str, nn.Parameter]]:
-    """The parameters in DDP's buckets, by name."""
+def trained(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """The parameters that require gradients, by name; of a DDP model, those in its buckets."""
+    if not isinstance(model, DistributedDataParallel):
+        return [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     # To be ignored, a parameter of the root module must have been named with a dot before.
     return [
         (name, parameter)
-        for name, parameter in ddp.module.named_parameters()
-        if parameter.requires_grad and (name if "." in name else f".{name}") not in ddp.parameters_to_ignore
+        for name, parameter in model.module.named_parameters()
+        if parameter.requires_grad and (name if "." in name else f".{name}") not in model.parameters_to_ignore
     ]
 
 
@@ -84,21 +104,59 @@ def parameters_of(optimizer: torch.optim.Optimizer) -> set[int]:
     return {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
 
 
-def require_real(ddp: DistributedDataParallel, scheme: Scheme) -> None:
+def require_real(model: nn.Module, scheme: Scheme) -> None:
     """Raise ValueError for complex parameters under a scheme that flattens gradients to float32."""
-    complex_ones = [name for name, parameter in trained(ddp) if parameter.is_complex()]
-    if complex_ones and is_collected(scheme):
+    complex_ones = [name for name, parameter in trained(model) if parameter.is_complex()]
+    if complex_ones and (is_collected(scheme) or isinstance(scheme, LocalSteps)):
         raise ValueError(
             f"attach(model=...) has complex parameters ({', '.join(complex_ones)}), of which {scheme.name} would see "
             "one half; only dense, bf16, fp16 and powersgd take them."
         )
 
 
-def require_optimizer_of(ddp: DistributedDataParallel, optimizer: torch.optim.Optimizer) -> None:
+def require_optimizer_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Raise ValueError if the optimizer is of another model."""
     optimized = parameters_of(optimizer)
-    if not any(id(parameter) in optimized for _, parameter in trained(ddp)):
-        raise ValueError("attach(optimizer=...) has none of the model's parameters.")
+    if not any(id(parameter) in optimized for _, parameter in trained(model)):
+        raise ValueError(
+            "attach(optimizer=...) has none of the model's parameters; make it from this model's parameters(), after "
+            "the model is on its device."
+        )
+
+
+def require_local_steps(
+    model: nn.Module, optimizer: torch.optim.Optimizer | None, grad_scaler: object, start_steps: int
+) -> None:
+    """Raise if there is something that local steps cannot do; switch off what DDP sends at every step."""
+    if optimizer is None:
+        raise ValueError("attach(optimizer=...) must be the model's under LocalSteps, which count its steps, got None.")
+    if any(kind.__name__ == "ZeroRedundancyOptimizer" for kind in type(optimizer).__mro__):
+        raise ValueError(
+            "attach(optimizer=...) is a ZeroRedundancyOptimizer, which sends every rank's updates to the others at "
+            "every step; under LocalSteps every rank needs an optimizer of its own, such as torch.optim.AdamW."
+        )
+    synchronised = [name for name, module in model.named_modules() if isinstance(module, nn.SyncBatchNorm)]
+    if synchronised:
+        raise ValueError(
+            f"attach(model=...) has SyncBatchNorm ({synchronised[0]}), which communicates at every step; under "
+            "LocalSteps use BatchNorm, whose statistics are averaged at every round."
+        )
+    if not isinstance(model, DistributedDataParallel):
+        if start_steps and isinstance(grad_scaler, torch.amp.GradScaler) and grad_scaler.is_enabled():
+            raise ValueError(
+                "attach(grad_scaler=...) decides on each rank alone whether a step is made, while the start of local "
+                "steps exchanges gradients; use LocalSteps(start_steps=0), or wrap the model in "
+                "DistributedDataParallel."
+            )
+        return
+    if model.find_unused_parameters:
+        raise ValueError(
+            "attach(model=...) has find_unused_parameters=True, for which DDP communicates at every step; give attach "
+            "the module without DDP, model.module, which under LocalSteps needs none."
+        )
+    if model.broadcast_buffers and any(True for _ in model.module.buffers()):
+        model.broadcast_buffers = False
+        logging.getLogger("lgc").info("DDP's broadcast_buffers is off: buffers are brought together at every round.")
 
 
 def require_single_momentum(scheme: Scheme, optimizer: torch.optim.Optimizer) -> None:
@@ -124,9 +182,14 @@ def require_single_momentum(scheme: Scheme, optimizer: torch.optim.Optimizer) ->
             )
 
 
-def advise(ddp: DistributedDataParallel, scheme: Scheme, optimizer: torch.optim.Optimizer | None) -> None:
+def advise(model: nn.Module, scheme: Scheme, optimizer: torch.optim.Optimizer | None) -> None:
     """Warn of what is allowed and seldom meant: buffers broadcast at every step, a weight decay as beside momentum."""
-    if ddp.broadcast_buffers and any(True for _ in ddp.module.buffers()) and not isinstance(scheme, Dense):
+    if (
+        isinstance(model, DistributedDataParallel)
+        and model.broadcast_buffers
+        and any(True for _ in model.module.buffers())
+        and not isinstance(scheme, Dense | LocalSteps)
+    ):
         warnings.warn(
             "DDP broadcasts this model's buffers (batch-norm statistics) at every forward pass, outside lgc and not "
             "counted, which may be more bytes than the gradients; set ddp_model.broadcast_buffers = False before "
@@ -135,7 +198,7 @@ def advise(ddp: DistributedDataParallel, scheme: Scheme, optimizer: torch.optim.
         )
     if is_collected(scheme) and optimizer is not None:
         optimized = parameters_of(optimizer)
-        others = [name for name, parameter in trained(ddp) if id(parameter) not in optimized]
+        others = [name for name, parameter in trained(model) if id(parameter) not in optimized]
         if others:
             logging.getLogger("lgc.advice").warning(
                 "the optimizer given to attach does not have %s (trained parameters that it lacks: %d); their "
@@ -157,11 +220,9 @@ def advise(ddp: DistributedDataParallel, scheme: Scheme, optimizer: torch.optim.
             )
 
 
-def describe(
-    ddp: DistributedDataParallel, scheme: Scheme, policy: Mapping[str, object], world_size: int
-) -> dict[str, object]:
+def describe(model: nn.Module, scheme: Scheme, policy: Mapping[str, object], world_size: int) -> dict[str, object]:
     """Describe everything that must be the same on all ranks, as flat JSON."""
     arguments = {f"{scheme.name}.{name}": text for name, text in scheme.arguments().items()}
-    shapes = {f"parameter {name}": [*tensor.shape, str(tensor.dtype)] for name, tensor in trained(ddp)}
+    shapes = {f"parameter {name}": [*tensor.shape, str(tensor.dtype)] for name, tensor in trained(model)}
     versions = {"lgc version": __version__, "torch version": torch.__version__}
     return {**versions, "world size": world_size, "scheme": scheme.name, **arguments, **policy, **shapes}

@@ -97,9 +97,9 @@ class Transport:
     def of_new_group(self) -> Transport:
         """Another one, of a new group of the same ranks and timeout, that counts with this one; a collective."""
         ranks = dist.get_process_group_ranks(self.group)
-        timeout = dist.distributed_c10d._get_default_timeout(dist.get_backend(self.group))
-        group = dist.new_group(ranks, backend=dist.get_backend_config(self.group), use_local_synchronization=True)
-        other = Transport(group, self._compute_device)
+        timeout, backend = self.group._get_backend(self.device).options._timeout, dist.get_backend_config(self.group)
+        group = dist.new_group(ranks, timeout, backend, use_local_synchronization=True)
+        other = Transport(group, self.device)
         other.wire = self.wire
         return other
 
@@ -289,12 +289,8 @@ class Transport:
         gathered = self.gather(_padded(payload, max(lengths)), content)
         return None if gathered is None else [row[:length] for row, length in zip(gathered, lengths, strict=True)]
 
-    def broadcast_bytes(
-        self, payload: Tensor, content: str, *, source: int, length: int | None = None, limit: int
-    ) -> Tensor:
-        """The payload of rank `source`; its length goes first where it is not known. Raises as all_gather_bytes."""
-        if length is None:
-            length = int(self.broadcast(torch.tensor([payload.numel()], device="cpu"), content, source=source))
+    def broadcast_bytes(self, payload: Tensor, content: str, *, source: int, length: int, limit: int) -> Tensor:
+        """The payload of rank `source`, of known length. Raises as all_gather_bytes."""
         _require_possible([length], limit)
         if self.rank != source:
             payload = torch.empty(length, dtype=torch.uint8, device="cpu")

@@ -38,7 +38,12 @@ class Feedback:
     With `low_pass=b` below 1 the residual takes only a part b of every change, v = v_before + b * (v - v_before), so
     that what has accumulated at a coordinate leaves over several rounds and not in one; momentum is then never
     masked. Source of the filter: ScaleCom, section 3, arXiv 2104.11125, there without momentum.
+
+    Attributes:
+        decay: what is left of the residual from one round to the next, 1 unless it is set.
     """
+
+    decay = 1.0
 
     def __init__(
         self,
@@ -73,7 +78,7 @@ class Feedback:
             scale = min(1.0, self.clip_norm / max(norm, 1e-30))
         gradient = gradient if scale == 1.0 else gradient * scale
         step = self._adam(gradient) if self.second_moment else self._sgd(gradient)
-        return torch.add(self.residual, step, out=self._pending_residual)
+        return torch.add(step, self.residual, alpha=self.decay, out=self._pending_residual)
 
     def is_finite(self, v: Tensor) -> bool:
         """Whether the pending state is: v, from `accumulate`, and Adam's second moment, whose squares may overflow."""

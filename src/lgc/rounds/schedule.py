@@ -8,6 +8,7 @@ from lgc.phase import Phase
 
 WARMUP_START = 0.25
 WARMUP_FACTOR = 0.25
+FOREVER = 2**62  # steps
 
 
 class Stage(NamedTuple):

@@ -11,6 +11,7 @@ from lgc.schemes.dense import Dense, DenseBF16, DenseFP16
 from lgc.schemes.learned import LGCScheme
 from lgc.schemes.lgc_ring import LGCRing
 from lgc.schemes.lgc_server import LGCServer
+from lgc.schemes.local_steps import LocalSteps
 from lgc.schemes.powersgd import PowerSGD
 from lgc.schemes.quantized import Quantized
 from lgc.schemes.scalecom import ScaleCom
@@ -27,6 +28,7 @@ __all__ = [
     "LGCRing",
     "LGCScheme",
     "LGCServer",
+    "LocalSteps",
     "PowerSGD",
     "Quantized",
     "RoundScheme",
@@ -40,12 +42,26 @@ __all__ = [
 
 SCHEMES: dict[str, type[Scheme]] = {
     scheme.name: scheme
-    for scheme in (Dense, DenseFP16, DenseBF16, PowerSGD, Quantized, TopK, DGC, ScaleCom, LGCRing, LGCServer)
+    for scheme in (
+        Dense,
+        DenseFP16,
+        DenseBF16,
+        PowerSGD,
+        Quantized,
+        TopK,
+        DGC,
+        ScaleCom,
+        LGCRing,
+        LGCServer,
+        LocalSteps,
+    )
 }
 
 
 def parse_scheme(text: str, defaults: Mapping[str, Any] | None = None) -> Scheme:
     """The scheme that `name[:paper][:argument=value]...` describes, such as `lgc-ring:rate=0.002:feedback=paper`.
+
+    Local steps have the scheme of their exchange after a plus sign: `local:every=50+quantized:bits=1`.
 
     Args:
         text: the scheme's name, `paper` for the raw settings of its paper, and the arguments to set.
@@ -54,7 +70,8 @@ def parse_scheme(text: str, defaults: Mapping[str, Any] | None = None) -> Scheme
     Raises:
         ValueError: naming the unknown scheme or argument, or the bound and the value.
     """
-    name, *settings = text.split(":")
+    own, plus, exchange = text.partition("+")
+    name, *settings = own.split(":")
     if name == "auto":
         raise ValueError(
             "there is no scheme 'auto': measure before attaching, by lgc.choose(...) in a script or by `lgc plan`, and "
@@ -69,6 +86,10 @@ def parse_scheme(text: str, defaults: Mapping[str, Any] | None = None) -> Scheme
     if settings[:1] == ["paper"] and issubclass(scheme, SparseScheme):
         settings = settings[1:]
         arguments |= scheme.paper_arguments()
+    if plus and scheme is not LocalSteps:
+        raise ValueError(f"{name} has no exchange, which only local has after a plus sign, got {text!r}.")
+    if plus:
+        arguments["exchange"] = parse_scheme(exchange)
     given: set[str] = set()
     for setting in settings:
         key, equals, value = setting.partition("=")

@@ -31,6 +31,10 @@ VALUE_CODECS: dict[str, type[ValueCodec]] = {
 QUANTISERS: dict[str, type[Uniform] | type[LloydMax]] = {"uniform": Uniform, "lloyd": LloydMax}
 
 
+class Default(float):
+    """A number that nobody has set, and that another method may therefore set otherwise."""
+
+
 def to_text(value: object) -> str:
     """An argument's value as `from_text` reads it."""
     if isinstance(value, Uniform | LloydMax):

@@ -14,10 +14,8 @@ from lgc.rounds.aggregator import Aggregator
 from lgc.rounds.exchange import DenseExchange, Exchange
 from lgc.rounds.feedback import Feedback
 from lgc.rounds.layout import Layout, Role
-from lgc.rounds.schedule import Schedule, Stage
+from lgc.rounds.schedule import FOREVER, Schedule, Stage
 from lgc.schemes.scheme import RoundScheme
-
-FOREVER = 2**62  # steps
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,7 @@ from lgc.comm.transport import Transport
 from lgc.rounds.feedback import Feedback
 from lgc.rounds.layout import Layout, Role, Unit
 from lgc.rounds.topk import Codecs
-from lgc.schemes.arguments import require, require_integer, require_number, require_role
+from lgc.schemes.arguments import Default, require, require_integer, require_number, require_role
 from lgc.schemes.scheme import RoundScheme
 
 
@@ -45,10 +45,10 @@ class SparseScheme(RoundScheme, ABC):
 
     rate: float = 1e-3
     pooled_rate: float | None = None
-    momentum: float = 0.9
+    momentum: float = Default(0.9)
     second_moment: float = 0.0
     clip_norm: float | None = None
-    low_pass: float = 0.1
+    low_pass: float = Default(0.1)
     warmup_steps: int = 100
     unit: Unit = 1
     indices: IndexCoder = Rice()

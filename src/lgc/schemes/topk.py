@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar, get_args
 
 import torch
 from torch import Tensor
@@ -16,8 +16,9 @@ from lgc.rounds.feedback import Feedback
 from lgc.rounds.layout import Layout, Role
 from lgc.rounds.schedule import Schedule, Stage
 from lgc.rounds.selection import Region
-from lgc.rounds.topk import OwnTopK, ServerTopK
-from lgc.schemes.arguments import require
+from lgc.rounds.topk import OwnTopK, TwoStageTopK
+from lgc.rounds.two_stage import ReducingAggregator, Reduction
+from lgc.schemes.arguments import require_one_of
 from lgc.schemes.sparse import SparseScheme
 
 
@@ -26,18 +27,19 @@ class TopK(SparseScheme):
     """Sparse gradient descent: each rank's own top-k with error feedback.
 
     Args:
-        server: gather at rank 0, which selects again from the sum and keeps a residual of its own, so that
-            traffic per rank does not grow with the number of ranks.
+        reduction: "gather" sends every rank's selection to all ranks; in "two_stage" every rank adds up what falls into
+            a part of the model, selects again from that and keeps a residual of its own, so that traffic per rank
+            does not grow with the number of ranks.
     """
 
     name: ClassVar[str] = "topk"
     momentum: float = 0.0
     warmup_steps: int = 0
-    server: bool = False
+    reduction: Reduction = "gather"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self, "server", "True or False", isinstance(self.server, bool))
+        require_one_of(self, "reduction", get_args(Reduction))
         if Role.SHARED in {self.small, *self.roles.values()}:
             raise ValueError(f"{type(self).__name__} has no leader: roles must be dense or own, got shared.")
 
@@ -46,9 +48,11 @@ class TopK(SparseScheme):
 
     def build(self, layout: Layout, transport: Transport, *, device: torch.device) -> Aggregator:
         region = Region(layout.own)
-        own = OwnTopK(transport, region, self.codecs)
-        if self.server:
-            own = ServerTopK(transport, region, self.codecs, layout.size, device)
+        own: Exchange = (
+            OwnTopK(transport, region, self.codecs)
+            if self.reduction == "gather"
+            else TwoStageTopK(transport, region, self.codecs, device)
+        )
         schedule = Schedule(self.rate, warmup_steps=self.warmup_steps)
         return OwnAggregator(layout, transport, schedule, self.new_feedback(layout, transport, device), own)
 
@@ -65,37 +69,20 @@ class DGC(TopK):
     warmup_steps: int = 100
 
 
-class OwnAggregator(Aggregator):
+class OwnAggregator(ReducingAggregator):
     """The round of both. In the order of DGC's algorithm 4:
 
     u = m u + g;  v = v + u          momentum correction and local accumulation, `Feedback.accumulate`
     the largest |v| of every layer   `OwnTopK.prepare`, at the rate of the warm-up's stage (section 3.3)
-    their mean over the ranks        `OwnTopK.exchange`
+    their mean over the ranks        `OwnTopK.exchange`, or that of `TwoStageTopK`
     v = 0 (and u = 0) where sent     `Feedback.settle`; what a codec lost stays
     """
 
     def __init__(
-        self, layout: Layout, transport: Transport, schedule: Schedule, feedback: Feedback, own: OwnTopK
+        self, layout: Layout, transport: Transport, schedule: Schedule, feedback: Feedback, own: Exchange
     ) -> None:
-        super().__init__(layout, transport, schedule, feedback)
+        super().__init__(layout, transport, schedule, feedback, own)
         self.dense = DenseExchange(transport, layout.dense)
-        self.own = own
 
     def exchanges(self, stage: Stage) -> Sequence[Exchange]:
-        return [self.dense, self.own]
-
-    @property
-    def server_residual(self) -> Tensor | None:
-        """The residual of the server, at rank 0, shape (N,); None elsewhere."""
-        return self.own.residual if isinstance(self.own, ServerTopK) else None
-
-    def state_dict(self) -> dict[str, Any]:
-        state = super().state_dict()
-        if self.server_residual is not None:
-            state["server"]["residual"] = self.named_copies(self.server_residual)
-        return state
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        super().load_state_dict(state)
-        if self.server_residual is not None:
-            self.set_named(self.server_residual, state["server"]["residual"])
+        return [self.dense, self.reduced]

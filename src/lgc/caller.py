@@ -1,0 +1,54 @@
+"""What a training loop drives: one caller of rounds for each way of exchanging."""
+
+from __future__ import annotations
+
+import contextlib
+from contextlib import AbstractContextManager
+from typing import Any, NamedTuple
+
+from lgc.phase import Phase
+from lgc.synchronizer import Synchronizer, require_same_form
+
+
+class RoundTime(NamedTuple):
+    """Seconds of this rank in one round, from the last gradient to the mean.
+
+    `communication` is that in collectives, waiting for other ranks included; `compression` is the rest.
+    """
+
+    compression: float
+    communication: float
+
+
+class Caller:
+    """The part of an attached scheme that a training loop drives, and that makes its rounds.
+
+    Attributes:
+        step: number of steps done: synchronised backward passes, or the optimizer's steps under local steps.
+        phase: of the last step; before the first one, of the first.
+        synchronizer: makes the rounds; None where DDP's buckets are reduced one by one.
+        round_time: of the last round; None where DDP's buckets are reduced one by one, amid the backward pass.
+    """
+
+    step = 0
+    phase = Phase.DENSE
+    synchronizer: Synchronizer | None = None
+    round_time: RoundTime | None = None
+
+    def anchored(self) -> AbstractContextManager[None]:
+        """Have in the model for a while what all ranks share; where every step is exchanged it is there anyway."""
+        return contextlib.nullcontext()
+
+    def finish(self) -> None:
+        """Exchange what this rank has moved since the last round; nothing, where every step is exchanged."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """This rank's state in three parts, see `Aggregator.state_dict`; empty where there is none."""
+        return self.synchronizer.state_dict() if self.synchronizer else {}
+
+    def load_state_dict(self, state: Any, step: int, *, resharded: bool) -> None:
+        """Go on from a state before `step`; see `Synchronizer.load_state_dict`."""
+        if self.synchronizer:
+            self.synchronizer.load_state_dict(state, step, resharded=resharded)
+        else:
+            require_same_form({}, state, "aggregator")

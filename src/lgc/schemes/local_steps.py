@@ -1,0 +1,113 @@
+"""Local steps: an exchange of what the ranks have moved, every so many steps of their own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import ClassVar
+
+from lgc.coding import Float32, LloydMax, ValueCodec
+from lgc.schemes.arguments import Default, require, require_integer, require_number
+from lgc.schemes.dense import Dense
+from lgc.schemes.quantized import Quantized
+from lgc.schemes.scalecom import ScaleCom
+from lgc.schemes.scheme import RoundScheme, Scheme
+from lgc.schemes.sparse import SparseScheme
+from lgc.schemes.topk import TopK
+
+EXCHANGES = (Dense, Quantized, TopK, ScaleCom)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LocalSteps(Scheme):
+    """Every rank takes `every` steps of its own; then the ranks exchange what they have moved.
+
+        d_k = anchor - weights_k       what rank k has moved, the pseudo-gradient
+        e_k = decay e_k + d_k          its residual; what is sent leaves it
+        d   = mean of what was sent    by `exchange`
+        m   = outer_momentum m + d;  anchor = anchor - outer_lr (d + outer_momentum m);  weights = anchor
+
+    Source: Douillard et al., DiLoCo, arXiv 2311.08105, there uncompressed; Streaming DiLoCo, arXiv 2501.18512, for
+    `overlap` and `fragments`. In text the exchange follows a plus sign: `local:every=50+quantized:bits=2`.
+
+    Args:
+        every: steps from one round to the next, at least 1.
+        exchange: of what was moved: Dense, Quantized, TopK or ScaleCom. Its schedule counts rounds.
+        decay: of the residual from round to round, in (0, 1]; 1 keeps everything that is owed.
+        outer_lr: learning rate of the outer optimizer, positive; None is 1.
+        outer_momentum: Nesterov's, in [0, 1); None is measured: 0.8 where an exchange sends every coordinate and
+            `every` is at least 10 (0.7 from 100 on), 0 elsewhere, where it destroys.
+        start_steps: at first, so many steps exchange their gradients; the first hundreds decide much.
+        start: how their values become bytes; Float32 is uncompressed.
+        overlap: exchange while the next steps compute; what comes back is applied when the next exchange begins.
+        fragments: the tensors in so many groups, one of them exchanged every `every / fragments` steps.
+    """
+
+    name: ClassVar[str] = "local"
+    every: int = 20
+    exchange: RoundScheme = field(default_factory=Quantized)
+    decay: float = 1.0
+    outer_lr: float | None = None
+    outer_momentum: float | None = None
+    start_steps: int = 300
+    start: ValueCodec = LloydMax(4)
+    overlap: bool = False
+    fragments: int = 1
+
+    def __post_init__(self) -> None:
+        require_integer(self, "every", 1)
+        if type(self.exchange) not in EXCHANGES:
+            names = ", ".join(each.__name__ for each in EXCHANGES)
+            given = type(self.exchange).__name__
+            raise ValueError(f"LocalSteps(exchange=...) must be one of {names}, got {given}.")
+        require(self, "decay", "in (0, 1]", 0 < require_number(self, "decay") <= 1)
+        if self.outer_lr is not None:
+            require(self, "outer_lr", "positive", 0 < require_number(self, "outer_lr") < float("inf"))
+        if self.outer_momentum is not None:
+            require(self, "outer_momentum", "in [0, 1)", 0 <= require_number(self, "outer_momentum") < 1)
+        require_integer(self, "start_steps", 0)
+        require(self, "start", "a value codec, such as lgc.LloydMax(4)", isinstance(self.start, ValueCodec))
+        require(self, "overlap", "True or False", isinstance(self.overlap, bool))
+        require_integer(self, "fragments", 1)
+        require(self, "fragments", f"a divisor of every={self.every}", self.every % self.fragments == 0)
+        if isinstance(self.exchange, SparseScheme):
+            object.__setattr__(self, "exchange", _without_momentum(self.exchange))
+
+    @property
+    def period(self) -> int:
+        """Steps from one exchange to the next one, of another fragment if there are several."""
+        return self.every // self.fragments
+
+    @property
+    def outer(self) -> tuple[float, float]:
+        """Learning rate and momentum of the outer optimizer, with the measured defaults."""
+        momentum = 0.0
+        if isinstance(self.exchange, Dense | Quantized) and self.every >= 10:
+            momentum = 0.8 if self.every < 100 else 0.7
+        rate = 1.0 if self.outer_lr is None else self.outer_lr
+        return rate, momentum if self.outer_momentum is None else self.outer_momentum
+
+    @property
+    def start_exchange(self) -> RoundScheme:
+        """The scheme of the first steps' gradients."""
+        return Dense() if self.start == Float32() else Quantized(values=self.start)
+
+    def arguments(self) -> dict[str, str]:
+        exchange = {f"exchange.{name}": text for name, text in self.exchange.arguments().items()}
+        return super().arguments() | {"exchange": self.exchange.name} | exchange
+
+    def __str__(self) -> str:
+        own = replace(self, exchange=Quantized())
+        return f"{super(LocalSteps, own).__str__()}+{self.exchange}"
+
+
+def _without_momentum(exchange: SparseScheme) -> SparseScheme:
+    """The exchange with error feedback alone, whose inner optimizer and outer optimizer have the momenta."""
+    for name, off in (("momentum", 0.0), ("second_moment", 0.0), ("low_pass", 1.0)):
+        value = getattr(exchange, name)
+        if value != off and not isinstance(value, Default):
+            kind = type(exchange).__name__
+            raise ValueError(
+                f"LocalSteps(exchange={kind}({name}={value})): an exchange of what was moved must have {name}={off:g}, "
+                f"as the optimizer has acted before; leave {name} out, and set outer_momentum for one between rounds."
+            )
+    return replace(exchange, momentum=0.0, second_moment=0.0, low_pass=1.0)
