@@ -155,8 +155,8 @@ def interrupted(rank: int, _: int, scheme: lgc.LocalSteps, ddp: bool, stop: int)
     first = Run(scheme, ddp=ddp).train(rank, range(stop))
     second = Run(scheme, ddp=ddp).load(first.state()).train(rank, range(stop, 20))
     return (
-        (whole.weights(), whole.handle.wire.to_json(), whole.handle.step),
-        (second.weights(), second.handle.wire.to_json(), second.handle.step),
+        (whole.weights(), whole.handle.state_dict()["wire"], whole.handle.step),
+        (second.weights(), second.handle.state_dict()["wire"], second.handle.step),
     )
 
 

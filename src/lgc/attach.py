@@ -208,6 +208,7 @@ class Handle:
         It has the same keys at every step, which torch.distributed.checkpoint needs: it fills in those of the state
         that it loads into. That is why the byte counts, one more phase after the other, are one text.
         """
+        aggregator = self._caller.state_dict()  # first: it waits for a round that is under way, whose bytes count
         return {
             "version": STATE_VERSION,
             "scheme": str(self.scheme),
@@ -216,7 +217,7 @@ class Handle:
             "step": self.step,
             "phase": str(self.phase),
             "wire": self.wire.to_json(),
-            "aggregator": self._caller.state_dict(),
+            "aggregator": aggregator,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
