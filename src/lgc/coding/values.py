@@ -239,11 +239,13 @@ class Uniform(ValueCodec):
 @final
 @dataclass(frozen=True)
 class LloydMax(ValueCodec):
-    """The nearest of 2^bits levels, the best for Gaussian values, times the root mean square of every `block` values.
+    """The nearest of 2^bits levels, the best for Gaussian values, times a scale of every `block` values.
 
-        x -> s y,  y the level next to x / s,  s = sqrt(mean x^2) of the block, a bfloat16
+        x -> s y,  y the level next to x / s,  s = sum x z / sum z^2 of the block, a bfloat16,
+                                               z the level next to x / r,  r = sqrt(mean x^2) of the block
 
-    The last block of a segment may be shorter. Coding again what was decoded loses more, as its mean square is less.
+    s is the best scale for z, and y is no worse than z for s. So no block loses as much as it holds, |x|^2, unless its
+    values are too small for a bfloat16, and error feedback cannot grow. The last block of a segment may be shorter.
 
     Source: Max, Quantizing for Minimum Distortion, IRE Trans. Information Theory, 1960; Lloyd, Least Squares
     Quantization in PCM, IEEE Trans. Information Theory, 1982.
@@ -273,16 +275,24 @@ class LloydMax(ValueCodec):
     def _encode(self, values: Floats, counts: Integers) -> Octets:
         groups = _groups(counts, self.block)
         starts = np.cumsum(groups) - groups
-        energies = np.add.reduceat(np.square(values, dtype=np.float64), starts) if groups.size else np.zeros(0)
-        exact = np.minimum(np.sqrt(energies / groups), self._largest).astype(np.float32)
-        data = self._scale._encode(exact, groups)
-        scales = self._scale._decode(data, groups)  # what the decoder multiplies with
-        scaled = values / np.repeat(np.where(scales > 0, scales, np.float32(1)), groups)
-        chosen = np.zeros(values.size, np.uint8)
-        levels = self._levels()
-        for threshold in (levels[1:] + levels[:-1]) / 2:
-            chosen += (scaled >= threshold).view(np.uint8)
-        return np.concatenate([data, pack_fixed(chosen, self.bits)])
+        magnitudes, levels = np.abs(values), self._levels()
+
+        def products(left: Floats, right: Floats) -> npt.NDArray[np.float64]:
+            return np.add.reduceat(np.multiply(left, right, dtype=np.float64), starts)
+
+        def nearest(scales: Floats) -> Octets:
+            scaled = magnitudes / np.repeat(np.where(scales > 0, scales, np.float32(1)), groups)
+            chosen = np.zeros(values.size, np.uint8)
+            for threshold in (levels[1:] + levels[:-1]) / 2:
+                chosen += (scaled >= threshold).view(np.uint8)
+            return chosen
+
+        first = np.take(levels, nearest(np.sqrt(products(magnitudes, magnitudes) / groups).astype(np.float32)))
+        fitted = np.minimum(products(magnitudes, first) / products(first, first), self._largest)
+        data = self._scale._encode(fitted.astype(np.float32), groups)
+        chosen = nearest(self._scale._decode(data, groups))  # what the decoder multiplies with
+        complements = (values < 0).view(np.uint8) * np.uint8(2**self.bits - 1)
+        return np.concatenate([data, pack_fixed((levels.size + chosen) ^ complements, self.bits)])
 
     def _decode(self, data: Octets, counts: Integers) -> Floats:
         groups = _groups(counts, self.block)
@@ -290,16 +300,16 @@ class LloydMax(ValueCodec):
         if scales.max(initial=0) > self._largest:
             raise PayloadError("values.scales", f"at most {self._largest}", scales.max())
         chosen = unpack_fixed(data[2 * groups.size :], int(groups.sum()), self.bits, "values.levels")
-        return np.take(self._levels(), chosen) * np.repeat(scales, groups)
+        levels = self._levels()
+        return np.take(np.concatenate([-levels[::-1], levels]), chosen) * np.repeat(scales, groups)
 
     def _size(self, counts: Integers) -> int:
         return 2 * _groups(counts, self.block).size + octet_count(self.bits * int(counts.sum()))
 
     def _levels(self) -> Floats:
-        """The 2^bits levels of values whose root mean square is one, ascending."""
+        """The 2^(bits-1) positive levels of values whose root mean square is one, ascending."""
         half = 2 ** (self.bits - 1)
-        positive = _LLOYD_MAX[half - 1 : 2 * half - 1]
-        return np.concatenate([-positive[::-1], positive])
+        return _LLOYD_MAX[half - 1 : 2 * half - 1]
 
 
 # The positive levels of 1, 2, ..., 8 bits, one width after another, in units of 2^-13: constants, so that no machine's
