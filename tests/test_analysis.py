@@ -18,13 +18,12 @@ from lgc_lab.analysis.command import PAGE, ROWS, analyze
 from lgc_lab.analysis.estimators import (
     Floats,
     Integers,
-    gaussian_mutual_information,
     kraskov_mutual_information,
     log_binomial,
 )
 from lgc_lab.analysis.indices import IndexCosts
 from lgc_lab.analysis.record import RECORDING, Layer, Recording, record
-from lgc_lab.analysis.redundancy import divide_by_scale, layer_of, measure_redundancy, overlap
+from lgc_lab.analysis.redundancy import divide_by_scale, measure_redundancy, overlap
 from lgc_lab.training.settings import Settings
 
 EVERYTHING = 10**7
@@ -125,7 +124,7 @@ def test_indices_that_all_workers_select_cost_nothing_given_another_worker(gener
 def test_measured_information_is_that_of_the_values(correlation: float, generator: np.random.Generator) -> None:
     recording = synthetic(selections(generator), correlation=correlation, generator=generator)
     rows = list(measure_redundancy(recording))
-    truth = gaussian_mutual_information(correlation) / math.log(2)
+    truth = -0.5 * math.log2(1 - correlation**2)
     for row in (row for row in rows if row["kind"] != "index"):
         tolerance = 0.03 if row["kind"] == "layer" else 0.1  # 200 entries of 3 pairs, 4000 samples of 2 pairs
         for name in ("histogram_mutual_information", "kraskov_mutual_information"):
@@ -155,11 +154,6 @@ def test_scales_of_channels_are_divided_out(generator: np.random.Generator) -> N
     assert abs(kraskov_mutual_information(unscaled[0], unscaled[1], generator).value) < 0.03
     few = np.sort(generator.choice(layer.size, 500, replace=False))  # of 64 outputs and 32 inputs
     assert divide_by_scale(values[:, few], layer, 100 + few) is None
-
-
-def test_layer_of_an_index() -> None:
-    layers = [Layer("a", 0, 5, 1, 1, 5), Layer("b", 5, 3, 1, 1, 3)]
-    assert layer_of(layers, np.array([0, 4, 5, 7])).tolist() == [0, 0, 1, 1]
 
 
 def record_digits(rank: int, world_size: int, scheme: str, out: Path) -> None:
@@ -222,17 +216,9 @@ def test_command_writes_recording_rows_and_page(tmp_path: Path) -> None:
     again = CliRunner().invoke(analyze, options)
     assert again.exit_code == 2
     assert "has an analysis; choose another --out, or --overwrite" in again.output
-
-    recorded = (out / RECORDING).stat().st_mtime_ns
     (out / PAGE).unlink()  # as if the evaluation had been interrupted
-    (out / ROWS).rename(out / "rows")
-    other = CliRunner().invoke(analyze, [*options, "--samples=128"])
-    assert other.exit_code == 2
-    assert "has a recording of other settings (samples: 256, now 128)" in other.output
-    evaluated = CliRunner().invoke(analyze, options)
-    assert evaluated.exit_code == 0, evaluated.output
-    assert (out / ROWS).read_text() == (out / "rows").read_text()
-    assert (out / RECORDING).stat().st_mtime_ns == recorded
+    assert CliRunner().invoke(analyze, options).exit_code == 2
+    assert (out / RECORDING).exists()
 
 
 @pytest.mark.parametrize(

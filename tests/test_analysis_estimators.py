@@ -13,7 +13,6 @@ from lgc_lab.analysis.estimators import (
     Floats,
     differential_entropy,
     discrete_entropy,
-    gaussian_mutual_information,
     histogram_mutual_information,
     kraskov_mutual_information,
     log_binomial,
@@ -37,6 +36,11 @@ def correlated_normals(count: int, correlation: float, generator: np.random.Gene
     """Samples of two standard normal variables, shape (2, count)."""
     x, noise = generator.standard_normal((2, count))
     return np.stack([x, correlation * x + math.sqrt(1 - correlation**2) * noise])
+
+
+def gaussian_mutual_information(correlation: float) -> float:
+    """-1/2 log(1 - rho^2): what normal variables of this correlation share."""
+    return -0.5 * math.log1p(-(correlation**2))
 
 
 def within(estimate: Estimate, truth: float, tolerance: float = 0.02) -> bool:

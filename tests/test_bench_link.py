@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -433,7 +434,7 @@ def made_up() -> Results:
                 found.append(cell(rate, repeat, "lgc-ring", phase, factor * number, (0.05, 0.02)))
     return Results(
         {
-            "configuration": measurement().configuration(),
+            "configuration": asdict(measurement()),
             "parameters": 1,
             "machine": {"cores": 2},
             "schemes": {"dense": "dense", "lgc-ring": "lgc-ring"},
@@ -473,17 +474,15 @@ def test_time_to_target_weighs_every_phase() -> None:
     ring = str(parse_scheme("lgc-ring", RECIPES["digits"].scheme_defaults))
     phases = ["dense"] * 2 + ["warmup"] * 2 + ["train"] * 2 + ["compressed"] * 4
     runs = [trained("dense", ["dense"] * 10, 3), trained("dense", ["dense"] * 10, 5, seed=1), trained(ring, phases, 6)]
-    times = {(each.rate, each.scheme): each for each in times_to_target(made_up(), runs, 98.0)}
-    assert times["10mbit", "dense"].steps == 5
-    assert times["10mbit", "dense"].seconds == pytest.approx(5 * 3.1)
-    assert times["unshaped", "lgc-ring"].steps == 8
-    assert times["unshaped", "lgc-ring"].seconds == pytest.approx(0.1 * (2 * 1 + 2 * 2 + 2 * 3 + 2 * 4))
-    repeated = times_to_target(made_up(), [*runs, runs[0]], 98.0)
-    assert repeated[0].steps == 5
+    dense, learned = times_to_target(made_up(), runs, 98.0)
+    assert (dense.scheme, dense.steps) == ("dense", 5)
+    assert dense.seconds == pytest.approx([5 * 3.1, 5 * 0.31])
+    assert (learned.scheme, learned.steps) == ("lgc-ring", 8)
+    assert learned.seconds == pytest.approx([20, 2])  # two steps a phase, which take 1, 2, 3 and 4 s
     with pytest.raises(ValueError, match=r"runs of dense with different settings.*lr: None.*0.1"):
         times_to_target(made_up(), [*runs, trained("dense", ["dense"] * 10, 3, seed=2, lr=0.1)], 98.0)
     never = times_to_target(made_up(), [trained("dense", ["dense"] * 10, 99, seed=2), *runs], 98.0)
-    assert (never[0].steps, never[0].seconds) == (None, None)
+    assert (never[0].steps, never[0].seconds) == (None, [None, None])
     with pytest.raises(ValueError, match="no finished run of lgc-ring"):
         times_to_target(made_up(), runs[:2], 98.0)
 

@@ -1,1 +1,1 @@
-"""The application: training on recipes, comparing, reporting, planning, measuring."""
+"""Application: training on recipes, comparing, reporting, planning, measuring."""

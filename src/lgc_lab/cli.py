@@ -1,4 +1,4 @@
-"""The command line: arguments in, runs and reports out."""
+"""Command line: arguments in, runs and reports out."""
 
 from __future__ import annotations
 
@@ -34,6 +34,7 @@ SCHEME_HELP = (
 
 HELP = {"help_option_names": ["-h", "--help"], "max_content_width": 100, "show_default": True}
 LINK = "100mbit"
+LINK_HELP = "Speed (kbit, mbit, gbit) of a link to predict the time on; several give a figure each."
 
 
 @click.group(context_settings=HELP)
@@ -158,25 +159,13 @@ main.add_command(analyze)
 main.add_command(plan)
 
 
-def _rates(_context: click.Context, _parameter: click.Parameter, texts: tuple[str, ...]) -> list[float]:
-    with options.usage_errors():
-        return [parse_rate("link", text) for text in texts]
-
-
 @main.command()
 @click.argument("folders", nargs=-1, required=True, type=options.EXISTING_FOLDER)
 @click.option(
     "--out", type=click.Path(dir_okay=False, path_type=Path), help="The page.  [report.html in the first folder]"
 )
-@click.option(
-    "--link",
-    "links",
-    multiple=True,
-    default=[LINK],
-    callback=_rates,
-    help="Speed (kbit, mbit, gbit) of a link to predict the time on; several give a figure each.",
-)
-def report(folders: tuple[Path, ...], out: Path | None, links: list[float]) -> None:
+@click.option("--link", "links", multiple=True, default=[LINK], help=LINK_HELP)
+def report(folders: tuple[Path, ...], out: Path | None, links: tuple[str, ...]) -> None:
     """Write one page about all finished runs in FOLDERS and below.
 
     \b
@@ -185,12 +174,14 @@ def report(folders: tuple[Path, ...], out: Path | None, links: list[float]) -> N
     The page holds its figures and needs no network.
     """
     page = out or folders[0] / "report.html"
+    with options.usage_errors():
+        rates = [parse_rate("link", text) for text in links]
     with options.reported_errors():
         runs = find_runs(folders)
         if not runs:
             where = ", ".join(map(str, folders))
             raise click.UsageError(f"no {SUMMARY} in {where} or below: no run has finished there.")
-        _report(runs, page, links)
+        _report(runs, page, rates)
 
 
 def _report(runs: list[Run], page: Path, links: list[float]) -> None:
@@ -199,7 +190,7 @@ def _report(runs: list[Run], page: Path, links: list[float]) -> None:
 
 
 def _of_recipe(recipe: str, recipes: Sequence[str], run: Mapping[str, Any]) -> dict[str, Any]:
-    """The options of a run; of those that take RECIPE=VALUE the last value for the recipe, or else the last for all."""
+    """Pick the options of a run; of those that take RECIPE=VALUE the last for the recipe, or else the last for all."""
     prefixes = tuple(f"{name}=" for name in (*RECIPES, *recipes))
     own = dict(run)
     for name in ("data", "backbone"):
@@ -212,7 +203,7 @@ def _of_recipe(recipe: str, recipes: Sequence[str], run: Mapping[str, Any]) -> d
 def _settings_by_folder(
     out: Path, recipes: list[str], schemes: list[str], workers: int, seeds: int, run: dict[str, Any]
 ) -> dict[Path, Settings]:
-    """The settings of every run by its folder, checked before the first one starts."""
+    """List the settings of every run by its folder, checked before the first one starts."""
     wanted: dict[Path, Settings] = {}
     for recipe in recipes:
         own = _of_recipe(recipe, recipes, run)
@@ -233,7 +224,7 @@ def _settings_by_folder(
 def _launcher(
     *, timeout: float, overwrite: bool, checkpoint_every: int | None, tensorboard: bool, **settings: Any
 ) -> tuple[Callable[[Settings, Path], None], dict[str, Any]]:
-    """What runs settings in a folder, and the options that are left for the settings."""
+    """Make what runs settings in a folder, and leave the options of the settings."""
     if tensorboard and importlib.util.find_spec("tensorboard") is None:
         raise click.UsageError("--tensorboard needs the package tensorboard: pip install 'lgc[tensorboard]'.")
 

@@ -12,14 +12,13 @@ from typing import Any
 
 
 class OtherRunError(ValueError):
-    """A folder has a run of other settings (the message names the first field that differs), or one going on."""
+    """Run that is in the way: one of other settings (the message names the first field that differs), or going on."""
 
 
 def require_same(there: Mapping[str, Any], wanted: Mapping[str, Any], where: str, *, but: tuple[str, ...] = ()) -> None:
     """Require that the configuration found `there` is the one that is to go on, `but` for fields that may differ.
 
-    Raises:
-        OtherRunError: saying `where` it was found, the first field that differs, and both values.
+    Raises OtherRunError, which says `where` it was found, the first field that differs, and both values.
     """
     for field, value in wanted.items():
         if field not in but and there.get(field) != value:
@@ -87,11 +86,7 @@ def write_whole(path: Path, content: str | bytes) -> None:
 
 
 def read_objects(path: Path) -> list[dict[str, Any]]:
-    """Read the JSON objects of a file: one or, of a *.jsonl, one a line.
-
-    Raises:
-        ValueError: if it cannot be read, or has something else.
-    """
+    """Read the JSON objects of a file: one or, of a *.jsonl, one a line. Raises ValueError if it has something else."""
     try:
         text = path.read_text(encoding="utf-8")
         objects = [json.loads(part) for part in (text.splitlines() if path.suffix == ".jsonl" else [text])]

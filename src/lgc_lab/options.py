@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,13 +15,13 @@ import click
 from lgc.comm.transport import MOST_TIMEOUT
 from lgc_lab.folder import OtherRunError
 from lgc_lab.launch.ranks import RankFailedError, under_torchrun
-from lgc_lab.recipes import RECIPES, find_recipe
+from lgc_lab.recipes import RECIPES
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 
 class Finite(click.FloatRange):
-    """A number that is neither infinite nor NaN."""
+    """Number that is neither infinite nor NaN."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
         number = float(super().convert(value, param, ctx))
@@ -29,21 +30,8 @@ class Finite(click.FloatRange):
         return number
 
 
-def _known_recipe(_context: click.Context, _parameter: click.Parameter, value: str | None) -> str | None:
-    if value is not None:
-        with usage_errors():
-            find_recipe(value)
-    return value
-
-
 RECIPE_HELP = f"One of {', '.join(RECIPES)}; or your own, as MODULE:NAME."
-
-
-def recipe(**attributes: Any) -> Callable[[Command], Command]:
-    """`--recipe`, with a default or required as the attributes say."""
-    return click.option("--recipe", metavar="NAME", callback=_known_recipe, help=RECIPE_HELP, **attributes)
-
-
+recipe = partial(click.option, "--recipe", metavar="NAME", help=RECIPE_HELP)  # with a default, required, or neither
 epochs = click.option("--epochs", type=click.IntRange(1), help="Passes over the training data.  [the recipe's]")
 steps = click.option("--steps", type=click.IntRange(1), help="Stop after so many.  [at the end of the epochs]")
 batch_size = click.option("--batch-size", type=click.IntRange(1), help="Samples per rank and step.  [the recipe's]")
@@ -64,13 +52,13 @@ EXISTING_FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
 
 
 def split(text: str) -> list[str]:
-    """What is between the commas."""
+    """Split a list at its commas."""
     return [part.strip() for part in text.split(",")]
 
 
 @contextmanager
 def usage_errors() -> Iterator[None]:
-    """What is wrong with the arguments, as click prints it."""
+    """Report what is wrong with the arguments, as click prints it."""
     try:
         yield
     except (ValueError, OSError) as error:
@@ -79,7 +67,7 @@ def usage_errors() -> Iterator[None]:
 
 @contextmanager
 def reported_errors() -> Iterator[None]:
-    """What a user can do something about, as click prints it: bad input, other runs in the way, failed ranks."""
+    """Report what a user can do something about, as click prints it: bad input, other runs, failed ranks."""
     try:
         yield
     except OtherRunError as error:
@@ -94,7 +82,7 @@ def reported_errors() -> Iterator[None]:
 
 
 def count_ranks(workers: int | None, default: int) -> int:
-    """How many ranks there will be: as asked, or those of the torchrun job. UsageError if that has another number."""
+    """Count the ranks: as many as asked for, or those of the torchrun job. UsageError if that has another number."""
     if not under_torchrun():
         return workers or default
     world_size = int(os.environ["WORLD_SIZE"])

@@ -1,4 +1,4 @@
-"""What the terminal shows: notices around a progress bar, and aligned tables."""
+"""Text in the terminal: notices around a progress bar, and aligned tables."""
 
 from __future__ import annotations
 
@@ -22,6 +22,6 @@ class LogNotices(logging.Handler):
 
 
 def aligned(table: Sequence[Sequence[str]]) -> str:
-    """Rows of cells as text; the first column to the left."""
+    """Align rows of cells; the first column to the left."""
     widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
     return "\n".join("  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in table)

@@ -16,7 +16,7 @@ import safetensors
 import safetensors.torch
 import torch
 
-from lgc.checkpoint.state import State, dtype_name, from_json, to_json
+from lgc.checkpoint.state import State, from_json, to_json
 from lgc.version import __version__
 
 SCHEMA = 2
@@ -59,11 +59,7 @@ def flaws(directory: Path) -> dict[Path, RefusedError | None]:
 
 
 def prepare(path: Path) -> None:
-    """Make the empty folder of a new checkpoint.
-
-    Raises:
-        CheckpointError: if one of this step or a later one is there.
-    """
+    """Make the empty folder of a new checkpoint. Raises CheckpointError if one of this step or a later one is there."""
     later = [folder for folder in _complete(path.parent) if folder.name >= path.name]
     if later:
         raise CheckpointError(
@@ -79,7 +75,10 @@ def prepare(path: Path) -> None:
 def write_rank(path: Path, rank: int, state: State) -> dict[str, Any]:
     """Write one rank's file; its `Entry` as a JSON object."""
     text, tensors = to_json(state)
-    forms = {name: {"dtype": dtype_name(tensor), "shape": list(tensor.shape)} for name, tensor in tensors.items()}
+    forms = {
+        name: {"dtype": str(tensor.dtype).removeprefix("torch."), "shape": list(tensor.shape)}
+        for name, tensor in tensors.items()
+    }
     data = safetensors.torch.save(tensors, {"state": text})
     _write_file(path / _file_name(rank), data)
     return Entry(_file_name(rank), len(data), hashlib.sha256(data).hexdigest(), forms)._asdict()

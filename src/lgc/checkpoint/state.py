@@ -18,15 +18,12 @@ Keys = tuple[Any, ...]
 
 HANDLE_KEYS = {"scheme", "rank", "world_size", "wire", "aggregator"}
 ESCAPES = str.maketrans({"~": "~0", "/": "~1", "[": "~2"})
-DTYPES = {
-    str(dtype).removeprefix("torch."): dtype
-    for dtype in (
-        *(torch.float64, torch.float32, torch.float16, torch.bfloat16),
-        *(torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2, torch.float8_e5m2fnuz),
-        *(torch.int64, torch.int32, torch.int16, torch.int8),
-        *(torch.uint64, torch.uint32, torch.uint16, torch.uint8),
-        *(torch.bool, torch.complex64),
-    )
+DTYPES = {  # that have a file format
+    *(torch.float64, torch.float32, torch.float16, torch.bfloat16),
+    *(torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2, torch.float8_e5m2fnuz),
+    *(torch.int64, torch.int32, torch.int16, torch.int8),
+    *(torch.uint64, torch.uint32, torch.uint16, torch.uint8),
+    *(torch.bool, torch.complex64),
 }
 
 
@@ -34,32 +31,20 @@ def to_json(state: State) -> tuple[str, dict[str, Tensor]]:
     """Split a state into JSON text and tensors by their path in it: contiguous, on the CPU, with storage of their own.
 
     Lists are lists and dicts with string keys are objects; {"$tensor": name}, {"$float": "nan"}, {"$tuple": [...]} and
-    {"$dict": [[key, value], ...]} are what JSON does not have.
-
-    Raises:
-        TypeError: naming the part that has no such form.
+    {"$dict": [[key, value], ...]} are what JSON does not have. Raises TypeError, naming the part that has no such form.
     """
     tensors: dict[str, Tensor] = {}
     return json.dumps(_encode(state, "", tensors), allow_nan=False), tensors
 
 
 def from_json(text: str, tensors: Mapping[str, Tensor]) -> Any:
-    """Put together the value that `to_json` was given.
-
-    Raises:
-        ValueError, KeyError, TypeError, RecursionError: if there is none.
-    """
+    """Put together what `to_json` was given; ValueError, KeyError, TypeError or RecursionError if there is nothing."""
     return _decode(json.loads(text, parse_constant=_refuse_constant), tensors)
-
-
-def dtype_name(tensor: Tensor) -> str:
-    """Name a tensor's dtype, by a key of `DTYPES` if it has a file format."""
-    return str(tensor.dtype).removeprefix("torch.")
 
 
 def _encode(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
     if isinstance(value, Tensor):
-        if dtype_name(value) not in DTYPES or value.layout is not torch.strided:
+        if value.dtype not in DTYPES or value.layout is not torch.strided:
             raise TypeError(f"state[{name!r}] is a {value.layout} tensor of {value.dtype}, which has no file format.")
         plain = value.detach().resolve_conj().resolve_neg().cpu()
         tensors[name] = plain.clone(memory_format=torch.contiguous_format)

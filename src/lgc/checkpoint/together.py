@@ -71,11 +71,8 @@ def available(directory: Path | str, *, group: dist.ProcessGroup | None = None) 
     """List the complete checkpoints of a folder, newest first.
 
     Complete is one that has a valid manifest and all its files in their full size; what is in them is for `load` to
-    check. One of a newer schema is in the list, and `load` refuses it.
-
-    Args:
-        directory: holds the checkpoints of one run.
-        group: whose ranks all get what the first of them finds, as a collective; None is by oneself.
+    check. One of a newer schema is in the list, and `load` refuses it. With a group it is a collective, and all ranks
+    get what the first of them finds.
 
     Raises:
         CheckpointError: a manifest is there and cannot be read, which may be no fault of the checkpoint, or is of an

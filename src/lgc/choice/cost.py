@@ -1,16 +1,7 @@
 """Cost of a step on a link: t = compute + compression + the collectives that the backward pass does not hide.
 
-A collective of K ranks takes (messages in sequence) * latency + (bytes in sequence) / bandwidth:
-
-| collective | messages        | bytes, for a buffer of b a rank | algorithm                     |
-|------------|-----------------|---------------------------------|-------------------------------|
-| all-reduce | 2 (K-1)         | 2 (K-1)/K b                     | ring                          |
-| all-gather | K-1             | (K-1) b                         | ring                          |
-| broadcast  | ceil(log2 K)    | ceil(log2 K) b                  | binomial tree                 |
-| gather     | 1               | (K-1) b                         | direct, into one rank's link  |
-| relay      | as a message to the server, unless it is the source, and a broadcast                |
-
-but never less than it took where it was measured. Every rank has a link of its own, the same in both directions.
+A collective takes (messages in sequence) * latency + (bytes in sequence) / bandwidth, as `Collective` counts them, but
+never less than it took where it was measured. Every rank has a link of its own, the same in both directions.
 """
 
 from __future__ import annotations
@@ -28,7 +19,7 @@ RATE_UNITS = {"kbit": 1e3, "mbit": 1e6, "gbit": 1e9}
 TIME_UNITS = {"us": 1e-6, "ms": 1e-3, "s": 1.0}
 TOLERANCE = 0.05  # below that, a difference between two predicted steps may be chance
 
-Kind = Literal["all-reduce", "all-gather", "broadcast", "gather", "relay"]
+Kind = Literal["all-reduce", "all-gather", "broadcast", "gather", "all-to-all", "relay"]
 
 
 @dataclass(frozen=True)
@@ -84,15 +75,17 @@ class Collective:
         return max(self.seconds, messages * link.latency + copies * self.size / link.bandwidth)
 
     def _counts(self, world_size: int) -> tuple[float, float, float]:
-        """Messages in sequence, buffers in sequence, and how often a rank sends its buffer on average."""
+        """Count messages in sequence, buffers in sequence, and how often a rank sends its buffer on average."""
         others = world_size - 1
         share = others / world_size
         depth = math.ceil(math.log2(world_size))
         return {
-            "all-reduce": (2 * others, 2 * share, 2 * share),
-            "all-gather": (others, others, others),
-            "broadcast": (depth, depth, share),
-            "gather": (min(others, 1), others, share),
+            "all-reduce": (2 * others, 2 * share, 2 * share),  # ring
+            "all-gather": (others, others, others),  # ring
+            "broadcast": (depth, depth, share),  # binomial tree
+            "gather": (min(others, 1), others, share),  # direct, into one rank's link
+            "all-to-all": (min(others, 1), share, share),  # direct, to each its part
+            # a message to the server, unless it is the source, and a broadcast
             "relay": (depth + share, depth + share, share + share / world_size),
         }[self.kind]
 
@@ -133,11 +126,6 @@ class Profile:
     world_size: int  # K, the number of ranks that the arms are for
     compute: float  # seconds of a step that communicates nothing
     arms: list[SchemeCost]  # the first is dense
-
-    @property
-    def gradient_bytes(self) -> int:
-        """Size of all gradients, as dense sends them."""
-        return sum(collective.size for collective in self.arms[0].stages[-1].collectives)
 
 
 class Early(NamedTuple):
@@ -216,11 +204,7 @@ def _pays_from(early: list[Early], step: float, dense: float) -> int | None:
 
 
 def parse_rate(name: str, text: str) -> float:
-    """Bits per second, above 0, from a number with kbit, mbit or gbit.
-
-    Raises:
-        ValueError: if it is not that, of the argument `name`.
-    """
+    """Read bits per second, above 0, from a number with kbit, mbit or gbit; ValueError names the argument `name`."""
     rate = _quantity(name, text, RATE_UNITS, "100mbit")
     if rate == 0:
         raise ValueError(f"{name} must be above 0, got {text!r}.")

@@ -73,13 +73,9 @@ class Bucket(NamedTuple):
 class Profiler:
     """Measures what a step of a job costs: under dense when it is made, then under the schemes that are added.
 
-    Both are collectives of the ranks that are there.
-
-    Args:
-        make_job: makes the job, with this as DDP's `bucket_cap_mb`, the same whenever it is called.
-        local: the ranks that are there.
-        world_size: how many ranks it is for, a multiple of those.
-        enough: seconds after which a measurement is not repeated any more.
+    Both are collectives of the ranks that are there, `local`; what they measure is for `world_size` ranks, a multiple
+    of those, and is not repeated any more after `enough` seconds. `make_job` makes the job with this `bucket_cap_mb` of
+    DDP, the same whenever it is called.
 
     Attributes:
         ddp: the job's model.

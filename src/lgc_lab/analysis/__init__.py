@@ -1,1 +1,1 @@
-"""What the gradients of different workers, layers and steps have in common, and what a codec could save by it."""
+"""Analysis of what gradients of different workers, layers and steps have in common, and a codec could save by it."""

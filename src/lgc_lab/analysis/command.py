@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import click
-from safetensors import SafetensorError
 
 from lgc.schemes import ScaleCom, TopK
 from lgc_lab import options
-from lgc_lab.analysis.record import RECORDING, Recording, configuration, record
-from lgc_lab.folder import occupied, require_same, write_whole
+from lgc_lab.analysis.record import RECORDING, Recording, record
+from lgc_lab.folder import occupied, write_whole
 from lgc_lab.launch.ranks import preload, start_ranks
 from lgc_lab.training.settings import Settings
 
@@ -52,7 +51,7 @@ def analyze(workers: int, every: int, samples: int, timeout: float, out: Path, o
     information in bits) and redundancy.html (the figures).
     """
     options.refuse_torchrun("analyze")
-    if (out / PAGE).exists() and not overwrite:
+    if not overwrite and any((out / name).exists() for name in (PAGE, RECORDING)):
         raise click.UsageError(f"{out} has an analysis; choose another --out, or --overwrite.")
     with options.usage_errors():
         settings = Settings(world_size=workers, **run)
@@ -71,22 +70,11 @@ def analyze(workers: int, every: int, samples: int, timeout: float, out: Path, o
             f"{scheme.warmup_steps} are the warm-up."
         )
     with options.reported_errors(), occupied(out):
-        if overwrite or not _is_recorded(out, configuration(settings, every, samples)):
-            for name in (PAGE, ROWS, RECORDING):
-                (out / name).unlink(missing_ok=True)
-            within = timedelta(seconds=timeout)
-            start_ranks(record, settings, out, every, samples, world_size=workers, timeout=within)
+        for name in (PAGE, ROWS, RECORDING):
+            (out / name).unlink(missing_ok=True)
+        within = timedelta(seconds=timeout)
+        start_ranks(record, settings, out, every, samples, world_size=workers, timeout=within)
         click.echo(evaluate(out))
-
-
-def _is_recorded(out: Path, wanted: dict[str, Any]) -> bool:
-    """Whether there is this recording, whose evaluation was interrupted. Raises OtherRunError if there is another."""
-    try:
-        recording = Recording.load(out / RECORDING)
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError):
-        return False
-    require_same(recording.settings, wanted, f"{out} has a recording")
-    return True
 
 
 def evaluate(out: Path) -> str:

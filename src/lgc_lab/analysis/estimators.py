@@ -29,14 +29,14 @@ SUBSAMPLES = 10
 
 
 class Estimate(NamedTuple):
-    """A number and its standard error."""
+    """Estimate of a number, and its standard error."""
 
     value: float
     error: float
 
 
 def normal_scores(samples: NDArray[np.floating], generator: np.random.Generator) -> Floats:
-    """The standard normal quantiles of the ranks, shape (n,); equal samples are ranked at random.
+    """Replace samples by the standard normal quantiles of their ranks, shape (n,); equal samples are ranked at random.
 
     Ranking ties at random keeps the mutual information: it adds to a variable what is independent of everything.
     """
@@ -47,7 +47,7 @@ def normal_scores(samples: NDArray[np.floating], generator: np.random.Generator)
 def histogram_mutual_information(
     x: NDArray[np.floating], y: NDArray[np.floating], generator: np.random.Generator
 ) -> Estimate:
-    """I(x; y) = H(x) + H(y) - H(x, y) of normal scores in square cells, each entropy corrected for its bias.
+    """Estimate I(x; y) = H(x) + H(y) - H(x, y) of normal scores in square cells, each entropy corrected for its bias.
 
     A cell is about half as wide as y scatters at a given x, and narrower the more samples there are: wider ones
     lose information, narrower ones hold too few samples to correct for. It is low where the density has steps, as
@@ -71,7 +71,7 @@ def histogram_mutual_information(
 def kraskov_mutual_information(
     x: NDArray[np.floating], y: NDArray[np.floating], generator: np.random.Generator
 ) -> Estimate:
-    """I(x; y) from distances to the nearest neighbours, of normal scores.
+    """Estimate I(x; y) from distances to the nearest neighbours, of normal scores.
 
         I = psi(k) + psi(n) - <psi(n_x + 1) + psi(n_y + 1)>
 
@@ -84,11 +84,6 @@ def kraskov_mutual_information(
     radii = distances * (1 - 1e-6)  # n_x counts strictly nearer ones, whatever x + distance is rounded to
     local = digamma(len(x)) + digamma(NEIGHBOURS) - sum(digamma(_within(axis, radii) + 1) for axis in scores)
     return Estimate(float(local.mean()), SHARED_NEIGHBOURS * float(local.std(ddof=1)) / math.sqrt(len(x)))
-
-
-def gaussian_mutual_information(correlation: float) -> float:
-    """-1/2 log(1 - rho^2): what normal variables of this correlation share."""
-    return -0.5 * math.log1p(-min(correlation**2, 1 - 1e-12))
 
 
 def plug_in_information(x: NDArray[np.floating], y: NDArray[np.floating], bins: int) -> tuple[float, float]:
@@ -116,7 +111,7 @@ def discrete_entropy(counts: NDArray[np.integer]) -> Estimate:
 
 
 def differential_entropy(samples: NDArray[np.floating], generator: np.random.Generator) -> Estimate:
-    """h(x) of a continuous variable, from the spacings of its sorted samples; repeated samples count once.
+    """Estimate h(x) of a continuous variable, from the spacings of its sorted samples; repeated samples count once.
 
     The error is from disjoint random subsamples. Source of the estimator: Vasicek, J. R. Statist. Soc. B 38
     (1976), in scipy.
@@ -135,7 +130,7 @@ def quantised_entropy(samples: NDArray[np.floating], step: float) -> Estimate:
 
 
 def quantised_mutual_information(x: NDArray[np.floating], y: NDArray[np.floating], step: float) -> Estimate:
-    """What x and y share when both are rounded to multiples of `step`: at most the entropy of either, and at most I.
+    """Information that x and y share when both are rounded to multiples of `step`: at most either's entropy, and I.
 
     The error is that of the joint entropy.
     """
@@ -144,7 +139,7 @@ def quantised_mutual_information(x: NDArray[np.floating], y: NDArray[np.floating
 
 
 def sign_information(x: NDArray[np.floating], y: NDArray[np.floating]) -> Estimate:
-    """I(sign x; sign y)."""
+    """Estimate I(sign x; sign y)."""
     table = np.bincount(2 * (x > 0) + (y > 0), minlength=4).reshape(2, 2)
     agreement = np.trace(table) / len(x)
     slope = abs(math.log((agreement + 1e-3) / (1 - agreement + 1e-3)))  # of log 2 - H(agreement)
@@ -152,13 +147,13 @@ def sign_information(x: NDArray[np.floating], y: NDArray[np.floating]) -> Estima
 
 
 def log_binomial(n: NDArray[np.integer] | int, k: NDArray[np.integer] | int) -> Floats:
-    """log C(n, k)."""
+    """Compute log C(n, k)."""
     n, k = np.asarray(n, dtype=np.float64), np.asarray(k, dtype=np.float64)
     return np.asarray(gammaln(n + 1) - gammaln(k + 1) - gammaln(n - k + 1))
 
 
 def _shared(joint: Integers) -> float:
-    """I of two discrete variables, from how often each pair of their values was seen."""
+    """Estimate I of two discrete variables, from how often each pair of their values was seen."""
     parts = joint.sum(axis=1), joint.sum(axis=0), joint
     rows, columns, pairs = (discrete_entropy(counts).value for counts in parts)
     return rows + columns - pairs
@@ -177,6 +172,6 @@ def _require_samples(of: str, count: int) -> None:
 
 
 def _within(axis: Floats, radii: Floats) -> Integers:
-    """How many other points lie within its radius of each point, on a line."""
+    """Count the other points that lie within its radius of each point, on a line."""
     ordered = np.sort(axis)
     return np.asarray(np.searchsorted(ordered, axis + radii, "right") - np.searchsorted(ordered, axis - radii) - 1)

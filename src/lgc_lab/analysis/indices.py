@@ -55,7 +55,7 @@ class IndexCosts:
         self.tables: dict[str, NDArray[np.float64]] = {}
 
     def costs(self, record: int) -> dict[str, float]:
-        """Bits per entry of the workers' own selections at a recorded step; later ones must follow."""
+        """Count the bits per entry of the workers' own selections at a recorded step; later ones must follow."""
         self._replay(int(self.recording.steps[record]))
         own = self.recording.own[record]
         workers, entries = own.shape
@@ -66,7 +66,9 @@ class IndexCosts:
             "layer": float(log_binomial(sizes, by_layer).sum()) / math.log(2) / entries,
         }
         hits = np.bincount(own.ravel(), minlength=len(self.last))[self.searched]
-        recency, density, of_output = self._recency(), self._density(self.block), self._density(self.output)
+        age = np.minimum(1 + np.log2(self.done - self.last).astype(np.int64), AGES)
+        recency = np.where(self.last < 0, 0, age)
+        density, of_output = self._density(self.block), self._density(self.output)
         knowledge = {
             "independent": np.zeros_like(self.group),
             "recency": recency,
@@ -83,7 +85,7 @@ class IndexCosts:
         return row | self._cost_of_kernels(own) | self._signs(record)
 
     def _by_layer(self, indices: Integers) -> Integers:
-        """How many of these are in each layer."""
+        """Count how many of these are in each layer."""
         return np.bincount(self.layer[indices], minlength=len(self.recording.layers))
 
     def _replay(self, step: int) -> None:
@@ -94,26 +96,22 @@ class IndexCosts:
             self.value[where] = values
         self.done = step
 
-    def _recency(self) -> Integers:
-        age = self.done - self.last
-        return np.where(self.last < 0, 0, np.minimum(1 + np.log2(age).astype(np.int64), AGES))
-
     def _magnitude(self) -> Integers:
-        """Of the last value sent, in factors of two about the layer's mean."""
+        """Classify by the last value sent, in factors of two about the layer's mean."""
         known = self.last >= 0
         value = np.abs(self.value)  # 0 where it is not known
         mean = np.bincount(self.layer, value) / np.maximum(np.bincount(self.layer, known), 1)
         return _level(value / np.maximum(mean[self.layer], 1e-30), 1, known)
 
     def _density(self, part: Integers) -> Integers:
-        """Of what was recently sent in the same part, in factors of the square root of two about the layer's."""
+        """Classify by how much was recently sent in the same part, in factors of 2^(1/2) about the layer's."""
         recent = ((self.last >= 0) & (self.done - self.last <= RECENT)).astype(np.float64)
         share = np.bincount(part, recent) / np.bincount(part)
         layers = np.bincount(self.layer, recent) / np.bincount(self.layer)
         return _level(share[part] / np.maximum(layers[self.layer], 1e-30), 2, share[part] > 0)
 
     def _cost_given_worker(self, own: Integers) -> dict[str, float]:
-        """Of one worker's selection, given another's; all ordered pairs."""
+        """Count the bits of one worker's selection, given another's; all ordered pairs."""
         groups = int(self.group.max()) + 1
         common = [np.intersect1d(a, b, assume_unique=True) for a, b in permutations(own, 2)]
         size, count, both = (  # the count is the same for every worker
@@ -135,9 +133,9 @@ class IndexCosts:
         return shared
 
     def _cost_of_kernels(self, own: Integers) -> dict[str, float]:
-        """First how many entries every block has, then which; blocks of one size share one distribution."""
+        """Count the bits for how many entries a block has, then which; blocks of one size share one distribution."""
         searched = np.unique(self.block[self.searched])
-        size = self.block_size[searched]
+        size, rate = self.block_size[searched], own.shape[1] / len(self.searched)
         plug_in = predictive = 0.0
         for selection in own:
             count = np.bincount(self.block[selection], minlength=len(self.block_size))[searched]
@@ -146,18 +144,14 @@ class IndexCosts:
             for block in np.unique(size):
                 counts = np.bincount(count[size == block], minlength=block + 1).astype(np.float64)
                 plug_in += float(counts.sum() * entropy(counts, base=2))
-                table = self.tables.setdefault(f"kernel {block}", self._prior_of_kernels(int(block), selection))
+                independent = binom.pmf(np.arange(block + 1), block, rate)  # entries that fall independently
+                table = self.tables.setdefault(f"kernel {block}", PRIOR / rate / block * independent + 1e-9)
                 predictive -= float(counts @ np.log2(table / table.sum()))
                 table += counts
         return {"kernel_plug_in": plug_in / own.size, "kernel": predictive / own.size}
 
-    def _prior_of_kernels(self, block: int, selection: Integers) -> NDArray[np.float64]:
-        """Entries that fall independently."""
-        rate = len(selection) / len(self.searched)
-        return np.asarray(PRIOR / rate / block * binom.pmf(np.arange(block + 1), block, rate) + 1e-9)
-
     def _lengths(self, name: str, sizes: Integers, hits: Integers) -> dict[str, float]:
-        """Both code lengths, from the coordinates and the entries of every class; adds them to what is known."""
+        """Compute both code lengths, of the coordinates and entries of every class; adds them to what is known."""
         entries = int(hits.sum())
         rate = entries / int(sizes.sum())
         table = np.stack([sizes, hits]).astype(np.float64)
@@ -172,7 +166,7 @@ class IndexCosts:
 
 
 def _parts(sizes: list[int], lengths: list[int]) -> Integers:
-    """The number of the part that each coordinate lies in; every layer is cut into parts of its own length."""
+    """Number the part that each coordinate lies in; every layer is cut into parts of its own length."""
     counts = [-(-size // length) for size, length in zip(sizes, lengths, strict=True)]
     firsts = np.cumsum(counts) - counts
     layers = zip(firsts, sizes, lengths, strict=True)
@@ -180,6 +174,6 @@ def _parts(sizes: list[int], lengths: list[int]) -> Integers:
 
 
 def _level(ratio: NDArray[np.floating], steps: int, known: NDArray[np.bool_]) -> Integers:
-    """A class for each factor of two, divided into so many steps, from 1 to LEVELS + 1; 0 where it is not known."""
+    """Classify by factors of two, divided into so many steps, from 1 to LEVELS + 1; 0 where it is not known."""
     level = np.floor(steps * np.log2(np.maximum(ratio, 1e-9))).astype(np.int64)
     return np.where(known, np.clip(level, -LEVELS // 2, LEVELS // 2) + LEVELS // 2 + 1, 0)

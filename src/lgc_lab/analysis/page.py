@@ -1,4 +1,4 @@
-"""The measured rows as a table and as a page of figures."""
+"""Table of the measured rows, and page of their figures."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ INDEX_COLUMNS = {
 
 
 class Analysis:
-    """A recording's rows, by kind.
+    """Rows of a recording, by kind.
 
     Means are over the records of a window, their errors from the spread between records: it holds what the
     estimators' own errors leave out, but records of one run are not independent either.
@@ -89,7 +89,7 @@ class Analysis:
 
     @property
     def title(self) -> str:
-        """What was run."""
+        """Names what was run."""
         settings = self.recording.settings
         return (
             f"{settings['recipe']}, {settings['world_size']} workers, batches of {settings['batch_size']}, "
@@ -97,7 +97,7 @@ class Analysis:
         )
 
     def summary(self) -> str:
-        """The table as aligned text."""
+        """Format the table as aligned text."""
         return f"{self.title}\n{aligned([('', 'first half', 'second half'), *self.lines()])}"
 
     def write_page(self, page: Path) -> None:
@@ -110,7 +110,7 @@ class Analysis:
         write_page(page, "analysis/redundancy.html.jinja", figures=figures, **content)
 
     def lines(self) -> Iterator[tuple[str, str, str]]:
-        """The table: every quantity that was measured, and its mean in both windows, in bits or a plain number."""
+        """Yield the table: every quantity that was measured, its mean in both windows, in bits or a plain number."""
         tables = [(kind, f"{name}: ", LAYER_COLUMNS) for kind, name in QUANTITIES.items()]
         for kind, prefix, columns in [*tables, ("shared", "", SHARED_COLUMNS), ("index", "", INDEX_COLUMNS)]:
             for label, column in columns.items():
@@ -119,14 +119,14 @@ class Analysis:
                     yield prefix + label, _format(early), _format(late)
 
     def over(self, window: int, rows: Iterable[Row], column: str) -> Estimate:
-        """Mean over the records of a window, 0 the first, and its standard error from their spread; NaN without any."""
+        """Average over the records of a window, 0 the first, with a standard error by their spread; NaN without any."""
         values = [mean.value for step, mean in by_step(rows, column).items() if step in self.windows[window]]
         error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
         return Estimate(statistics.mean(values) if values else math.nan, error)
 
 
 def by_step(rows: Iterable[Row], column: str) -> dict[int, Estimate]:
-    """A column's mean over the layers, weighted by their sizes, at every step; or the ratio of two such means, "a / b".
+    """Average a column over the layers, weighted by size, at every step; or take the ratio of two such means, "a / b".
 
     The standard error is that of the first column's estimator.
     """
@@ -168,8 +168,7 @@ def _plot_plane(axes: Axes, analysis: Analysis) -> None:
 
 
 def _plot_over_training(axes: Axes, analysis: Analysis) -> None:
-    shown = QUANTITIES | {"shared": "values at the leader's indices"}
-    for number, (kind, name) in enumerate(shown.items()):
+    for number, (kind, name) in enumerate({**QUANTITIES, "shared": "values at the leader's indices"}.items()):
         _plot_curve(axes, analysis.rows[kind], "kraskov_mutual_information", f"C{number}-", name)
         _plot_curve(axes, analysis.rows[kind], "shuffled_mutual_information", f"C{number}:", None)
     axes.axvspan(0, analysis.recording.warmup_end, color="black", alpha=0.06, linewidth=0)

@@ -46,7 +46,7 @@ class Recording:
     step from `warmup_end` on: where something was sent, and the mean that everyone got of it.
     """
 
-    settings: dict[str, Any]  # what was recorded, see `configuration`
+    settings: dict[str, Any]  # what was recorded
     layers: list[Layer]  # in the order of the flat vector
     coordinates: NDArray[np.int64]  # the sampled ones, layer after layer: (M,)
     steps: NDArray[np.int64]  # the recorded ones: (T,)
@@ -173,12 +173,8 @@ def record(settings: Settings, out: Path, every: int, samples: int, device: torc
         if not math.isfinite(loss):
             raise RuntimeError(f"the training diverged: the loss of step {run.step - 1} is {loss}.")
     if not hidden:
-        recorder.save(out / RECORDING, configuration(settings, every, samples), run.step, time.perf_counter() - started)
-
-
-def configuration(settings: Settings, every: int, samples: int) -> dict[str, Any]:
-    """Collect what must be equal for two recordings to be the same one, as JSON values."""
-    return settings.configuration() | {"every": every, "samples": samples}
+        configuration = settings.configuration() | {"every": every, "samples": samples}
+        recorder.save(out / RECORDING, configuration, run.step, time.perf_counter() - started)
 
 
 def find_layers(layout: Layout, samples: int) -> list[Layer]:

@@ -1,4 +1,4 @@
-"""From a recording to numbers: one row a layer, quantity and step, and one a step for what is sent.
+"""Turns a recording into numbers: one row a layer, quantity and step, and one a step for what is sent.
 
 All information is in bits. Every estimate is a pair: `NAME` and its standard error `NAME_error`.
 """
@@ -64,12 +64,12 @@ def measure_redundancy(recording: Recording, seed: int = 0) -> Iterator[Row]:
 
 
 def has_variety(values: NDArray[np.floating]) -> bool:
-    """Whether these are enough different values to estimate from."""
+    """Tell whether these are enough different values to estimate from."""
     return len(np.unique(values)) >= 2 * MINIMUM_SAMPLES
 
 
 def divide_by_scale(values: Samples, layer: Layer, coordinates: Integers) -> Samples | None:
-    """Each worker's values over a scale of its own for every output times one for every input, shape (K, n).
+    """Divide each worker's values by a scale of its own for every output times one for every input, shape (K, n).
 
     Channels differ in scale, and that alone makes magnitudes of two workers depend on each other: what is left
     after the division is what takes another worker to know. Small tensors are left as they are.
@@ -94,7 +94,7 @@ def divide_by_scale(values: Samples, layer: Layer, coordinates: Integers) -> Sam
 
 
 def layer_row(now: Samples, before: Samples, unscaled: Samples | None, generator: np.random.Generator) -> Row:
-    """What one layer's values of K workers, (K, n), have in common with each other and with the step before.
+    """Measure what one layer's values of K workers, (K, n), have in common with each other and with the step before.
 
     `pooled` is between the mean of one half of the workers and that of the other: two workers of K/2 times the batch.
     """
@@ -123,7 +123,7 @@ def layer_row(now: Samples, before: Samples, unscaled: Samples | None, generator
 
 
 def pair_row(xs: Vectors, ys: Vectors, generator: np.random.Generator) -> Row:
-    """Mutual information of pairs, averaged over them; `shuffled` is that of the same values in another order."""
+    """Measure the mutual information of pairs, on average; `shuffled` is that of the same values in another order."""
     kraskov = partial(kraskov_mutual_information, generator=generator)
     shuffled = [generator.permutation(y) for y in ys]
     row = mutual_information("histogram", partial(histogram_mutual_information, generator=generator), xs, ys)
@@ -138,10 +138,10 @@ def pair_row(xs: Vectors, ys: Vectors, generator: np.random.Generator) -> Row:
 
 
 def shared_row(recording: Recording, record: int, generator: np.random.Generator) -> Row:
-    """The values at the leader's indices, each layer in units of the leader's root mean square there."""
+    """Measure the values at the leader's indices, each layer in units of the leader's root mean square there."""
     leader = recording.leader(record)
     places = recording.own[record, leader]
-    layer = layer_of(recording.layers, places)
+    layer = np.searchsorted([each.start for each in recording.layers], places, side="right") - 1
     values = recording.shared[record].astype(np.float64)
     energy = np.bincount(layer, values[leader] ** 2) / np.maximum(np.bincount(layer), 1)
     unit = values / np.sqrt(np.maximum(energy[layer], 1e-60))
@@ -180,25 +180,19 @@ def overlap(own: Integers) -> float:
     return float(np.mean([len(np.intersect1d(a, b, assume_unique=True)) / len(a) for a, b in combinations(own, 2)]))
 
 
-def layer_of(layers: list[Layer], places: Integers) -> Integers:
-    """Number of the layer that each index lies in."""
-    starts = np.array([layer.start for layer in layers])
-    return np.asarray(np.searchsorted(starts, places, side="right") - 1)
-
-
 def average(estimates: Iterable[Estimate]) -> Estimate:
-    """Mean of independent estimates."""
+    """Average independent estimates."""
     values, errors = np.array(list(estimates)).T
     return Estimate(float(values.mean()), float(np.sqrt((errors**2).sum())) / len(values))
 
 
 def in_bits(name: str, estimate: Estimate) -> Row:
-    """An estimate in nats as two columns in bits."""
+    """Convert an estimate in nats to two columns in bits."""
     return {name: estimate.value * BITS, f"{name}_error": estimate.error * BITS}
 
 
 def mutual_information(name: str, estimator: Callable[..., Estimate], xs: Vectors, ys: Vectors) -> Row:
-    """The mutual information of each pair of vectors by an estimator, averaged, in bits."""
+    """Average an estimator of mutual information over pairs of vectors, in bits."""
     return in_bits(f"{name}_mutual_information", average(map(estimator, xs, ys)))
 
 

@@ -20,6 +20,7 @@ from torch import Tensor
 
 import lgc
 from lgc.coding import IndexCoder, ValueCodec, header_size
+from lgc_lab.recipes.resnet import RESNETS
 
 Positions = npt.NDArray[np.int64]
 Encode = Callable[[Tensor], Any]  # ascending positions to bytes
@@ -32,7 +33,8 @@ RAW_ENTRY_BITS = 64  # int32 and float32
 INDEX_ROW = "{:<20}{:>8}{:>10}{:>12}{:>10}{:>9}{:>9}"
 VALUE_ROW = "{:<30}{:>11}{:>15}{:>12}{:>14}"
 UNIFORMS = [lgc.Uniform(bits, block) for bits, block in ((16, None), (8, None), (4, None), (4, 64), (2, 64))]
-VALUE_CODECS: list[ValueCodec] = [lgc.Float32(), lgc.Float16(), lgc.BFloat16(), *UNIFORMS, lgc.Sign()]
+LLOYD_MAXES = [lgc.LloydMax(bits) for bits in (4, 2)]
+VALUE_CODECS: list[ValueCodec] = [lgc.Float32(), lgc.Float16(), lgc.BFloat16(), *UNIFORMS, *LLOYD_MAXES, lgc.Sign()]
 
 
 @click.command()
@@ -51,7 +53,7 @@ def codec(entries: int) -> None:
 
 
 def measure(entries: int, generator: np.random.Generator) -> Iterator[str]:
-    """The lines of both tables: uniform positions, fewer where int32 could not hold them, and a ResNet50's layers."""
+    """Yield the lines of both tables: uniform positions, fewer where int32 cannot hold them, and ResNet50's layers."""
     yield INDEX_ROW.format("code", "case", "entries", "bits/index", "/ bound", "encode", "decode") + "  ms/million"
     for density in DENSITIES:
         count = min(entries, int(density * INT32_POSITIONS))
@@ -71,23 +73,19 @@ def measure(entries: int, generator: np.random.Generator) -> Iterator[str]:
 
 
 def resnet50_sizes() -> list[int]:
-    """Sizes of the 54 weights of a ResNet50 with 10 classes, 23.5M elements."""
-    sizes, width_in = [64 * 3 * 49], 64
-    for width, blocks in ((64, 3), (128, 4), (256, 6), (512, 3)):
-        for block in range(blocks):
-            shortcut = [4 * width_in * width] if block == 0 else []
-            sizes += [width_in * width, 9 * width * width, 4 * width * width, *shortcut]
-            width_in = 4 * width
-    return [*sizes, 10 * width_in]
+    """List the sizes of the 54 weights of a ResNet50 with 10 classes, 23.5M elements."""
+    with torch.device("meta"):
+        model = RESNETS["resnet50"](classes=10)
+    return [weight.numel() for weight in model.parameters() if weight.ndim >= 2]
 
 
 def log2_choose(size: int, count: int) -> float:
-    """Bits of the best code for `count` of `size` positions, log2 C(size, count)."""
+    """Count the bits of the best code for `count` of `size` positions, log2 C(size, count)."""
     return (math.lgamma(size + 1) - math.lgamma(count + 1) - math.lgamma(size - count + 1)) / math.log(2)
 
 
 def _sample(generator: np.random.Generator, size: int, count: int) -> Positions:
-    """`count` of `size` positions, ascending, uniformly distributed."""
+    """Draw `count` of `size` positions, ascending, uniformly distributed."""
     if size <= min(64 * count, 2**24):
         return np.flatnonzero(generator.permutation(size) < count)
     drawn = np.zeros(0, np.int64)
@@ -97,7 +95,7 @@ def _sample(generator: np.random.Generator, size: int, count: int) -> Positions:
 
 
 def _codes(sizes: Sequence[int], counts: Sequence[int]) -> dict[str, tuple[Encode, Decode]]:
-    """Those that are installed, by name."""
+    """List the codes that are installed, by name."""
     coders: list[IndexCoder] = [lgc.RawIndices(), lgc.Rice()]
     if find_spec("constriction"):
         coders.append(lgc.RangeCoder())
@@ -147,7 +145,7 @@ def _index_rows(case: str, drawn: Positions, sizes: Sequence[int], counts: Seque
 
 
 def _value_rows(generator: np.random.Generator, counts: Sequence[int], index_bits: float) -> Iterator[str]:
-    """Values like the tail of a Student t of 3 degrees of freedom: what top-k leaves of a heavy-tailed gradient."""
+    """Measure values like the tail of a Student t of 3 degrees of freedom: what top-k leaves of a heavy-tailed one."""
     total = sum(counts)
     scales = np.repeat(generator.lognormal(-7.0, 1.0, len(counts)), counts)
     tail = scales * generator.uniform(size=total) ** (-1 / 3) * generator.choice([-1.0, 1.0], total)

@@ -26,7 +26,7 @@ QUEUE_MS = 500
 
 
 class NetworkError(Exception):
-    """The network cannot be set up; the message has the command and what it said."""
+    """Network that cannot be set up; the message has the command and what it said."""
 
 
 class Counters(NamedTuple):
@@ -40,7 +40,7 @@ class Counters(NamedTuple):
 
 @dataclass(frozen=True)
 class Network:
-    """`world_size` namespaces, each with one interface to a common bridge; made by `temporary_network`.
+    """Namespaces of ranks, each with one interface to a common bridge; made by `temporary_network`.
 
     A value that other processes may be given: theirs refers to the same network.
     """
@@ -50,19 +50,19 @@ class Network:
 
     @property
     def bridge(self) -> str:
-        """The namespace that has the bridge."""
+        """Namespace that has the bridge."""
         return f"{self.prefix}-bridge"
 
     def namespace(self, rank: int) -> str:
-        """The namespace of a rank."""
+        """Name the namespace of a rank."""
         return f"{self.prefix}-{rank}"
 
     def address(self, rank: int) -> str:
-        """The address of a rank, in the namespaces of all ranks."""
+        """Name the address of a rank, in the namespaces of all ranks."""
         return f"10.0.0.{rank + 1}"
 
     def enter(self, rank: int) -> str:
-        """Move the calling thread, and those it starts from now on, into a rank's namespace; its interface's name."""
+        """Move this thread, and those it starts from now on, into a rank's namespace; returns its interface's name."""
         libc = ctypes.CDLL(None, use_errno=True)
         with open(NAMESPACES / self.namespace(rank)) as namespace:
             if libc.setns(namespace.fileno(), CLONE_NEWNET) != 0:
@@ -100,7 +100,7 @@ class Network:
 
 @contextmanager
 def temporary_network(world_size: int) -> Iterator[Network]:
-    """A network of `world_size` ranks for as long as the `with` block lasts.
+    """Set up a network of `world_size` ranks for as long as the `with` block lasts.
 
     Its namespaces are called lgc-PID-RANK, and lgc-PID-bridge has the bridge: nothing is added to the machine's own
     network, and nothing of it is changed. They are removed when the block ends, also by an exception, SIGINT or

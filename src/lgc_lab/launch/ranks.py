@@ -21,7 +21,7 @@ STORE_PORT = 29500  # in a namespace of its own, where nobody else listens
 
 
 class RankFailedError(Exception):
-    """A rank of a local job failed; the message is its last line, `details` its traceback."""
+    """Rank of a local job that failed; the message is its last line, `details` its traceback."""
 
     def __init__(self, rank: int, details: str) -> None:
         super().__init__(f"rank {rank}: {details.strip().splitlines()[-1]}")
@@ -29,12 +29,12 @@ class RankFailedError(Exception):
 
 
 def under_torchrun() -> bool:
-    """Whether a launcher has set the variables of torch's env:// rendezvous."""
+    """Tell whether a launcher has set the variables of torch's env:// rendezvous."""
     return all(name in os.environ for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"))
 
 
 def pick_device(local_rank: int, local_world_size: int) -> tuple[torch.device, str]:
-    """A rank's device and backend: NCCL where every rank has a GPU, else gloo: on shared GPUs or on the CPU."""
+    """Pick a rank's device and backend: NCCL where every rank has a GPU, else gloo: on shared GPUs or on the CPU."""
     gpus = torch.cuda.device_count()
     if gpus == 0:
         return torch.device("cpu"), "gloo"
@@ -60,7 +60,7 @@ def process_group(
 
 
 def place_under_torchrun() -> tuple[int, int]:
-    """This rank's number among those of its machine, and how many these are."""
+    """Read this rank's number among those of its machine, and how many these are."""
     return int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
@@ -81,10 +81,7 @@ def start_ranks(
     """Run `function(*arguments, device)` in so many ranks of a process group on this machine, until all are done.
 
     They talk over loopback or, where there is a network, each from its own namespace; by the backend that fits the
-    devices, unless one is given.
-
-    Raises:
-        RankFailedError: if a rank failed; the others have been stopped.
+    devices, unless one is given. Raises RankFailedError if a rank failed; the others have been stopped.
     """
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) if network is None else None
     ranks = mp.start_processes(

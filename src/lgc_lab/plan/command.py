@@ -303,7 +303,7 @@ def _advice(rows: Sequence[Prediction], labels: Mapping[str, str], profile: Prof
     elif scheme.corrected_momentum:
         paragraphs.append("It has the momentum: give the optimizer none, or the scheme momentum=0.")
     if isinstance(scheme, PowerSGD):
-        size = bucket_mb(profile.gradient_bytes)
+        size = bucket_mb(sum(collective.size for collective in profile.arms[0].stages[-1].collectives))
         paragraphs.append(
             f"On gloo it needs all gradients in one bucket: DistributedDataParallel(model, bucket_cap_mb={size})."
         )

@@ -37,11 +37,7 @@ __all__ = [
 
 
 def find_recipe(name: str) -> Recipe:
-    """Find the recipe of this name; `module:NAME` is one of a user's own module.
-
-    Raises:
-        ValueError: if there is none, with the names that there are.
-    """
+    """Find the recipe of this name; `module:NAME` is one of a user's own module. Raises ValueError if there is none."""
     if ":" in name:
         recipe = find_object("recipe", name)
         if not isinstance(recipe, Recipe):
@@ -55,8 +51,7 @@ def find_recipe(name: str) -> Recipe:
 def find_object(what: str, text: str) -> Any:
     """Import what `module:name` names, from the current folder or what is installed.
 
-    Raises:
-        ValueError: if there is none; the message calls it `what`.
+    Raises ValueError if there is none; the message calls it `what`.
     """
     module, _, name = text.partition(":")
     if not name or not all(part.isidentifier() for part in (*module.split("."), name)):

@@ -21,14 +21,11 @@ AUXILIARY_WEIGHT = 0.4
 
 
 def scale_crop_and_flip(images: Tensor, annotations: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Random crops of images scaled by 0.5 to 2, half of them mirrored. Source: Zhao et al. 2017, section 5.1.
+    """Crop images scaled by 0.5 to 2 at random, half of them mirrored. Source: Zhao et al. 2017, section 5.1.
 
-    One affine map per sample takes the crop's pixels to the image's, so that annotations move with the image:
-    bilinear for the image, nearest for the annotation. Outside are zeros (the mean) and void.
-
-    Args:
-        images: (batch, 3, height, width), normalised.
-        annotations: (batch, height, width).
+    Images are (batch, 3, height, width), normalised; annotations (batch, height, width). One affine map per sample
+    takes the crop's pixels to the image's, so that annotations move with the image: bilinear for the image, nearest
+    for the annotation. Outside are zeros (the mean) and void.
     """
     count, _, height, width = images.shape
     draws = torch.rand(4, count, generator=generator).to(images.device)
@@ -46,17 +43,13 @@ def scale_crop_and_flip(images: Tensor, annotations: Tensor, generator: torch.Ge
 
 
 def to_batch(images: Tensor, annotations: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
-    """Normalised inputs and targets from uint8 images and annotations."""
+    """Make normalised inputs and targets from uint8 images and annotations."""
     inputs, targets = standardised(images, MEAN, DEVIATION), annotations.long()
     return (inputs, targets) if generator is None else scale_crop_and_flip(inputs, targets, generator)
 
 
 def decode_annotation(annotation: Cell) -> Array:
-    """Class indices by pixel, (height, width).
-
-    Raises:
-        ValueError: if it cannot be decoded, has another size, or another class.
-    """
+    """Decode class indices by pixel, (height, width). Raises ValueError for another size or class, or no image."""
     labels = decode_image(annotation, size=SIZE, indices=True)
     if labels.max() > VOID:
         raise ValueError(f"{annotation.where}: classes must be in 0 .. {VOID}, got {labels.max()}.")
@@ -64,7 +57,7 @@ def decode_annotation(annotation: Cell) -> Array:
 
 
 def load_camvid(path: str | None, limit_train: int | None) -> Data:
-    """Parquet files with columns image and annotation (or mask)."""
+    """Load parquet files with columns image and annotation (or mask)."""
     if path is None:
         raise ValueError("CamVid needs data: a folder with train.parquet and test.parquet.")
     width, height = SIZE
@@ -85,11 +78,7 @@ class PSPNet(nn.Module):
 
     Layers and widths are those of MMSegmentation's pspnet_r50-d8, 48.98 million parameters at 19 classes: a stem of
     three 3x3 convolutions, a head of a quarter of the features' width, an auxiliary one of an eighth. Without the
-    dropout of 0.1 before the two classifiers.
-
-    Args:
-        backbone: resnet18, resnet50 or resnet101.
-        classes: of the pixels.
+    dropout of 0.1 before the two classifiers. `backbone` is one of `RESNETS`.
     """
 
     def __init__(self, backbone: str, *, classes: int) -> None:
@@ -130,7 +119,7 @@ def pspnet_loss(outputs: Tensor | tuple[Tensor, Tensor], targets: Tensor) -> Ten
 
 
 def count_confusion(outputs: Tensor, targets: Tensor) -> Tensor:
-    """Pixels by true class (row) and predicted class (column), without the void ones."""
+    """Count pixels by true class (row) and predicted class (column), without the void ones."""
     known = targets != VOID
     pairs = CLASSES * targets[known] + outputs.argmax(dim=1)[known]
     return torch.bincount(pairs, minlength=CLASSES**2).view(CLASSES, CLASSES).double()

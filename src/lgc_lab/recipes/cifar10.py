@@ -23,7 +23,7 @@ COLUMNS = (
 
 
 def crop_and_flip(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Random crops of the images padded by 4 pixels, half of them mirrored. Source: He et al. 2016, section 4.2."""
+    """Crop the images, padded by 4 pixels, at random, and mirror half of them. Source: He et al. 2016, section 4.2."""
     count, _, height, width = images.shape
     down, right = torch.randint(2 * PADDING + 1, (2, count), generator=generator).to(images.device)
     mirrored = torch.rand(count, generator=generator).to(images.device) < 0.5
@@ -33,14 +33,14 @@ def crop_and_flip(images: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def to_batch(images: Tensor, labels: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
-    """Normalised inputs and targets from uint8 images and labels."""
+    """Make normalised inputs and targets from uint8 images and labels."""
     if generator is not None:
         images = crop_and_flip(images, generator)
     return standardised(images, MEAN, DEVIATION), labels.long()
 
 
 def load_cifar10(path: str | None, limit_train: int | None) -> Data:
-    """Parquet files with columns img (or image) and label."""
+    """Load parquet files with columns img (or image) and label."""
     if path is None:
         raise ValueError("CIFAR-10 needs data: a folder with train.parquet and test.parquet, or uoft-cs/cifar10.")
     return decoded_splits("cifar10", path, limit_train, COLUMNS, to_batch)

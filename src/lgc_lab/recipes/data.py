@@ -138,16 +138,9 @@ class Cell(NamedTuple):
 
 
 class Table:
-    """Table of the rows of a split's parquet files, in order.
+    """Table of the first `rows` rows, at most `limit`, of a split's parquet `files`, in order; see `find_parquet`.
 
-    Args:
-        path, split: see `find_parquet`.
-        columns: names that a column may have, for each; the first there is counts, the same in all files.
-        limit: number of rows, None is all that there are.
-
-    Attributes:
-        files: that were found.
-        rows: number of rows in all files, at most `limit`.
+    `columns` has the names that each column may have; the first that is there counts, the same in all files.
 
     Raises:
         FileNotFoundError: see `find_parquet`.
@@ -208,15 +201,11 @@ def decode_image(
     indices: bool = False,
     part: Callable[[int, int], tuple[float, float, float, float]] | None = None,
 ) -> Array:
-    """Decode a JPEG or PNG to pixels, uint8 of shape (3, height, width).
+    """Decode a JPEG or PNG of this width and height to pixels, uint8 of shape (3, height, width).
 
-    Args:
-        size: width and height that it must have.
-        indices: takes one channel of class indices as it is, (height, width).
-        part: box to cut out, of the image's width and height, and to scale to `size`, bilinear with antialiasing.
-
-    Raises:
-        ValueError: if it cannot be decoded or has another size.
+    With `indices`, take one channel of class indices as it is, (height, width). `part` gives a box to cut out, of the
+    image's width and height, and to scale to `size`, bilinear with antialiasing. Raises ValueError if the image cannot
+    be decoded or has another size.
     """
     from PIL import Image, UnidentifiedImageError
 
@@ -264,17 +253,10 @@ def cached(
 ) -> Array:
     """Map an array that is made from files into memory; it is made only if the cache does not have it yet.
 
-    The key is path, size and time of change of every file, and the other arguments. An array is in the cache whole or
-    not at all, and nothing else is read from it than numbers. Others that want the same wait until it is there.
-
-    Args:
-        files: what the array is made from.
-        name: of what else decides the content; the cache's file begins with it.
-        shape, kind: of the array.
-        fill: writes its content.
-
-    Raises:
-        OSError: if the disk is full, or the cache's file system has no locks.
+    The key is path, size and time of change of every file, and the other arguments; `name` is of what else decides the
+    content, which `fill` writes. An array is in the cache whole or not at all, and nothing else is read from it than
+    numbers. Others that want the same wait until it is there. Raises OSError if the disk is full, or the cache's file
+    system has no locks.
     """
     described = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     key = hashlib.sha256(repr((name, shape, np.dtype(kind), described)).encode()).hexdigest()[:16]

@@ -13,14 +13,14 @@ TEST_FRACTION = 1 / 3
 
 
 def small_resnet() -> nn.Module:
-    """Three residual blocks at 8, 4 and 2 pixels: (batch, 1, 8, 8) -> (batch, 10), 1.0 million parameters."""
+    """Make three residual blocks at 8, 4 and 2 pixels: (batch, 1, 8, 8) -> (batch, 10), 1.0 million parameters."""
     stem = normalised(conv(1, 32, 3))
     blocks = [Block(basic(*sizes), project=True) for sizes in ((32, 32, 1), (32, 96, 2), (96, 256, 2))]
     return nn.Sequential(*stem, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(256, 10))
 
 
 def wide_mlp() -> nn.Module:
-    """Two hidden layers of 3,200: (batch, 1, 8, 8) -> (batch, 10), 10.5 million parameters."""
+    """Make two hidden layers of 3,200: (batch, 1, 8, 8) -> (batch, 10), 10.5 million parameters."""
     width = 3200
     return nn.Sequential(
         nn.Flatten(), nn.Linear(64, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 10)
@@ -28,7 +28,7 @@ def wide_mlp() -> nn.Module:
 
 
 def load_digits(path: str | None, limit_train: int | None) -> Data:
-    """Two thirds of the 1,797 images to train on and one third to test, each class in proportion."""
+    """Load two thirds of the 1,797 images to train on and one third to test, each class in proportion."""
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
@@ -54,6 +54,7 @@ DIGITS = Recipe(
     learning_rate_factor=warmup_and_cosine,
     scheme_defaults={
         "rate": 0.003,
+        "start_steps": 15,
         "dense_steps": 15,
         "warmup_steps": 25,
         "train_steps": 80,

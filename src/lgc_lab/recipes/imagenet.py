@@ -27,17 +27,16 @@ Box = tuple[float, float, float, float]  # left, upper, right and lower edge in 
 
 
 def central_box(width: int, height: int, part: float = 1.0) -> Box:
-    """The square in the middle whose side is this part of the image's shorter one."""
+    """Take the square in the middle whose side is this part of the image's shorter one."""
     side = part * min(width, height)
     left, upper = (width - side) / 2, (height - side) / 2
     return left, upper, left + side, upper + side
 
 
 def random_box(width: int, height: int, draws: Tensor) -> Box:
-    """A box of 8 to 100 % of the area with an aspect of 3/4 to 4/3. Source: Szegedy et al., arXiv 1409.4842.
+    """Draw a box of 8 to 100 % of the area with an aspect of 3/4 to 4/3. Source: Szegedy et al., arXiv 1409.4842.
 
-    Args:
-        draws: (attempts, 4) from [0, 1); the first attempt that lies within the image counts, else the middle.
+    Of `draws`, (attempts, 4) from [0, 1), the first that lies within the image counts, else the middle.
     """
     for area, aspect, across, down in draws.tolist():
         ratio = ASPECT[0] * (ASPECT[1] / ASPECT[0]) ** aspect
@@ -50,12 +49,7 @@ def random_box(width: int, height: int, draws: Tensor) -> Box:
 
 
 class EncodedSplit(Split):
-    """Images that are decoded when they are asked for, in threads.
-
-    Args:
-        encoded: encoded image of an index.
-        labels: (samples,).
-    """
+    """Images that are decoded when they are asked for, in threads; `encoded` gives that of an index."""
 
     def __init__(self, encoded: Callable[[int], Cell], labels: Tensor) -> None:
         self.encoded = encoded
@@ -76,7 +70,7 @@ class EncodedSplit(Split):
         return standardised(pixels, MEAN, DEVIATION), self.labels[indices].long()
 
     def decode(self, index: int, draws: Tensor | None = None, mirrored: bool = False) -> Array:
-        """Part of an image as (3, 224, 224): random if there are draws, else the middle."""
+        """Decode part of an image, (3, 224, 224): random if there are draws, else the middle."""
         middle = partial(central_box, part=SIZE / SHORT_SIDE)
         box = middle if draws is None else partial(random_box, draws=draws)
         pixels = decode_image(self.encoded(index), size=(SIZE, SIZE), part=box)
@@ -84,7 +78,7 @@ class EncodedSplit(Split):
 
 
 def load_parquet(path: str, split: str, limit: int | None) -> EncodedSplit:
-    """The split's first `limit` images. Their encoded bytes are copied to the cache, to be read in any order."""
+    """Load the split's first `limit` images. Their encoded bytes are copied to the cache, to be read in any order."""
     table = Table(path, split, [("image", "img"), ("label",)], limit)
 
     def fill_index(index: Array) -> None:
@@ -108,7 +102,7 @@ def load_parquet(path: str, split: str, limit: int | None) -> EncodedSplit:
 
 
 def load_folder(folder: Path, classes: list[str], limit: int | None) -> EncodedSplit:
-    """Images in one folder for each class; a limit takes them evenly spaced, so that all classes are there."""
+    """Load images in one folder for each class; a limit takes them evenly spaced, so that all classes are there."""
     files = [(file, label) for label, name in enumerate(classes) for file in sorted((folder / name).glob("*.JPEG"))]
     if not files:
         raise FileNotFoundError(f"{folder} has no images {classes[0]}/*.JPEG and so on.")
@@ -122,7 +116,7 @@ def load_folder(folder: Path, classes: list[str], limit: int | None) -> EncodedS
 
 
 def load_imagenet(path: str | None, limit_train: int | None) -> Data:
-    """Folders train/<class>/*.JPEG and val/<class>/*.JPEG, or parquet files with columns image and label."""
+    """Load folders train/<class>/*.JPEG and val/<class>/*.JPEG, or parquet files with columns image and label."""
     if path is None:
         raise ValueError("ImageNet needs data: a folder with train/ and val/, or ILSVRC/imagenet-1k.")
     train, test = Path(path, "train"), Path(path, "val")

@@ -11,31 +11,29 @@ Stem = Literal["imagenet", "deep", "cifar"]
 
 
 def conv(inputs: int, outputs: int, kernel: int, stride: int = 1, dilation: int = 1) -> nn.Conv2d:
-    """A convolution that keeps the size at stride 1."""
+    """Make a convolution that keeps the size at stride 1."""
     return nn.Conv2d(inputs, outputs, kernel, stride, dilation * (kernel // 2), dilation, bias=False)
 
 
 def normalised(*convolutions: nn.Conv2d) -> nn.Sequential:
-    """Each of the convolutions with batch norm and ReLU."""
+    """Follow each of the convolutions by batch norm and ReLU."""
     return nn.Sequential(*(m for c in convolutions for m in (c, nn.BatchNorm2d(c.out_channels), nn.ReLU())))
 
 
 def basic(inputs: int, width: int, stride: int, entering: int = 1, dilation: int = 1) -> list[nn.Conv2d]:
-    """Two 3x3 convolutions; `entering` is the dilation of the first."""
+    """Make two 3x3 convolutions; `entering` is the dilation of the first."""
     return [conv(inputs, width, 3, stride, entering), conv(width, width, 3, 1, dilation)]
 
 
 def bottleneck(inputs: int, width: int, stride: int, entering: int = 1, dilation: int = 1) -> list[nn.Conv2d]:
-    """1x1 down to `width`, 3x3 (with the stride, as in torchvision), 1x1 up to four times that."""
+    """Make convolutions: 1x1 down to `width`, 3x3 (with the stride, as in torchvision), 1x1 up to four times that."""
     return [conv(inputs, width, 1), conv(width, width, 3, stride, entering), conv(width, 4 * width, 1)]
 
 
 class Block(nn.Module):
-    """Convolutions added to a shortcut, which is a 1x1 convolution where the shape changes (option B).
+    """Convolutions added to a shortcut, a 1x1 convolution where the shape changes (option B), or always to `project`.
 
-    Args:
-        convolutions: see `basic` and `bottleneck`.
-        project: the shortcut is a convolution also where the shape stays.
+    See `basic` and `bottleneck` for the convolutions.
     """
 
     def __init__(self, convolutions: Sequence[nn.Conv2d], *, project: bool = False) -> None:
@@ -52,7 +50,7 @@ class Block(nn.Module):
 
 
 def stem_layers(stem: Stem, outputs: int) -> nn.Sequential:
-    """Layers before the blocks: 7x7 and pooling, three 3x3 and pooling, or one 3x3 alone."""
+    """Make the layers before the blocks: 7x7 and pooling, three 3x3 and pooling, or one 3x3 alone."""
     if stem == "cifar":
         return normalised(conv(3, outputs, 3))
     half, pooling = outputs // 2, nn.MaxPool2d(3, stride=2, padding=1)
@@ -64,26 +62,19 @@ def stem_layers(stem: Stem, outputs: int) -> nn.Sequential:
 class ResNet(nn.Module):
     """Stages of residual blocks, average pooling and a linear layer.
 
-    Args:
-        block: the convolutions of all blocks, `basic` or `bottleneck`.
-        depths: number of blocks by stage.
-        classes: outputs of the linear layer.
-        stem: see `stem_layers`.
-        width: channels of the first stage's blocks; each stage doubles them.
-        dilations: by stage; a stage after the first has stride 2 where its dilation is 1, else stride 1, and then
-            computes at more pixels what it would with the stride.
-        zero_init: start every block as its shortcut. Source: Goyal et al., arXiv 1706.02677, section 5.1.
+    A stage after the first has stride 2 where its dilation is 1, else stride 1, and then computes at more pixels what
+    it would with the stride. `zero_init`: every block starts as its shortcut (Goyal et al., arXiv 1706.02677, 5.1).
     """
 
     def __init__(
         self,
-        block: Callable[[int, int, int, int, int], list[nn.Conv2d]],
-        depths: Sequence[int],
+        block: Callable[[int, int, int, int, int], list[nn.Conv2d]],  # `basic` or `bottleneck`
+        depths: Sequence[int],  # number of blocks by stage
         *,
         classes: int = 1000,
         stem: Stem = "imagenet",
-        width: int = 64,
-        dilations: Sequence[int] = (1, 1, 1, 1),
+        width: int = 64,  # channels of the first stage's blocks; each stage doubles them
+        dilations: Sequence[int] = (1, 1, 1, 1),  # by stage
         zero_init: bool = False,
     ) -> None:
         super().__init__()
@@ -106,27 +97,27 @@ class ResNet(nn.Module):
                 nn.init.zeros_(module.body[-1].weight)  # type: ignore[arg-type]
 
     def features(self, x: Tensor) -> list[Tensor]:
-        """Output of every stage."""
+        """Compute the output of every stage."""
         outputs = [self.stem(x)]
         for stage in self.stages:
             outputs.append(stage(outputs[-1]))
         return outputs[1:]
 
     def forward(self, x: Tensor) -> Tensor:
-        """(batch, 3, height, width) -> (batch, classes)."""
+        """Classify: (batch, 3, height, width) -> (batch, classes)."""
         logits: Tensor = self.head(self.features(x)[-1].mean(dim=(2, 3)))
         return logits
 
 
 def initialise(model: nn.Module) -> None:
-    """Normal by fan-out for convolutions. Source: He et al., ICCV 2015, arXiv 1502.01852."""
+    """Draw convolutions from normal distributions by fan-out. Source: He et al., ICCV 2015, arXiv 1502.01852."""
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
 
 def resnet20() -> ResNet:
-    """The CIFAR family's smallest: (batch, 3, 32, 32) -> (batch, 10), 0.27 million parameters. Source: section 4.2."""
+    """Make the CIFAR family's smallest, (batch, 3, 32, 32) -> (batch, 10), 0.27 million parameters: section 4.2."""
     model = ResNet(basic, (3, 3, 3), classes=10, stem="cifar", width=16)
     for stage, added in ((1, 16), (2, 32)):  # option A: every second pixel, new channels are zero
         shortcut = nn.Sequential(nn.AvgPool2d(1, stride=2), nn.ZeroPad3d((0, 0, 0, 0, 0, added)))

@@ -1,4 +1,4 @@
-"""A GPT of the bytes of Python's standard library, which every machine has."""
+"""GPT of the bytes of Python's standard library, which every machine has."""
 
 import math
 import sysconfig
@@ -20,11 +20,9 @@ NOT_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idlelib"}  # 
 
 
 class TextSplit(Split):
-    """Windows of `CONTEXT` bytes and the bytes that follow each; with a generator they start anywhere.
+    """Windows of `CONTEXT` bytes of a text, at most `limit`, and the bytes that follow each; uint8.
 
-    Args:
-        text: bytes, uint8.
-        limit: number of windows, None is all that fit.
+    With a generator they start anywhere.
     """
 
     def __init__(self, text: Tensor, limit: int | None = None) -> None:
@@ -45,7 +43,7 @@ class TextSplit(Split):
 
 
 def load_text(path: str | None, limit_train: int | None) -> Data:
-    """Python sources below a folder, by default the standard library; every 20th file is for testing."""
+    """Load Python sources below a folder, by default the standard library; every 20th file is for testing."""
     folder = Path(path or sysconfig.get_path("stdlib"))
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} is not a folder.")
@@ -82,7 +80,7 @@ class Block(nn.Module):
         return x + h
 
     def attend(self, x: Tensor) -> Tensor:
-        """(batch, length, width) -> the same, each position from those up to it."""
+        """Attend: (batch, length, width) -> the same, each position from those up to it."""
         query, key, value = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         return F.scaled_dot_product_attention(query, key, value, is_causal=True).transpose(1, 2).flatten(2)
 
@@ -90,13 +88,8 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """Decoder-only transformer. Source: Radford et al., GPT-2, 2019.
 
-    (batch, length) of tokens -> (batch, length, vocabulary) of logits for the next ones.
-
-    Args:
-        context: greatest length.
-        width: of the residual stream.
-        depth: number of blocks.
-        heads: of each attention; divides `width`.
+    (batch, length) of tokens -> (batch, length, vocabulary) of logits for the next ones. `context` is the greatest
+    length, `width` that of the residual stream, `depth` the number of blocks; `heads` divides `width`.
     """
 
     def __init__(self, *, vocabulary: int, context: int, width: int, depth: int, heads: int) -> None:
@@ -145,7 +138,14 @@ TEXT_GPT = Recipe(
     learning_rate=1e-3,
     weight_decay=0.1,
     learning_rate_factor=warmup_and_cosine,
-    scheme_defaults={"rate": 0.001, "momentum": 0.0, "dense_steps": 200, "warmup_steps": 400, "train_steps": 300},
+    scheme_defaults={
+        "rate": 0.001,
+        "momentum": 0.0,
+        "start_steps": 300,
+        "dense_steps": 200,
+        "warmup_steps": 400,
+        "train_steps": 300,
+    },
 )
 """Betas 0.9 and 0.95, weight decay 0.1, warm-up and cosine as for GPT-3 (Brown et al., arXiv 2005.14165, appendix B);
 learning rate 1e-3 and about 64 windows a step as nanoGPT's character-level models. The scheme has no momentum

@@ -11,16 +11,16 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from operator import itemgetter
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jinja2
 import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullFormatter, NullLocator, StrMethodFormatter
+from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter, NullLocator, StrMethodFormatter
 
-from lgc.choice.cost import PAYLOAD, RATE_UNITS
+from lgc.choice.cost import PAYLOAD
 from lgc.comm.traffic import SETUP
 from lgc.phase import Phase
 from lgc_lab.folder import write_whole
@@ -43,6 +43,7 @@ STYLE: dict[Any, Any] = {
     "legend.frameon": False,
     "svg.fonttype": "none",
 }
+SPEED = EngFormatter("bit/s")
 ZOOM = "The axis shows the later half of every run in full; what lies outside came before."
 AGAINST_BYTES = "The same over what rank 0 has sent and received by then."
 AGAINST_TIME = (
@@ -69,15 +70,11 @@ def draw(name: str, size: tuple[float, float], plot: Callable[[Figure], object])
     return svg[svg.index("<svg") :]
 
 
-class Panel(NamedTuple):
-    """One pair of axes over the speeds of links: the unit, and a value a speed by label, None where there is none."""
-
-    ylabel: str
-    values: dict[str, list[float | None]]
+Curves = dict[str, list[float | None]]  # a value a speed by label, None where there is none
 
 
-def draw_against_links(name: str, speeds: list[float | None], panels: list[Panel]) -> str:
-    """Draw one panel below the other, both axes logarithmic, as SVG whose ids come from the figure's name.
+def draw_against_links(name: str, speeds: list[float | None], panels: dict[str, Curves]) -> str:
+    """Draw curves by unit, one panel below the other, both axes logarithmic, as SVG; its ids come from the name.
 
     Speeds are bits per second, ascending; None is a link that is not limited, drawn at the right.
     """
@@ -85,17 +82,18 @@ def draw_against_links(name: str, speeds: list[float | None], panels: list[Panel
     xs = [limitless if speed is None else speed for speed in speeds]
 
     def plot(figure: Figure) -> None:
-        for axes, panel in zip(figure.subplots(len(panels), sharex=True, squeeze=False)[:, 0], panels, strict=True):
-            for label, values in panel.values.items():
+        all_axes = figure.subplots(len(panels), sharex=True, squeeze=False)[:, 0]
+        for axes, (unit, curves) in zip(all_axes, panels.items(), strict=True):
+            for label, values in curves.items():
                 axes.plot(xs, [math.nan if value is None else value for value in values], marker="o", label=label)
-            axes.set(ylabel=panel.ylabel, xscale="log", yscale="log")
+            axes.set(ylabel=unit, xscale="log", yscale="log")
             _label_plainly(axes.yaxis)
-        axes.set_xticks(xs, ["unlimited" if speed is None else _speed(speed) for speed in speeds])
+        axes.set_xticks(xs, ["unlimited" if speed is None else SPEED(speed) for speed in speeds])
         axes.set_xlabel("link")
         axes.xaxis.set_minor_locator(NullLocator())
         _add_legend(figure, axes, columns=2)
 
-    rows = math.ceil(len(panels[0].values) / 2)
+    rows = math.ceil(len(next(iter(panels.values()))) / 2)
     return draw(name, (WIDTH, HEIGHT * len(panels) + LEGEND_ROW * rows), plot)
 
 
@@ -103,12 +101,6 @@ def _add_legend(figure: Figure, axes: Axes, columns: int) -> None:
     handles, labels = axes.get_legend_handles_labels()
     if labels:
         figure.legend(handles, labels, loc="outside lower left", ncols=columns, handlelength=1.4, columnspacing=1.2)
-
-
-def _speed(bits_per_second: float) -> str:
-    units = reversed(RATE_UNITS.items())
-    unit, size = next((unit, size) for unit, size in units if bits_per_second >= size or size == 1e3)
-    return f"{bits_per_second / size:g} {unit.capitalize()}/s"
 
 
 def draw_figures(lines: list[Line], links: Sequence[float]) -> list[dict[str, str]]:
@@ -123,7 +115,7 @@ def draw_figures(lines: list[Line], links: Sequence[float]) -> list[dict[str, st
     if has_bytes:
         plots.append(("Against bytes", AGAINST_BYTES, partial(_metric, _megabytes, "MB of rank 0")))
     for link in links:
-        title = f"Against time on a link of {_speed(link)}"
+        title = f"Against time on a link of {SPEED(link)}"
         plots.append((title, AGAINST_TIME, partial(_metric, partial(_seconds, link), "seconds")))
     if has_bytes:
         plots.append(("Bytes by phase", "Sent and received by all ranks, mean over the seeds.", _phases))
@@ -150,7 +142,7 @@ def _with_legend(name: str, lines: list[Line], plot: Callable[[Axes, list[Line]]
 
 
 def _wrapped(label: str, width: int) -> str:
-    """A label on as many lines as it takes, broken between the arguments of the scheme."""
+    """Break a label into as many lines as it takes, between the arguments of the scheme."""
     rows = [""]
     for part in re.split(r"(?<=[:,])", label):
         if rows[-1] and len(rows[-1]) + len(part) > width:
@@ -160,14 +152,14 @@ def _wrapped(label: str, width: int) -> str:
 
 
 def _mean_by_point(all_series: list[Series]) -> Series:
-    """The mean of both coordinates, point by point, as far as all go."""
+    """Average both coordinates, point by point, as far as all go."""
     xs = [statistics.mean(values) for values in zip(*(xs for xs, _ in all_series), strict=False)]
     ys = [math.fsum(values) / len(values) for values in zip(*(ys for _, ys in all_series), strict=False)]
     return xs, ys
 
 
 def _mean_by_step(all_series: list[Series]) -> Series:
-    """The mean at every step that all have, with a gap in place of others."""
+    """Average at every step that all have, with a gap in place of others."""
     values = [dict(zip(xs, ys, strict=True)) for xs, ys in all_series]
     steps = sorted(set().union(*values))
     return steps, [math.fsum(of.get(step, math.nan) for of in values) / len(values) for step in steps]

@@ -14,7 +14,7 @@ ARROWS = {"higher": "↑", "lower": "↓"}
 
 
 def format_table(runs: Sequence[Run]) -> str:
-    """The table as aligned text, one block a recipe."""
+    """Format the table as aligned text, one block a recipe."""
     return "\n\n".join(
         f"{recipe}, {_setting(lines)}\n{aligned([_columns(lines), *map(_cells, lines)])}"
         for recipe, lines in by_recipe(runs).items()
@@ -51,7 +51,7 @@ def _columns(lines: list[Line]) -> list[str]:
 
 
 def _cells(line: Line) -> list[str]:
-    """A line of the table, in the order of `_columns`."""
+    """Format a line of the table, in the order of `_columns`."""
 
     def mean(name: str) -> float:
         known = [value for run in line.runs if (value := run.value(name)) is not None]
@@ -76,6 +76,6 @@ def _setting(lines: list[Line]) -> str:
 
 
 def _either(lines: list[Line], name: str) -> str:
-    """The values that the summaries have of this name: "4 or 8"."""
+    """Join the values that the summaries have of this name: "4 or 8"."""
     found = {run.value(name) for line in lines for run in line.runs}
     return " or ".join(f"{value:,}" if isinstance(value, int) else str(value) for value in sorted(found))

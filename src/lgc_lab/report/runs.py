@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import numbers
 import operator
 import shlex
 from collections import defaultdict
@@ -18,15 +17,12 @@ from lgc_lab.terminal import notify
 from lgc_lab.training.run_folder import METRICS, SUMMARY
 
 RATIOS = ("wire.ratio", "wire.ratio_compressed_phase", "wire.paper.ratio_compressed_phase")
-TEXTS = ("recipe", "scheme", "label", "metric.name", "metric.better", "time.started", "configuration.recipe")
-COUNTS = ("steps", "parameters", "world_size", "wire.sent_bytes", "wire.received_bytes", "configuration.world_size")
-SUMMARY_TYPES: dict[str, tuple[type, ...]] = {
-    **dict.fromkeys((*TEXTS, "configuration.scheme", "versions.lgc", "versions.torch"), (str,)),
-    **dict.fromkeys((*COUNTS, "configuration.seed"), (int,)),
-    **dict.fromkeys(("world_sizes", "wire.phases"), (list,)),
-    **dict.fromkeys(("metric.value", "time.wall_s"), (numbers.Real,)),
-    **dict.fromkeys(RATIOS, (numbers.Real, type(None))),
-}  # what a report needs
+NEEDED = (  # of a summary, for a report
+    *("recipe", "scheme", "label", "steps", "parameters", "world_size", "world_sizes", "wire.phases", *RATIOS),
+    *("wire.sent_bytes", "wire.received_bytes", "metric.name", "metric.value", "metric.better", "time.started"),
+    *("time.wall_s", "versions.lgc", "versions.torch"),
+    *("configuration.recipe", "configuration.scheme", "configuration.seed", "configuration.world_size"),
+)
 Row = Mapping[str, Any]
 NOT_OPTIONS = ("memory_format", "source", "version")  # of a configuration: what follows from the rest
 Series = tuple[list[float], list[float]]
@@ -34,7 +30,7 @@ Series = tuple[list[float], list[float]]
 
 @dataclass(frozen=True)
 class Run:
-    """What one run left in its folder."""
+    """Run as its folder has it."""
 
     folder: Path
     summary: dict[str, Any]
@@ -44,30 +40,27 @@ class Run:
     def load(cls, folder: Path) -> Run:
         """Read a run folder. Raises ValueError, naming the file and what is wrong with it."""
         run = cls(folder, read_objects(folder / SUMMARY)[0], read_objects(folder / METRICS))
-        for name, kinds in SUMMARY_TYPES.items():
+        for name in NEEDED:
             try:
-                value = run.value(name)
+                run.value(name)
             except (KeyError, TypeError):
                 raise ValueError(f"{folder / SUMMARY} has no {name}.") from None
-            if not isinstance(value, kinds):
-                expected = " or ".join(kind.__name__ for kind in kinds)
-                raise ValueError(f"{folder / SUMMARY}: {name} must be {expected}, got {value!r:.100}.")
         if not run.rows:
             raise ValueError(f"{folder / METRICS} has no rows.")
         return run
 
     def value(self, name: str) -> Any:
-        """A value of the summary, such as "metric.value"."""
+        """Find a value of the summary, such as "metric.value"."""
         return reduce(operator.getitem, name.split("."), self.summary)
 
     @property
     def configuration(self) -> dict[str, Any]:
-        """The settings it ran with."""
+        """Settings that it ran with."""
         return dict(self.summary["configuration"])
 
     @property
     def conditions(self) -> dict[str, Any]:
-        """What must be equal for runs to be on one line: the configuration but for the seed, changes of it included."""
+        """Conditions that runs on one line share: the configuration but for the seed, changes of it included."""
         sizes = self.summary["world_sizes"]
         changed = {"world_sizes": sizes} if len(sizes) > 1 else {}
         return {key: value for key, value in self.configuration.items() if key != "seed"} | changed
@@ -79,12 +72,12 @@ class Run:
 
     @property
     def better(self) -> str:
-        """Which of two values of the metric is the better one: the higher or the lower."""
+        """Better one of two values of the metric: the "higher" or the "lower"."""
         return str(self.summary["metric"]["better"])
 
     @property
     def command(self) -> str:
-        """The command that repeats the run, with the scheme as asked for; a comment where no command does."""
+        """Command that repeats the run, with the scheme as asked for; a comment where no command does."""
         sizes = self.summary["world_sizes"]
         if len(sizes) > 1:
             changes = ", ".join(f"{size} from step {step} on" for step, size in sizes)
@@ -97,7 +90,7 @@ class Run:
         return shlex.join(["lgc", "train", *words, "--out=OUT"])
 
     def series(self, x: Callable[[Row], float], y: str) -> Series:
-        """A column of the rows that have it, over what `x` makes of each and of what other columns were last."""
+        """Extract a column of the rows that have it, over what `x` makes of each and of the last of other columns."""
         seen: dict[str, Any] = defaultdict(float)
         series: Series = ([], [])
         for row in self.rows:
@@ -109,7 +102,7 @@ class Run:
 
 
 class Line(NamedTuple):
-    """One line of the table and of the figures: runs that differ in their seed alone."""
+    """Line of the table and of the figures: runs that differ in their seed alone."""
 
     recipe: str
     label: str  # the scheme as it was asked for, and what else tells the line from others of the recipe
@@ -128,7 +121,7 @@ def load_runs(folders: Iterable[Path]) -> list[Run]:
 
 
 def find_runs(folders: Iterable[Path]) -> list[Run]:
-    """As `load_runs`, in these folders and below; below one folder in the order they were started.
+    """Load the finished runs in these folders and below, as `load_runs`; below a folder in the order of their start.
 
     Of those of the same settings and seed the first one, with a warning.
     """
@@ -143,21 +136,19 @@ def find_runs(folders: Iterable[Path]) -> list[Run]:
 
 
 def by_recipe(runs: Sequence[Run]) -> dict[str, list[Line]]:
-    """The lines of every recipe, in the order of their first runs; of runs that repeat each other the first one."""
-    recipes: dict[str, dict[str, dict[int, Run]]] = {}
+    """Group runs into the lines of every recipe, in the order of their first ones."""
+    recipes: dict[str, dict[str, list[Run]]] = {}
     for run in runs:
         lines = recipes.setdefault(run.configuration["recipe"], {})
-        seeds = lines.setdefault(json.dumps(run.conditions, sort_keys=True), {})
-        seeds.setdefault(run.configuration["seed"], run)
-    grouped = {recipe: [list(seeds.values()) for seeds in lines.values()] for recipe, lines in recipes.items()}
+        lines.setdefault(json.dumps(run.conditions, sort_keys=True), []).append(run)
     return {
-        recipe: [Line(recipe, label, runs) for label, runs in zip(_labels(lines), lines, strict=True)]
-        for recipe, lines in grouped.items()
+        recipe: [Line(recipe, *line) for line in zip(_labels([*lines.values()]), lines.values(), strict=True)]
+        for recipe, lines in recipes.items()
     }
 
 
 def _labels(lines: list[list[Run]]) -> list[str]:
-    """The scheme as it was asked for, in full where that is not enough, and the other settings that lines differ in."""
+    """Label lines by the scheme as asked for, in full where that is not enough, and what other settings differ."""
     firsts = [runs[0] for runs in lines]
     fields = sorted({field for run in firsts for field in run.conditions} - {"scheme", "recipe"})
     differing = [name for name in fields if len({json.dumps(run.conditions.get(name)) for run in firsts}) > 1]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -63,8 +64,9 @@ def link(
     if (target is None) != (runs is None):
         raise click.UsageError("--target and --runs go together.")
     run |= {name: options.split(run[name]) for name in ("schemes", "rates")}
-    with options.reported_errors():
+    with options.usage_errors():
         wanted = Measurement(**run)
+    with options.reported_errors():
         with occupied(out):
             there = None if overwrite else _find(out, wanted, loopback=loopback)
             if there is None or not there.finished:
@@ -84,19 +86,14 @@ def link(
 
 
 def _find(folder: Path, wanted: Measurement, *, loopback: bool) -> Results | None:
-    """Find what the folder has of this measurement, on the same kind of link.
-
-    Raises:
-        OtherRunError: if it has another one.
-        ValueError: if it has a file of that name which is none.
-    """
+    """Find what the folder has of this measurement, on the same kind of link. Raises OtherRunError for another one."""
     if not (folder / RESULTS).exists():
         return None
     try:
         results = Results.load(folder, unfinished=True)
     except ValueError as error:
         raise ValueError(f"{error} --overwrite starts anew.") from None
-    require_same(results.configuration, wanted.configuration(), f"{folder} has a measurement")
+    require_same(results.configuration, asdict(wanted), f"{folder} has a measurement")
     if not results.finished:
         require_same(results.content["machine"], machine(), f"{folder} has an unfinished measurement")
     over_loopback = results.rates == [LOOPBACK]
@@ -127,14 +124,11 @@ def _network(world_size: int, loopback: bool) -> Iterator[Network | None]:
 
 def _write_picture(results: Results, times: Sequence[TimeToTarget], target: float | None, path: Path) -> None:
     """Time a step, and to the target if there is one, against the speed of the link, as SVG."""
-    from lgc_lab.report.figures import Panel, draw_against_links  # here, because most commands need no matplotlib
+    from lgc_lab.report.figures import Curves, draw_against_links  # here, because most commands need no matplotlib
 
-    rates, schemes = results.rates, results.schemes
-    ms: dict[str, list[float | None]]
-    ms = {name: [1e3 * results.lasting(rate, name).step for rate in rates] for name in schemes}
-    panels = [Panel("ms a step", ms)]
+    ms: Curves = {name: [1e3 * results.lasting(rate, name).step for rate in results.rates] for name in results.schemes}
+    panels = {"ms a step": ms}
     if times:
-        seconds = {name: [each.seconds for each in times if each.scheme == name] for name in schemes}
-        panels.append(Panel(f"seconds to {target:g}", seconds))
+        panels[f"seconds to {target:g}"] = {each.scheme: each.seconds for each in times}
     name = f"{results.configuration['recipe']} links"
-    write_whole(path, draw_against_links(name, [bits_per_second(rate) for rate in rates], panels))
+    write_whole(path, draw_against_links(name, [bits_per_second(rate) for rate in results.rates], panels))

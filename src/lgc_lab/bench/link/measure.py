@@ -75,10 +75,6 @@ class Measurement:
         own = {name: getattr(self, name) for name in ("recipe", "data", "batch_size", "world_size")}
         return Settings(scheme=text, epochs=ENDLESS, **own)
 
-    def configuration(self) -> dict[str, Any]:
-        """Collect what must be equal for two measurements to be the same one, as JSON values."""
-        return asdict(self)
-
 
 def machine() -> dict[str, Any]:
     """Describe what the parts of one measurement must have in common."""
@@ -106,13 +102,9 @@ def full_text(scheme: Scheme) -> str:
 def measure_links(
     wanted: Measurement, out: Path, network: Network | None, timeout: timedelta, done: Sequence[Cell] = ()
 ) -> None:
-    """Start the ranks, which write `out`/results.json after every link.
+    """Start the ranks, which write `out`/results.json after every link of the network, or over loopback without one.
 
-    Args:
-        wanted, out: what to measure, and where to.
-        network: whose links are shaped; None is loopback.
-        timeout: for which a rank waits for another.
-        done: cells of links that have been measured before.
+    `done` has the cells of links that have been measured before.
 
     Raises:
         ValueError, OSError: if the data is missing or malformed.
@@ -138,7 +130,9 @@ def _measure_cells(
         arms[text] = Arm(wanted.training(full_text(shortened(wanted.scheme(text)))), device)
     for text, arm in arms.items():
         tell(f"preparing {text}")
-        arm.prepare()
+        last = max(first for first, _ in arm.phases().values())
+        for _ in range(max(last, START_STEPS) + SETTLED_STEPS):
+            arm.step()
     meter = Meter(wanted, barrier, has_network=network is not None)
     rates = (LOOPBACK,) if network is None else wanted.rates
     measured = {cell.rate for cell in cells}
@@ -154,7 +148,7 @@ def _measure_cells(
         if is_first:
             content = {
                 "finished": rate == rates[-1],
-                "configuration": wanted.configuration(),
+                "configuration": asdict(wanted),
                 "measured": datetime.now(UTC).isoformat(timespec="seconds"),
                 "parameters": arms[COMPUTE].run.handle.parameters,
                 "schemes": {text: str(arms[text].run.scheme) for text in wanted.schemes},
@@ -203,12 +197,6 @@ class Arm:
         """Have the scheme do what it does at this step, with the state it has."""
         if self.run.handle.synchronizer is not None and self.run.handle.step != step:
             self.run.handle.load_state_dict(self.run.handle.state_dict() | {"step": step})
-
-    def prepare(self) -> None:
-        """Go through all phases once."""
-        last = max(first for first, _ in self.phases().values())
-        for _ in range(max(last, START_STEPS) + SETTLED_STEPS):
-            self.step()
 
 
 class ComputeArm(Arm):

@@ -84,14 +84,12 @@ class Results:
             grouped.setdefault((cell.rate, cell.scheme, cell.phase), []).append(cell)
         self.compute = {rate: step_seconds(group) for (rate, scheme, _), group in grouped.items() if scheme == COMPUTE}
         self.rows = [self._row(*place, group) for place, group in grouped.items() if place[1] != COMPUTE]
+        self.rates = list(dict.fromkeys(row.rate for row in self.rows))  # in the order they were measured
+        self.schemes = list(dict.fromkeys(row.scheme for row in self.rows))  # text forms, as they were asked for
 
     @classmethod
     def load(cls, folder: Path, *, unfinished: bool = False) -> Results:
-        """Read a folder.
-
-        Raises:
-            ValueError: if there is no measurement, or one that was interrupted, unless it may be `unfinished`.
-        """
+        """Read a folder. Raises ValueError if it has no measurement, or one that was cut short, unless `unfinished`."""
         path = folder / RESULTS
         try:
             results = cls(read_objects(path)[0])
@@ -100,16 +98,6 @@ class Results:
         if not results.finished and not unfinished:
             raise ValueError(f"{path} is not a finished measurement: it was interrupted.")
         return results
-
-    @property
-    def rates(self) -> list[str]:
-        """Names of the links' rates, in the order they were measured."""
-        return list(dict.fromkeys(row.rate for row in self.rows))
-
-    @property
-    def schemes(self) -> list[str]:
-        """Text forms of the schemes, as they were asked for."""
-        return list(dict.fromkeys(row.scheme for row in self.rows))
 
     def lasting(self, rate: str, scheme: str) -> Row:
         """Find the row of the phase that a long run spends its time in, which is a scheme's last."""

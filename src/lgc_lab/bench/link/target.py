@@ -15,37 +15,33 @@ from lgc_lab.training.settings import Settings
 
 
 class TimeToTarget(NamedTuple):
-    """Seconds until a run's evaluation first reached the target, on one link; None where it never did."""
+    """Steps, and seconds by link, until a scheme's evaluation first reached the target; None where it never did."""
 
-    rate: str
     scheme: str
     steps: float | None
-    seconds: float | None
+    seconds: list[float | None]
 
 
 def times_to_target(results: Results, runs: Sequence[Run], target: float) -> list[TimeToTarget]:
     """Steps of finished training runs until the target, each at the time of its phase; the mean over seeds.
 
     What a run learns does not depend on the link, so a run is trained once, anywhere, and its steps are weighed by what
-    was measured on each link. Evaluations are left out. Where one seed never gets there, there is no time.
-
-    Raises:
-        ValueError: if a scheme has no run with the settings of the measurement, or several that differ in more than
-            their seeds.
+    was measured on each link. Evaluations are left out. Where one seed never gets there, there is no time. Raises
+    ValueError if a scheme has no run with the settings of the measurement, or several that differ beyond their seeds.
     """
     times = []
     for scheme in results.schemes:
         seeds = [_steps_to_target(run, target) for run in _runs_of(runs, results, scheme)]
         reached = [counts for counts in seeds if counts is not None]
-        for rate in results.rates:
-            if len(reached) < len(seeds):
-                times.append(TimeToTarget(rate, scheme, None, None))
-                continue
-            seconds = mean(
-                sum(number * _step_of_phase(results, rate, scheme, phase) for phase, number in counts.items())
-                for counts in reached
-            )
-            times.append(TimeToTarget(rate, scheme, mean(map(Counter.total, reached)), seconds))
+        if len(reached) < len(seeds):
+            times.append(TimeToTarget(scheme, None, [None] * len(results.rates)))
+            continue
+        steps = {phase: mean(counts[phase] for counts in reached) for counts in reached for phase in counts}
+        seconds: list[float | None] = [
+            sum(number * _step_of_phase(results, rate, scheme, phase) for phase, number in steps.items())
+            for rate in results.rates
+        ]
+        times.append(TimeToTarget(scheme, sum(steps.values()), seconds))
     return times
 
 
@@ -65,7 +61,7 @@ def _runs_of(runs: Sequence[Run], results: Results, scheme: str) -> list[Run]:
                     f"--runs has runs of {scheme} with different settings, {found[0].folder} ({field}: {here!r}) and "
                     f"{run.folder} ({there!r}): name a folder with one of them."
                 )
-    return list({run.configuration["seed"]: run for run in reversed(found)}.values())
+    return found
 
 
 def _steps_to_target(run: Run, target: float) -> Counter[str] | None:
@@ -87,10 +83,9 @@ def _step_of_phase(results: Results, rate: str, scheme: str, phase: str) -> floa
 
 
 def format_times(results: Results, times: Sequence[TimeToTarget], target: float) -> str:
-    """Steps and seconds to the target as an aligned table, a column a link."""
-    lines = []
-    for scheme in results.schemes:
-        of_scheme = [each for each in times if each.scheme == scheme]
-        steps = "never" if of_scheme[0].steps is None else f"{of_scheme[0].steps:.0f}"
-        lines.append([scheme, steps, *("-" if each.seconds is None else f"{each.seconds:,.1f}" for each in of_scheme)])
-    return aligned([[f"seconds to {target:g}", "steps", *results.rates], *lines])
+    """Format steps and seconds to the target as an aligned table, a column a link."""
+    table = [[f"seconds to {target:g}", "steps", *results.rates]]
+    for scheme, steps, seconds in times:
+        cells = ("-" if value is None else f"{value:,.1f}" for value in seconds)
+        table.append([scheme, "never" if steps is None else f"{steps:.0f}", *cells])
+    return aligned(table)
