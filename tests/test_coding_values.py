@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -29,6 +30,7 @@ from lgc.coding import (
     unpack_lanes,
 )
 from lgc.schemes.arguments import from_text, to_text
+from lgc_lab.cli import main
 
 CODECS: list[ValueCodec] = [
     Float32(),
@@ -311,6 +313,16 @@ def test_a_codec_with_levels_has_a_text_form(codec: ValueCodec, text: str) -> No
 def test_another_text_is_refused_with_what_it_may_be(text: str) -> None:
     with pytest.raises(ValueError, match=r"uniformBITS, uniformBITSxBLOCK, lloydBITS, lloydBITSxBLOCK, got"):
         from_text("values", text, ValueCodec)
+
+
+def test_the_benchmark_shows_what_a_codec_costs_and_loses() -> None:
+    lines = CliRunner().invoke(main, ["bench", "codec", "--entries", "1000"]).output.splitlines()
+    (header,) = [place for place, line in enumerate(lines) if line.startswith("values ")]
+    rows = {line[:28].strip(): [float(figure) for figure in line[28:].split()] for line in lines[header + 1 :]}
+    assert rows["Float32()"][:2] == [32, 0]
+    one, two, four = (rows[name] for name in ("Sign()", repr(LloydMax(2)), repr(LloydMax(4))))
+    assert 1 < one[0] < 2 < two[0] < 2.1 < 4 < four[0] < 4.1
+    assert one[1] > two[1] > four[1] > 0
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])

@@ -62,6 +62,7 @@ CASES: dict[str, Config] = {
     "lgc-ring-paper-low-pass": Config(scheme="lgc-ring", rate=0.1, feedback="paper", low_pass=0.2, **LEARNED),
     "lgc-ps-low-pass": Config(scheme="lgc-ps", rate=0.1, clip_norm=3.0, low_pass=0.5, **LEARNED),
     "lgc-ps-coded": Config(scheme="lgc-ps", rate=0.1, values="sign", latent="uniform8", **LEARNED),
+    "dgc-lloyd": Config(scheme="dgc", rate=0.1, momentum=0.9, warmup_steps=6, values="lloyd2"),
 }
 LINEAR = [name for name, config in CASES.items() if not config.learned and not config.server]
 NEVER_ZERO = [name for name, config in CASES.items() if not config.values.startswith("uniform")]

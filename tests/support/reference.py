@@ -162,6 +162,8 @@ def coded(codec: str, x: Tensor, scale: Tensor | None = None) -> Tensor:
     if codec == "sign":
         magnitude = x.abs().double().mean().to(x.dtype)
         return torch.where(x < 0, -magnitude, magnitude)
+    if codec == "lloyd2":
+        return torch.cat([coded_by_two_levels(block) for block in x.split(256)])
     levels = 2 ** (int(codec.removeprefix("uniform")) - 1) - 1
     largest_magnitude = x.abs().max() if scale is None else scale
     if largest_magnitude == 0:
@@ -169,6 +171,20 @@ def coded(codec: str, x: Tensor, scale: Tensor | None = None) -> Tensor:
     steps = torch.round(levels * x.double() / largest_magnitude.double()).clamp(-levels, levels)
     decoded: Tensor = (steps * largest_magnitude.double() / levels).to(x.dtype)
     return decoded
+
+
+def coded_by_two_levels(x: Tensor) -> Tensor:
+    """What `lloyd 2` decodes of one block."""
+    low, high = 3709 / 8192, 12373 / 8192
+    magnitudes = x.abs().double()
+
+    def nearest(scale: Tensor) -> Tensor:
+        return torch.where(magnitudes < scale * (low + high) / 2, low, high).double()
+
+    z = nearest(magnitudes.square().mean().sqrt())
+    scale = ((magnitudes * z).sum() / z.square().sum()).to(torch.bfloat16).double()
+    y = scale * nearest(scale)
+    return torch.where(x < 0, -y, y).to(x.dtype)
 
 
 def take(vectors: Vectors, positions: Positions) -> Tensor:

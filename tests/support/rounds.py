@@ -18,6 +18,7 @@ CODECS: dict[str, Any] = {
     "float32": lgc.Float32(),
     "bfloat16": lgc.BFloat16(),
     "sign": lgc.Sign(),
+    "lloyd2": lgc.LloydMax(bits=2),
     "uniform4": lgc.Uniform(bits=4),
     "uniform8": lgc.Uniform(bits=8),
 }
