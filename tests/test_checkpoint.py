@@ -35,7 +35,8 @@ SCHEMES: dict[str, Any] = {
     "dense": lgc.Dense(),
     "dgc": lgc.DGC(rate=0.02, warmup_steps=6, clip_norm=1.0),
     "dgc-adam": lgc.DGC(rate=0.02, warmup_steps=6, second_moment=0.95),
-    "dgc-server": lgc.DGC(rate=0.02, warmup_steps=6, server=True),
+    "dgc-two-stage": lgc.DGC(rate=0.02, warmup_steps=6, reduction="two_stage"),
+    "quantized": lgc.Quantized(reduction="two_stage"),
     "scalecom": lgc.ScaleCom(rate=0.02, momentum=0.9, warmup_steps=6),
     "lgc-ring": lgc.LGCRing(**LEARNED),
     "lgc-ring-sgd": lgc.LGCRing(**LEARNED, autoencoder_optimizer="sgd"),
@@ -156,8 +157,11 @@ def load_and_go_on(rank: int, world_size: int, scheme: Any, path: Path, steps: i
 
 
 def per_rank(states: list[dict[str, Any]], kind: str) -> list[dict[str, Tensor]]:
-    """Residual or a moment of every rank."""
-    return [state["handle"]["aggregator"]["per_rank"][kind] for state in states]
+    """Residual, with what the rank owes as a server, or a moment of every rank."""
+    parts = [state["handle"]["aggregator"]["per_rank"] for state in states]
+    if kind != "residual" or "server_residual" not in parts[0]:
+        return [part[kind] for part in parts]
+    return [{name: tensor + part["server_residual"][name] for name, tensor in part[kind].items()} for part in parts]
 
 
 def owed(states: list[dict[str, Any]], kind: str) -> dict[str, Tensor]:
@@ -189,8 +193,9 @@ def assert_owed_stays(saved: list[dict[str, Any]], loaded: list[dict[str, Any]])
     ("scheme", "before", "after"),
     [
         *(("lgc-ring", before, after) for before, after in [(4, 2), (2, 4), (3, 4), (4, 3)]),
-        *(("dgc-server", before, after) for before, after in [(4, 2), (1, 2)]),
+        *(("dgc-two-stage", before, after) for before, after in [(4, 2), (1, 2)]),
         ("dgc-adam", 3, 2),
+        ("quantized", 4, 3),
     ],
 )
 def test_at_another_world_size_the_owed_update_and_what_is_replicated_stay(
@@ -326,7 +331,7 @@ def through_dcp(rank: int, world_size: int, scheme: Any, directory: Path) -> lis
 
 
 @pytest.mark.grid
-@pytest.mark.parametrize("scheme", ["dense", "dgc-server", "lgc-ps"])
+@pytest.mark.parametrize("scheme", ["dense", "dgc-two-stage", "lgc-ps"])
 @pytest.mark.parametrize("through", [through_torch_save, through_dcp])
 def test_the_state_fits_in_torchs_own_checkpoints(
     ranks: RankFactory, through: Callable[..., Any], scheme: str, tmp_path: Path

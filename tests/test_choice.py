@@ -43,6 +43,7 @@ FAST = Link(bandwidth=1e12)
         ("all-gather", 3 * 0.01 + 3),
         ("broadcast", 2 * 0.01 + 2),
         ("gather", 0.01 + 3),
+        ("all-to-all", 0.01 + 0.75),
         ("relay", 2.75 * 0.01 + 2.75),
     ],
 )
@@ -147,7 +148,7 @@ def test_a_run_is_ahead_once_what_it_lost_at_first_is_won_back() -> None:
 
 EXACT: dict[str, Any] = {  # the length of what they send does not depend on what it is
     "topk": lgc.TopK.paper(rate=0.02, warmup_steps=4),
-    "dgc-server": lgc.DGC.paper(rate=0.02, server=True),
+    "dgc-two-stage": lgc.DGC.paper(rate=0.02, reduction="two_stage"),
     "scalecom": lgc.ScaleCom.paper(rate=0.02),
     "lgc-ring": lgc.LGCRing.paper(rate=0.02, dense_steps=3, warmup_steps=5, train_steps=6),
     "lgc-ps": lgc.LGCServer.paper(rate=0.02, dense_steps=3, warmup_steps=5, train_steps=6),

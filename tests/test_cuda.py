@@ -36,7 +36,7 @@ SCHEMES: dict[str, Any] = {
     "powersgd": lgc.PowerSGD(start_steps=3),
     "topk": lgc.TopK(rate=0.05, warmup_steps=4),
     "dgc": lgc.DGC(rate=0.05, warmup_steps=6, clip_norm=1.0),
-    "dgc-server": lgc.DGC(rate=0.05, warmup_steps=6, server=True),
+    "dgc-two-stage": lgc.DGC(rate=0.05, warmup_steps=6, reduction="two_stage"),
     "dgc-adam": lgc.DGC(rate=0.05, warmup_steps=6, second_moment=0.95),
     "scalecom": lgc.ScaleCom(rate=0.05, momentum=0.9, warmup_steps=6),
     "lgc-ring": lgc.LGCRing(**LEARNED),
@@ -117,9 +117,10 @@ def collectives_over_nccl(rank: int, world_size: int) -> list[Tensor]:
         transport.broadcast(host.cuda(), "values", source=0),
         gathered[0],
         transport.all_gather_bytes(payload, "values", limit=7)[0],
+        transport.all_to_all_bytes([payload], "values", limit=7)[0],
         transport.relay_bytes(payload, "values", source=0, length=7, limit=7),
     ]
-    assert [tensor.device.type for tensor in together] == ["cuda", "cpu", "cuda", "cuda", "cpu", "cpu"]
+    assert [tensor.device.type for tensor in together] == ["cuda", "cpu", "cuda", "cuda", "cpu", "cpu", "cpu"]
     return [tensor.cpu() for tensor in together]
 
 

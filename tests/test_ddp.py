@@ -48,9 +48,10 @@ LEARNED: dict[str, Any] = {
 SCHEMES: dict[str, Any] = {
     "dense": lgc.Dense(),
     "topk": lgc.TopK(rate=0.02, warmup_steps=4),
-    "topk-server": lgc.TopK(rate=0.02, warmup_steps=4, server=True),
+    "topk-two-stage": lgc.TopK(rate=0.02, warmup_steps=4, reduction="two_stage"),
     "dgc": lgc.DGC(rate=0.02, warmup_steps=6, clip_norm=1.0),
-    "dgc-server": lgc.DGC(rate=0.02, warmup_steps=6, server=True),
+    "dgc-two-stage": lgc.DGC(rate=0.02, warmup_steps=6, reduction="two_stage"),
+    "quantized": lgc.Quantized(reduction="two_stage"),
     "scalecom": lgc.ScaleCom(rate=0.02, momentum=0.9, warmup_steps=6),
     "lgc-ring": lgc.LGCRing(**LEARNED),
     "lgc-ring-paper": lgc.LGCRing(**LEARNED, feedback="paper"),
@@ -134,7 +135,7 @@ def train_variants(rank: int, world_size: int, scheme: Any) -> dict[str, Trained
     }
 
 
-@pytest.mark.parametrize("scheme", ["dgc-server", "lgc-ring", "lgc-ps-paper"])
+@pytest.mark.parametrize("scheme", ["dgc-two-stage", "lgc-ring", "lgc-ps-paper"])
 def test_buckets_do_not_change_the_training_run(ranks: RankFactory, scheme: str) -> None:
     exact: dict[str, Any] = {"values": lgc.Float32()}  # a coded value may turn with the last bit of a sum
     exact |= {"latent": lgc.Float32()} if scheme in LGC else {}

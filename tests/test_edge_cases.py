@@ -19,7 +19,7 @@ RankFactory = Callable[[int], Ranks]
 LEARNED: dict[str, Any] = {"momentum": 0.9, "dense_steps": 2, "warmup_steps": 3, "train_steps": 3}
 CONFIGS: dict[str, Config] = {
     "topk": Config(scheme="topk", rate=0.02, warmup_steps=3),
-    "topk-server": Config(scheme="topk", rate=0.02, warmup_steps=3, server=True),
+    "topk-two-stage": Config(scheme="topk", rate=0.02, warmup_steps=3, reduction="two_stage"),
     "dgc": Config(scheme="dgc", rate=0.02, momentum=0.9, clip_norm=1.0, warmup_steps=3),
     "scalecom": Config(scheme="scalecom", rate=0.02, warmup_steps=3),
     "lgc-ring": Config(scheme="lgc-ring", rate=0.02, **LEARNED),
@@ -111,7 +111,7 @@ def test_at_a_tiny_rate_every_segment_sends_one_value(ranks: RankFactory, scheme
                 assert int((run.steps[t].sent != 0).sum()) == len(layout.own) + len(layout.shared)
 
 
-@pytest.mark.parametrize("scheme", ["topk", "topk-server", "dgc", "scalecom"])
+@pytest.mark.parametrize("scheme", ["topk", "topk-two-stage", "dgc", "scalecom"])
 def test_at_rate_one_a_linear_scheme_is_dense(ranks: RankFactory, scheme: str) -> None:
     config = dataclasses.replace(CONFIGS[scheme], rate=1.0, warmup_steps=0, momentum=0.0, clip_norm=None)
     real = ranks(WORLD_SIZE).run(run_rounds, scheme_of(config), SHAPES, list(range(5)))

@@ -18,6 +18,7 @@ from reference import (
     decode,
     encode,
     make_layout,
+    make_pieces,
     phase_at,
 )
 from rounds import SHAPES, Run, gradient, joined, run_rounds, scheme_of
@@ -28,13 +29,16 @@ Runs = Callable[[str, int], list[Run]]
 
 STEPS = 32
 LEARNED: dict[str, Any] = {"momentum": 0.9, "dense_steps": 3, "warmup_steps": 7, "train_steps": 6}
+TWO_STAGE: Any = {"reduction": "two_stage"}
 CASES: dict[str, Config] = {
     "topk": Config(scheme="topk", rate=0.02),
     "topk-momentum-warmup": Config(scheme="topk", rate=0.02, momentum=0.9, warmup_steps=9, pooled_rate=0.3),
-    "topk-server": Config(scheme="topk", rate=0.02, warmup_steps=4, server=True),
+    "topk-two-stage": Config(scheme="topk", rate=0.02, warmup_steps=4, **TWO_STAGE),
     "dgc": Config(scheme="dgc", rate=0.005, momentum=0.9, warmup_steps=11),
     "dgc-clipped": Config(scheme="dgc", rate=0.02, momentum=0.9, warmup_steps=6, clip_norm=2.0),
-    "dgc-server": Config(scheme="dgc", rate=0.02, momentum=0.9, warmup_steps=6, clip_norm=2.0, server=True),
+    "dgc-two-stage": Config(
+        scheme="dgc", rate=0.02, momentum=0.9, warmup_steps=6, clip_norm=2.0, reduction="two_stage"
+    ),
     "scalecom": Config(scheme="scalecom", rate=0.02, warmup_steps=6),
     "scalecom-momentum": Config(scheme="scalecom", rate=0.02, momentum=0.9, warmup_steps=6),
     "lgc-ring": Config(scheme="lgc-ring", rate=0.05, **LEARNED),
@@ -55,7 +59,9 @@ CASES: dict[str, Config] = {
     "lgc-ring-coded": Config(scheme="lgc-ring", rate=0.1, unit="kernel", values="sign", latent="uniform4", **LEARNED),
     "topk-low-pass": Config(scheme="topk", rate=0.02, warmup_steps=4, low_pass=0.3, values="sign"),
     "scalecom-low-pass": Config(scheme="scalecom", rate=0.02, momentum=0.9, warmup_steps=6, low_pass=0.1),
-    "dgc-server-low-pass": Config(scheme="dgc", rate=0.02, momentum=0.9, warmup_steps=6, low_pass=0.6, server=True),
+    "dgc-two-stage-low-pass": Config(
+        scheme="dgc", rate=0.02, momentum=0.9, warmup_steps=6, low_pass=0.6, reduction="two_stage"
+    ),
     "lgc-ring-adam": Config(scheme="lgc-ring", rate=0.1, second_moment=0.95, **LEARNED),
     "lgc-ps-adam": Config(scheme="lgc-ps", rate=0.1, second_moment=0.9, low_pass=0.3, **LEARNED),
     "lgc-ring-low-pass": Config(scheme="lgc-ring", rate=0.1, low_pass=0.2, **LEARNED),
@@ -64,9 +70,9 @@ CASES: dict[str, Config] = {
     "lgc-ps-coded": Config(scheme="lgc-ps", rate=0.1, values="sign", latent="uniform8", **LEARNED),
     "dgc-lloyd": Config(scheme="dgc", rate=0.1, momentum=0.9, warmup_steps=6, values="lloyd2"),
 }
-LINEAR = [name for name, config in CASES.items() if not config.learned and not config.server]
+LINEAR = [name for name, config in CASES.items() if not config.learned and config.reduction == "gather"]
 NEVER_ZERO = [name for name, config in CASES.items() if not config.values.startswith("uniform")]
-SERVER = [name for name, config in CASES.items() if config.server]
+IN_TWO_STAGES = [name for name, config in CASES.items() if config.reduction == "two_stage"]
 LGC = [name for name, config in CASES.items() if config.learned]
 LOSSLESS = [name for name, config in CASES.items() if config.feedback != "paper"]
 PAPER = [name for name, config in CASES.items() if config.feedback == "paper"]
@@ -299,12 +305,12 @@ def test_before_the_compressed_phase_the_mean_is_the_average_of_what_was_sent(
         assert_close(real[0].steps[t].mean, average, f"step {t}", tolerance=1e-6)
 
 
-@on_ranks(SERVER)
-def test_the_server_keeps_what_it_was_sent_and_did_not_send_on(runs: Runs, case: str, world_size: int) -> None:
-    """mean + change of its residual = average of what was sent; the residual is zero where it was sent on."""
+@on_ranks(IN_TWO_STAGES)
+def test_the_servers_keep_what_they_were_sent_and_did_not_send_on(runs: Runs, case: str, world_size: int) -> None:
+    """mean + change of their residual = average of what was sent; the residual is zero where it was sent on."""
     config = CASES[case]
     real = runs(case, world_size)
-    (pool, *weights) = make_layout(config, SHAPES).own
+    pieces = [piece for of_segment in make_pieces(config, SHAPES, world_size) for piece in of_segment]
     residual = torch.zeros(real[0].steps[0].mean.numel(), dtype=torch.float64)
     size = residual.abs()
     for t in range(STEPS):
@@ -315,23 +321,25 @@ def test_the_server_keeps_what_it_was_sent_and_did_not_send_on(runs: Runs, case:
         residual = residual + average - mean
         assert (residual[selected].abs() <= 1e-5 * size[selected]).all(), f"step {t}"
         residual[selected] = 0
-        counts = [count_at(config, segment, t) for segment in (pool, *weights)]
-        assert int(selected.sum()) == sum(counts), f"step {t}"
+        assert int(selected.sum()) == sum(count_at(config, piece.segment, t) for piece in pieces), f"step {t}"
     if world_size > 1:
-        assert residual.abs().sum() > 0  # K ranks send more than the server passes on
+        assert residual.abs().sum() > 0  # K ranks send more than the servers pass on
 
 
 @pytest.mark.grid
 @pytest.mark.parametrize("world_size", [1, 3])
 @pytest.mark.parametrize("values", ["float32", "bfloat16", "sign", "uniform4"])
-def test_what_the_servers_codec_loses_stays_at_the_server(ranks: RankFactory, values: str, world_size: int) -> None:
-    """Everything sent = everything sent on + what the server still has."""
-    config = Config(scheme="dgc", rate=0.02, momentum=0.9, warmup_steps=6, values=values, server=True)
+def test_what_the_codec_of_the_mean_loses_stays_at_the_servers(
+    ranks: RankFactory, values: str, world_size: int
+) -> None:
+    """Everything sent = everything sent on + what the servers still have."""
+    config = Config(scheme="dgc", rate=0.02, momentum=0.9, warmup_steps=6, values=values, reduction="two_stage")
     real = ranks(world_size).run(run_rounds, scheme_of(config), SHAPES, list(range(STEPS)))
     received = torch.stack([step.sent for run in real for step in run.steps]).double().sum(0) / world_size
     sent_on = torch.stack([step.mean for step in real[0].steps]).double().sum(0)
-    assert real[0].server_residual is not None
-    assert_close(sent_on + real[0].server_residual, received, "everything", tolerance=1e-5)
+    owed = torch.stack([run.server_residual for run in real if run.server_residual is not None])
+    assert len(owed) == world_size
+    assert_close(sent_on + owed.mean(0), received, "everything", tolerance=1e-5)
 
 
 @on_ranks(NEVER_ZERO)

@@ -27,6 +27,7 @@ SCHEMES: dict[str, RoundScheme] = {
     "bf16": lgc.DenseBF16(),
     "topk": lgc.TopK(**PLAIN),
     "dgc": lgc.DGC(rate=0.1, warmup_steps=2),
+    "quantized": lgc.Quantized(),
     "scalecom": lgc.ScaleCom(rate=0.1, warmup_steps=2),
     "lgc-ring": lgc.LGCRing(rate=0.1, dense_steps=1, warmup_steps=1, train_steps=2),
     "lgc-ps": lgc.LGCServer(rate=0.1, dense_steps=1, warmup_steps=1, train_steps=2),
@@ -63,7 +64,7 @@ def average_of_ranks(rank: int, world_size: int, scheme: RoundScheme) -> tuple[d
     return {name: mean.clone() for name, mean in means.items()}, {name: part.clone() for name, part in residual.items()}
 
 
-@pytest.mark.parametrize("scheme", ["dense", "topk"])
+@pytest.mark.parametrize("scheme", ["dense", "topk", "quantized"])
 def test_means_and_what_is_still_owed_add_up_to_what_all_ranks_gave(ranks: RankFactory, scheme: str) -> None:
     results = ranks(3).run(average_of_ranks, SCHEMES[scheme])
     for name in SHAPES:

@@ -69,9 +69,10 @@ def start_fork_server() -> IO[bytes]:
 
 
 class RankPool:
-    """`POOL_SIZE` processes, each of which serves one rank number."""
+    """Processes, each of which serves one rank number."""
 
-    def __init__(self) -> None:
+    def __init__(self, size: int = POOL_SIZE) -> None:
+        self.size = size
         self._processes: list[Any] = []
         self._connections: list[Connection] = []
         self._stacks: list[str] = []
@@ -130,7 +131,7 @@ class RankPool:
         context = multiprocessing.get_context("forkserver")
         start_fork_server()
         self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-        for rank in range(POOL_SIZE):
+        for rank in range(self.size):
             parent_end, child_end = context.Pipe()
             handle, path = tempfile.mkstemp(suffix=f".rank{rank}")
             os.close(handle)
@@ -157,8 +158,8 @@ class Ranks:
     """The first `world_size` ranks of a pool."""
 
     def __init__(self, pool: RankPool, world_size: int) -> None:
-        if not 1 <= world_size <= POOL_SIZE:
-            raise ValueError(f"ranks(world_size) must be in 1 .. {POOL_SIZE}, got {world_size}.")
+        if not 1 <= world_size <= pool.size:
+            raise ValueError(f"ranks(world_size) must be in 1 .. {pool.size}, got {world_size}.")
         self._pool = pool
         self._world_size = world_size
 

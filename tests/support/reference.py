@@ -10,7 +10,8 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
-from typing import NamedTuple
+from itertools import pairwise
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -30,7 +31,7 @@ class Config:
     clip_norm: float | None = None
     low_pass: float = 1.0
     second_moment: float = 0.0
-    server: bool = False
+    reduction: Literal["gather", "two_stage"] = "gather"
     dense_steps: int = 0
     warmup_steps: int = 0
     train_steps: int = 0
@@ -143,10 +144,33 @@ def count_at(config: Config, segment: Segment, step: int) -> int:
 Positions = list[tuple[str, int]]
 
 
-def largest(vectors: Vectors, segment: Segment, count: int) -> Positions:
+class Piece(NamedTuple):
+    """The part of a segment that lies in one shard."""
+
+    segment: Segment  # with the number of elements of the part
+    positions: Positions
+
+
+def make_pieces(config: Config, shapes: Mapping[str, tuple[int, ...]], world_size: int) -> list[list[Piece]]:
+    """Section "Two stages": the pieces of every own segment, one if nothing is cut."""
+    layout = make_layout(config, shapes)
+    size = sum(segment.numel for segment in layout.own)
+    servers = world_size if config.reduction == "two_stage" else 1
+    pieces, start = [], 0
+    for segment in layout.own:
+        positions = [(name, offset) for name in segment.names for offset in range(math.prod(shapes[name]))]
+        edges = [min(max(size * server // servers - start, 0), segment.numel) for server in range(servers + 1)]
+        edges = [edge - edge % segment.unit for edge in edges]
+        parts = [positions[begin:end] for begin, end in pairwise(edges)]
+        pieces.append([Piece(segment._replace(numel=len(part)), part) for part in parts if part])
+        start += segment.numel
+    return pieces
+
+
+def largest(vectors: Vectors, segment: Segment, count: int, within: Positions | None = None) -> Positions:
     """The positions of `count` elements of a segment, in the units of largest norm, in the order of the segment."""
-    everywhere = [(name, offset) for name in segment.names for offset in range(vectors[name].numel())]
-    values = torch.cat([vectors[name] for name in segment.names]).tolist()
+    everywhere = within or [(name, offset) for name in segment.names for offset in range(vectors[name].numel())]
+    values = take(vectors, everywhere).tolist()
     units = [range(start, start + segment.unit) for start in range(0, len(everywhere), segment.unit)]
     ranked = sorted(units, key=lambda unit: -sum(values[place] ** 2 for place in unit))
     chosen = sorted(place for unit in ranked[: count // segment.unit] for place in unit)
@@ -338,21 +362,28 @@ class Reference:
                 self.v[k][name] = torch.zeros_like(self.v[k][name])
 
     def exchange_own(self, mean: Vectors, sent: list[Vectors]) -> None:
-        received = self.server_residual if self.config.server else mean
-        for segment in self.layout.own:
+        received = mean if self.config.reduction == "gather" else self.server_residual
+        for segment, pieces in zip(self.layout.own, make_pieces(self.config, self.shapes, self.K), strict=True):
             count = count_at(self.config, segment, self.t)
             if count == 0:
                 continue
             for k in range(self.K):
-                positions = largest(self.v[k], segment, count)
-                values = coded(self.config.values, take(self.v[k], positions))
-                for value, (name, offset) in zip(values, positions, strict=True):
-                    received[name][offset] += value / self.K
-                    sent[k][name][offset] = value
-                    self.v[k][name][offset] -= value
-                    self.u[k][name][offset] = 0
-            if self.config.server:
-                positions = largest(self.server_residual, segment, count)
+                chosen = set(largest(self.v[k], segment, count))
+                for piece in pieces:
+                    positions = [position for position in piece.positions if position in chosen]
+                    if not positions:
+                        continue
+                    values = coded(self.config.values, take(self.v[k], positions))
+                    for value, (name, offset) in zip(values, positions, strict=True):
+                        received[name][offset] += value / self.K
+                        sent[k][name][offset] = value
+                        self.v[k][name][offset] -= value
+                        self.u[k][name][offset] = 0
+            if self.config.reduction == "gather":
+                continue
+            for piece in pieces:
+                count = count_at(self.config, piece.segment, self.t)
+                positions = largest(self.server_residual, piece.segment, count, piece.positions)
                 values = coded(self.config.values, take(self.server_residual, positions))
                 for value, (name, offset) in zip(values, positions, strict=True):
                     mean[name][offset] = value

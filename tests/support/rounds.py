@@ -74,7 +74,7 @@ class Run(NamedTuple):
     order: list[str]  # the parameters in the order of the flat vector
     initial: dict[str, Tensor] | None  # the autoencoder before the first step
     frozen: dict[str, Tensor] | None  # and after the last
-    server_residual: Tensor | None  # at the server, after the last step
+    server_residual: Tensor | None  # K times what this rank owes as a server, after the last step
 
 
 def scheme_of(config: Config) -> Any:
@@ -94,9 +94,9 @@ def scheme_of(config: Config) -> Any:
         if getattr(config, argument) is not None:
             common[argument] = getattr(config, argument)
     if config.scheme == "topk":
-        return lgc.TopK(**common, server=config.server)
+        return lgc.TopK(**common, reduction=config.reduction)
     if config.scheme == "dgc":
-        return lgc.DGC(**common, server=config.server, clip_norm=config.clip_norm)
+        return lgc.DGC(**common, reduction=config.reduction, clip_norm=config.clip_norm)
     if config.scheme == "scalecom":
         return lgc.ScaleCom(**common)
     common |= {

@@ -67,6 +67,16 @@ class Rehearsal(Transport):
     def relay(self, tensor: Tensor, content: str, *, source: int) -> Tensor:
         return self._perform("relay", self.local.relay, tensor, content, source=source)
 
+    def all_to_all(self, payloads: Sequence[Tensor], content: str, lengths: Sequence[int]) -> list[Tensor]:
+        there, started = self.local.world_size, clock(self.local.device)
+        received = self.local.all_to_all(payloads[:there], content, lengths[:there])
+        seconds = clock(self.local.device) - started
+        self.collectives.append(Collective("all-to-all", sum(payload.numel() for payload in payloads), seconds))
+        return received * (self.world_size // there)
+
+    def origin(self, rank: int) -> int:
+        return rank % self.local.world_size
+
     def count_all_reduce(self, size: int, content: str) -> None:
         """Note one that torch has performed."""
         self.collectives.append(Collective("all-reduce", size))
@@ -128,19 +138,12 @@ class Timer:
 
 
 class Rounds:
-    """Rounds of a scheme, always with the same gradients, and what is done beside them.
+    """Rounds of a scheme for `world_size` ranks, always with the same gradients, by those ranks that `timer` has.
 
-    The scheme's real aggregator does them, with a residual of its own that is dropped afterwards.
-
-    Args:
-        scheme: what to rehearse.
-        gradients: this rank's, by parameter name, in the model's order; not changed.
-        timer: of the ranks that are there.
-        world_size: how many ranks the rounds are for.
-        work: what a rank does beside every round, a forward and backward pass and the optimizer's step. Ranks that
-            share cores share them in both.
-        dense_work: what is taken off for that, the same under dense, whose optimizer may have more to do.
-        early: whether to rehearse the stages before the last one too.
+    The scheme's real aggregator does them, with a residual of its own that is dropped afterwards. Beside every round a
+    rank does its `work`, a forward and backward pass and the optimizer's step: ranks that share cores share them in
+    both. What is taken off for that is the same under dense, `dense_work`, whose optimizer may have more to do.
+    Without `early`, the stages before the last one are left out.
     """
 
     def __init__(
@@ -175,10 +178,8 @@ class Rounds:
 
         The last stage is measured several times after two rounds that do not count, each time with as many rounds in
         a row as there are ranks, if there is time, so that each leads once; the early ones are single rounds. If the
-        first round of the last stage takes more than `limit` seconds, it is given up: None.
-
-        Raises:
-            FloatingPointError: on every rank, if a gradient is not finite.
+        first round of the last stage takes more than `limit` seconds, it is given up: None. Raises FloatingPointError
+        on every rank if a gradient is not finite.
         """
         *first, (last, _) = _stages(self._schedule)
         costs = [self._cost(stage, steps, [self._measure(stage)[1]]) for stage, steps in first] if self._early else []

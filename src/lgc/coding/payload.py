@@ -32,6 +32,7 @@ class Kind(IntEnum):
     LATENT = 4
     INNOVATION = 5  # indices into the selected entries, then their values
     QUANTIZED = 6  # which values are zero, then the code of all others
+    SHARE = 7  # numbers of entries, indices, values
 
 
 class PayloadError(ValueError):

@@ -243,22 +243,22 @@ class Transport:
         gathered = self.all_gather(_padded(payload, max(lengths)), content)
         return [row[:length] for row, length in zip(gathered, lengths, strict=True)]
 
-    def all_to_all_bytes(self, payloads: Sequence[Tensor], content: str, *, limits: Sequence[int]) -> list[Tensor]:
+    def all_to_all_bytes(self, payloads: Sequence[Tensor], content: str, *, limit: int) -> list[Tensor]:
         """The payloads of all ranks for this one, by sender, uint8 of any lengths; its own stays where it is.
 
         Args:
-            payloads: this rank's, by receiver.
+            payloads: this rank's, by receiver; their lengths are exchanged first.
             content: what the bytes are counted as.
-            limits: the greatest length that is possible, by receiver.
+            limit: the greatest length that this rank can receive.
 
         Raises:
-            PayloadError: on every rank, if one announces more; before memory for it is taken.
+            PayloadError: if this rank is told of more; before memory for it is taken.
         """
-        own = torch.tensor([payload.numel() for payload in payloads], device="cpu")
-        lengths = self.all_gather(own, content).T.tolist()  # by receiver, then sender
-        for received, limit in zip(lengths, limits, strict=True):
-            _require_possible(received, limit)
-        return self.all_to_all(payloads, content, lengths[self.rank])
+        own = [torch.tensor([payload.numel()], device="cpu").view(torch.uint8) for payload in payloads]
+        told = self.all_to_all(own, content, [each.numel() for each in own])
+        lengths = [int(length.view(torch.int64)) for length in told]
+        _require_possible(lengths, limit)
+        return self.all_to_all(payloads, content, lengths)
 
     def all_to_all(self, payloads: Sequence[Tensor], content: str, lengths: Sequence[int]) -> list[Tensor]:
         """As `all_to_all_bytes`, of known lengths by sender."""

@@ -42,7 +42,7 @@ class QuantizedCode:
         """The values as all ranks decode them, shape (n,); parsed as hostile."""
         zeros, code = unpack(payload, kind=Kind.QUANTIZED, step=step, bounds=self.bounds)
         nonzero = ~decode_zeros(zeros, sum(self.sizes))
-        x = torch.zeros(sum(self.sizes))
+        x = torch.zeros(sum(self.sizes), dtype=torch.float32)
         x[nonzero] = self.values.decode(code, self._counts(nonzero))
         return x.to(device)
 

@@ -37,7 +37,10 @@ class Region:
 
     def element_counts(self, least_rate: float = 0.0) -> list[int]:
         """The same in elements: how many values every segment sends."""
-        counts = self.counts(least_rate)
+        return self.in_elements(self.counts(least_rate))
+
+    def in_elements(self, counts: Sequence[int]) -> list[int]:
+        """Numbers of units by segment as numbers of elements."""
         return [count * segment.unit for segment, count in zip(self.segments, counts, strict=True)]
 
     def select(self, v: Tensor, least_rate: float = 0.0) -> Tensor:
@@ -55,11 +58,12 @@ class Region:
             offset += size
         return torch.cat(chosen) if chosen else torch.empty(0, dtype=torch.int64, device=v.device)
 
-    def elements(self, positions: Tensor, least_rate: float = 0.0) -> Tensor:
-        """Places of the elements of these units in the flat vector, int64, ascending."""
+    def elements(self, positions: Tensor) -> Tensor:
+        """Places of the elements of these units, ascending, in the flat vector: int64, ascending."""
         indices = []
         offset = 0
-        parts = positions.split(self.counts(least_rate))
+        ends = torch.tensor(self.sizes, dtype=torch.int64, device=positions.device).cumsum(0)
+        parts = positions.tensor_split(torch.searchsorted(positions, ends).tolist())[:-1]
         for segment, size, part in zip(self.segments, self.sizes, parts, strict=True):
             starts = (part - offset) * segment.unit + segment.slice.start
             within = torch.arange(segment.unit, device=positions.device)

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from lgc.coding import Float32, IndexCoder, Kind, ValueCodec, pack, size_limit, unpack
-from lgc.comm.transport import SERVER, Transport
+from lgc.coding import Float32, IndexCoder, Kind, PayloadError, ValueCodec, pack, size_limit, unpack
+from lgc.comm.transport import Transport
 from lgc.rounds.exchange import Exchange, Exchanged, nothing, root_mean_square, sum_in_order
 from lgc.rounds.feedback import Piece
 from lgc.rounds.schedule import Stage
 from lgc.rounds.selection import Region
+from lgc.rounds.two_stage import Code, TwoStage
+
+COUNT_BYTES = 4
+FEWER_ARE_LONGER = 4  # no code of fewer indices is longer than so many times the bound of more, with any of the coders
 
 
 class Codecs(NamedTuple):
@@ -41,7 +47,7 @@ class TopKExchange(Exchange):
     def decode_indices(self, code: Tensor, stage: Stage, device: torch.device) -> Tensor:
         """Elements of the flat vector, int64, ascending."""
         positions = self.codecs.indices.decode(code, self.region.sizes, self.region.counts(stage.least_rate))
-        return self.region.elements(positions, stage.least_rate).to(device)
+        return self.region.elements(positions).to(device)
 
 
 class OwnTopK(TopKExchange):
@@ -52,7 +58,7 @@ class OwnTopK(TopKExchange):
 
     def prepare(self, v: Tensor, stage: Stage) -> Tensor:
         positions = self.region.select(v, stage.least_rate)
-        values = v[self.region.elements(positions, stage.least_rate)]
+        values = v[self.region.elements(positions)]
         code = self.codecs.values.encode(values, self.region.element_counts(stage.least_rate))
         return pack([self.encode_indices(positions), code], kind=Kind.ENTRIES, step=stage.step)
 
@@ -79,37 +85,82 @@ class OwnTopK(TopKExchange):
         return size_limit(self._bounds(stage))
 
 
-class ServerTopK(OwnTopK):
-    """The same through a server at rank 0, which selects again from the sum.
+class TwoStageTopK(TwoStage):
+    """The same in two stages: a selection falls into the shards by index, and a server selects again from its shard."""
 
-    What a rank sends and receives does not grow with the number of ranks.
+    content = "entries"
 
-    Attributes:
-        residual: what the server still owes, shape (N,), at rank 0; None elsewhere.
+    def __init__(self, transport: Transport, region: Region, codecs: Codecs, device: torch.device) -> None:
+        super().__init__(transport, region.segments, device)
+        self.region = region
+        self.codecs = codecs
+        self.served = [Region(shard.segments) for shard in self.shards]
+
+    def select(self, v: Tensor, stage: Stage) -> Tensor:
+        return self.region.elements(self.region.select(v, stage.least_rate))
+
+    def select_mean(self, mean: Tensor, stage: Stage) -> Tensor:
+        served = self.served[self.transport.rank]
+        return served.elements(served.select(mean, stage.least_rate))
+
+    def share_code(self, server: int, stage: Stage) -> Code:
+        counts = self.region.counts(stage.least_rate)
+        of_whole = {segment.name: count for segment, count in zip(self.region.segments, counts, strict=True)}
+        served = self.served[server]
+        most = [min(size, of_whole[part.name]) for part, size in zip(served.segments, served.sizes, strict=True)]
+        return SparseCode(served, most, self.codecs)
+
+    def mean_code(self, server: int, stage: Stage) -> Code:
+        served = self.served[server]
+        return SparseCode(served, served.counts(stage.least_rate), self.codecs)
+
+
+class SparseCode:
+    """Payloads of the units of a region that are not zero: how many every segment has, their indices, their values.
+
+    Args:
+        region: of a vector that has nothing else.
+        most: units of every segment that may be there.
+        codecs: how indices and values become bytes.
     """
 
-    def __init__(self, transport: Transport, region: Region, codecs: Codecs, size: int, device: torch.device) -> None:
-        super().__init__(transport, region, codecs)
-        self.residual = torch.zeros(size, dtype=torch.float32, device=device) if transport.rank == SERVER else None
+    def __init__(self, region: Region, most: Sequence[int], codecs: Codecs) -> None:
+        self.region = region
+        self.most = list(most)
+        self.codecs = codecs
+        self.bounds = [
+            COUNT_BYTES * len(self.most),
+            FEWER_ARE_LONGER * codecs.indices.bound(region.sizes, self.most),
+            codecs.values.size(region.in_elements(self.most)),
+        ]
+        self.limit = size_limit(self.bounds)
 
-    def exchange(self, v: Tensor, payload: Tensor | None, lengths: list[int], stage: Stage) -> Exchanged:
-        """The largest sums of what the ranks selected."""
-        assert payload is not None
-        if not self.region.segments:
-            return Exchanged([], Piece(slice(0), v[:0]))
-        limit = self._limit(stage)
-        gathered = self.transport.gather_bytes(payload, "entries", lengths, limit=limit)
-        reply = payload
-        if gathered is not None and self.residual is not None:
-            for each in gathered:
-                where, values = self._decode(each, stage, v.device)
-                self.residual[where] += values / self.transport.world_size
-            reply = self.prepare(self.residual, stage)
-        reply = self.transport.broadcast_bytes(reply, "entries", source=SERVER, limit=limit)
-        chosen = self._decode(reply, stage, v.device)
-        if self.residual is not None:
-            self.residual[chosen.where] -= chosen.values
-        return Exchanged([chosen], self._decode(payload, stage, v.device))
+    def encode(self, x: Tensor, step: int) -> Tensor:
+        """The payload of values of shape (n,)."""
+        filled = [x[segment.slice].view(-1, segment.unit).any(dim=1) for segment in self.region.segments]
+        counts = [int(units.sum()) for units in filled]
+        positions = torch.cat([*filled, x.new_zeros(0, dtype=torch.bool)]).nonzero().flatten()
+        values = x[self.region.elements(positions)]
+        parts = [
+            torch.from_numpy(np.array(counts, f"<u{COUNT_BYTES}").view(np.uint8)),
+            self.codecs.indices.encode(positions, self.region.sizes),
+            self.codecs.values.encode(values, self.region.in_elements(counts)),
+        ]
+        return pack(parts, kind=Kind.SHARE, step=step)
+
+    def decode(self, payload: Tensor, step: int, device: torch.device) -> Tensor:
+        """The values as all ranks decode them, shape (n,); parsed as hostile."""
+        count_code, index_code, value_code = unpack(payload, kind=Kind.SHARE, step=step, bounds=self.bounds)
+        if count_code.numel() != self.bounds[0]:
+            raise PayloadError("counts", f"{self.bounds[0]} bytes", count_code.numel())
+        counts = np.frombuffer(count_code.numpy().tobytes(), f"<u{COUNT_BYTES}").tolist()
+        for count, most in zip(counts, self.most, strict=True):
+            if count > most:
+                raise PayloadError("counts", f"at most {most}", count)
+        positions = self.codecs.indices.decode(index_code, self.region.sizes, counts)
+        x = torch.zeros(sum(segment.size for segment in self.region.segments), dtype=torch.float32)
+        x[self.region.elements(positions)] = self.codecs.values.decode(value_code, self.region.in_elements(counts))
+        return x.to(device)
 
 
 class SharedTopK(TopKExchange):
@@ -128,7 +179,7 @@ class SharedTopK(TopKExchange):
         if not self.leads(stage.step):
             return nothing()
         positions = self.region.select(v, stage.least_rate)
-        scale = root_mean_square(v[self.region.elements(positions, stage.least_rate)])
+        scale = root_mean_square(v[self.region.elements(positions)])
         return pack([self.encode_indices(positions), Float32().encode(scale, [1])], kind=Kind.INDICES, step=stage.step)
 
     def exchange(self, v: Tensor, payload: Tensor | None, lengths: list[int], stage: Stage) -> Exchanged:

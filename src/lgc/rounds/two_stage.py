@@ -92,7 +92,7 @@ class TwoStage(Exchange):
         self.transport = transport
         self.shards = cut(segments, transport.world_size)
         self.own = self.shards[transport.rank]
-        self.owed = torch.zeros(self.own.size, device=device)
+        self.owed = torch.zeros(self.own.size, dtype=torch.float32, device=device)
         self._pending_owed = self.owed
         self._where: slice | Tensor = slice(0)
         self._shares: list[Tensor] = []
@@ -122,8 +122,10 @@ class TwoStage(Exchange):
         ]
 
     def exchange(self, v: Tensor, payload: Tensor | None, lengths: list[int], stage: Stage) -> Exchanged:
+        if self.shards[0].where.start == self.shards[-1].where.stop:
+            return Exchanged([], Piece(slice(0), v[:0]))
         codes = [self.share_code(server, stage) for server in range(len(self.shards))]
-        received = self.transport.all_to_all_bytes(self._shares, self.content, limits=[code.limit for code in codes])
+        received = self.transport.all_to_all_bytes(self._shares, self.content, limit=codes[self.transport.rank].limit)
         total = self.owed.clone()
         for share in received:
             total += codes[self.transport.rank].decode(share, stage.step, v.device)
