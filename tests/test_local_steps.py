@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import lgc
 from lgc.checkpoint.state import reshard
-from lgc.local_steps import LocalRounds
+from lgc.comm.transport import RankError
 
 RankFactory = Callable[[int], Ranks]
 
@@ -172,10 +172,332 @@ INTERRUPTED = {
 
 @pytest.mark.parametrize("stop", [1, 7, 10, 13])
 @pytest.mark.parametrize("scheme", INTERRUPTED.values(), ids=INTERRUPTED)
-def test_a_run_goes_on_from_its_state_with_the_same_bits(
-    ranks: RankFactory, scheme: lgc.LocalSteps, stop: int
-) -> None:
+def test_a_run_goes_on_from_its_state_with_the_same_bits(ranks: RankFactory, scheme: lgc.LocalSteps, stop: int) -> None:
     for whole, resumed in ranks(2).run(interrupted, scheme, stop % 2 == 0, stop):
         assert whole[1:] == resumed[1:]
         for name, each in whole[0].items():
             assert torch.equal(each, resumed[0][name]), name
+
+
+def finished_anywhere(rank: int, _: int, scheme: lgc.LocalSteps) -> tuple[dict[str, Tensor], int, dict[str, Tensor]]:
+    run = Run(scheme).train(rank, range(11))
+    run.handle.finish()
+    first, rounds = run.weights(), run.handle.wire.phases["compressed"].steps
+    run.handle.finish()  # nothing has moved since
+    return first, rounds, run.train(rank, range(11, 16)).weights()
+
+
+@pytest.mark.parametrize("scheme", [exact(), exact(fragments=2), exact(overlap=True)], ids=["", "fragments", "overlap"])
+def test_finish_makes_the_last_round_at_any_step_and_training_may_go_on(
+    ranks: RankFactory, scheme: lgc.LocalSteps
+) -> None:
+    results = ranks(2).run(finished_anywhere, scheme)
+    assert not differ([first for first, _, _ in results])
+    assert [steps for _, steps, _ in results] == [11, 11]
+    assert scheme.overlap or scheme.fragments > 1 or not differ([last for _, _, last in results])
+
+
+def look_at_the_anchor(rank: int, _: int) -> tuple[bool, dict[str, Tensor], dict[str, Tensor], bool]:
+    run = Run(exact())
+    at_round = run.train(rank, range(8)).weights()
+    own = run.train(rank, range(8, 10)).weights()
+    with run.handle.anchored():
+        anchored, exported = run.weights(), copy.deepcopy(run.net.state_dict())
+    same = all(torch.equal(each, run.weights()[name]) for name, each in own.items())
+    assert all(torch.equal(each, exported[name]) for name, each in anchored.items())
+    return same, anchored, at_round, torch.is_grad_enabled()
+
+
+def test_anchored_shows_the_last_rounds_weights_and_buffers_and_puts_the_own_ones_back(ranks: RankFactory) -> None:
+    for same, anchored, at_round, grad_enabled in ranks(2).run(look_at_the_anchor):
+        assert same
+        assert grad_enabled
+        assert all(torch.equal(each, at_round[name]) for name, each in anchored.items())
+
+
+def say_what_is_saved(rank: int, _: int) -> list[int]:
+    run, counts = Run(exact()), []
+    for steps in (range(4), range(4, 6), range(6, 7)):  # at a round, amid one, and again
+        run.train(rank, steps)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            run.net.state_dict()
+        counts.append(len(caught))
+    return counts
+
+
+def test_a_state_dict_between_rounds_warns_once(ranks: RankFactory) -> None:
+    assert ranks(2).run(say_what_is_saved) == [[0, 1, 0]] * 2
+
+
+def copy_and_train(rank: int, _: int) -> tuple[bool, bool]:
+    run = Run(exact())
+    average = torch.optim.swa_utils.AveragedModel(run.net)
+    run.train(rank, range(6))
+    average.update_parameters(run.net)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        average.module.state_dict()
+    return torch.equal(average.module.out.weight, run.net.out.weight), run.handle.step == 6
+
+
+def test_a_copy_of_the_model_is_a_plain_model(ranks: RankFactory) -> None:
+    assert ranks(2).run(copy_and_train) == [(True, True)] * 2
+
+
+MISUSES: dict[str, tuple[Callable[[Run], Any], str]] = {
+    "loaded": (lambda run: run.net.load_state_dict(Net().state_dict()), "weights were loaded"),
+    "unfrozen": (lambda run: run.net.out.bias.requires_grad_(True), "out.bias is trained now and was frozen"),
+}
+
+
+def misused(rank: int, _: int, misuse: str) -> str:
+    torch.manual_seed(0)
+    run = Run.__new__(Run)
+    run.net = run.model = Net()
+    run.net.out.bias.requires_grad_(False)
+    run.optimizer = torch.optim.SGD(run.net.parameters(), lr=0.1)
+    run.handle = lgc.attach(run.net, exact(), run.optimizer)
+    run.train(rank, range(6))
+    MISUSES[misuse][0](run)
+    try:
+        run.train(rank, range(6, 9))
+    except RuntimeError as error:
+        return str(error)
+    return "went on"
+
+
+@pytest.mark.parametrize("misuse", MISUSES)
+def test_what_a_round_would_get_wrong_is_an_error_on_every_rank(ranks: RankFactory, misuse: str) -> None:
+    for message in ranks(2).run(misused, misuse):
+        assert MISUSES[misuse][1] in message
+
+
+def freeze(rank: int, _: int) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+    run = Run(exact(outer_momentum=0.9))
+    run.train(rank, range(6)).net.hidden.requires_grad_(False)
+    at_round = run.train(rank, range(6, 8)).net.hidden.weight.detach().clone()
+    return run.train(rank, range(8, 20)).weights(), at_round, run.net.hidden.weight.detach().clone()
+
+
+def test_what_is_frozen_comes_together_at_the_next_round_and_rests(ranks: RankFactory) -> None:
+    results = ranks(2).run(freeze)
+    assert not differ([weights for weights, _, _ in results])
+    for _, at_round, at_end in results:
+        assert torch.equal(at_round, at_end)
+
+
+def poison(rank: int, _: int, on_nonfinite: Any) -> tuple[str, dict[str, Tensor]]:
+    run = Run(exact(), on_nonfinite=on_nonfinite).train(rank, range(6))
+    if rank == 1:
+        with torch.no_grad():
+            run.net.hidden.weight[0, 0] = torch.nan
+    try:
+        run.train(rank, range(6, 12))
+    except FloatingPointError as error:
+        return str(error), {}
+    return "", run.weights()
+
+
+def test_a_rank_whose_weights_are_not_finite_counts_for_nothing_and_goes_on(ranks: RankFactory) -> None:
+    results = ranks(2).run(poison, "propagate")
+    assert not differ([weights for _, weights in results])
+    assert all(each.isfinite().all() for each in results[0][1].values())
+
+
+def test_or_all_ranks_raise(ranks: RankFactory) -> None:
+    for message, _ in ranks(2).run(poison, "raise"):
+        assert "not finite on rank 1" in message
+        assert 'on_nonfinite="propagate"' in message
+
+
+def skip_steps(rank: int, _: int) -> tuple[int, dict[str, Tensor]]:
+    torch.manual_seed(0)
+    net = Net()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.01)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    handle = lgc.attach(net, exact(), optimizer, grad_scaler=scaler)
+    for step in range(8):
+        x, y = batch(rank, step)
+        optimizer.zero_grad()
+        scaler.scale(nn.functional.cross_entropy(net(x), y)).backward()
+        if (rank, step) in ((1, 2), (0, 6)):
+            net.out.weight.grad[0, 0] = torch.inf
+        scaler.step(optimizer)
+        scaler.update()
+    return handle.step, {name: each.detach().clone() for name, each in net.named_parameters()}
+
+
+def test_a_step_that_a_grad_scaler_skips_on_one_rank_counts(ranks: RankFactory) -> None:
+    results = ranks(2).run(skip_steps)
+    assert [steps for steps, _ in results] == [8, 8]
+    assert not differ([weights for _, weights in results])
+
+
+def fewer_batches(rank: int, _: int) -> str:
+    run = Run(exact())
+    try:
+        run.train(rank, range(10 - 3 * rank)).handle.finish()
+    except RankError as error:
+        return str(error)
+    return "went on"
+
+
+def test_fewer_batches_on_one_rank_are_an_error_by_count(ranks: RankFactory) -> None:
+    for message in ranks(2).run(fewer_batches):
+        assert "different steps" in message
+
+
+def make_steps_by_closure(rank: int, _: int, start_steps: int) -> str:
+    run = Run(exact(start_steps=start_steps))
+    x, y = batch(rank, 0)
+
+    def closure() -> Tensor:
+        run.optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(run.model(x), y)
+        loss.backward()
+        return loss
+
+    try:
+        run.optimizer.step(closure)
+    except RuntimeError as error:
+        return str(error)
+    return "went on"
+
+
+def test_a_closure_makes_gradients_too_late_for_the_start(ranks: RankFactory) -> None:
+    assert all("closure" in message for message in ranks(2).run(make_steps_by_closure, 2))
+    assert ranks(2).run(make_steps_by_closure, 0) == ["went on"] * 2
+
+
+def owed(states: list[dict[str, Any]]) -> dict[str, Tensor]:
+    """The mean over the ranks of residual + anchor - weights."""
+    total: dict[str, Tensor] = {}
+    for state in states:
+        per_rank, anchor = state["aggregator"]["per_rank"], state["aggregator"]["replicated"]["anchor"]
+        for name, weights in per_rank["weights"].items():
+            buffers = per_rank["round 0"]
+            server = buffers["server_residual"][name] if "server_residual" in buffers else 0
+            each = buffers["residual"][name] + server + anchor[name] - weights
+            total[name] = total.get(name, 0) + each / len(states)
+    return total
+
+
+def take_state(rank: int, _: int, scheme: lgc.LocalSteps) -> dict[str, Any]:
+    return Run(scheme).train(rank, range(10)).handle.state_dict()
+
+
+def go_on_with(rank: int, world_size: int, scheme: lgc.LocalSteps, states: list[Any]) -> tuple[Any, dict[str, Tensor]]:
+    run = Run(scheme)
+    run.handle.load_state_dict(reshard(states, rank=rank, world_size=world_size))
+    state = run.handle.state_dict()
+    return state, run.train(rank, range(10, 12)).weights()
+
+
+@pytest.mark.parametrize("world_size", [1, 3, 4])
+@pytest.mark.parametrize("exchange", ["dense", "two-stage", "topk"])
+def test_on_another_number_of_ranks_what_is_owed_stays(ranks: RankFactory, exchange: str, world_size: int) -> None:
+    scheme = lgc.LocalSteps(every=4, exchange=EXCHANGES[exchange], start_steps=0)
+    states = ranks(2).run(take_state, scheme)
+    results = ranks(world_size).run(go_on_with, scheme, states)
+    before, after = owed(states), owed([state for state, _ in results])
+    for name, each in before.items():
+        torch.testing.assert_close(after[name], each)
+    assert not differ([weights for _, weights in results])
+
+
+def attach_what_cannot_be(_: int, __: int, what: str) -> str:
+    net: Any = Net()
+    scheme, arguments, optimizer = exact(start_steps=2), {}, torch.optim.SGD(net.parameters(), lr=0.1)
+    if what == "SyncBatchNorm":
+        net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
+    if what == "ZeroRedundancyOptimizer":
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of what the import uses itself
+            from torch.distributed.optim import ZeroRedundancyOptimizer
+
+        optimizer = ZeroRedundancyOptimizer(net.parameters(), torch.optim.SGD, lr=0.1)
+    if what == "find_unused_parameters":
+        net = DistributedDataParallel(net, find_unused_parameters=True)
+    if what == "grad_scaler":
+        arguments = {"grad_scaler": torch.amp.GradScaler("cpu")}
+    if what == "fragments":
+        scheme = exact(every=40, fragments=40)
+    try:
+        lgc.attach(net, scheme, None if what == "optimizer" else optimizer, **arguments)
+    except ValueError as error:
+        return str(error)
+    return "attached"
+
+
+@pytest.mark.parametrize(
+    "what",
+    ["SyncBatchNorm", "ZeroRedundancyOptimizer", "find_unused_parameters", "grad_scaler", "optimizer", "fragments"],
+)
+def test_what_local_steps_cannot_do_is_refused_by_name(ranks: RankFactory, what: str) -> None:
+    assert all(what in message for message in ranks(2).run(attach_what_cannot_be, what))
+
+
+def join(rank: int, _: int) -> str:
+    run = Run(exact(), ddp=True)
+    assert isinstance(run.model, DistributedDataParallel)
+    try:
+        with run.model.join():
+            run.train(rank, range(2))
+    except RuntimeError as error:
+        return str(error)
+    return "went on"
+
+
+def test_join_is_refused(ranks: RankFactory) -> None:
+    assert all("join()" in message for message in ranks(2).run(join))
+
+
+def test_an_exchange_with_a_momentum_or_a_filter_is_refused_where_they_are_set() -> None:
+    with pytest.raises(ValueError, match=r"ScaleCom\(momentum=0.9\)"):
+        lgc.LocalSteps(exchange=lgc.ScaleCom(momentum=0.9))
+    with pytest.raises(ValueError, match=r"TopK\(low_pass=0.5\)"):
+        lgc.LocalSteps(exchange=lgc.TopK(low_pass=0.5))
+    exchange: Any = lgc.LocalSteps(exchange=lgc.ScaleCom()).exchange
+    assert (exchange.momentum, exchange.low_pass) == (0.0, 1.0)
+
+
+@pytest.mark.parametrize("exchange", [lgc.DGC(momentum=0.0), lgc.LGCRing(), lgc.PowerSGD(), lgc.DenseBF16()])
+def test_other_exchanges_are_refused_by_name(exchange: Any) -> None:
+    with pytest.raises(
+        ValueError, match=f"must be one of Dense, Quantized, TopK, ScaleCom, got {type(exchange).__name__}"
+    ):
+        lgc.LocalSteps(exchange=exchange)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "local+quantized",
+        "local:every=50:start_steps=100:start=float32+quantized:bits=1",
+        "local:every=4:outer_momentum=0.0:overlap=True:fragments=2+dense",
+        "local+topk:rate=0.03:momentum=0.0:low_pass=1.0",
+    ],
+)
+def test_the_text_form_has_the_exchange_after_a_plus_sign(text: str) -> None:
+    scheme = lgc.parse_scheme(text)
+    assert lgc.parse_scheme(str(scheme)) == scheme
+    assert isinstance(scheme, lgc.LocalSteps)
+
+
+def test_only_local_steps_have_an_exchange() -> None:
+    with pytest.raises(ValueError, match="only local has after a plus sign"):
+        lgc.parse_scheme("dgc+quantized")
+
+
+def moved_bytes(rank: int, world_size: int) -> tuple[int, int]:
+    run = Run(exact()).train(rank, range(8))
+    parameters = sum(each.numel() for each in run.net.parameters())
+    wire = run.handle.wire.phases["compressed"]
+    assert wire.steps == 8
+    return wire.contents["values"], 2 * (2 * (world_size - 1) * 4 * parameters // world_size)
+
+
+def test_the_steps_of_a_round_count_and_so_do_its_bytes(ranks: RankFactory) -> None:
+    for counted, expected in ranks(3).run(moved_bytes):
+        assert counted == expected

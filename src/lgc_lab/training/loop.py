@@ -136,6 +136,8 @@ class Training:
         self.optimizer.step()
         self.step += 1
         self.batch_number += 1
+        if self.is_done:
+            self.handle.finish()
         self.samples += self.recipe.batch_size * self.settings.world_size
         row: dict[str, Any] = {"loss": loss.item(), "lr": learning_rate, "phase": self.handle.phase.value}
         phases = self.handle.wire.phases.values()
@@ -147,20 +149,22 @@ class Training:
     def evaluate(self) -> dict[str, Any]:
         """Measure the metric on the test data, each rank its share; a collective.
 
-        All have rank 0's buffers then (batch norm's statistics). Returns the row of metrics.jsonl, with bytes of all.
+        Under local steps it is that of the last round; else all have rank 0's buffers then (batch norm's statistics).
+        Returns the row of metrics.jsonl, with the bytes of all ranks.
         """
         started = time.monotonic()
-        for buffer in self.model.buffers():
-            dist.broadcast(buffer, src=0)
-        self.model.eval()
-        recipe, metric, test = self.recipe, self.recipe.metric, self.data.test
-        count = min(self.settings.limit_test or len(test), len(test))
-        share = torch.arange(dist.get_rank(), count, dist.get_world_size())
-        parts = []
-        for indices in share.split(recipe.evaluation_batch):
-            inputs, targets = recipe.make_batch(test, indices, None, self.device)
-            with self._autocast():
-                parts.append(metric.sums(self.model(inputs).float(), targets))
+        with self.handle.anchored():
+            for buffer in self.model.buffers():
+                dist.broadcast(buffer, src=0)
+            self.model.eval()
+            recipe, metric, test = self.recipe, self.recipe.metric, self.data.test
+            count = min(self.settings.limit_test or len(test), len(test))
+            share = torch.arange(dist.get_rank(), count, dist.get_world_size())
+            parts = []
+            for indices in share.split(recipe.evaluation_batch):
+                inputs, targets = recipe.make_batch(test, indices, None, self.device)
+                with self._autocast():
+                    parts.append(metric.sums(self.model(inputs).float(), targets))
         sums = torch.stack(parts).sum(dim=0)
         dist.all_reduce(sums)
         self.last = float(metric.value(sums.cpu()))
@@ -199,10 +203,8 @@ class Training:
         """Go on from the state of the same rank, or one that `lgc.checkpoint.load` made for this number of ranks.
 
         On another number of ranks, training goes on with the sample of the epoch's shuffle that comes next, or up to
-        one batch before it, and the random generators start from the seed, the step and the rank.
-
-        Raises:
-            OtherRunError: the state is of a run with other settings.
+        one batch before it, and the random generators start from the seed, the step and the rank. Raises OtherRunError
+        if the state is of a run with other settings.
         """
         configuration, position = self.settings.configuration(), state["position"]
         require_same(state["configuration"], configuration, "the checkpoint is of a run", but=("world_size",))

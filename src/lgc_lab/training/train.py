@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch.backends.cuda import enable_cudnn_sdp, enable_flash_sdp, enable_mem_efficient_sdp
 from tqdm import tqdm
 
-from lgc import Phase, PowerSGD, checkpoint
+from lgc import LocalSteps, Phase, PowerSGD, checkpoint
 from lgc.comm.replicas import require_agreement
 from lgc.comm.transport import Transport
 from lgc_lab.folder import occupied, write_json
@@ -137,7 +137,9 @@ def train(settings: Settings, output: Output, device: torch.device) -> None:
         if _checkpoint_is_due(run, output.checkpoint_every):
             if log:
                 log.sync()
-            checkpoint.save(checkpoints, run.state_dict(), step=run.step, group=run.group, keep=1 if run.is_done else 2)
+            with run.handle.anchored():  # what the model's part of a checkpoint has is for all ranks
+                state = run.state_dict()
+                checkpoint.save(checkpoints, state, step=run.step, group=run.group, keep=1 if run.is_done else 2)
     summary = run.summary()
     if log:
         log.close()
@@ -186,6 +188,13 @@ def _tell_what_to_expect(run: Training, output: Output) -> None:
         return
     if (output.folder / METRICS).exists():
         notify(f"{output.folder}: starts anew, there is no checkpoint to go on from")
+    if isinstance(run.scheme, LocalSteps):
+        if run.total <= run.scheme.start_steps:
+            notify(
+                f"WARNING: with {run.total} steps the run ends before local steps begin, at step "
+                f"{run.scheme.start_steps}; set start_steps of the scheme."
+            )
+        return
     if run.handle.synchronizer is None:
         return
     schedule = run.handle.synchronizer.aggregator.schedule
