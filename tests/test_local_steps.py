@@ -27,7 +27,7 @@ class Net(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.rows = nn.Embedding(32, 8)
-        self.norm = nn.BatchNorm1d(8)
+        self.norm: Any = nn.BatchNorm1d(8)
         self.hidden = nn.Linear(8, 16)
         self.out = nn.Linear(16, 4)
 
@@ -49,7 +49,7 @@ class Run:
         torch.manual_seed(0)
         self.net = Net()
         self.model = DistributedDataParallel(self.net) if ddp else self.net
-        self.optimizer = torch.optim.AdamW(self.net.parameters(), lr=lr, weight_decay=0.0)
+        self.optimizer: torch.optim.Optimizer = torch.optim.AdamW(self.net.parameters(), lr=lr, weight_decay=0.0)
         self.handle = lgc.attach(self.model, scheme, self.optimizer, **arguments)
 
     def train(self, rank: int, steps: range) -> Run:
@@ -112,6 +112,20 @@ def test_all_ranks_have_the_same_weights_and_buffers_after_a_round(
 
 def test_between_rounds_every_rank_has_weights_of_its_own(ranks: RankFactory) -> None:
     assert "hidden.weight" in differ(ranks(2).run(train_to, exact(), 6))
+
+
+def start_apart(rank: int, _: int) -> dict[str, Tensor]:
+    torch.manual_seed(rank)
+    net = Net()
+    net.norm.running_mean.fill_(rank)
+    lgc.attach(net, exact(), torch.optim.SGD(net.parameters(), lr=0.1))
+    return dict(net.state_dict())
+
+
+def test_a_plain_module_starts_from_rank_0s_weights_and_buffers(ranks: RankFactory) -> None:
+    results = ranks(2).run(start_apart)
+    assert not differ(results)
+    assert results[1]["norm.running_mean"].eq(0).all()
 
 
 def mean_by_hand(rank: int, world_size: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -232,7 +246,7 @@ def test_a_state_dict_between_rounds_warns_once(ranks: RankFactory) -> None:
 
 def copy_and_train(rank: int, _: int) -> tuple[bool, bool]:
     run = Run(exact())
-    average = torch.optim.swa_utils.AveragedModel(run.net)
+    average: Any = torch.optim.swa_utils.AveragedModel(run.net)
     run.train(rank, range(6))
     average.update_parameters(run.net)
     with warnings.catch_warnings():
@@ -322,6 +336,7 @@ def skip_steps(rank: int, _: int) -> tuple[int, dict[str, Tensor]]:
         optimizer.zero_grad()
         scaler.scale(nn.functional.cross_entropy(net(x), y)).backward()
         if (rank, step) in ((1, 2), (0, 6)):
+            assert net.out.weight.grad is not None
             net.out.weight.grad[0, 0] = torch.inf
         scaler.step(optimizer)
         scaler.update()
@@ -408,7 +423,9 @@ def test_on_another_number_of_ranks_what_is_owed_stays(ranks: RankFactory, excha
 
 def attach_what_cannot_be(_: int, __: int, what: str) -> str:
     net: Any = Net()
-    scheme, arguments, optimizer = exact(start_steps=2), {}, torch.optim.SGD(net.parameters(), lr=0.1)
+    arguments: dict[str, Any] = {}
+    scheme = exact(start_steps=2)
+    optimizer: torch.optim.Optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
     if what == "SyncBatchNorm":
         net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
     if what == "ZeroRedundancyOptimizer":

@@ -129,6 +129,8 @@ class LocalRounds(Caller):
     ) -> None:
         ddp = model if isinstance(model, DistributedDataParallel) else None
         module: nn.Module = model if ddp is None else ddp.module
+        if ddp is None:
+            _copy({each: transport.broadcast(each.detach(), "weights", source=0) for each in _state_of(module)})
         self._scheme = scheme
         self._model = weakref.ref(model)  # which keeps this
         self._trainable = {id(each) for each in model.parameters() if each.requires_grad}
@@ -543,6 +545,11 @@ def _groups(parameters: Mapping[str, nn.Parameter], number: int) -> list[dict[st
             "tensors, some of which are large; use fewer."
         )
     return groups
+
+
+def _state_of(module: nn.Module) -> Iterator[Tensor]:
+    yield from module.parameters()
+    yield from module.buffers()
 
 
 @torch.no_grad()
