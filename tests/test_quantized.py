@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 import lgc
 from lgc.checkpoint.state import reshard
+from lgc.choice.rehearsal import Rounds, Timer
 from lgc.coding import Kind, PayloadError, header_size, pack
 from lgc.comm.transport import Transport
 from lgc.rounds.codes import QuantizedCode
@@ -46,6 +47,8 @@ CODECS: dict[str, Any] = {
     "uniform4x256": lgc.Uniform(4, 256),
     **{f"lloyd{bits}": lgc.LloydMax(bits) for bits in (1, 2, 4, 8)},
 }
+
+HOST = torch.device("cpu")
 
 every_reduction = pytest.mark.parametrize("reduction", REDUCTIONS)
 every_world_size = pytest.mark.parametrize("world_size", [1, 2, 3, 5, MOST_RANKS])
@@ -251,6 +254,23 @@ def test_bytes_of_a_rank_grow_with_their_number_as_those_of_a_ring_do(ranks: Cal
     assert of_sixteen <= 1.1 * (15 / 16) / (1 / 2) * of_two
 
 
+def rehearsed(rank: int, world_size: int, scheme: Any, of: int) -> list[tuple[str, int]]:
+    """Kinds and sizes of the collectives of a round of so many ranks, of which only some are there."""
+    timer = Timer(world(), HOST, enough=0.01)
+    arm = Rounds(scheme, gradient(rank, 0), timer, of, lambda: None, lambda: None, early=False).rehearse()
+    assert arm is not None
+    return [(collective.kind, collective.size) for collective in arm.stages[-1].collectives]
+
+
+def test_fewer_ranks_rehearse_what_all_would_send(ranks: Callable[[int], Ranks]) -> None:
+    scheme = lgc.Quantized(reduction="two_stage")
+    (alone,), pair, everyone = (ranks(world_size).run(rehearsed, scheme, 4) for world_size in (1, 2, 4))
+    kinds = ["all-gather", "all-to-all", "all-to-all", "all-gather", "all-gather"]  # the preamble is the first
+    for sent in (alone, *pair, *everyone):
+        assert [kind for kind, _ in sent] == kinds
+        assert [size for _, size in sent] == pytest.approx([size for _, size in everyone[0]], rel=0.1)
+
+
 def test_one_rank_sends_nothing_and_codes_all_the_same(runs: Runs) -> None:
     for reduction in REDUCTIONS:
         (run,) = runs(1, f"quantized:reduction={reduction}")
@@ -381,7 +401,6 @@ SEGMENTS = [Segment("a", Role.OWN, slice(0, 40), 0.2), Segment("b", Role.OWN, sl
 MOST = [8, 2]
 SPARSE = SparseCode(Region(SEGMENTS), MOST, Codecs(lgc.Rice(), lgc.LloydMax(2)))
 FULL = QuantizedCode(SEGMENTS, lgc.LloydMax(2))
-HOST = torch.device("cpu")
 
 
 def few() -> Tensor:

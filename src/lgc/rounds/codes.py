@@ -35,16 +35,16 @@ class QuantizedCode:
         """The payload of values of shape (n,)."""
         x = x.cpu()
         nonzero = x != 0
-        code = self.values.encode(x[nonzero], self._counts(nonzero))
-        return pack([encode_zeros(x), code], kind=Kind.QUANTIZED, step=step)
+        others = torch.from_numpy(x.numpy()[nonzero.numpy()])  # torch's own indexing takes four times as long
+        parts = [encode_zeros(x), self.values.encode(others, self._counts(nonzero))]
+        return pack(parts, kind=Kind.QUANTIZED, step=step)
 
     def decode(self, payload: Tensor, step: int, device: torch.device) -> Tensor:
         """The values as all ranks decode them, shape (n,); parsed as hostile."""
         zeros, code = unpack(payload, kind=Kind.QUANTIZED, step=step, bounds=self.bounds)
         nonzero = ~decode_zeros(zeros, sum(self.sizes))
         x = torch.zeros(sum(self.sizes), dtype=torch.float32)
-        x[nonzero] = self.values.decode(code, self._counts(nonzero))
-        return x.to(device)
+        return x.masked_scatter_(nonzero, self.values.decode(code, self._counts(nonzero))).to(device)
 
     def _counts(self, nonzero: Tensor) -> list[int]:
         """How many values of every segment are coded."""
