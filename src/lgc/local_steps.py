@@ -144,7 +144,7 @@ class LocalRounds(Caller):
             self._executor = ThreadPoolExecutor(1, "lgc")
         self._start = self._make_start(ddp, transport, grad_scaler) if scheme.start_steps else None
         self._buffers = Buffers(module)
-        groups = _groups(self._parameters, scheme.fragments)
+        groups = fragmented(self._parameters, scheme.fragments)
         self._fragments = [Fragment(group, scheme, self._transport, policy) for group in groups]
         self.synchronizer = self._fragments[0].synchronizer
         self.phase = self._start.phase if self._start else self.synchronizer.phase(0)
@@ -532,7 +532,7 @@ def _wide(tensor: Tensor) -> Tensor:
     return tensor.detach().to(torch.promote_types(tensor.dtype, torch.float32), copy=True)
 
 
-def _groups(parameters: Mapping[str, nn.Parameter], number: int) -> list[dict[str, nn.Parameter]]:
+def fragmented(parameters: Mapping[str, nn.Parameter], number: int) -> list[dict[str, nn.Parameter]]:
     """The parameters in their order, in `number` groups of about the same size."""
     groups: list[dict[str, nn.Parameter]] = [{} for _ in range(number)]
     total, before = sum(parameter.numel() for parameter in parameters.values()), 0

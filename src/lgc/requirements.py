@@ -135,12 +135,7 @@ def require_local_steps(
             "attach(optimizer=...) is a ZeroRedundancyOptimizer, which sends every rank's updates to the others at "
             "every step; under LocalSteps every rank needs an optimizer of its own, such as torch.optim.AdamW."
         )
-    synchronised = [name for name, module in model.named_modules() if isinstance(module, nn.SyncBatchNorm)]
-    if synchronised:
-        raise ValueError(
-            f"attach(model=...) has SyncBatchNorm ({synchronised[0]}), which communicates at every step; under "
-            "LocalSteps use BatchNorm, whose statistics are averaged at every round."
-        )
+    require_independent(model)
     if not isinstance(model, DistributedDataParallel):
         if start_steps and isinstance(grad_scaler, torch.amp.GradScaler) and grad_scaler.is_enabled():
             raise ValueError(
@@ -149,14 +144,24 @@ def require_local_steps(
                 "DistributedDataParallel."
             )
         return
-    if model.find_unused_parameters:
+    if model.broadcast_buffers and any(True for _ in model.module.buffers()):
+        model.broadcast_buffers = False
+        logging.getLogger("lgc").info("DDP's broadcast_buffers is off: buffers are brought together at every round.")
+
+
+def require_independent(model: nn.Module) -> None:
+    """Raise ValueError if the model communicates at every step by itself, which local steps do not."""
+    synchronised = [name for name, module in model.named_modules() if isinstance(module, nn.SyncBatchNorm)]
+    if synchronised:
+        raise ValueError(
+            f"attach(model=...) has SyncBatchNorm ({synchronised[0]}), which communicates at every step; under "
+            "LocalSteps use BatchNorm, whose statistics are averaged at every round."
+        )
+    if isinstance(model, DistributedDataParallel) and model.find_unused_parameters:
         raise ValueError(
             "attach(model=...) has find_unused_parameters=True, for which DDP communicates at every step; give attach "
             "the module without DDP, model.module, which under LocalSteps needs none."
         )
-    if model.broadcast_buffers and any(True for _ in model.module.buffers()):
-        model.broadcast_buffers = False
-        logging.getLogger("lgc").info("DDP's broadcast_buffers is off: buffers are brought together at every round.")
 
 
 def require_single_momentum(scheme: Scheme, optimizer: torch.optim.Optimizer) -> None:
