@@ -27,6 +27,7 @@ RankFactory = Callable[[int], Ranks]
 LEARNED: dict[str, Any] = {"rate": 0.05, "dense_steps": 2, "warmup_steps": 2, "train_steps": 2}
 SCHEMES: dict[str, Any] = {
     "dgc": lgc.DGC(rate=0.05, warmup_steps=4),
+    "quantized": lgc.Quantized(),
     "scalecom": lgc.ScaleCom(rate=0.05, warmup_steps=4),
     "lgc-ring": lgc.LGCRing(**LEARNED),
     "lgc-ps": lgc.LGCServer(**LEARNED),
@@ -103,7 +104,7 @@ def announce_too_much(rank: int, world_size: int, scheme: Any, length: int) -> N
         own, leader = (*kwargs["lengths"], 0, 0)[:2]
         lengths = (own, leader)
         if rank == 1 and training.handle.step == 9:  # compressed, and led by rank 1
-            lengths = (length, leader) if isinstance(scheme, lgc.DGC) else (own, length)
+            lengths = (length, leader) if isinstance(scheme, lgc.DGC | lgc.Quantized) else (own, length)
         return open_round(*args, **kwargs | {"lengths": lengths})
 
     transport.open_round = exaggerate

@@ -17,7 +17,8 @@ JOB = Path(__file__).parent / "fault_job.py"
 PHASE_STEPS = 3
 PHASES = ("dense", "warmup", "train", "compressed")
 SCHEDULE = f"dense_steps={PHASE_STEPS}:warmup_steps={PHASE_STEPS}:train_steps={PHASE_STEPS}:refresh_below=0"
-SCHEMES = {name: f"{name}:{SCHEDULE}" for name in ("lgc-ring", "lgc-ps")}
+LEARNED = {name: f"{name}:{SCHEDULE}" for name in ("lgc-ring", "lgc-ps")}
+SCHEMES = LEARNED | {"quantized": "quantized:reduction=two_stage"}
 
 
 def arguments(scheme: str, out: Path, *, timeout: float, steps: int = len(PHASES) * PHASE_STEPS) -> list[str]:
