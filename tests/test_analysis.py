@@ -190,10 +190,17 @@ def test_recording_has_what_every_worker_would_send(
         assert values == pytest.approx(v[:, where].mean(axis=0), rel=1e-5, abs=1e-8)
 
 
+@pytest.mark.parametrize(
+    "scheme",
+    [
+        "topk:values=float32:rate=1:momentum=0",
+        "local:every=1:start_steps=0+topk:values=float32:rate=1",  # what was moved in place of gradients
+    ],
+)
 def test_recorded_accumulators_are_the_gradients_where_all_is_sent(
-    ranks: Callable[[int], Ranks], tmp_path: Path
+    ranks: Callable[[int], Ranks], scheme: str, tmp_path: Path
 ) -> None:
-    ranks(2).run(record_digits, "topk:values=float32:rate=1:momentum=0", tmp_path)
+    ranks(2).run(record_digits, scheme, tmp_path)
     recording = Recording.load(tmp_path / RECORDING)
     assert np.array_equal(recording.gradient, recording.accumulator)
     assert not np.array_equal(recording.gradient[:, :, 0], recording.gradient[:, :, 1])
@@ -224,12 +231,13 @@ def test_command_writes_recording_rows_and_page(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--scheme=lgc-ring"], "scheme must be topk, dgc or scalecom, got lgc-ring"),
-        (["--scheme=dense"], "scheme must be topk, dgc or scalecom, got dense"),
+        (["--scheme=lgc-ring"], "must be topk, dgc or scalecom, or local steps with one of them, got lgc-ring"),
+        (["--scheme=dense"], "must be topk, dgc or scalecom, or local steps with one of them, got dense"),
         (["--scheme=scalecom:rate=2"], "ScaleCom(rate=...) must be in (0, 1], got 2"),
         (["--scheme=topk:rate=1"], "rate must be below 1"),
-        (["--every=50", "--steps=60"], "--every 50 leaves fewer than 2 records in 60 steps"),
-        (["--every=20", "--steps=60", "--scheme=dgc:warmup_steps=30"], "in 60 steps, of which 30 are the warm-up"),
+        (["--every=50", "--steps=60"], "--every 50 leaves fewer than 2 records in 60 rounds"),
+        (["--every=20", "--steps=60", "--scheme=dgc:warmup_steps=30"], "in 60 rounds, of which 30 are the warm-up"),
+        (["--every=5", "--steps=60", "--scheme=local:every=6:start_steps=0+topk"], "2 records in 10 rounds"),
         (["--data=/nowhere"], "digits"),
     ],
 )

@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from lgc.schemes import ScaleCom, TopK
+from lgc.schemes import LocalSteps, ScaleCom, TopK
 from lgc_lab import options
 from lgc_lab.analysis.record import RECORDING, Recording, record
 from lgc_lab.folder import occupied, write_whole
@@ -25,7 +25,7 @@ LEAST_RECORDS = 2
 @click.command()
 @options.recipe(required=True)
 @options.workers
-@click.option("--every", type=click.IntRange(2), default=25, help="Steps from record to record.")
+@click.option("--every", type=click.IntRange(2), default=25, help="Rounds from record to record.")
 @click.option("--scheme", default="scalecom:values=float32", help="That trains: topk, dgc or scalecom, see lgc train.")
 @click.option("--samples", type=click.IntRange(128), default=2048, help="Coordinates of each layer that are recorded.")
 @options.seed
@@ -47,6 +47,9 @@ def analyze(workers: int, every: int, samples: int, timeout: float, out: Path, o
     \b
     lgc analyze --recipe digits --workers 4 --every 10 --out runs/redundancy
 
+    Under local steps, `--scheme local:every=20+topk:rate=0.03`, what is recorded is what every worker has moved since
+    the last round, and a step is a round.
+
     OUT gets recording.safetensors (the samples), redundancy.jsonl (one JSON object a layer, quantity and step,
     information in bits) and redundancy.html (the figures).
     """
@@ -56,18 +59,23 @@ def analyze(workers: int, every: int, samples: int, timeout: float, out: Path, o
     with options.usage_errors():
         settings = Settings(world_size=workers, **run)
         scheme = settings.resolve_scheme()
-        if not isinstance(scheme, TopK | ScaleCom):  # others do not send values themselves
-            raise ValueError(f"analyze: scheme must be {TopK.name}, dgc or {ScaleCom.name}, got {scheme.name}.")
-        if scheme.rate == 1:
+        exchange = scheme.exchange if isinstance(scheme, LocalSteps) else scheme
+        if not isinstance(exchange, TopK | ScaleCom):  # others do not send values themselves
+            raise ValueError(
+                f"analyze: scheme must be {TopK.name}, dgc or {ScaleCom.name}, or local steps with one of them, got "
+                f"{scheme}."
+            )
+        if exchange.rate == 1:
             raise ValueError("analyze: the scheme's rate must be below 1, else there are no indices to look at.")
     with options.reported_errors():
         preload(record.__module__)
         per_epoch = settings.steps_per_epoch(settings.load_data())  # decodes into the cache that the ranks map
         steps = min(settings.steps or math.inf, settings.resolve_recipe().epochs * per_epoch)
-    if (steps - 1) // every - max(0, scheme.warmup_steps - 1) // every < LEAST_RECORDS:
+    rounds = (steps - scheme.start_steps) // scheme.every if isinstance(scheme, LocalSteps) else steps
+    if (rounds - 1) // every - max(0, exchange.warmup_steps - 1) // every < LEAST_RECORDS:
         raise click.UsageError(
-            f"--every {every} leaves fewer than {LEAST_RECORDS} records in {steps} steps, of which "
-            f"{scheme.warmup_steps} are the warm-up."
+            f"--every {every} leaves fewer than {LEAST_RECORDS} records in {rounds} rounds, of which "
+            f"{exchange.warmup_steps} are the warm-up."
         )
     with options.reported_errors(), occupied(out):
         for name in (PAGE, ROWS, RECORDING):
