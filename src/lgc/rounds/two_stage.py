@@ -80,7 +80,7 @@ class TwoStage(Exchange):
         mean = code of t / K           from every server to all ranks: all-gather
         owed = t - K mean              error feedback of the server
 
-    Source: Tang et al., 1-bit Adam, ICML 2021, arXiv 2102.02888, section 4.2, there with one bit in both stages.
+    Source: Tang et al., 1-bit Adam, ICML 2021, arXiv 2102.02888, there with one bit in both stages.
 
     Attributes:
         owed: K times what this rank, as a server, has still to send, shape (size of its shard,).
