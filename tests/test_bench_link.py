@@ -345,9 +345,11 @@ def test_shaped_links_are_not_gone_on_with_over_loopback(
 
 
 def test_loopback_says_that_the_link_is_not_shaped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    options = [*TINY, "--schemes", "dense", "--loopback", "--out", str(tmp_path)]
+    schemes = ["dense", "local:every=3+quantized", "local:every=4:overlap=true:fragments=2+topk:warmup_steps=9"]
+    options = [*TINY, "--schemes", ",".join(schemes), "--loopback", "--out", str(tmp_path)]
     done = lgc("bench", "link", *options)
     assert "NOT SHAPED" in done.stderr
+    require_whole_rounds(cells(tmp_path), schemes[1:])
     assert {(cell.rate, cell.counter_sent is None) for cell in cells(tmp_path)} == {(LOOPBACK, True)}
     assert "loopback" in done.stdout
     again = ["bench", "link", *(option for option in options if option != "--loopback")]
@@ -357,6 +359,20 @@ def test_loopback_says_that_the_link_is_not_shaped(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
     without = CliRunner().invoke(main, again)
     assert without.exit_code == 0, without.output
+
+
+def require_whole_rounds(found: list[Cell], schemes: list[str]) -> None:
+    """Local steps are measured without their start, on average over all steps to the next round."""
+    for scheme in schemes:
+        measured = [cell for cell in found if cell.scheme == scheme]
+        assert [(cell.repeat, cell.phase) for cell in measured] == [(0, "compressed"), (1, "compressed")]
+        for cell in measured:
+            assert f"every={cell.every}" in scheme
+            assert len(cell.seconds) == 1
+            assert cell.compression is not None
+            assert cell.communication is not None
+    first = next(cell for cell in found if cell.scheme == schemes[0])
+    assert RECIPE_PARAMETERS / 4 < first.counted_sent[0] < 1.2 * RECIPE_PARAMETERS / 4  # two bits each, in one round
 
 
 # --- what is made of it ---
@@ -369,6 +385,11 @@ def test_full_text_is_the_scheme_whatever_the_recipe(name: str, recipe: str) -> 
     assert parse_scheme(full_text(scheme), RECIPES[recipe].scheme_defaults) == scheme
 
 
+def test_full_text_of_local_steps_has_their_exchange() -> None:
+    scheme = parse_scheme("local:every=30:outer_lr=0.5+topk:rate=0.02")
+    assert parse_scheme(full_text(scheme), RECIPES["digits"].scheme_defaults) == scheme
+
+
 def test_shortened_phases_are_those_of_the_scheme() -> None:
     server = shortened(LGCServer(rate=0.001))
     assert isinstance(server, LGCServer)
@@ -376,6 +397,8 @@ def test_shortened_phases_are_those_of_the_scheme() -> None:
     assert (server.rate, server.refresh_below) == (0.001, 0.0)
     assert shortened(TopK()) == TopK()
     assert shortened(parse_scheme("bf16")) == parse_scheme("bf16")
+    local = shortened(parse_scheme("local:every=30+topk:rate=0.02:warmup_steps=9"))
+    assert local == parse_scheme("local:every=30:start_steps=0+topk:rate=0.02")
 
 
 def measurement(**changes: Any) -> Measurement:
@@ -455,6 +478,14 @@ def test_rows_are_medians_with_the_range_of_the_repeats() -> None:
     assert (compressed.counted, compressed.headers, compressed.payload) == (10, 66, 10 - 66)
 
 
+def test_bytes_are_those_of_a_step_where_a_sample_is_of_several() -> None:
+    content = made_up().content
+    several = [cell | {"every": 5} for cell in content["cells"]]
+    for row, of_several in zip(made_up().rows, Results({**content, "cells": several}).rows, strict=True):
+        assert of_several[:8] == row[:8]
+        assert [5 * (size or 0) for size in of_several[8:]] == pytest.approx(row[8:])
+
+
 def trained(scheme: str, phases: list[str], reached: int, seed: int = 0, **settings: Any) -> Run:
     rows: list[dict[str, Any]] = []
     for step, phase in enumerate(phases):
@@ -485,6 +516,29 @@ def test_time_to_target_weighs_every_phase() -> None:
     assert (never[0].steps, never[0].seconds) == (None, [None, None])
     with pytest.raises(ValueError, match="no finished run of lgc-ring"):
         times_to_target(made_up(), runs[:2], 98.0)
+
+
+def test_time_to_target_weighs_the_start_of_local_steps() -> None:
+    texts = {"lgc-ring": "local:every=4+quantized:bits=1", "dense": "quantized:bits=4"}  # the start's exchange
+    content = made_up().content
+    cells = [
+        cell | {"scheme": texts.get(cell["scheme"], cell["scheme"])}
+        for cell in content["cells"]
+        if (cell["scheme"], cell["phase"]) != ("lgc-ring", "warmup")
+    ]
+    for cell in cells:
+        if cell["scheme"] == "quantized:bits=4":
+            cell["phase"] = "compressed"
+    results = Results({**content, "cells": cells, "schemes": {text: text for text in texts.values()}})
+    local = str(parse_scheme("local:every=4+quantized:bits=1", RECIPES["digits"].scheme_defaults))
+    runs = [trained("quantized:bits=4", ["compressed"] * 4, 3)]
+    runs += [trained(local, ["warmup"] * 2 + ["compressed"] * 8, 5)]
+    _, times = times_to_target(results, runs, 98.0)
+    assert times.steps == 6
+    assert times.seconds == pytest.approx([2 * 3.1 + 4 * 4, 2 * 0.31 + 4 * 0.4])
+    alone = [cell for cell in cells if cell["scheme"] != "quantized:bits=4"]
+    with pytest.raises(ValueError, match="was not measured in phase warmup; add quantized:values=lloyd4 to --schemes"):
+        times_to_target(Results({**content, "cells": alone, "schemes": results.content["schemes"]}), runs, 98.0)
 
 
 def test_target_and_runs_go_together(tmp_path: Path) -> None:

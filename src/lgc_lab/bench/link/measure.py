@@ -26,7 +26,7 @@ from torch import Tensor
 from lgc.choice.cost import parse_rate
 from lgc.phase import Phase
 from lgc.rounds.schedule import Schedule
-from lgc.schemes import LGCScheme, PowerSGD, Scheme, SparseScheme, require_different
+from lgc.schemes import LGCScheme, LocalSteps, PowerSGD, Scheme, SparseScheme, require_different
 from lgc.version import __version__
 from lgc_lab.bench.link.results import COMPUTE, LOOPBACK, RESULTS, UNSHAPED, Cell, bits_per_second, step_seconds
 from lgc_lab.folder import write_json
@@ -40,6 +40,7 @@ START_STEPS = 2
 TRAIN_STEPS = 4
 SETTLED_STEPS = 2  # compressed ones before anything is measured
 ENDLESS = 1_000_000  # epochs
+UNWRITTEN = ("roles", "exchange")  # arguments that have no text of their own
 LEARNING_RATE = 1e-4  # so low that no scheme diverges: a round whose gradient is not finite is cut short
 
 
@@ -82,7 +83,15 @@ def machine() -> dict[str, Any]:
 
 
 def shortened(scheme: Scheme) -> Scheme:
-    """Shorten the phases to a few steps: each rate of the warm-up once, an autoencoder that is never refreshed."""
+    """Shorten the phases to a few steps: each rate of the warm-up once, an autoencoder that is never refreshed.
+
+    Local steps begin with the phase that lasts.
+    """
+    if isinstance(scheme, LocalSteps):
+        exchange = scheme.exchange
+        if isinstance(exchange, SparseScheme):
+            exchange = replace(exchange, warmup_steps=0)
+        return replace(scheme, start_steps=0, exchange=exchange)
     if isinstance(scheme, PowerSGD):
         return replace(scheme, start_steps=START_STEPS)
     if not isinstance(scheme, SparseScheme):
@@ -96,7 +105,9 @@ def shortened(scheme: Scheme) -> Scheme:
 
 def full_text(scheme: Scheme) -> str:
     """Write a scheme with all its arguments, so that no recipe's default takes the place of one."""
-    return ":".join([scheme.name, *(f"{name}={text}" for name, text in scheme.arguments().items() if name != "roles")])
+    arguments = {name: text for name, text in scheme.arguments().items() if name.partition(".")[0] not in UNWRITTEN}
+    text = ":".join([scheme.name, *(f"{name}={value}" for name, value in arguments.items())])
+    return f"{text}+{full_text(scheme.exchange)}" if isinstance(scheme, LocalSteps) else text
 
 
 def measure_links(
@@ -131,8 +142,8 @@ def _measure_cells(
     for text, arm in arms.items():
         tell(f"preparing {text}")
         last = max(first for first, _ in arm.phases().values())
-        for _ in range(max(last, START_STEPS) + SETTLED_STEPS):
-            arm.step()
+        for _ in range(math.ceil((max(last, START_STEPS) + SETTLED_STEPS) / arm.every)):
+            arm.sample()
     meter = Meter(wanted, barrier, has_network=network is not None)
     rates = (LOOPBACK,) if network is None else wanted.rates
     measured = {cell.rate for cell in cells}
@@ -165,17 +176,42 @@ MOVED = (*COUNTED, "counter_sent", "counter_received", "packets_sent", "packets_
 class Samples(NamedTuple):
     """Samples of some steps, by one rank."""
 
-    seconds: Tensor  # of a step, its compression and its communication, NaN where they cannot be told: (steps, 3)
+    seconds: Tensor  # as `Arm.sample` gives them: (samples, 3)
     moved: Tensor  # bytes and packets in the order of `MOVED`: (6,), or those of `COUNTED` without a network
 
 
 class Arm:
-    """Scheme at work, in all its phases one after the other."""
+    """Scheme at work, in all its phases one after the other.
+
+    Attributes:
+        every: steps after which a step is like the first of them: from one round to the next, of all fragments.
+        overlaps: whether the last round of these goes on beside the next ones.
+    """
 
     def __init__(self, settings: Settings, device: torch.device) -> None:
         self.run = Training(settings, device, check_every=0)  # not every first step of a phase
         self.run.recipe = replace(self.run.recipe, learning_rate=LEARNING_RATE)
         self.batches = self.run.batches()
+        scheme = self.run.scheme if isinstance(self.run.scheme, LocalSteps) else None
+        self.every, self._period, self.overlaps = (
+            (scheme.every, scheme.period, scheme.overlap) if scheme else (1, 1, False)
+        )
+
+    def sample(self) -> tuple[float, float, float]:
+        """Take `every` steps: seconds of one on average, and of it compression and communication, NaN if unknown."""
+        started, compression, communication = time.perf_counter(), 0.0, 0.0
+        for number in range(1, self.every + 1):
+            self.step()
+            if number % self._period == 0:
+                of_round = self.run.handle.round_time or (math.nan, math.nan)
+                compression, communication = compression + of_round[0], communication + of_round[1]
+        seconds = time.perf_counter() - started
+        return seconds / self.every, compression / self.every, communication / self.every
+
+    def settle(self) -> None:
+        """Wait for a round that is under way."""
+        if self.overlaps:
+            self.run.handle.state_dict()
 
     def step(self) -> None:
         """Train on a batch; FloatingPointError if the loss is not finite."""
@@ -195,7 +231,7 @@ class Arm:
 
     def go_to(self, step: int) -> None:
         """Have the scheme do what it does at this step, with the state it has."""
-        if self.run.handle.synchronizer is not None and self.run.handle.step != step:
+        if len(self.phases()) > 1 and self.run.handle.step != step:
             self.run.handle.load_state_dict(self.run.handle.state_dict() | {"step": step})
 
 
@@ -226,39 +262,39 @@ class Meter:
             if repeat == 0 or length is None:
                 arm.go_to(first)
                 samples = self._samples(arm, length, are_alike=length is None or phase == Phase.DENSE)
+                arm.settle()
                 seconds, moved = ([torch.empty_like(part) for _ in range(dist.get_world_size())] for part in samples)
                 dist.all_gather(seconds, samples.seconds)
                 dist.all_gather(moved, samples.moved)
                 step, compression, communication = torch.stack(seconds, dim=1).unbind(dim=2)
                 parts = (None, None) if compression.isnan().any() else (compression.tolist(), communication.tolist())
                 counts = dict(zip(MOVED, torch.stack(moved, dim=1).tolist(), strict=False))
-                yield Cell(rate, repeat, scheme, phase, step.tolist(), *parts, **counts)
+                cell = Cell(rate, repeat, scheme, phase, step.tolist(), *parts, **counts)
+                yield cell._replace(every=arm.every)
 
     def _samples(self, arm: Arm, length: int | None, *, are_alike: bool) -> Samples:
-        """Take all steps of a phase, or some of one without end; a single long one is enough if all are alike."""
-        probe = self._steps(arm, 1)
-        slowest = probe.seconds[:, 0].max()
+        """Take all steps of a phase, or some of one without end; a single long one is enough if all are alike.
+
+        In place of a step there may be all those to the next round. What goes on beside the next ones takes two.
+        """
+        probe = self._take(arm, 1)
+        slowest = arm.every * probe.seconds[:, 0].max()
         dist.all_reduce(slowest, dist.ReduceOp.MAX)
-        affordable = int(self.wanted.seconds / float(slowest))
+        affordable = max(int(self.wanted.seconds / float(slowest)), 1 if arm.overlaps else 0)
         if length == 1 or (are_alike and affordable == 0):
             return probe
         if length is not None:
-            rest = self._steps(arm, length - 1)
+            rest = self._take(arm, length - 1)
             return Samples(torch.cat([probe.seconds, rest.seconds]), probe.moved + rest.moved)
-        if self.wanted.warm_up > 1:
-            self._steps(arm, min(self.wanted.warm_up - 1, affordable))
-        return self._steps(arm, min(self.wanted.steps, affordable))
+        warm_up, most = math.ceil(self.wanted.warm_up / arm.every), max(1, self.wanted.steps // arm.every)
+        if warm_up > 1:
+            self._take(arm, min(warm_up - 1, affordable))
+        return self._take(arm, min(most, affordable))
 
-    def _steps(self, arm: Arm, count: int) -> Samples:
-        rows = []
+    def _take(self, arm: Arm, count: int) -> Samples:
         self.barrier.wait()  # not a collective: it would be among what the counters count
         before = self._moved(arm)
-        started = time.perf_counter()
-        for _ in range(count):
-            arm.step()
-            now = time.perf_counter()
-            rows.append((now - started, *(arm.run.handle.round_time or (math.nan, math.nan))))
-            started = now
+        rows = [arm.sample() for _ in range(count)]
         self.barrier.wait()  # all have all of this rank's bytes
         return Samples(torch.tensor(rows, dtype=torch.float64), self._moved(arm) - before)
 

@@ -27,7 +27,7 @@ class Cell(NamedTuple):
 
     `compression` and `communication` are None where the exchange goes on amid the backward pass. Bytes are by rank, of
     all these steps together: `counted_*` by the transport, `counter_*` by the interface with headers, `packets_*` that
-    these were in; None without a network.
+    these were in; None without a network. Under local steps a sample is the average of `every` steps.
     """
 
     rate: str
@@ -43,6 +43,7 @@ class Cell(NamedTuple):
     counter_received: list[int] | None = None
     packets_sent: list[int] | None = None
     packets_received: list[int] | None = None
+    every: int = 1
 
 
 class Row(NamedTuple):
@@ -105,7 +106,7 @@ class Results:
 
     def _row(self, rate: str, scheme: str, phase: str, cells: list[Cell]) -> Row:
         of_turns = [step_seconds([cell]) for cell in cells]
-        steps = sum(len(cell.seconds) for cell in cells)
+        steps = sum(len(cell.seconds) * cell.every for cell in cells)
         counted, framed, packets = (
             sum(sum(getattr(cell, name) or ()) for cell in cells) / steps
             for name in ("counted_sent", "counter_sent", "packets_sent")
