@@ -14,12 +14,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from lgc.choice.cost import TOLERANCE, Link, predict, recommend
+from lgc.choice.cost import TOLERANCE, Link, as_fast, predict
 from lgc.choice.profile import Job, Profiler, stand_in, wrap
 from lgc.comm.replicas import require_agreement
 from lgc.comm.transport import SERVER, RankError, Transport
-from lgc.requirements import require_real, trained
-from lgc.schemes import Dense, PowerSGD, RoundScheme, Scheme, parse_scheme
+from lgc.local_steps import fragmented
+from lgc.requirements import require_independent, require_real, trained
+from lgc.schemes import Dense, LocalSteps, PowerSGD, RoundScheme, Scheme, parse_scheme
 
 logger = logging.getLogger("lgc")
 
@@ -42,7 +43,8 @@ def choose(
 
     It measures steps of a copy of the model without and with dense exchange, then rounds of the candidates with that
     copy's gradients, by all ranks over their real link. **Speed alone decides**: give only candidates that the model
-    trains well with. A candidate keeps its momentum; the optimizer for `attach` must go with what is returned.
+    trains well with, the one that loses least first. A candidate keeps its momentum; the optimizer for `attach` must
+    go with what is returned. A step of local steps has its part of a round, and their start is left out.
 
     The model, its gradients and buffers, and torch's random state are left as they were. Until it returns, it takes the
     memory of a second model with its gradients, DDP's buckets and SGD's momentum, of what the scheme in turn keeps, and
@@ -58,8 +60,9 @@ def choose(
         group: of a module's ranks, the default one unless given; a DDP model has its own.
 
     Returns:
-        One of the candidates, or dense where nothing is more than 5 % faster; the same on every rank. Rank 0 logs why
-        at level INFO, logger `lgc`. One rank alone has nothing to exchange, and gets dense.
+        Dense where nothing is more than 5 % faster, else the first of the candidates, in their order, that takes no
+        more than 5 % longer than the fastest; the same on every rank. Rank 0 logs why at level INFO, logger `lgc`.
+        One rank alone has nothing to exchange, and gets dense.
 
     Raises:
         TypeError, ValueError: an argument of this rank is wrong, or this model cannot have a candidate.
@@ -107,7 +110,7 @@ def _fastest(schemes: Sequence[Scheme], profiler: Profiler, link: Link) -> tuple
         reason += "per step: " + ", ".join(f"{one.scheme} {one.step:.3g} s" for one in predictions)
     if given_up:
         reason += f"; slower at once, and given up: {', '.join(given_up)}"
-    return measured[predictions.index(recommend(predictions))], reason
+    return measured[predictions.index(as_fast(predictions)[0])], reason
 
 
 def _place_of(model: nn.Module, group: dist.ProcessGroup | None) -> tuple[dist.ProcessGroup, torch.device]:
@@ -150,8 +153,12 @@ def _require_possible(scheme: Scheme, model: nn.Module, profiler: Profiler) -> N
     """Raise ValueError, alike on every rank, if `attach` would refuse this scheme for this model."""
     try:
         require_real(profiler.ddp, scheme)
-        if isinstance(scheme, RoundScheme):
-            scheme.layout(trained(profiler.ddp))
+        if isinstance(scheme, LocalSteps):
+            require_independent(model)
+            fragmented(dict(trained(profiler.ddp)), scheme.fragments)
+        exchange = scheme.exchange if isinstance(scheme, LocalSteps) else scheme
+        if isinstance(exchange, RoundScheme):
+            exchange.layout(trained(profiler.ddp))
     except ValueError as error:
         raise ValueError(f"choose(candidates=...): {error}") from None
     dtypes = {bucket.dtype for bucket in profiler.buckets}

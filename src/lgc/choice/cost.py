@@ -1,5 +1,7 @@
 """Cost of a step on a link: t = compute + compression + the collectives that the backward pass does not hide.
 
+Where a round is made every H steps, a step has an H-th of the last two.
+
 A collective takes (messages in sequence) * latency + (bytes in sequence) / bandwidth, as `Collective` counts them, but
 never less than it took where it was measured. Every rank has a link of its own, the same in both directions.
 """
@@ -9,10 +11,8 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal, NamedTuple, Self
-
-from lgc.phase import Phase
 
 PAYLOAD = 1448 / (1514 + 66 / 2)  # of an Ethernet frame with IPv4 and TCP, and an acknowledgement for every other one
 RATE_UNITS = {"kbit": 1e3, "mbit": 1e6, "gbit": 1e9}
@@ -96,19 +96,25 @@ class StageCost:
 
     phase: str
     steps: int | None  # None for those that go on to the end
-    seconds: float  # of a rank's own work on top of the forward and backward pass
-    collectives: list[Collective]  # in their order
+    seconds: float  # of a rank's own work in a round, on top of the forward and backward pass
+    collectives: list[Collective]  # of a round, in their order
+    every: int = 1  # steps from one round to the next
+
+    @property
+    def compression(self) -> float:
+        """Seconds per step of a rank's own work."""
+        return self.seconds / self.every
 
     def communication(self, link: Link, world_size: int) -> float:
-        """Seconds for which a rank waits for the link, after its backward pass."""
+        """Seconds per step for which a rank waits for the link, after its backward pass."""
         end = -math.inf
         for collective in self.collectives:
             end = max(end, -collective.lead) + collective.time(link, world_size)
-        return max(0.0, end)
+        return max(0.0, end) / self.every
 
     def sent_bytes(self, world_size: int) -> float:
         """Bytes that a rank sends per step, on average."""
-        return sum(collective.sent_bytes(world_size) for collective in self.collectives)
+        return sum(collective.sent_bytes(world_size) for collective in self.collectives) / self.every
 
 
 @dataclass(frozen=True)
@@ -140,7 +146,7 @@ class Prediction(NamedTuple):
     """Prediction of a step under one scheme on one link, once its early stages are over; seconds and bytes."""
 
     scheme: str
-    phase: str  # the one it stays in; "dense" also in 16 bits
+    phase: str  # the one it stays in
     sent_bytes: float
     compute: float
     compression: float
@@ -149,14 +155,13 @@ class Prediction(NamedTuple):
     speedup: float  # how many times as fast as dense
     early: list[Early]
     pays_from: int | None  # the first step from which on the run as a whole is ahead of dense, None if it never is
-    step_at_half: float  # the step on a link of half the bandwidth
 
 
 def predict(profile: Profile, link: Link) -> list[Prediction]:
     """Predict what a step takes on `link`, by arm."""
 
-    def step(stage: StageCost, link: Link = link) -> float:
-        return profile.compute + stage.seconds + stage.communication(link, profile.world_size)
+    def step(stage: StageCost) -> float:
+        return profile.compute + stage.compression + stage.communication(link, profile.world_size)
 
     def predicted(arm: SchemeCost) -> Prediction:
         *first, last = arm.stages
@@ -166,29 +171,22 @@ def predict(profile: Profile, link: Link) -> list[Prediction]:
             phase=last.phase,
             sent_bytes=last.sent_bytes(profile.world_size),
             compute=profile.compute,
-            compression=last.seconds,
+            compression=last.compression,
             communication=last.communication(link, profile.world_size),
             step=step(last),
             speedup=dense / step(last),
             early=early,
             pays_from=_pays_from(early, step(last), dense),
-            step_at_half=step(last, replace(link, bandwidth=link.bandwidth / 2)),
         )
 
     dense = step(profile.arms[0].stages[-1])
     return [predicted(arm) for arm in profile.arms]
 
 
-def recommend(predictions: Sequence[Prediction], tolerance: float = TOLERANCE) -> Prediction:
-    """Take the fastest; of those within `tolerance` the first that compresses nothing, else the best on half the link.
-
-    So small a difference may be chance. That everything arrives is certain, and the link may be slower than it is taken
-    to be.
-    """
+def as_fast(predictions: Sequence[Prediction], tolerance: float = TOLERANCE) -> list[Prediction]:
+    """List those that take no more than `tolerance` longer than the fastest, in their order."""
     fastest = min(prediction.step for prediction in predictions)
-    equals = [prediction for prediction in predictions if prediction.step <= fastest * (1 + tolerance)]
-    complete = [prediction for prediction in equals if prediction.phase == Phase.DENSE.value]
-    return complete[0] if complete else min(equals, key=lambda one: one.step_at_half)
+    return [prediction for prediction in predictions if prediction.step <= fastest * (1 + tolerance)]
 
 
 def _pays_from(early: list[Early], step: float, dense: float) -> int | None:

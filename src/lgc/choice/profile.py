@@ -17,7 +17,7 @@ from lgc.choice.rehearsal import CONTENT, LEAST_ROUNDS, Rehearsal, Rounds, Timer
 from lgc.comm.transport import Transport, clock
 from lgc.ddp import gradients_in
 from lgc.phase import Phase
-from lgc.schemes import Dense, PowerSGD, RoundScheme, Scheme
+from lgc.schemes import Dense, LocalSteps, PowerSGD, RoundScheme, Scheme
 from lgc.schemes.powersgd import PowerSGDHook, one_bucket_mb
 
 WARMUP_STEPS = 3
@@ -97,6 +97,7 @@ class Profiler:
         self._communicates = False
         self._noted: list[Bucket] = []  # in the last step, with the time in place of the lead
         self._noted_gradients: dict[str, Tensor] = {}  # in the last step that did not communicate
+        self._rehearsed: dict[str, SchemeCost] = {}  # rounds, by the scheme's text
         self._step = self._job.step(Dense())
         self.ddp.register_comm_hook(None, self._hook)
         settling = [self._timer.elapsed(self._exchanging_step) for _ in range(WARMUP_STEPS)]
@@ -122,18 +123,18 @@ class Profiler:
         """Measure a scheme too, with the stages before the last one of its schedule if `early`.
 
         Returns:
-            False if it was given up, as its first round after the backward pass took more than `limit` seconds.
+            False if it was given up, as its first round of the last stage took more than `limit` seconds a step.
         """
         arm: SchemeCost | None
         if isinstance(scheme, Dense):
             arm = self._rehearse_dense(scheme)
         elif isinstance(scheme, PowerSGD):
             arm = self._rehearse_power_sgd(scheme)
+        elif isinstance(scheme, LocalSteps):
+            arm = self._rehearse_local_steps(scheme, early=early, limit=limit)
         else:
             assert isinstance(scheme, RoundScheme)
-            world_size, work = self.profile.world_size, self._job.step(scheme)
-            rounds = Rounds(scheme, self._gradients, self._timer, world_size, work, self._step, early=early)
-            arm = rounds.rehearse(limit)
+            arm = self._rehearse_rounds(scheme, early=early, limit=limit)
         if arm is not None:
             self.profile.arms.append(arm)
         return arm is not None
@@ -167,6 +168,30 @@ class Profiler:
             rounds.append((max(row[0] for row in by_rank), min(row[1] for row in by_rank)))
         own, waits = zip(*(rounds[1:] or rounds), strict=True)
         return median(own), median(waits)
+
+    def _rehearse_rounds(self, scheme: RoundScheme, *, early: bool, limit: float = math.inf) -> SchemeCost | None:
+        """Measure a scheme's rounds, only once: local steps may have the same ones, at several intervals."""
+        arm = self._rehearsed.get(str(scheme))
+        if arm is None:
+            world_size, work = self.profile.world_size, self._job.step(scheme)
+            rounds = Rounds(scheme, self._gradients, self._timer, world_size, work, self._step, early=early)
+            arm = rounds.rehearse(limit)
+        if arm is not None:
+            self._rehearsed[str(scheme)] = arm
+        return arm
+
+    def _rehearse_local_steps(self, scheme: LocalSteps, *, early: bool, limit: float) -> SchemeCost | None:
+        """Derive it from the rounds of its exchange, and of its start."""
+        arm = self._rehearse_rounds(scheme.exchange, early=early, limit=limit * scheme.every)
+        if arm is None:
+            return None
+        stages = [_spread(stage, scheme, self.profile.compute) for stage in arm.stages]
+        if early and scheme.start_steps:
+            start = self._rehearse_rounds(scheme.start_exchange, early=False)
+            assert start is not None  # without a limit
+            phase = Phase.DENSE if isinstance(scheme.start_exchange, Dense) else Phase.WARMUP
+            stages.insert(0, replace(start.stages[-1], phase=phase.value, steps=scheme.start_steps))
+        return SchemeCost(str(scheme), stages)
 
     def _rehearse_power_sgd(self, scheme: PowerSGD) -> SchemeCost:
         """Measure torch's hook, on a model of its own."""
@@ -214,3 +239,20 @@ class Profiler:
         future: torch.futures.Future[Tensor] = torch.futures.Future(devices=[device] if device.type == "cuda" else [])
         future.set_result(buffer)
         return future
+
+
+def _spread(stage: StageCost, scheme: LocalSteps, compute: float) -> StageCost:
+    """Spread a round of everything over the steps that local steps make from one to the next, in fragments if any.
+
+    A roll call, which is another opening, precedes each of them. Beside the next steps, which take `compute` seconds
+    each, only the link is busy: what a round computes takes the processor from them.
+    """
+    lead = scheme.period * compute if scheme.overlap else 0.0
+    opening, *others = (replace(one, lead=lead) for one in stage.collectives)
+    parts = [
+        replace(one, size=math.ceil(one.size / scheme.fragments), seconds=one.seconds / scheme.fragments)
+        for one in others
+    ]
+    steps = None if stage.steps is None else stage.steps * scheme.every
+    seconds = stage.seconds / scheme.fragments
+    return StageCost(stage.phase, steps, seconds, [opening, opening, *parts], every=scheme.period)

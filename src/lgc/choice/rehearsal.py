@@ -17,8 +17,7 @@ from lgc.choice.cost import Collective, Kind, Link, SchemeCost, StageCost
 from lgc.comm.transport import Transport, clock
 from lgc.phase import Phase
 from lgc.rounds.schedule import Schedule, Stage
-from lgc.schemes import RoundScheme
-from lgc.schemes.learned import LGCScheme
+from lgc.schemes import Dense, LGCScheme, RoundScheme
 from lgc.synchronizer import Policy, Synchronizer
 
 LEAST_ROUNDS, MOST_ROUNDS = 3, 15
@@ -169,6 +168,8 @@ class Rounds:
         self._dense_work = dense_work
         self._transport = Rehearsal(timer.local, world_size)
         self._synchronizer = Synchronizer(scheme, gradients, self._transport, Policy(check_every=0))
+        if isinstance(scheme, Dense):
+            self._synchronizer.aggregator.schedule = Schedule(1.0)  # of one stage
         self._schedule = self._synchronizer.aggregator.schedule
         there = timer.local.world_size
         self._steps = (turn * world_size + leader for turn in count() for leader in range(there))  # who leads is there
@@ -201,10 +202,14 @@ class Rounds:
         return end + in_a_row * beside, [own, *(fmean(least[place::length]) for place in range(length))]
 
     def _cost(self, stage: Stage, steps: int | None, measured: Sequence[Sequence[float]]) -> StageCost:
-        """Cost of the stage that was measured last, each part for itself the median."""
+        """Cost of the stage that was measured last, each part for itself the median; sizes are the ranks' mean."""
         own, *waits = (median(part) for part in zip(*measured, strict=True))
         performed = self._transport.collectives[: len(waits)]
-        collectives = [replace(one, seconds=seconds) for one, seconds in zip(performed, waits, strict=True)]
+        sizes = zip(*self._timer.agree(*(one.size for one in performed)), strict=True)
+        collectives = [
+            replace(one, size=round(fmean(of_ranks)), seconds=seconds)
+            for one, of_ranks, seconds in zip(performed, sizes, waits, strict=True)
+        ]
         return StageCost(stage.phase.value, steps, max(0.0, own), collectives)
 
     def _perform(self, stage: Stage, times: int, work: Action) -> list[list[float]]:

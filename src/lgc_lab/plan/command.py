@@ -18,23 +18,28 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lgc.choice.cost import TOLERANCE, Collective, Link, Prediction, Profile, SchemeCost, StageCost, predict, recommend
+from lgc.choice.cost import Collective, Link, Prediction, Profile, SchemeCost, StageCost, as_fast, predict
 from lgc.choice.profile import Job, Profiler, stand_in, wrap
 from lgc.choice.rehearsal import probe
 from lgc.comm.transport import Transport
-from lgc.schemes import Dense, PowerSGD, Scheme, SparseScheme, parse_scheme, require_different
+from lgc.schemes import Dense, LocalSteps, PowerSGD, Scheme, SparseScheme, parse_scheme, require_different
 from lgc.schemes.powersgd import bucket_mb
 from lgc_lab import options
 from lgc_lab.bench.link.results import LOOPBACK, UNSHAPED, Results
 from lgc_lab.folder import read_objects, write_json
 from lgc_lab.launch.ranks import place_under_torchrun, preload, process_group, start_ranks, under_torchrun
+from lgc_lab.plan.ladder import CONDITIONS, find_loss
 from lgc_lab.recipes import find_object
 from lgc_lab.terminal import aligned, notify
 from lgc_lab.training.loop import make_optimizer
 from lgc_lab.training.settings import Settings
 
-SCHEMES = "dense,bf16,powersgd:rank=1,powersgd:rank=2,powersgd:rank=4,dgc,topk,scalecom,lgc-ring,lgc-ps"
+SCHEMES = (
+    "dense,bf16,powersgd:rank=1,powersgd:rank=2,powersgd:rank=4,dgc,topk,scalecom,lgc-ring,lgc-ps,quantized,"
+    "local:every=20+dense,local:every=20+quantized,local:every=50+quantized,local:every=100+quantized"
+)
 MEASURED = "measured"
+FAST_ENOUGH = 0.1  # so much longer than the fastest a step may take, if less is lost
 THOROUGH = 3.0  # seconds after which a scheme is not measured again
 TIMEOUT = timedelta(seconds=600)  # ranks wait for the one that trains an autoencoder
 
@@ -97,7 +102,8 @@ def plan(
         model, x, y = Net(), torch.randn(32, 3, 32, 32), torch.randint(10, (32,))
         return model, lambda model: cross_entropy(model(x), y)
 
-    Says nothing about accuracy: lgc compare does.
+    Of the schemes that are within 10 % of the fastest it recommends the one that lost least when that was measured, on
+    another model than yours: lgc compare tells what yours loses.
     """
     if check is not None:
         options.refuse_torchrun("plan --check")
@@ -122,10 +128,10 @@ def plan(
     else:
         profile = _profile_here(question, ranks_per_machine)
     answers = [(name, link, predict(profile, link)) for name, link in links.items()]
+    labels = _labels(question)
     if as_json:
-        click.echo(json.dumps([_as_json(name, link, profile, rows) for name, link, rows in answers], indent=1))
+        click.echo(json.dumps([_as_json(name, link, profile, rows, labels) for name, link, rows in answers], indent=1))
     else:
-        labels = _labels(question)
         click.echo("\n\n".join(_as_text(name, link, profile, rows, labels) for name, link, rows in answers))
 
 
@@ -247,7 +253,7 @@ def _check(folder: Path) -> str:
         for row, seconds in zip(rows, measured, strict=True):
             difference = f"{100 * (row.step / seconds - 1):+.1f} %"
             table.append((labels[row.scheme], f"{1e3 * row.step:,.1f} ms", f"{1e3 * seconds:,.1f} ms", difference))
-        advised = rows.index(recommend(rows))
+        advised = rows.index(as_fast(rows)[0])
         loss = 100 * (measured[advised] / min(measured) - 1)
         first, best = (labels[rows[place].scheme] for place in (advised, measured.index(min(measured))))
         advice = f"advised {first}; fastest when measured {best}; following the advice loses {loss:.1f} %"
@@ -256,11 +262,24 @@ def _check(folder: Path) -> str:
 
 
 def _labels(question: Question) -> dict[str, str]:
-    """Map the full text of each scheme to the one that was asked for."""
-    return {str(scheme): text for text, scheme in question.schemes.items()}
+    """Map the full text of each scheme to the one that was asked for, dense among them."""
+    return {str(Dense()): Dense.name} | {str(scheme): text for text, scheme in question.schemes.items()}
 
 
-HEADER = ("scheme", "sent", "compute", "compression", "communication", "step", "vs dense", "ahead from")
+def _recommend(rows: Sequence[Prediction], labels: Mapping[str, str]) -> Prediction:
+    """Take, of those that are fast enough, the first that lost least; what was not measured comes last.
+
+    One that gained is no better than dense: so little is chance.
+    """
+
+    def loss(row: Prediction) -> float:
+        measured = find_loss(labels[row.scheme])
+        return math.inf if measured is None else max(0.0, measured)
+
+    return min(as_fast(rows, FAST_ENOUGH), key=loss)
+
+
+HEADER = ("scheme", "sent", "compute", "compression", "communication", "step", "vs dense", "ahead from", "loss")
 
 
 def _as_text(name: str, link: Link, profile: Profile, rows: Sequence[Prediction], labels: Mapping[str, str]) -> str:
@@ -268,8 +287,8 @@ def _as_text(name: str, link: Link, profile: Profile, rows: Sequence[Prediction]
     for row in rows:
         seconds = [f"{1e3 * value:,.1f} ms" for value in (row.compute, row.compression, row.communication, row.step)]
         ahead = "-" if row.pays_from is None else f"step {row.pays_from:,}"
-        label = labels.get(row.scheme, row.scheme)
-        table.append((label, _bytes(row.sent_bytes), *seconds, f"{row.speedup:.2f} x", ahead))
+        label, loss = labels[row.scheme], _loss(find_loss(labels[row.scheme]))
+        table.append((label, _bytes(row.sent_bytes), *seconds, f"{row.speedup:.2f} x", ahead, loss))
     title = f"{profile.world_size} ranks, {name}: {link}"
     if name != MEASURED:
         title += "; what the latency adds is predicted, not validated" if link.latency else " (--latency sets it)"
@@ -278,18 +297,17 @@ def _as_text(name: str, link: Link, profile: Profile, rows: Sequence[Prediction]
 
 def _advice(rows: Sequence[Prediction], labels: Mapping[str, str], profile: Profile) -> list[str]:
     """Say which scheme to take and what else to know, by paragraphs."""
-    best = recommend(rows)
+    best = _recommend(rows, labels)
     scheme = parse_scheme(best.scheme)
     if best == rows[0]:
-        return [f"Dense is best here: nothing is more than {TOLERANCE:.0%} faster. Use plain DDP."]
-    equals = [labels[row.scheme] for row in rows[1:] if row != best and row.step <= best.step * (1 + TOLERANCE)]
-    others = f", at which {' and '.join(equals)} are within {TOLERANCE:.0%} of it" if equals else ""
-    rate = f" at a rate of {100 * scheme.rate:g} %" if isinstance(scheme, SparseScheme) else ""
+        return [f"Dense is best here: nothing is more than {FAST_ENOUGH:.0%} faster. Use plain DDP."]
     paragraphs = [
         f"{labels[best.scheme]} is best here, {best.speedup:.1f} times as fast as dense:",
         f"    {_attach(best)}",
-        f"This is of speed alone{rate}{others}; lgc compare tells about accuracy.",
+        _reason(best, rows, labels),
     ]
+    if isinstance(scheme, SparseScheme):
+        paragraphs.append(f"Its rate is {100 * scheme.rate:g} %.")
     if best.early:
         steps = sum(stage.steps for stage in best.early)
         mean = sum(stage.steps * stage.step for stage in best.early) / steps
@@ -298,6 +316,8 @@ def _advice(rows: Sequence[Prediction], labels: Mapping[str, str], profile: Prof
             f"Its first {steps} steps ({phases}) take {1e3 * mean:,.1f} ms on average; the run as a whole is ahead of "
             f"dense from step {best.pays_from} on."
         )
+    if isinstance(scheme, LocalSteps):
+        paragraphs.append("Evaluate and save within handle.anchored(), and end with handle.finish().")
     if scheme.makes_adams_step:
         paragraphs.append("It makes Adam's step: train with SGD without momentum.")
     elif scheme.corrected_momentum:
@@ -310,18 +330,42 @@ def _advice(rows: Sequence[Prediction], labels: Mapping[str, str], profile: Prof
     return paragraphs
 
 
+def _reason(best: Prediction, rows: Sequence[Prediction], labels: Mapping[str, str]) -> str:
+    """Say in which respect it is the best."""
+    others = [labels[row.scheme] for row in as_fast(rows, FAST_ENOUGH) if row != best]
+    loss = find_loss(labels[best.scheme])
+    near = f"within {FAST_ENOUGH:.0%} of the fastest"
+    if not others:
+        lost = "was not measured" if loss is None else f"was {_loss(loss)} {CONDITIONS}"
+        return f"Nothing else is {near}. Its loss {lost}; lgc compare tells what your model loses."
+    names = f"{', '.join(others)} {'is' if len(others) == 1 else 'are'} {near} too"
+    if loss is None:
+        return f"{names}. None of these was measured, and it is the first; lgc compare tells what your model loses."
+    return (
+        f"{names}, and it lost least, {_loss(loss)} {CONDITIONS}; what was not measured comes last. lgc compare tells "
+        "what your model loses."
+    )
+
+
+def _loss(loss: float | None) -> str:
+    return "-" if loss is None else f"{loss:+.3f}"
+
+
 def _attach(best: Prediction) -> str:
     return f'handle = lgc.attach(model, "{best.scheme}", optimizer)'
 
 
-def _as_json(name: str, link: Link, profile: Profile, rows: Sequence[Prediction]) -> dict[str, Any]:
+def _as_json(
+    name: str, link: Link, profile: Profile, rows: Sequence[Prediction], labels: Mapping[str, str]
+) -> dict[str, Any]:
     def answer(row: Prediction) -> dict[str, Any]:
         seconds = {f"{name}_s": getattr(row, name) for name in ("compute", "compression", "communication", "step")}
         early = [{"phase": stage.phase, "steps": stage.steps, "step_s": stage.step} for stage in row.early]
         own = {"scheme": row.scheme, "sent_bytes": round(row.sent_bytes), **seconds, "speedup": row.speedup}
-        return own | {"early": early, "ahead_from_step": row.pays_from}
+        loss = find_loss(labels[row.scheme])
+        return own | {"early": early, "ahead_from_step": row.pays_from, "loss_bits_per_byte": loss}
 
-    best = recommend(rows)
+    best = _recommend(rows, labels)
     return {
         "link": {"name": name, "bytes_per_s": link.bandwidth, "latency_s": link.latency, "measured": name == MEASURED},
         "workers": profile.world_size,

@@ -1,0 +1,30 @@
+"""The ladder: what schemes were measured to lose against dense training."""
+
+from __future__ import annotations
+
+from lgc.schemes import parse_scheme
+
+CONDITIONS = "bits per byte over the best dense, in 3,000 steps of text-gpt with AdamW (docs/results.md)"
+LOSSES: dict[str, float | None] = {  # by text form, which the recipe completes; None where it was not measured
+    "dense": 0.0,
+    "bf16": None,
+    "powersgd:rank=1": None,
+    "powersgd:rank=2": None,
+    "powersgd:rank=4": None,
+    "dgc": None,
+    "topk": None,
+    "scalecom": None,
+    "lgc-ring": None,
+    "lgc-ps": None,
+    "quantized": None,
+    "local:every=20+dense": None,
+    "local:every=20+quantized": None,
+    "local:every=50+quantized": None,
+    "local:every=100+quantized": None,
+}
+
+
+def find_loss(text: str) -> float | None:
+    """Find the loss of a scheme, however its text is written, under `CONDITIONS`; None if it was not measured."""
+    wanted = parse_scheme(text)
+    return next((loss for measured, loss in LOSSES.items() if parse_scheme(measured) == wanted), None)
