@@ -10,7 +10,7 @@ DEMO_OUT ?= runs/demo
 
 demo: $(INSTALLED)
 	$(BIN)/lgc compare --recipe digits --workers 4 \
-		--schemes dense,topk,dgc,scalecom,lgc-ring,lgc-ps --out $(DEMO_OUT)
+		--schemes dense,topk,dgc,scalecom,lgc-ring,lgc-ps,local:every=8+quantized --out $(DEMO_OUT)
 
 # In the order of tests/conftest.py, the longest files first; three at a time, as some only wait.
 PYTEST := $(BIN)/pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder

@@ -29,11 +29,12 @@ from lgc_lab.training.train import run_in_job, run_locally
 
 SCHEME_HELP = (
     "A name ({names}), with arguments after colons: lgc-ring:rate=0.002:feedback=paper. "
+    "Local steps have their exchange after a plus sign: local:every=8+quantized. "
     "What is not set has the recipe's default."
 ).format(names=", ".join(SCHEMES))
 
 HELP = {"help_option_names": ["-h", "--help"], "max_content_width": 100, "show_default": True}
-LINK = "100mbit"
+LINKS = ("10mbit", "100mbit", "1gbit")
 LINK_HELP = "Speed (kbit, mbit, gbit) of a link to predict the time on; several give a figure each."
 
 
@@ -140,7 +141,7 @@ def compare(recipes: str, workers: int, schemes: str, seeds: int, out: Path, **r
     finally:
         runs = load_runs([folder for folder in wanted if (folder / SUMMARY).exists()])
         if runs:
-            _report(runs, out / "report.html", [parse_rate("link", LINK)])
+            _report(runs, out / "report.html", [parse_rate("link", text) for text in LINKS])
 
 
 @main.group()
@@ -164,7 +165,7 @@ main.add_command(plan)
 @click.option(
     "--out", type=click.Path(dir_okay=False, path_type=Path), help="The page.  [report.html in the first folder]"
 )
-@click.option("--link", "links", multiple=True, default=[LINK], help=LINK_HELP)
+@click.option("--link", "links", multiple=True, default=LINKS, help=LINK_HELP)
 def report(folders: tuple[Path, ...], out: Path | None, links: tuple[str, ...]) -> None:
     """Write one page about all finished runs in FOLDERS and below.
 

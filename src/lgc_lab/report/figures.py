@@ -20,11 +20,10 @@ from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter, NullLocator, StrMethodFormatter
 
-from lgc.choice.cost import PAYLOAD
 from lgc.comm.traffic import SETUP
 from lgc.phase import Phase
 from lgc_lab.folder import write_whole
-from lgc_lab.report.runs import Line, Row, Run, Series
+from lgc_lab.report.runs import Line, Row, Run, Series, mean_by_point
 
 STEP: Callable[[Row], float] = itemgetter("step")
 SMOOTHING = 10
@@ -47,7 +46,9 @@ SPEED = EngFormatter("bit/s")
 ZOOM = "The axis shows the later half of every run in full; what lies outside came before."
 AGAINST_BYTES = "The same over what rank 0 has sent and received by then."
 AGAINST_TIME = (
-    "Predicted: this machine's time, plus the larger of what rank 0 sends and receives, with headers, on the link."
+    "Predicted: a step takes as long as in the median run, whatever its scheme, and then as long as the larger of what "
+    "rank 0 sends and receives needs at this speed, with headers. Latency, overlap, and what some schemes compute more "
+    "than others, are left out."
 )
 RECONSTRUCTION = "Its squared error over the squared values, at rank 0; 1 is as bad as sending nothing."
 
@@ -109,14 +110,15 @@ def draw_figures(lines: list[Line], links: Sequence[float]) -> list[dict[str, st
     seeds = " Thick: mean over the seeds; thin: each seed." if len(runs) > len(lines) else ""
     smoothed = f"Mean of {SMOOTHING} steps.{seeds}"
     plots: list[tuple[str, str, Callable[[Axes, list[Line]], None]]] = [
-        ("Against steps", f"Test {runs[0].metric} after every epoch.{seeds} {ZOOM}", partial(_metric, STEP, "step"))
+        ("Against steps", f"Test {runs[0].metric} after every epoch.{seeds} {ZOOM}", partial(_metric, _step, "step"))
     ]
     has_bytes = any(_phase_bytes(run, name) for run in runs for name in (SETUP, *Phase))
     if has_bytes:
         plots.append(("Against bytes", AGAINST_BYTES, partial(_metric, _megabytes, "MB of rank 0")))
     for link in links:
         title = f"Against time on a link of {SPEED(link)}"
-        plots.append((title, AGAINST_TIME, partial(_metric, partial(_seconds, link), "seconds")))
+        caption = AGAINST_TIME if link == links[0] else "The same at this speed."
+        plots.append((title, caption, partial(_metric, partial(Line.seconds, link=link), "seconds")))
     if has_bytes:
         plots.append(("Bytes by phase", "Sent and received by all ranks, mean over the seeds.", _phases))
     if any(run.series(STEP, "autoencoder_loss")[0] for run in runs):
@@ -131,7 +133,7 @@ def draw_figures(lines: list[Line], links: Sequence[float]) -> list[dict[str, st
 def _with_legend(name: str, lines: list[Line], plot: Callable[[Axes, list[Line]], None]) -> str:
     longest = max(len(line.label) for line in lines)
     columns = 3 if longest <= 12 else 2 if longest <= 24 else 1
-    rows = sum(_wrapped(line.label, LEGEND_WIDTH).count("\n") + 1 for line in lines)
+    rows = sum(wrapped(line.label, LEGEND_WIDTH).count("\n") + 1 for line in lines)
 
     def fill(figure: Figure) -> None:
         axes = figure.subplots()
@@ -141,21 +143,14 @@ def _with_legend(name: str, lines: list[Line], plot: Callable[[Axes, list[Line]]
     return draw(name, (WIDTH, HEIGHT + LEGEND_ROW * math.ceil(rows / columns)), fill)
 
 
-def _wrapped(label: str, width: int) -> str:
+def wrapped(label: str, width: int) -> str:
     """Break a label into as many lines as it takes, between the arguments of the scheme."""
     rows = [""]
-    for part in re.split(r"(?<=[:,])", label):
+    for part in re.split(r"(?<=[:,+])", label):
         if rows[-1] and len(rows[-1]) + len(part) > width:
             rows.append("")
         rows[-1] += part
     return "\n".join(rows).replace("$", r"\$")  # no formulas
-
-
-def _mean_by_point(all_series: list[Series]) -> Series:
-    """Average both coordinates, point by point, as far as all go."""
-    xs = [statistics.mean(values) for values in zip(*(xs for xs, _ in all_series), strict=False)]
-    ys = [math.fsum(values) / len(values) for values in zip(*(ys for _, ys in all_series), strict=False)]
-    return xs, ys
 
 
 def _mean_by_step(all_series: list[Series]) -> Series:
@@ -166,26 +161,29 @@ def _mean_by_step(all_series: list[Series]) -> Series:
 
 
 def _plot(
-    axes: Axes, lines: list[Line], series: Callable[[Run], Series], mean: Callable[[list[Series]], Series]
+    axes: Axes,
+    lines: list[Line],
+    series: Callable[[Line, Run], Series],
+    mean: Callable[[list[Series]], Series],
 ) -> list[Series]:
     """Draw the mean of every line's runs, and each thinly where there are several; what all runs have."""
     drawn = []
     for number, line in enumerate(lines):
-        found = [each for run in line.runs if (each := series(run))[0]]
+        found = [each for run in line.runs if (each := series(line, run))[0]]
         if len(found) > 1:
             for xs, ys in found:
                 axes.plot(xs, ys, color=f"C{number}", linewidth=0.7, alpha=0.5)
         if found:
-            axes.plot(*mean(found), color=f"C{number}", linewidth=1.8, label=_wrapped(line.label, LEGEND_WIDTH))
+            axes.plot(*mean(found), color=f"C{number}", linewidth=1.8, label=wrapped(line.label, LEGEND_WIDTH))
         drawn += found
     return drawn
 
 
-def _metric(x: Callable[[Row], float], xlabel: str, axes: Axes, lines: list[Line]) -> None:
-    drawn = _plot(axes, lines, lambda run: run.series(x, run.metric), _mean_by_point)
+def _metric(x: Callable[[Line, Row], float], xlabel: str, axes: Axes, lines: list[Line]) -> None:
+    drawn = _plot(axes, lines, lambda line, run: run.series(partial(x, line), run.metric), mean_by_point)
     run = lines[0].runs[0]
     axes.set(xlabel=xlabel, ylabel=f"{run.metric} ({run.better} is better)")
-    if x is not STEP:
+    if x is not _step:
         axes.set_xscale("log")
         _label_plainly(axes.xaxis)
     late = [value for _, ys in drawn for value in ys[int(LATE * len(ys)) :] if math.isfinite(value)]
@@ -206,13 +204,12 @@ def _label_plainly(axis: Axis) -> None:
     axis.set_minor_formatter(NullFormatter())
 
 
-def _megabytes(row: Row) -> float:
+def _step(_: Line, row: Row) -> float:
+    return STEP(row)
+
+
+def _megabytes(_: Line, row: Row) -> float:
     return float(row["rank0_sent_bytes"] + row["rank0_received_bytes"]) / 1e6
-
-
-def _seconds(bits_per_second: float, row: Row) -> float:
-    on_link = 8 * max(row["rank0_sent_bytes"], row["rank0_received_bytes"]) / (PAYLOAD * bits_per_second)
-    return float(row["seconds"] + on_link)
 
 
 def _phases(axes: Axes, lines: list[Line]) -> None:
@@ -223,7 +220,7 @@ def _phases(axes: Axes, lines: list[Line]) -> None:
         axes.barh(places, widths, height=BAR, label=name)
     axes.set(xlabel="MB, all ranks", xscale="log")
     _label_plainly(axes.xaxis)
-    axes.set_yticks(range(len(lines)), [_wrapped(line.label, TICK_WIDTH) for line in lines], fontsize=8)
+    axes.set_yticks(range(len(lines)), [wrapped(line.label, TICK_WIDTH) for line in lines], fontsize=8)
     axes.invert_yaxis()
     axes.grid(visible=False, axis="y")
 
@@ -234,13 +231,13 @@ def _phase_bytes(run: Run, name: str) -> int:
 
 
 def _loss(axes: Axes, lines: list[Line]) -> None:
-    _plot(axes, lines, lambda run: _smoothed(run.series(STEP, "autoencoder_loss")), _mean_by_step)
+    _plot(axes, lines, lambda _, run: _smoothed(run.series(STEP, "autoencoder_loss")), _mean_by_step)
     axes.set(xlabel="step", ylabel="loss", yscale="log")
     _label_plainly(axes.yaxis)
 
 
 def _reconstruction(axes: Axes, lines: list[Line]) -> None:
-    _plot(axes, lines, lambda run: _smoothed(run.series(STEP, "reconstruction_error")), _mean_by_step)
+    _plot(axes, lines, lambda _, run: _smoothed(run.series(STEP, "reconstruction_error")), _mean_by_step)
     axes.axhline(1, color="black", linewidth=0.8, linestyle="--")
     axes.set(xlabel="step", ylabel="relative squared error", ylim=(0, None))
 

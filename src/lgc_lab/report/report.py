@@ -26,11 +26,14 @@ def write_report(runs: Sequence[Run], page: Path, links: Sequence[float] = ()) -
 
     It holds everything it shows, and opens without a network.
     """
-    from lgc_lab.report.figures import draw_figures, write_page  # here, because most commands need neither of them
+    # Here, because most commands need none of them.
+    from lgc_lab.report.figures import draw_figures, write_page
+    from lgc_lab.report.opening import draw_opening
 
     recipes = [
         {
             "name": recipe,
+            "opening": draw_opening(lines, links),
             "setting": _setting(lines),
             "columns": _columns(lines),
             "rows": [_cells(line) for line in lines],

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import math
 import operator
 import shlex
+import statistics
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import reduce
+from functools import partial, reduce
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from lgc.choice.cost import PAYLOAD
 from lgc_lab.folder import read_objects
 from lgc_lab.terminal import notify
 from lgc_lab.training.run_folder import METRICS, SUMMARY
@@ -20,10 +23,11 @@ RATIOS = ("wire.ratio", "wire.ratio_compressed_phase", "wire.paper.ratio_compres
 NEEDED = (  # of a summary, for a report
     *("recipe", "scheme", "label", "steps", "parameters", "world_size", "world_sizes", "wire.phases", *RATIOS),
     *("wire.sent_bytes", "wire.received_bytes", "metric.name", "metric.value", "metric.better", "time.started"),
-    *("time.wall_s", "versions.lgc", "versions.torch"),
+    *("time.wall_s", "time.train_s", "versions.lgc", "versions.torch"),
     *("configuration.recipe", "configuration.scheme", "configuration.seed", "configuration.world_size"),
 )
 Row = Mapping[str, Any]
+PACE = ("world_sizes", "world_size", "batch_size", "data", "backbone", "memory_format", "bf16", "compile")
 NOT_OPTIONS = ("memory_format", "source", "version")  # of a configuration: what follows from the rest
 Series = tuple[list[float], list[float]]
 
@@ -66,6 +70,11 @@ class Run:
         return {key: value for key, value in self.configuration.items() if key != "seed"} | changed
 
     @property
+    def pace(self) -> str:
+        """What decides how long a step computes, but for the scheme."""
+        return json.dumps([self.conditions.get(name) for name in PACE])
+
+    @property
     def metric(self) -> str:
         """Name of the recipe's metric."""
         return str(self.summary["metric"]["name"])
@@ -74,6 +83,10 @@ class Run:
     def better(self) -> str:
         """Better one of two values of the metric: the "higher" or the "lower"."""
         return str(self.summary["metric"]["better"])
+
+    def is_as_good(self, value: float, target: float) -> bool:
+        """Compare two values of the metric; NaN is as good as nothing."""
+        return value >= target if self.better == "higher" else value <= target
 
     @property
     def command(self) -> str:
@@ -107,6 +120,37 @@ class Line(NamedTuple):
     recipe: str
     label: str  # the scheme as it was asked for, and what else tells the line from others of the recipe
     runs: list[Run]
+    step_seconds: float  # of a step: the median over the recipe's runs of the same pace, whatever their schemes
+
+    def seconds(self, row: Row, link: float) -> float:
+        """Predict the seconds from the start to a row, on a link of so many bits per second each way.
+
+        Every step takes `step_seconds`, which no load of the machine during one of the runs changes, and then the
+        larger of what rank 0 sends and receives, with headers. Latency is left out, and so is overlap.
+        """
+        moved = max(row["rank0_sent_bytes"], row["rank0_received_bytes"])
+        return float((row["step"] + 1) * self.step_seconds + 8 * moved / (PAYLOAD * link))
+
+    def seconds_to(self, target: float, link: float) -> float | None:
+        """Predict the seconds to the first evaluation from which on all are as good as the target, None if never.
+
+        Of several seeds, the mean is to get there.
+        """
+        run, first = self.runs[0], None
+        means = mean_by_point([each.series(partial(self.seconds, link=link), run.metric) for each in self.runs])
+        for seconds, value in zip(*means, strict=True):
+            if not run.is_as_good(value, target):
+                first = None
+            elif first is None:
+                first = seconds
+        return first
+
+
+def mean_by_point(all_series: Sequence[Series]) -> Series:
+    """Average both coordinates, point by point, as far as all go."""
+    xs = [statistics.mean(values) for values in zip(*(xs for xs, _ in all_series), strict=False)]
+    ys = [math.fsum(values) / len(values) for values in zip(*(ys for _, ys in all_series), strict=False)]
+    return xs, ys
 
 
 def load_runs(folders: Iterable[Path]) -> list[Run]:
@@ -141,10 +185,17 @@ def by_recipe(runs: Sequence[Run]) -> dict[str, list[Line]]:
     for run in runs:
         lines = recipes.setdefault(run.configuration["recipe"], {})
         lines.setdefault(json.dumps(run.conditions, sort_keys=True), []).append(run)
-    return {
-        recipe: [Line(recipe, *line) for line in zip(_labels([*lines.values()]), lines.values(), strict=True)]
-        for recipe, lines in recipes.items()
-    }
+    return {recipe: _lines(recipe, [*lines.values()]) for recipe, lines in recipes.items()}
+
+
+def _lines(recipe: str, lines: list[list[Run]]) -> list[Line]:
+    steps = defaultdict(list)
+    for run in (run for runs in lines for run in runs):
+        steps[run.pace].append(run.value("time.train_s") / run.value("steps"))
+    return [
+        Line(recipe, label, runs, statistics.median(steps[runs[0].pace]))
+        for label, runs in zip(_labels(lines), lines, strict=True)
+    ]
 
 
 def _labels(lines: list[list[Run]]) -> list[str]:
