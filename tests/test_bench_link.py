@@ -362,16 +362,17 @@ def test_loopback_says_that_the_link_is_not_shaped(tmp_path: Path, monkeypatch: 
 
 
 def require_whole_rounds(found: list[Cell], schemes: list[str]) -> None:
-    """Local steps are measured without their start, on average over all steps to the next round."""
+    """Local steps are measured on average over all steps to the next round; their start in the first turn."""
     for scheme in schemes:
-        measured = [cell for cell in found if cell.scheme == scheme]
+        start, *measured = [cell for cell in found if cell.scheme == scheme]
+        assert (start.repeat, start.phase, start.every, len(start.seconds)) == (0, "warmup", 1, 2)
         assert [(cell.repeat, cell.phase) for cell in measured] == [(0, "compressed"), (1, "compressed")]
         for cell in measured:
             assert f"every={cell.every}" in scheme
             assert len(cell.seconds) == 1
             assert cell.compression is not None
             assert cell.communication is not None
-    first = next(cell for cell in found if cell.scheme == schemes[0])
+    _, first, _ = (cell for cell in found if cell.scheme == schemes[0])
     assert RECIPE_PARAMETERS / 4 < first.counted_sent[0] < 1.2 * RECIPE_PARAMETERS / 4  # two bits each, in one round
 
 
@@ -516,29 +517,6 @@ def test_time_to_target_weighs_every_phase() -> None:
     assert (never[0].steps, never[0].seconds) == (None, [None, None])
     with pytest.raises(ValueError, match="no finished run of lgc-ring"):
         times_to_target(made_up(), runs[:2], 98.0)
-
-
-def test_time_to_target_weighs_the_start_of_local_steps() -> None:
-    texts = {"lgc-ring": "local:every=4+quantized:bits=1", "dense": "quantized:bits=4"}  # the start's exchange
-    content = made_up().content
-    cells = [
-        cell | {"scheme": texts.get(cell["scheme"], cell["scheme"])}
-        for cell in content["cells"]
-        if (cell["scheme"], cell["phase"]) != ("lgc-ring", "warmup")
-    ]
-    for cell in cells:
-        if cell["scheme"] == "quantized:bits=4":
-            cell["phase"] = "compressed"
-    results = Results({**content, "cells": cells, "schemes": {text: text for text in texts.values()}})
-    local = str(parse_scheme("local:every=4+quantized:bits=1", RECIPES["digits"].scheme_defaults))
-    runs = [trained("quantized:bits=4", ["compressed"] * 4, 3)]
-    runs += [trained(local, ["warmup"] * 2 + ["compressed"] * 8, 5)]
-    _, times = times_to_target(results, runs, 98.0)
-    assert times.steps == 6
-    assert times.seconds == pytest.approx([2 * 3.1 + 4 * 4, 2 * 0.31 + 4 * 0.4])
-    alone = [cell for cell in cells if cell["scheme"] != "quantized:bits=4"]
-    with pytest.raises(ValueError, match="was not measured in phase warmup; add quantized:values=lloyd4 to --schemes"):
-        times_to_target(Results({**content, "cells": alone, "schemes": results.content["schemes"]}), runs, 98.0)
 
 
 def test_target_and_runs_go_together(tmp_path: Path) -> None:

@@ -138,12 +138,13 @@ def _measure_cells(
     tell = notify if is_first else lambda _: None
     arms: dict[str, Arm] = {COMPUTE: ComputeArm(wanted.training("dense"), device, barrier)}
     for text in wanted.schemes:
-        arms[text] = Arm(wanted.training(full_text(shortened(wanted.scheme(text)))), device)
+        scheme = wanted.scheme(text)
+        arms[text] = Arm(wanted.training(full_text(shortened(scheme))), device)
+        if isinstance(scheme, LocalSteps) and scheme.start_steps:
+            arms[text].start = Arm(wanted.training(full_text(scheme.start_exchange)), device)
     for text, arm in arms.items():
         tell(f"preparing {text}")
-        last = max(first for first, _ in arm.phases().values())
-        for _ in range(math.ceil((max(last, START_STEPS) + SETTLED_STEPS) / arm.every)):
-            arm.sample()
+        arm.prepare()
     meter = Meter(wanted, barrier, has_network=network is not None)
     rates = (LOOPBACK,) if network is None else wanted.rates
     measured = {cell.rate for cell in cells}
@@ -186,7 +187,10 @@ class Arm:
     Attributes:
         every: steps after which a step is like the first of them: from one round to the next, of all fragments.
         overlaps: whether the last round of these goes on beside the next ones.
+        start: what local steps do at first; they themselves begin with the phase that lasts.
     """
+
+    start: Arm | None = None
 
     def __init__(self, settings: Settings, device: torch.device) -> None:
         self.run = Training(settings, device, check_every=0)  # not every first step of a phase
@@ -207,6 +211,14 @@ class Arm:
                 compression, communication = compression + of_round[0], communication + of_round[1]
         seconds = time.perf_counter() - started
         return seconds / self.every, compression / self.every, communication / self.every
+
+    def prepare(self) -> None:
+        """Go through all phases."""
+        if self.start is not None:
+            self.start.prepare()
+        last = max(first for first, _ in self.phases().values())
+        for _ in range(math.ceil((max(last, START_STEPS) + SETTLED_STEPS) / self.every)):
+            self.sample()
 
     def settle(self) -> None:
         """Wait for a round that is under way."""
@@ -258,6 +270,9 @@ class Meter:
 
     def cells(self, rate: str, repeat: int, scheme: str, arm: Arm) -> Iterator[Cell]:
         """Yield what all ranks see of every phase in the first turn, and of the lasting one later; a collective."""
+        if arm.start is not None and repeat == 0:
+            for cell in self.cells(rate, repeat, scheme, arm.start):
+                yield cell._replace(phase=Phase.WARMUP) if cell.phase == Phase.COMPRESSED else cell
         for phase, (first, length) in arm.phases().items():
             if repeat == 0 or length is None:
                 arm.go_to(first)

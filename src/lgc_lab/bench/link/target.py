@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import replace
 from statistics import mean
 from typing import NamedTuple
 
-from lgc.phase import Phase
-from lgc.schemes import Dense, LocalSteps, Quantized, RoundScheme, SparseScheme
-from lgc.schemes.quantized import BITS
+from lgc import Dense
 from lgc_lab.bench.link.results import Results
 from lgc_lab.report.runs import Run
 from lgc_lab.terminal import aligned
@@ -50,8 +47,9 @@ def times_to_target(results: Results, runs: Sequence[Run], target: float) -> lis
 
 def _runs_of(runs: Sequence[Run], results: Results, scheme: str) -> list[Run]:
     """Find the runs of the measured model with a scheme, one of each seed."""
-    resolved = _settings(results, scheme).configuration()
-    wanted = {name: resolved[name] for name in ("scheme", "recipe", "world_size", "batch_size")}
+    asked = {name: results.configuration[name] for name in ("recipe", "world_size", "batch_size")}
+    resolved = Settings(scheme=scheme, **asked).configuration()
+    wanted = {name: resolved[name] for name in ("scheme", *asked)}
     found = [run for run in runs if wanted.items() <= run.configuration.items()]
     if not found:
         raise ValueError(f"no finished run of {results.content['schemes'][scheme]} is among those of --runs.")
@@ -76,29 +74,12 @@ def _steps_to_target(run: Run, target: float) -> Counter[str] | None:
 
 
 def _step_of_phase(results: Results, rate: str, scheme: str, phase: str) -> float:
-    """Seconds; a start that was not measured takes what dense takes, or what local steps exchange in theirs."""
-    places, missing = [(scheme, phase), (Dense.name, phase)], Dense.name
-    local = _settings(results, scheme).resolve_scheme()
-    if isinstance(local, LocalSteps) and phase == Phase.WARMUP and not isinstance(local.exchange, SparseScheme):
-        missing = str(local.start_exchange)
-        places += [(text, Phase.COMPRESSED) for text in results.schemes if _sends(results, text, local.start_exchange)]
-    for name, its_phase in places:
+    """Seconds; an uncompressed start that was not measured takes what plain DDP takes."""
+    for name in (scheme, Dense.name):
         for row in results.rows:
-            if (row.rate, row.scheme, row.phase) == (rate, name, its_phase):
+            if (row.rate, row.scheme, row.phase) == (rate, name, phase):
                 return row.step
-    raise ValueError(f"{scheme} was not measured in phase {phase}; add {missing} to --schemes.")
-
-
-def _sends(results: Results, text: str, start: RoundScheme) -> bool:
-    """Tell whether a measured scheme sends at every step what local steps send at theirs, however it is written."""
-    scheme = _settings(results, text).resolve_scheme()
-    return isinstance(scheme, Quantized) and replace(scheme, bits=BITS, values=scheme.codec) == start
-
-
-def _settings(results: Results, scheme: str) -> Settings:
-    """Settings of a run of what was measured, with a scheme."""
-    asked = {name: results.configuration[name] for name in ("recipe", "world_size", "batch_size")}
-    return Settings(scheme=scheme, **asked)
+    raise ValueError(f"{scheme} was not measured in phase {phase}; add dense to --schemes.")
 
 
 def format_times(results: Results, times: Sequence[TimeToTarget], target: float) -> str:
