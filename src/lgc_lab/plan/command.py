@@ -338,13 +338,12 @@ def _reason(best: Prediction, rows: Sequence[Prediction], labels: Mapping[str, s
     if not others:
         lost = "was not measured" if loss is None else f"was {_loss(loss)} {CONDITIONS}"
         return f"Nothing else is {near}. Its loss {lost}; lgc compare tells what your model loses."
-    names = f"{', '.join(others)} {'is' if len(others) == 1 else 'are'} {near} too"
+    names = f"{' and '.join(others)} {'is' if len(others) == 1 else 'are'} {near} as well"
     if loss is None:
-        return f"{names}. None of these was measured, and it is the first; lgc compare tells what your model loses."
-    return (
-        f"{names}, and it lost least, {_loss(loss)} {CONDITIONS}; what was not measured comes last. lgc compare tells "
-        "what your model loses."
-    )
+        why = "None of these has a measured loss, so it is the first of --schemes"
+    else:
+        why = f"It lost least of those measured, {_loss(loss)} {CONDITIONS}; what was not measured comes last"
+    return f"{names}. {why}. lgc compare tells what your model loses."
 
 
 def _loss(loss: float | None) -> str:
