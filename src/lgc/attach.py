@@ -43,7 +43,8 @@ STATE_HINTS = {
     "scheme": "; to change it, load everything but the handle: what was owed is lost",
 }
 
-_attached: "weakref.WeakKeyDictionary[nn.Module, Handle]" = weakref.WeakKeyDictionary()
+# By model; under local steps by the module in DDP too. The caller, which has parameters, must not be kept from here.
+_attached: "weakref.WeakKeyDictionary[nn.Module, tuple[weakref.ref[Caller], Scheme]]" = weakref.WeakKeyDictionary()
 
 
 def attach(
@@ -91,11 +92,8 @@ def attach(
         scheme = parse_scheme(scheme)
     require_types(scheme, optimizer, grad_scaler, timeout)
     model = require_module(model) if isinstance(scheme, LocalSteps) else require_ddp(model)
-    if model in _attached:
-        raise RuntimeError(
-            f"attach: this model already has the scheme {_attached[model].scheme}, which stays; to attach another, "
-            "make the model, or DDP around it, anew."
-        )
+    module: nn.Module = model.module if isinstance(model, DistributedDataParallel) else model
+    _require_unattached(model, module)
     require_exchangeable(model)
     skips = grad_scaler is not None and grad_scaler.is_enabled()
     default: OnNonfinite = "propagate" if skips else "raise"
@@ -123,8 +121,19 @@ def attach(
     handle = Handle(scheme, transport, caller, sum(parameter.numel() for _, parameter in trained(model)))
     if isinstance(model, DistributedDataParallel):
         model.register_comm_hook(None, caller.exchange)
-    _attached[model] = handle
+    for each in (model, module) if isinstance(scheme, LocalSteps) else (model,):
+        _attached[each] = weakref.ref(caller), scheme
     return handle
+
+
+def _require_unattached(*modules: nn.Module) -> None:
+    for module in modules:
+        caller, scheme = _attached.get(module, (lambda: None, None))
+        if caller() is not None:
+            raise RuntimeError(
+                f"attach: this model already has the scheme {scheme}, which stays; to attach another, make the model, "
+                "or DDP around it, anew (under local steps model and optimizer)."
+            )
 
 
 class Handle:
@@ -158,10 +167,12 @@ class Handle:
     def finish(self) -> None:
         """End local steps with a round, at any step; a collective. Nothing under other schemes.
 
-        All ranks have the same weights then, and may go on training.
+        All ranks have the same weights and buffers then, and may go on training.
 
         Raises:
             RankError: on every rank, if the ranks are at different steps.
+            ReplicaError: on every rank, if their weights differ before the first local step; that is so where another
+                optimizer than the one given to `attach` makes the steps.
         """
         self._caller.finish()
 
@@ -182,7 +193,7 @@ class Handle:
 
     @property
     def wire(self) -> Wire:
-        """Bytes of this rank by phase."""
+        """Bytes of this rank by phase; those of a round that is under way once it is done and applied."""
         return self.transport.wire
 
     @property
@@ -198,6 +209,7 @@ class Handle:
 
         The keys are those of the `wire` part of a run's summary.json, see docs/usage.md.
         """
+        self._caller.settle()
         uncounted = Transport(self.transport.group, self.transport.device)
         wires = uncounted.all_gather_json(self.wire.to_json(), "counts")
         return summarise([wire_from_json(wire) for wire in wires], self.parameters)

@@ -61,7 +61,7 @@ class Buffers:
             columns = transport.all_gather(_flat(list(integers.values())).long(), "buffers")
             parts = columns.split([x.numel() for x in integers.values()], dim=1)
             combined |= {name: part[ranks[name]].amax(0) for name, part in zip(integers, parts, strict=True)}
-        for name in ranks.keys() - combined.keys():
+        for name in [name for name in ranks if name not in combined]:  # in the same order on every rank
             combined[name] = transport.broadcast(buffers[name].clone(), "buffers", source=ranks[name][0])
         return {
             name: value.view(self.shared[name].shape).to(self.shared[name].dtype) for name, value in combined.items()

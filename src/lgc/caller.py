@@ -42,6 +42,9 @@ class Caller:
     def finish(self) -> None:
         """Exchange what this rank has moved since the last round; nothing, where every step is exchanged."""
 
+    def settle(self) -> None:
+        """Wait for what is exchanged meanwhile, and count its bytes; nothing, where steps wait for their exchange."""
+
     def state_dict(self) -> dict[str, Any]:
         """This rank's state in three parts, see `Aggregator.state_dict`; empty where there is none."""
         return self.synchronizer.state_dict() if self.synchronizer else {}

@@ -20,17 +20,22 @@ from torch.optim import Optimizer
 
 from lgc.buffers import Buffers
 from lgc.caller import Caller, RoundTime
-from lgc.comm.replicas import ReplicaError
+from lgc.comm.replicas import ReplicaCheck, ReplicaError
 from lgc.comm.transport import RankError, Transport, clock
 from lgc.ddp import CollectedBuckets
+from lgc.fragments import Fragment, fragmented
+from lgc.gradients import OptimizedGradients
 from lgc.requirements import trained
 from lgc.rounds.schedule import FOREVER, Schedule
-from lgc.schemes import Dense, LocalSteps, RoundScheme
+from lgc.schemes import Dense, LocalSteps
 from lgc.synchronizer import Policy, Synchronizer, require_same_form
 
 logger = logging.getLogger("lgc")
 
-_callers: "weakref.WeakKeyDictionary[nn.Module, LocalRounds]" = weakref.WeakKeyDictionary()
+Start = CollectedBuckets | OptimizedGradients
+OF_ALL_RANKS = (RankError, ReplicaError, FloatingPointError)  # errors that every rank raises by itself
+
+_callers: "weakref.WeakKeyDictionary[nn.Module, weakref.ref[LocalRounds]]" = weakref.WeakKeyDictionary()
 
 
 class Result(NamedTuple):
@@ -40,68 +45,22 @@ class Result(NamedTuple):
     buffers: dict[str, Tensor]
 
 
-class Fragment:
-    """Parameters that are exchanged together: their anchor, and the outer optimizer that moves it.
+class Launched(NamedTuple):
+    """A round that is under way.
 
     Attributes:
-        anchor: where all ranks were after the last round, by name, float32 or wider.
-        momentum: of the outer optimizer, like the anchor.
-        rounds: number of rounds begun.
-        step: of the optimizer, at the last of them.
+        fragment: that is exchanged.
+        weights: this rank's when it began, where they go on moving.
+        buffers: the same.
+        finite: whether the weights were.
+        result: of the round, once it is done.
     """
 
-    def __init__(
-        self, parameters: Mapping[str, nn.Parameter], scheme: LocalSteps, transport: Transport, policy: Policy
-    ) -> None:
-        self.parameters = dict(parameters)
-        self.anchor = {name: _wide(parameter) for name, parameter in parameters.items()}
-        self.momentum = {name: torch.zeros_like(tensor) for name, tensor in self.anchor.items()}
-        self.rounds = 0
-        self.step = scheme.start_steps
-        self._outer_lr, self._outer_momentum = scheme.outer
-        replicas = {f"anchor of {name}": tensor for name, tensor in self.anchor.items()}
-        self.synchronizer = Synchronizer(scheme.exchange, self.anchor, transport, policy, replicas)
-        aggregator = self.synchronizer.aggregator
-        aggregator.feedback.decay = scheme.decay
-        if isinstance(scheme.exchange, Dense):
-            aggregator.schedule = Schedule(1.0)  # rounds are what compresses
-
-    @torch.no_grad()
-    def begin(self) -> None:
-        """Take the weights, which are the same on all ranks, as the anchor."""
-        for name, parameter in self.parameters.items():
-            self.anchor[name].copy_(parameter)
-
-    @torch.no_grad()
-    def moved(self) -> dict[str, Tensor]:
-        """What this rank has moved since the last round, `anchor - weights`, by name."""
-        return {
-            name: self.anchor[name].to(own.dtype) - own.to(self.anchor[name].dtype)
-            for name, own in self.parameters.items()
-        }
-
-    def weights(self) -> dict[str, Tensor]:
-        """Copies of this rank's own weights, by name."""
-        return {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
-
-    @torch.no_grad()
-    def apply(self, mean: Mapping[str, Tensor], before: Mapping[str, Tensor], *, finite: bool) -> None:
-        """Move the anchor by the mean, and the weights to it, with what they have moved since they were `before`."""
-        for name, parameter in self.parameters.items():
-            anchor, m, d = self.anchor[name], self.momentum[name], mean[name]
-            m.mul_(self._outer_momentum if parameter.requires_grad else 0.0).add_(d)  # what is frozen comes to rest
-            anchor.sub_(self._outer_lr * (d + self._outer_momentum * m) if parameter.requires_grad else d)
-            parameter.copy_(anchor + (parameter.to(anchor.dtype) - before[name]) if finite else anchor)
-
-
-class _Launched(NamedTuple):
-    """A round that is under way: what this rank brings to it, and what it will give."""
-
     fragment: Fragment
-    weights: dict[str, Tensor]  # this rank's, when it began
-    buffers: dict[str, Tensor]  # the same
-    result: "Task[Result]"
+    weights: dict[str, Tensor] | None
+    buffers: dict[str, Tensor]
     finite: bool
+    result: "Task[Result]"
 
 
 class LocalRounds(Caller):
@@ -112,7 +71,7 @@ class LocalRounds(Caller):
         scheme: how often, and how.
         transport: between the ranks.
         policy: what is done when something is wrong.
-        optimizer: whose steps are counted.
+        optimizer: whose steps are counted, and which keeps this.
         grad_scaler: whose skipped steps are counted too.
     """
 
@@ -132,38 +91,42 @@ class LocalRounds(Caller):
         if ddp is None:
             _copy({each: transport.broadcast(each.detach(), "weights", source=0) for each in _state_of(module)})
         self._scheme = scheme
-        self._model = weakref.ref(model)  # which keeps this
-        self._trainable = {id(each) for each in model.parameters() if each.requires_grad}
+        self._module = module
+        self._ddp = weakref.ref(model)  # whose hook keeps this
+        self._trainable = {id(each) for each in module.parameters() if each.requires_grad}
         self._policy = policy
         self._optimizer = optimizer
         self._parameters = dict(trained(model))
         self._transport = transport
+        self._round_transport = transport
         self._executor: ThreadPoolExecutor | None = None
         if scheme.overlap:  # the model's own group stays free for what the loop does meanwhile
-            self._transport = transport.of_new_group()
+            self._round_transport = transport.of_new_group()
             self._executor = ThreadPoolExecutor(1, "lgc")
         self._start = self._make_start(ddp, transport, grad_scaler) if scheme.start_steps else None
         self._buffers = Buffers(module)
         groups = fragmented(self._parameters, scheme.fragments)
-        self._fragments = [Fragment(group, scheme, self._transport, policy) for group in groups]
+        self._fragments = [Fragment(group, scheme, self._round_transport, policy) for group in groups]
         self.synchronizer = self._fragments[0].synchronizer
         self.phase = self._start.phase if self._start else self.synchronizer.phase(0)
+        self._in_step = False  # between the optimizer's two hooks
         self._last_round = scheme.start_steps  # the step of the last round
-        self._launched: _Launched | None = None
+        self._launched: Launched | None = None
         self._own: dict[Tensor, Tensor] | None = None  # what `anchored` has put aside
         self._replaced = False  # the weights are not those of this anchor
         self._warned = False
         optimizer.register_step_pre_hook(lambda _, args, kwargs: self._before_step(args, kwargs))
-        optimizer.register_step_post_hook(lambda *_: self._count_step())
+        optimizer.register_step_post_hook(lambda *_: self._after_step())
         if grad_scaler is not None and grad_scaler.is_enabled():
             self._count_skipped_steps(grad_scaler)
-        _callers[module] = self
-        module.register_state_dict_pre_hook(_on_state_dict)  # a function, which a copy of the module may keep
-        module.register_load_state_dict_post_hook(_on_load_state_dict)
+        for each in module.modules():  # functions, which a copy of the module may keep
+            _callers[each] = weakref.ref(self)
+            each.register_state_dict_pre_hook(_on_state_dict)
+            each.register_load_state_dict_post_hook(_on_load_state_dict)
 
     def _make_start(
         self, ddp: DistributedDataParallel | None, transport: Transport, grad_scaler: torch.amp.GradScaler | None
-    ) -> "Start":
+    ) -> Start:
         exchange = self._scheme.start_exchange
         start: Start
         if ddp is None:
@@ -179,9 +142,20 @@ class LocalRounds(Caller):
     def _is_starting(self) -> bool:
         return self.step < self._scheme.start_steps
 
+    @property
+    def _has_begun(self) -> bool:
+        """Whether there have been steps that each rank has made by itself."""
+        return self.step > self._scheme.start_steps
+
+    @property
+    def _is_together(self) -> bool:
+        """Whether all ranks have the same weights now."""
+        rounds_done = self._launched is None and all(each.step == self.step for each in self._fragments)
+        return rounds_done or not self._has_begun
+
     def exchange(self, _: object, bucket: dist.GradBucket) -> Future[Tensor]:
         """Exchange one of DDP's buckets during the start, and leave it this rank's own from then on: its hook."""
-        ddp = self._model()
+        ddp = self._ddp()
         if isinstance(ddp, DistributedDataParallel) and ddp._join_config.enable:
             raise RuntimeError(
                 "lgc: local steps count the steps of all ranks, which join() lets differ; leave join() out, and give "
@@ -196,37 +170,58 @@ class LocalRounds(Caller):
         return future
 
     def _before_step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        with self._transport.announcing(RankError, ReplicaError, FloatingPointError):
-            if self._own is not None:
-                raise RuntimeError("lgc: optimizer.step() within anchored(), whose end would undo it; leave it before.")
+        with self._transport.announcing(*OF_ALL_RANKS):
+            self._require_own_weights("optimizer.step()")
             if self._replaced:
                 raise RuntimeError(
                     "lgc: the model's weights were loaded after local steps had begun, which would count as what this "
-                    "rank has moved. Load the handle's state too, after the model's, or attach after loading."
+                    "rank has moved. Load the handle's state too, after the model's, or attach after loading; to "
+                    "evaluate with other weights, load them within anchored()."
                 )
-            if self._is_starting and isinstance(self._start, OptimizedGradients):
+            if self._launched is not None and self._launched.result.done():
+                self._launched.result.result()  # its error is raised now, and not when the next round is due
+            if self._is_starting and isinstance(self._start, OptimizedGradients) and self._start.step == self.step:
                 if any(argument is not None for argument in (*args[1:], *kwargs.values())):  # args[0] is the optimizer
                     raise RuntimeError(
                         "lgc: an optimizer with a closure makes its gradients within the step, where the start of "
                         "local steps cannot exchange them; use start_steps=0, or wrap the model in DDP."
                     )
                 self._start.exchange_gradients()
+            if self.step == self._scheme.start_steps and not self._in_step:
+                self._begin()
+        self._in_step = True
 
-    def _count_step(self) -> None:
+    def _require_own_weights(self, what: str) -> None:
+        if self._own is not None:
+            raise RuntimeError(f"lgc: {what} within anchored(), whose end would undo it; leave it before.")
+
+    def _begin(self) -> None:
+        """Take the weights, which are the same on all ranks, as the anchor, and bring the buffers together."""
+        for fragment in self._fragments:
+            fragment.begin()
+        self._combine_buffers()
+
+    def _combine_buffers(self) -> None:
+        buffers = self._buffers.current()
+        states = self._buffers.states(buffers)
+        if states and any(self._transport.open_round(self.step, finite=True, vote=any(states)).votes):
+            self._buffers.apply(self._buffers.combine(buffers, states, self._transport), buffers)
+
+    def _after_step(self) -> None:
+        if not self._in_step:  # of a class that calls its base class's step, for which torch runs the hooks as well
+            return
+        self._in_step = False
         self.step += 1
-        scheme = self._scheme
-        since_start = self.step - scheme.start_steps
-        if since_start <= 0:
+        period = self._scheme.period
+        if not self._has_begun:
             assert self._start is not None
             self.phase, self.round_time = self._start.phase, self._start.round_time
-        if since_start == 0:
-            for fragment in self._fragments:
-                fragment.begin()
-        elif since_start > 0:
-            self.phase = self.synchronizer.phase(self._fragments[0].rounds)
-            if since_start % scheme.period == 0:
-                number = since_start // scheme.period - 1
-                self._round(self._fragments[number % scheme.fragments])
+            return
+        number, place = divmod(self.step - self._scheme.start_steps - 1, period)
+        fragment = self._fragments[number % self._scheme.fragments]
+        self.phase = fragment.synchronizer.phase(fragment.rounds)
+        if place == period - 1:
+            self._round(fragment)
 
     def _count_skipped_steps(self, grad_scaler: torch.amp.GradScaler) -> None:
         # A scaler that found infinities does not call the optimizer, and only on this rank.
@@ -236,14 +231,15 @@ class LocalRounds(Caller):
             before = self.step
             result = make_step(optimizer, *args, **kwargs)
             if optimizer is self._optimizer and self.step == before:
-                self._count_step()
+                self._before_step((), {})
+                self._after_step()
             return result
 
         grad_scaler.step = step  # type: ignore[method-assign]
 
     def _round(self, fragment: Fragment) -> None:
         started, communicated = clock(self._transport.device), self._transport.seconds
-        with self._transport.announcing(RankError, ReplicaError, FloatingPointError):
+        with self._transport.announcing(*OF_ALL_RANKS):
             self._complete()
             self._launch(fragment, wait=self._executor is None)
             if self._executor is None:
@@ -254,44 +250,60 @@ class LocalRounds(Caller):
 
     def _launch(self, fragment: Fragment, *, wait: bool) -> None:
         """Begin a round with what this rank has moved."""
-        error = self._unfrozen()
-        distance, steps = fragment.moved(), self.step - self._last_round
+        distance = fragment.moved()
         finite = all(bool(each.isfinite().all()) for each in distance.values())
-        buffers = {name: buffer.clone() for name, buffer in self._buffers.current().items()}
-        exchange = partial(self._exchange, fragment, distance, buffers, self.step, steps, finite=finite, error=error)
+        buffers = self._buffers.current()
+        weights = None
+        if not wait:
+            weights = fragment.weights()
+            buffers = {name: buffer.clone() for name, buffer in buffers.items()}
+        exchange = partial(
+            self._exchange,
+            fragment,
+            distance,
+            buffers,
+            number=fragment.rounds,
+            step=self.step,
+            steps=self.step - self._last_round,
+            finite=finite,
+            error=self._unfrozen(),
+        )
+        fragment.rounds += 1
+        fragment.step = self._last_round = self.step
         result: Task[Result] = Task()
-        weights = fragment.weights()
         if wait or self._executor is None:
             result.set_result(exchange())
         else:
             result = self._executor.submit(exchange)
-        fragment.step = self._last_round = self.step
-        self._launched = _Launched(fragment, weights, buffers, result, finite)
+        self._launched = Launched(fragment, weights, buffers, finite, result)
 
     def _exchange(
         self,
         fragment: Fragment,
         distance: dict[str, Tensor],
         buffers: dict[str, Tensor],
+        *,
+        number: int,
         step: int,
         steps: int,
-        *,
         finite: bool,
         error: Exception | None,
     ) -> Result:
-        """Make a round; a collective. All ranks first say which step they are at, and whether they are finite."""
-        phase = fragment.synchronizer.phase(fragment.rounds)
-        self._transport.begin(phase, steps=steps - 1)  # the round itself counts as one
-        states = self._buffers.states(buffers) if fragment is self._fragments[0] else []
-        opening = self._transport.open_round(step, finite=finite, vote=any(states), error=error)
-        counting = opening.finite.count(True)
-        self._report_nonfinite(opening.finite, step)
-        scale = len(opening.finite) / counting
-        shares = {name: each * scale if finite else torch.zeros_like(each) for name, each in distance.items()}
-        mean = fragment.synchronizer.synchronize(shares, fragment.rounds)
-        fragment.rounds += 1
-        combined = self._buffers.combine(buffers, states, self._transport) if any(opening.votes) else {}
-        return Result(mean, combined)
+        """Make a fragment's round; a collective. All ranks first say which step they are at, and if they are finite."""
+        transport = self._round_transport
+        with transport.announcing(*OF_ALL_RANKS):
+            transport.begin(fragment.synchronizer.phase(number), steps=steps - 1)  # the round itself counts as one
+            states = self._buffers.states(buffers) if fragment is self._fragments[0] else []
+            opening = transport.open_round(step, finite=finite, vote=any(states), error=error)
+            self._report_nonfinite(opening.finite, step)
+            scale = len(opening.finite) / opening.finite.count(True)
+            if not finite:
+                distance = {name: torch.zeros_like(each) for name, each in distance.items()}
+            elif scale != 1:
+                distance = {name: each * scale for name, each in distance.items()}
+            mean = fragment.synchronizer.synchronize(distance, number)
+            combined = self._buffers.combine(buffers, states, transport) if any(opening.votes) else {}
+            return Result(mean, combined)
 
     def _report_nonfinite(self, finite: list[bool], step: int) -> None:
         ranks = ", ".join(str(rank) for rank, each in enumerate(finite) if not each)
@@ -308,26 +320,30 @@ class LocalRounds(Caller):
         if self._transport.rank == 0:
             logger.warning("%s; it goes on from the mean of the others.", message)
 
+    def settle(self) -> None:
+        """Wait for the round that is under way, if any, and count its bytes."""
+        if self._launched is not None:
+            self._launched.result.result()
+        if self._round_transport is not self._transport:
+            self._transport.wire.take(self._round_transport.wire)
+
     def _complete(self) -> None:
         """Wait for the round that is under way, if any, and apply it."""
+        self.settle()
         if self._launched is None:
             return
-        fragment, before, buffers, task, finite = self._launched
-        result = task.result()
+        fragment, weights, buffers, finite, result = self._launched
         self._launched = None
-        fragment.apply(result.mean, before, finite=finite)
-        self._buffers.apply(result.buffers, buffers)
+        fragment.apply(result.result().mean, weights if finite else None)
+        self._buffers.apply(result.result().buffers, buffers)
         if not finite:
             for tensor in _tensors_of(self._optimizer):
                 torch.nan_to_num_(tensor, 0.0, 0.0, 0.0)
 
     def _unfrozen(self) -> Exception | None:
         """The error of parameters that are trained now and were not when this was attached."""
-        model = self._model()
-        assert model is not None
-        names = [
-            name for name, each in model.named_parameters() if each.requires_grad and id(each) not in self._trainable
-        ]
+        named = self._module.named_parameters()
+        names = [name for name, each in named if each.requires_grad and id(each) not in self._trainable]
         if not names:
             return None
         return RuntimeError(
@@ -339,9 +355,9 @@ class LocalRounds(Caller):
     def anchored(self) -> Iterator[None]:
         """Have the anchor, and the buffers of the last round, in the model for a while: for evaluation and export.
 
-        What is changed there meanwhile is lost.
+        What is changed there meanwhile is lost. During the start the weights are shared anyway, and buffers are not.
         """
-        if self._own is not None or self.step <= self._scheme.start_steps:
+        if self._own is not None or not self._has_begun:
             yield
             return
         shared: dict[Tensor, Tensor] = {}
@@ -363,14 +379,17 @@ class LocalRounds(Caller):
 
         Raises:
             RankError: on every rank, if the ranks are at different steps.
+            ReplicaError: on every rank, if the ranks' weights differ and no step of the optimizer was a local one.
         """
-        if self._own is not None:
-            raise RuntimeError("lgc: handle.finish() within anchored(), whose end would undo it; leave it before.")
-        if self.step <= self._scheme.start_steps:
-            return
-        with self._transport.announcing(RankError, ReplicaError, FloatingPointError):
+        self._require_own_weights("handle.finish()")
+        with self._transport.announcing(*OF_ALL_RANKS):
             self._complete()
             self._transport.open_round(self.step, finite=True)
+            if not self._has_begun:  # the weights are the same, unless something else than this optimizer moves them
+                weights = {f"parameter {name}": parameter for name, parameter in self._parameters.items()}
+                ReplicaCheck(self._transport, 1, self._policy.on_difference).run(self.step, weights, counts=True)
+                self._combine_buffers()
+                return
             for fragment in self._fragments:
                 if fragment.step < self.step:
                     self._launch(fragment, wait=True)
@@ -381,32 +400,32 @@ class LocalRounds(Caller):
 
         A round that is under way is waited for, and what it gave is part of the state.
         """
-        under_way = self._launched
-        given = Result({}, {}) if under_way is None else under_way.result.result()
+        self.settle()
         parts = {name: each.state_dict() for name, each in self._synchronizers().items()}
-        weights = {name: self._of_this_rank(each) for name, each in self._parameters.items()}
-        buffers = {name: self._of_this_rank(each) for name, each in self._buffers.current().items()}
-        anchors: dict[str, Tensor] = {}
-        momenta: dict[str, Tensor] = {}
-        rounds: dict[str, int] = {}
-        steps: dict[str, int] = {}
-        for number, fragment in enumerate(self._fragments):
-            anchors |= {name: each.clone() for name, each in fragment.anchor.items()}
-            momenta |= {name: each.clone() for name, each in fragment.momentum.items()}
-            rounds[str(number)], steps[str(number)] = fragment.rounds, fragment.step
-        per_rank = {name: part["per_rank"] for name, part in parts.items()}
-        replicated = {name: part["replicated"] for name, part in parts.items()}
-        per_rank |= {"weights": weights, "buffers": buffers}
-        replicated |= {"anchor": anchors, "outer_momentum": momenta, "rounds": rounds, "round_steps": steps}
-        replicated |= {"buffers": {name: each.clone() for name, each in self._buffers.shared.items()}}
-        replicated |= {"last_round": self._last_round}
+        per_rank: dict[str, Any] = {name: part["per_rank"] for name, part in parts.items()}
+        replicated: dict[str, Any] = {name: part["replicated"] for name, part in parts.items()}
+        numbered = {str(number): fragment for number, fragment in enumerate(self._fragments)}
+        anchor = {name: each.clone() for part in self._fragments for name, each in part.anchor.items()}
+        per_rank |= {
+            "weights": {name: self._of_this_rank(each) for name, each in self._parameters.items()},
+            "buffers": {name: self._of_this_rank(each) for name, each in self._buffers.current().items()},
+        }
+        replicated |= {
+            "anchor": anchor,
+            "outer_momentum": {n: each.clone() for part in self._fragments for n, each in part.momentum.items()},
+            "buffers": {name: each.clone() for name, each in self._buffers.shared.items()},
+            "rounds": {number: fragment.rounds for number, fragment in numbered.items()},
+            "round_steps": {number: fragment.step for number, fragment in numbered.items()},
+            "last_round": self._last_round,
+        }
         if self._executor:  # the same keys at every step
-            before = weights | (under_way.weights if under_way else {})
-            per_rank["before"] = {"weights": before, "buffers": under_way.buffers if under_way else buffers}
-            mean = {name: torch.zeros_like(each) for name, each in anchors.items()}
+            launched = self._launched
+            given = Result({}, {}) if launched is None else launched.result.result()
+            weights, buffers = ({}, {}) if launched is None else (launched.weights or {}, launched.buffers)
+            per_rank["before"] = {"weights": per_rank["weights"] | weights, "buffers": per_rank["buffers"] | buffers}
             replicated["under_way"] = {
-                "fragment": self._fragments.index(under_way.fragment) + 1 if under_way else 0,
-                "mean": mean | {name: each.clone() for name, each in given.mean.items()},
+                "fragment": 0 if launched is None else self._fragments.index(launched.fragment) + 1,
+                "mean": {name: torch.zeros_like(each) for name, each in anchor.items()} | _copies(given.mean),
                 "buffers": replicated["buffers"] | given.buffers,
             }
         return {"per_rank": per_rank, "replicated": replicated, "server": {}}
@@ -414,6 +433,7 @@ class LocalRounds(Caller):
     def load_state_dict(self, state: Any, step: int, *, resharded: bool) -> None:
         """Go on from a state before `step`. On another number of ranks, a rank starts from the mean of the weights and
         residuals that its share of the old ranks had, so that the mean of what is owed stays."""
+        self._require_own_weights("handle.load_state_dict()")
         here = self.state_dict()
         if resharded:
             state = {**state, "server": {}}
@@ -423,49 +443,34 @@ class LocalRounds(Caller):
             part = {"per_rank": state["per_rank"][name], "replicated": state["replicated"][name], "server": {}}
             synchronizer.load_state_dict(part, step, resharded=resharded)
         per_rank, replicated = state["per_rank"], state["replicated"]
-        with torch.no_grad():
-            for name, parameter in self._parameters.items():
-                parameter.copy_(per_rank["weights"][name])
-            for name, buffer in self._buffers.current().items():
-                buffer.copy_(per_rank["buffers"][name])
+        _copy({each: per_rank["weights"][name] for name, each in self._parameters.items()})
+        _copy({each: per_rank["buffers"][name] for name, each in self._buffers.current().items()})
+        _copy({each: replicated["buffers"][name] for name, each in self._buffers.shared.items()})
         for number, fragment in enumerate(self._fragments):
-            for name, anchor in fragment.anchor.items():
-                anchor.copy_(replicated["anchor"][name])
-                fragment.momentum[name].copy_(replicated["outer_momentum"][name])
+            _copy({each: replicated["anchor"][name] for name, each in fragment.anchor.items()})
+            _copy({each: replicated["outer_momentum"][name] for name, each in fragment.momentum.items()})
             fragment.rounds, fragment.step = replicated["rounds"][str(number)], replicated["round_steps"][str(number)]
-        self._buffers.shared = {
-            name: each.to(self._buffers.shared[name].device, copy=True) for name, each in replicated["buffers"].items()
-        }
         self._last_round = replicated["last_round"]
         if isinstance(self._start, Caller):
             self._start.step = min(step, self._scheme.start_steps)
-        self._replaced = False
+        self._replaced = self._in_step = False
         if self._executor and replicated["under_way"]["fragment"]:
             self._set_under_way(per_rank["before"], replicated["under_way"])
 
     def _set_under_way(self, before: Mapping[str, Any], given: Mapping[str, Any]) -> None:
         fragment = self._fragments[given["fragment"] - 1]
+        names, of_first = fragment.anchor, fragment is self._fragments[0]
         device = self.synchronizer.aggregator.feedback.residual.device
-        weights, mean = (
-            {name: of[name].to(device, copy=True) for name in fragment.anchor}
-            for of in (before["weights"], given["mean"])
-        )
-        task: Task[Result] = Task()
-        buffers = {name: each.to(device, copy=True) for name, each in given["buffers"].items()}
-        task.set_result(Result(mean, buffers if fragment is self._fragments[0] else {}))
+        weights = _copies({name: before["weights"][name] for name in names}, device)
+        mean = _copies({name: given["mean"][name] for name in names}, device)
+        result: Task[Result] = Task()
+        result.set_result(Result(mean, _copies(given["buffers"], device) if of_first else {}))
         finite = all(bool(each.isfinite().all()) for each in weights.values())
-        self._launched = _Launched(
-            fragment, weights, {n: b.to(device, copy=True) for n, b in before["buffers"].items()}, task, finite
-        )
+        self._launched = Launched(fragment, weights, _copies(before["buffers"], device), finite, result)
 
     def warn_of_own_weights(self) -> None:
         """Warn, once, that the model has weights of this rank alone."""
-        if (
-            self._own is not None
-            or self._warned
-            or self.step == self._last_round
-            or self.step <= self._scheme.start_steps
-        ):
+        if self._own is not None or self._warned or self._is_together:
             return
         self._warned = True
         warnings.warn(
@@ -474,12 +479,9 @@ class LocalRounds(Caller):
             stacklevel=4,
         )
 
-    def take_replaced_weights(self) -> None:
-        """Take weights that were just loaded into the model as the anchor, where no steps have been made from it."""
-        if self.step == self._scheme.start_steps:
-            for fragment in self._fragments:
-                fragment.begin()
-        self._replaced = self.step > self._scheme.start_steps and self._own is None
+    def refuse_replaced_weights(self) -> None:
+        """Refuse the next step if weights were just loaded into the model after local steps had begun."""
+        self._replaced = self._has_begun and self._own is None
 
     def _synchronizers(self) -> dict[str, Synchronizer]:
         rounds = {f"round {number}": fragment.synchronizer for number, fragment in enumerate(self._fragments)}
@@ -487,64 +489,6 @@ class LocalRounds(Caller):
 
     def _of_this_rank(self, tensor: Tensor) -> Tensor:
         return (self._own or {}).get(tensor, tensor).detach().clone()
-
-
-class OptimizedGradients(Caller):
-    """Exchanges a plain module's gradients right before the optimizer uses them.
-
-    Args:
-        parameters: by name.
-        scheme: how.
-        transport: between the ranks.
-        policy: what is done when something is wrong.
-    """
-
-    synchronizer: Synchronizer
-
-    def __init__(
-        self, parameters: Mapping[str, nn.Parameter], scheme: RoundScheme, transport: Transport, policy: Policy
-    ) -> None:
-        self._parameters = parameters
-        replicas = {f"parameter {name}": parameter for name, parameter in parameters.items()}
-        self.synchronizer = Synchronizer(scheme, parameters, transport, policy, replicas)
-
-    @torch.no_grad()
-    def exchange_gradients(self) -> None:
-        """Replace every gradient by its mean over the ranks; a collective."""
-        gradients = {
-            name: torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-            for name, parameter in self._parameters.items()
-        }
-        means = self.synchronizer.synchronize(gradients, self.step)
-        for name, parameter in self._parameters.items():
-            if parameter.grad is not None:
-                parameter.grad.copy_(means[name])
-            elif means[name].any():  # what another rank used, or what feedback still owed
-                parameter.grad = means[name].to(parameter.dtype, copy=True)
-        self.step += 1
-
-
-Start = CollectedBuckets | OptimizedGradients
-
-
-def _wide(tensor: Tensor) -> Tensor:
-    """A copy in float32, or in float64 if it is that."""
-    return tensor.detach().to(torch.promote_types(tensor.dtype, torch.float32), copy=True)
-
-
-def fragmented(parameters: Mapping[str, nn.Parameter], number: int) -> list[dict[str, nn.Parameter]]:
-    """The parameters in their order, in `number` groups of about the same size."""
-    groups: list[dict[str, nn.Parameter]] = [{} for _ in range(number)]
-    total, before = sum(parameter.numel() for parameter in parameters.values()), 0
-    for name, parameter in parameters.items():
-        groups[int((before + parameter.numel() / 2) * number / total)][name] = parameter
-        before += parameter.numel()
-    if not all(groups):
-        raise ValueError(
-            f"LocalSteps(fragments=...) must leave no fragment without a tensor, got {number} for {len(parameters)} "
-            "tensors, some of which are large; use fewer."
-        )
-    return groups
 
 
 def _state_of(module: nn.Module) -> Iterator[Tensor]:
@@ -558,6 +502,10 @@ def _copy(values: Mapping[Tensor, Tensor]) -> None:
         tensor.copy_(value)
 
 
+def _copies(tensors: Mapping[str, Tensor], device: torch.device | None = None) -> dict[str, Tensor]:
+    return {name: each.to(device, copy=True) for name, each in tensors.items()}
+
+
 def _tensors_of(optimizer: Optimizer) -> Iterator[Tensor]:
     for of_parameter in optimizer.state.values():
         for value in of_parameter.values():
@@ -565,13 +513,15 @@ def _tensors_of(optimizer: Optimizer) -> Iterator[Tensor]:
                 yield value
 
 
+def _caller_of(module: nn.Module) -> LocalRounds | None:
+    return _callers[module]() if module in _callers else None
+
+
 def _on_state_dict(module: nn.Module, *_: object) -> None:
-    caller = _callers.get(module)
-    if caller is not None:
+    if (caller := _caller_of(module)) is not None:
         caller.warn_of_own_weights()
 
 
 def _on_load_state_dict(module: nn.Module, *_: object) -> None:
-    caller = _callers.get(module)
-    if caller is not None:
-        caller.take_replaced_weights()
+    if (caller := _caller_of(module)) is not None:
+        caller.refuse_replaced_weights()

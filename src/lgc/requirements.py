@@ -201,16 +201,20 @@ def advise(model: nn.Module, scheme: Scheme, optimizer: torch.optim.Optimizer | 
             "attach, and broadcast them before evaluation and checkpoints.",
             stacklevel=3,
         )
-    if is_collected(scheme) and optimizer is not None:
+    local = isinstance(scheme, LocalSteps)
+    if (is_collected(scheme) or local) and optimizer is not None:
         optimized = parameters_of(optimizer)
         others = [name for name, parameter in trained(model) if id(parameter) not in optimized]
         if others:
             logging.getLogger("lgc.advice").warning(
-                "the optimizer given to attach does not have %s (trained parameters that it lacks: %d); their "
-                "gradients are zeroed before every backward pass, so what optimizes them must step after each, without "
-                "a momentum on top of the scheme's.",
+                "the optimizer given to attach does not have %s (trained parameters that it lacks: %d); %s",
                 others[0],
                 len(others),
+                "rounds exchange them too, but count the steps of this optimizer alone, so what optimizes them must "
+                "step after it, and as often."
+                if local
+                else "their gradients are zeroed before every backward pass, so what optimizes them must step after "
+                "each, without a momentum on top of the scheme's.",
             )
     if scheme.corrected_momentum and optimizer is not None:
         decay = max(group.get("weight_decay", 0) for group in optimizer.param_groups)

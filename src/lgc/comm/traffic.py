@@ -33,6 +33,18 @@ class Wire:
 
     phases: dict[str, Traffic] = field(default_factory=dict)
 
+    def take(self, other: Wire) -> None:
+        """Add what another one has counted, and empty it."""
+        for name, traffic in other.phases.items():
+            own = self.phases.setdefault(name, Traffic())
+            own.steps += traffic.steps
+            own.sent_bytes += traffic.sent_bytes
+            own.received_bytes += traffic.received_bytes
+            own.upload_bytes += traffic.upload_bytes
+            for content, sent in traffic.contents.items():
+                own.contents[content] = own.contents.get(content, 0) + sent
+        other.phases.clear()
+
     def to_json(self) -> str:
         """The text that `wire_from_json` reads."""
         return json.dumps({name: asdict(traffic) for name, traffic in self.phases.items()})

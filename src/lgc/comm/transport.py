@@ -95,13 +95,11 @@ class Transport:
         self.begin(SETUP, steps=0)
 
     def of_new_group(self) -> Transport:
-        """Another one, of a new group of the same ranks and timeout, that counts with this one; a collective."""
+        """Another one, of a new group of the same ranks and timeout, with byte counts of its own; a collective."""
         ranks = dist.get_process_group_ranks(self.group)
         timeout, backend = self.group._get_backend(self.device).options._timeout, dist.get_backend_config(self.group)
         group = dist.new_group(ranks, timeout, backend, use_local_synchronization=True)
-        other = Transport(group, self.device)
-        other.wire = self.wire
-        return other
+        return Transport(group, self.device)
 
     def set_timeout(self, seconds: float) -> None:
         """How long a rank waits for another in any collective of the group before it gives up."""
