@@ -302,11 +302,11 @@ def make_steps_by_closure(rank: int, _: int, start_steps: int) -> str:
     run = Run(exact(start_steps=start_steps))
     x, y = batch(rank, 0)
 
-    def closure() -> Tensor:
+    def closure() -> float:
         run.optimizer.zero_grad()
         loss = nn.functional.cross_entropy(run.model(x), y)
         loss.backward()
-        return loss
+        return loss.item()
 
     try:
         run.optimizer.step(closure)

@@ -18,7 +18,7 @@ from lgc.choice.cost import TOLERANCE, Link, as_fast, predict
 from lgc.choice.profile import Job, Profiler, stand_in, wrap
 from lgc.comm.replicas import require_agreement
 from lgc.comm.transport import SERVER, RankError, Transport
-from lgc.local_steps import fragmented
+from lgc.fragments import fragmented
 from lgc.requirements import require_independent, require_real, trained
 from lgc.schemes import Dense, LocalSteps, PowerSGD, RoundScheme, Scheme, parse_scheme
 
