@@ -123,7 +123,7 @@ def test_the_opening_has_the_fastest_others_of_each_link_and_names_those_that_do
     late = recorded("scalecom", 0.0, 90, 90)
     opening = draw_opening(lines(DENSE, late, few_steps, *others), [LINK, 1e9])
     assert opening is not None
-    assert "The fastest 3 of 7 others. Not reached by scalecom." in opening["caption"]
+    assert "The fastest 4 of 7 others. Not reached by scalecom." in opening["caption"]
     assert "rate=0.1" in opening["svg"]
     assert "rate=0.5" not in opening["svg"]
 

@@ -14,9 +14,9 @@ from lgc_lab.report.runs import Line
 
 SAME = 0.005  # of dense's value: what the metric may be worse by and count as the same
 MOST_LINKS = 2
-MOST_OTHERS = 3
-BAR, TITLE, LABEL_ROW = 0.3, 0.45, 0.16  # inches
-LABEL_SIZE = 9  # points
+MOST_OTHERS = 4
+BAR, TITLE, LABEL_ROW = 0.3, 0.45, 0.17  # inches
+LABEL_SIZE = 10  # points
 VALUE_ROOM = 1.2  # times the longest bar, for the number at its end
 
 Times = dict[str, float]  # seconds to the target by label

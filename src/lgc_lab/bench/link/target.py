@@ -68,7 +68,7 @@ def _steps_to_target(run: Run, target: float) -> Counter[str] | None:
     """Steps by phase until the target was first reached."""
     for number, row in enumerate(run.rows, 1):
         value = row.get(run.metric)
-        if value is not None and (value >= target if run.better == "higher" else value <= target):
+        if value is not None and run.is_as_good(value, target):
             return Counter(step["phase"] for step in run.rows[:number] if "phase" in step)
     return None
 
