@@ -12,6 +12,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from ranks import Ranks
+from runs import SMALL
 
 from lgc.rounds.layout import POOL
 from lgc_lab.analysis.command import PAGE, ROWS, analyze
@@ -156,8 +157,8 @@ def test_scales_of_channels_are_divided_out(generator: np.random.Generator) -> N
     assert divide_by_scale(values[:, few], layer, 100 + few) is None
 
 
-def record_digits(rank: int, world_size: int, scheme: str, out: Path) -> None:
-    settings = Settings(recipe="digits", scheme=scheme, world_size=world_size, steps=7, batch_size=8)
+def record_small(rank: int, world_size: int, scheme: str, out: Path) -> None:
+    settings = Settings(recipe=SMALL, scheme=scheme, world_size=world_size, steps=7, batch_size=8)
     record(settings, out, 3, EVERYTHING, torch.device("cpu"))
 
 
@@ -166,7 +167,7 @@ def test_recording_has_what_every_worker_would_send(
     ranks: Callable[[int], Ranks], low_pass: float, tmp_path: Path
 ) -> None:
     scheme = f"scalecom:values=float32:rate=0.01:pooled_rate=0.01:warmup_steps=0:low_pass={low_pass}"
-    ranks(2).run(record_digits, scheme, tmp_path)
+    ranks(2).run(record_small, scheme, tmp_path)
     recording = Recording.load(tmp_path / RECORDING)
     size = sum(layer.size for layer in recording.layers)
     assert recording.steps.tolist() == [3, 6]
@@ -200,7 +201,7 @@ def test_recording_has_what_every_worker_would_send(
 def test_recorded_accumulators_are_the_gradients_where_all_is_sent(
     ranks: Callable[[int], Ranks], scheme: str, tmp_path: Path
 ) -> None:
-    ranks(2).run(record_digits, scheme, tmp_path)
+    ranks(2).run(record_small, scheme, tmp_path)
     recording = Recording.load(tmp_path / RECORDING)
     assert np.array_equal(recording.gradient, recording.accumulator)
     assert not np.array_equal(recording.gradient[:, :, 0], recording.gradient[:, :, 1])

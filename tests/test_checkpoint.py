@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 from ddp_models import MODELS, batch, optimizer_of, parameters, seeded
 from ranks import Ranks
@@ -313,6 +312,8 @@ def through_torch_save(rank: int, world_size: int, scheme: Any, directory: Path)
 
 
 def through_dcp(rank: int, world_size: int, scheme: Any, directory: Path) -> list[dict[str, Any]]:
+    import torch.distributed.checkpoint as dcp  # seconds, which only these ranks need
+
     def stateful(run: Run) -> dict[str, Any]:
         return {"model": run.ddp.module, "optimizer": run.optimizer, f"handle-{rank}": run.handle}
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from ddp_models import MODELS, batch, build, seeded
+from ddp_models import MODELS, SEVERAL_BUCKETS, batch, build, seeded
 from ranks import Ranks
 from torch import Tensor, nn
 
@@ -422,7 +422,7 @@ def chosen(
 ) -> Chosen:
     """Let it choose for a DDP model, that model compiled, or a module."""
     with seeded(rank):
-        of: Any = MODELS[model]() if form == "module" else build(model)
+        of: Any = MODELS[model]() if form == "module" else build(model, **SEVERAL_BUCKETS)
     if form == "compiled":
         of = torch.compile(of, backend="eager")
     with pytest.MonkeyPatch.context() as patch, logged() as messages:

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 import torch.nn.functional as F
 from ddp_models import batch, build, optimizer_of, parameters
-from ranks import Ranks
+from ranks import Ranks, start_fork_server
 
 import lgc
 from lgc.coding import PayloadError
@@ -155,30 +154,25 @@ def test_a_rank_that_fails_amid_a_round_is_named_by_the_others(ranks: RankFactor
         assert "rank 2: PayloadError: payload field checksum must be 0x1, got 0x2" in str(failure)
 
 
-SCRIPT = """
-import sys
-import torch.distributed as dist
-sys.path[:0] = sys.argv[1:]
-from test_faults import SCHEMES, fail_amid_round
-dist.init_process_group("gloo")
-fail_amid_round(dist.get_rank(), dist.get_world_size(), SCHEMES["lgc-ring"], 1, 600.0)
-"""
+def fail_in_a_process_of_its_own(rank: int, port: int) -> None:
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    store = dist.TCPStore("127.0.0.1", port, is_master=False)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
+    fail_amid_round(rank, 2, SCHEMES["lgc-ring"], 1, 600.0)
 
 
-def test_when_its_process_ends_the_others_do_not_wait_for_the_timeout(tmp_path: Path) -> None:
-    (tmp_path / "script.py").write_text(SCRIPT)
-    tests = Path(__file__).parent
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run(
-        [*torchrun, str(tmp_path / "script.py"), str(tests), str(tests / "support")],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=120,
+def test_when_its_process_ends_the_others_do_not_wait_for_the_timeout() -> None:
+    start_fork_server()
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    started = mp.start_processes(
+        fail_in_a_process_of_its_own, (store.port,), nprocs=2, join=False, start_method="forkserver"
     )
-    assert done.returncode != 0
-    assert "lgc.coding.payload.PayloadError: payload field checksum must be 0x1, got 0x2" in done.stderr
+    try:
+        with pytest.raises(mp.ProcessRaisedException, match="payload field checksum must be 0x1, got 0x2"):
+            started.join(timeout=120)
+    finally:
+        for process in started.processes:
+            process.kill()
 
 
 def stop_one_rank(rank: int, world_size: int, stopping: int, seconds: float) -> float:

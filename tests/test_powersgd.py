@@ -12,8 +12,9 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from click.testing import CliRunner
-from ddp_models import Trained, batch, build, optimizer_of, parameters, train
+from ddp_models import SEVERAL_BUCKETS, Trained, batch, build, optimizer_of, parameters, train
 from ranks import Ranks
+from runs import SMALL
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
 from torch.nn.parallel import DistributedDataParallel
@@ -28,7 +29,6 @@ RankFactory = Callable[[int], Ranks]
 STEPS = 8
 START = 3
 ONE_BUCKET: dict[str, Any] = {"bucket_cap_mb": 25}
-SEVERAL_BUCKETS: dict[str, Any] = {"bucket_cap_mb": 1}
 
 
 def register_torch_hook(ddp: DistributedDataParallel, scheme: str) -> None:
@@ -183,8 +183,8 @@ def test_one_bucket_mb_counts_trained_parameters_only() -> None:
 
 
 def test_train_command_takes_the_peers(tmp_path: Path) -> None:
-    command = ["compare", "--workers", "2", "--schemes", "bf16,powersgd:rank=2:start_steps=3"]
-    command += ["--steps", "6", "--limit-test", "64", "--out", str(tmp_path)]
+    command = ["compare", "--recipe", SMALL, "--workers", "2", "--schemes", "bf16,powersgd:rank=2:start_steps=3"]
+    command += ["--steps", "6", "--out", str(tmp_path)]
     result = CliRunner().invoke(main, command)
     assert result.exit_code == 0, result.output
     assert (tmp_path / "bf16" / SUMMARY).exists()

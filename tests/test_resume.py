@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from click.testing import CliRunner
 from ranks import Ranks
-from runs import ENVIRONMENT, LGC, LIMIT_S, TORCHRUN, Done, children_of, forked_ranks, lgc, measured, rows
+from runs import ENVIRONMENT, LGC, LIMIT_S, SMALL, Done, children_of, forked_ranks, lgc, measured, rows
 
 from lgc import checkpoint
 from lgc.comm.transport import Transport
@@ -33,7 +33,7 @@ from lgc_lab.training.settings import Output, Settings
 from lgc_lab.training.train import _prepare, run_locally
 
 STEPS = 56
-RUN = ["--recipe", "digits", "--workers", "2", "--batch-size", "8", "--steps", str(STEPS), "--checkpoint-every", "5"]
+RUN = ["--recipe", SMALL, "--workers", "2", "--batch-size", "8", "--steps", str(STEPS), "--checkpoint-every", "5"]
 PHASES = {"dense": 12, "warmup": 14, "train": 14, "compressed": 16}
 SCHEDULE = "dense_steps=12:warmup_steps=14:train_steps=14:refresh_below=0"
 DGC = "dgc:warmup_steps=11"
@@ -51,20 +51,6 @@ def await_step(phase: str, out: Path, has_ended: Callable[[], bool], *, step: in
         assert not has_ended()
         assert time.monotonic() < deadline
         time.sleep(0.002)
-
-
-def start_until(phase: str, out: Path, *command: str) -> subprocess.Popen[str]:
-    """Start a command in a process of its own, and return as soon as it has done a step of this phase."""
-    process = subprocess.Popen(
-        [*command, "--out", str(out)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-        env=ENVIRONMENT,
-    )
-    await_step(phase, out, lambda: process.poll() is not None)
-    return process
 
 
 def train_until_a_rank_is_killed(phase: str, out: Path, *arguments: str, step: int = 0) -> None:
@@ -93,7 +79,14 @@ def train_until_killed(victim: str, phase: str, out: Path, *arguments: str) -> N
     if victim == "rank":
         train_until_a_rank_is_killed(phase, out, *arguments)
         return
-    process = start_until(phase, out, *LGC, "train", *RUN, *arguments)
+    process = subprocess.Popen(
+        [*LGC, "train", *RUN, *arguments, "--out", str(out)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+        env=ENVIRONMENT,
+    )
+    await_step(phase, out, lambda: process.poll() is not None)
     (os.killpg if victim == "job" else os.kill)(process.pid, signal.SIGKILL)
     process.communicate(timeout=LIMIT_S)  # to the end of what the ranks write
 
@@ -158,11 +151,10 @@ def test_a_summary_that_a_power_failure_left_empty_is_written_anew(interrupted: 
 
 
 def test_a_run_that_failed_before_its_first_step_is_not_in_the_way_of_a_corrected_one(tmp_path: Path) -> None:
-    command = ["train", *RUN, "--scheme", DGC, "--out", str(tmp_path / "run")]
-    failed = CliRunner().invoke(main, [*command, "--data", "not for digits"])
-    assert failed.exit_code == 1
-    assert "digits come with scikit-learn" in failed.output
-    done = train(tmp_path / "run", "--scheme", DGC, "--steps", "4")
+    digits = ["--recipe", "digits", "--scheme", DGC, "--steps", "4"]
+    failed = train(tmp_path / "run", *digits, "--data", "not for digits", returncode=1)
+    assert "digits come with scikit-learn" in failed.stderr
+    done = train(tmp_path / "run", *digits)
     assert "WARNING: with 4 steps the run ends in phase warmup" in done.stderr
     assert "from step 11 on; set warmup_steps of the scheme" in done.stderr
 
@@ -187,21 +179,8 @@ def test_a_run_goes_on_with_another_number_of_ranks(interrupted: Path) -> None:
     assert [row["step"] for row in rows(interrupted) if "loss" in row] == list(range(STEPS))
 
 
-@pytest.mark.parametrize("uninterrupted", ["lgc-ring"], indirect=True)
-def test_torchrun_restarts_a_run_from_its_checkpoint(uninterrupted: tuple[str, Path], tmp_path: Path) -> None:
-    scheme, expected = uninterrupted
-    torchrun = [*TORCHRUN, "--standalone", "--nproc-per-node=2", "--max-restarts=1"]
-    arguments = [*RUN[:2], *RUN[4:], "--scheme", scheme, "--overwrite"]
-    process = start_until("train", tmp_path, *torchrun, "-m", "lgc", "train", *arguments)
-    os.kill(children_of(process.pid)[-1], signal.SIGKILL)
-    output, _ = process.communicate(timeout=LIMIT_S)
-    assert process.returncode == 0, output
-    assert "goes on from step" in output
-    assert measured(tmp_path) == measured(expected)
-
-
 def train_in_bfloat16(rank: int, world_size: int) -> tuple[list[float], float, set[torch.dtype]]:
-    settings = Settings(recipe="digits", scheme="dense", world_size=world_size, steps=20, bf16=True)
+    settings = Settings(recipe=SMALL, scheme="dense", world_size=world_size, steps=40, bf16=True)
     run = Training(settings, torch.device("cpu"))
     seen: set[torch.dtype] = set()
     run.model.get_submodule("0").register_forward_hook(lambda module, inputs, output: seen.add(output.dtype))

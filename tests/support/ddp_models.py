@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ import lgc
 
 CLASSES = 6
 FEATURES = 32
+SEVERAL_BUCKETS: dict[str, Any] = {"bucket_cap_mb": 0.1}  # of the wide model
 
 
 class Convolutional(nn.Module):
@@ -38,11 +40,11 @@ class Convolutional(nn.Module):
 
 
 class Wide(nn.Module):
-    """2.4 MB of parameters, so that `bucket_cap_mb=1` makes several buckets."""
+    """Several layers of one size, which `SEVERAL_BUCKETS` spreads over as many buckets."""
 
-    def __init__(self) -> None:
+    def __init__(self, width: int = 128) -> None:
         super().__init__()
-        widths = [FEATURES, 384, 384, 384, 384, 384, CLASSES]
+        widths = [FEATURES, *[width] * 5, CLASSES]
         self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(widths))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -113,6 +115,7 @@ class SingleLayer(nn.Module):
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "convolutional": Convolutional,
     "wide": Wide,
+    "wider": partial(Wide, 384),  # 2.4 MB; torch.compile takes no buckets of less than 1 MB
     "transformer": Transformer,
     "partly-frozen": PartlyFrozen,
     "bfloat16": Bfloat16,

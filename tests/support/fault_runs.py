@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fault_job import Fault
-from runs import ENVIRONMENT, LIMIT_S, TORCHRUN, lgc, measured
+from runs import ENVIRONMENT, LIMIT_S, SMALL, TORCHRUN, lgc, measured
 
 from lgc import checkpoint
 
@@ -24,7 +24,7 @@ SCHEMES = LEARNED | {"quantized": "quantized:reduction=two_stage"}
 def arguments(scheme: str, out: Path, *, timeout: float, steps: int = len(PHASES) * PHASE_STEPS) -> list[str]:
     """Of `lgc` for a short run, the folder last."""
     size = ["--batch-size", "8", "--steps", str(steps), "--limit-test", "64", "--checkpoint-every", "2"]
-    run = ["train", "--recipe", "digits", *size, "--scheme", scheme, "--timeout", str(timeout)]
+    run = ["train", "--recipe", SMALL, *size, "--scheme", scheme, "--timeout", str(timeout)]
     return [*run, "--out", str(out)]
 
 
@@ -39,11 +39,15 @@ def log_of(out: Path) -> Path:
 
 
 def torchrun(out: Path, faults: Sequence[Fault], run: list[str], *, limit_s: float = LIMIT_S) -> str:
-    """Two ranks with faults, restarted by torchrun until they are done; what they have written."""
+    """Two ranks with faults, restarted by torchrun until they are done; what they have written.
+
+    Only at its first start does such a job overwrite what is there.
+    """
+    command, *others = run
     restarts = len(faults) + 2  # two to spare, for a machine so busy that ranks miss each other at the start
     options = ["--standalone", "--nproc-per-node=2", f"--max-restarts={restarts}"]
     process = subprocess.Popen(
-        [*TORCHRUN, *options, *faulty(out, faults, run)],
+        [*TORCHRUN, *options, *faulty(out, faults, [command, "--overwrite", *others])],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

@@ -7,10 +7,10 @@ Written from that page alone. Vectors are keyed by parameter name; a position in
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
-from itertools import pairwise
+from itertools import groupby, pairwise
 from typing import Literal, NamedTuple
 
 import torch
@@ -144,6 +144,13 @@ def count_at(config: Config, segment: Segment, step: int) -> int:
 Positions = list[tuple[str, int]]
 
 
+def by_parameter(positions: Positions) -> Iterator[tuple[str, list[int], list[int]]]:
+    """Every parameter with positions, in their order: its name, where they are in the list, and its offsets."""
+    for name, run in groupby(enumerate(positions), key=lambda entry: entry[1][0]):
+        places, of_name = zip(*run, strict=True)
+        yield name, list(places), [offset for _, offset in of_name]
+
+
 class Piece(NamedTuple):
     """The part of a segment that lies in one shard."""
 
@@ -212,7 +219,7 @@ def coded_by_two_levels(x: Tensor) -> Tensor:
 
 
 def take(vectors: Vectors, positions: Positions) -> Tensor:
-    return torch.stack([vectors[name][offset] for name, offset in positions])
+    return torch.cat([vectors[name][offsets] for name, _, offsets in by_parameter(positions)])
 
 
 class Weights(NamedTuple):
@@ -374,20 +381,20 @@ class Reference:
                     if not positions:
                         continue
                     values = coded(self.config.values, take(self.v[k], positions))
-                    for value, (name, offset) in zip(values, positions, strict=True):
-                        received[name][offset] += value / self.K
-                        sent[k][name][offset] = value
-                        self.v[k][name][offset] -= value
-                        self.u[k][name][offset] = 0
+                    for name, places, offsets in by_parameter(positions):
+                        received[name][offsets] += values[places] / self.K
+                        sent[k][name][offsets] = values[places]
+                        self.v[k][name][offsets] -= values[places]
+                        self.u[k][name][offsets] = 0
             if self.config.reduction == "gather":
                 continue
             for piece in pieces:
                 count = count_at(self.config, piece.segment, self.t)
                 positions = largest(self.server_residual, piece.segment, count, piece.positions)
                 values = coded(self.config.values, take(self.server_residual, positions))
-                for value, (name, offset) in zip(values, positions, strict=True):
-                    mean[name][offset] = value
-                    self.server_residual[name][offset] -= value
+                for name, places, offsets in by_parameter(positions):
+                    mean[name][offsets] = values[places]
+                    self.server_residual[name][offsets] -= values[places]
 
     def exchange_shared(self, phase: str, mean: Vectors, sent: list[Vectors]) -> float | None:
         leader = self.t % self.K
@@ -415,15 +422,15 @@ class Reference:
                 losses = [self.train(x, scale, leader) for _ in range(self.config.autoencoder_updates)]
                 loss = losses[0]
 
-        for place, (name, offset) in enumerate(positions):
-            mean[name][offset] = average[place]
+        for name, places, offsets in by_parameter(positions):
+            mean[name][offsets] = average[places]
             for k in range(self.K):
-                sent[k][name][offset] = decoded[k][place]
+                sent[k][name][offsets] = decoded[k][places]
                 if self.config.feedback == "paper":
-                    self.v[k][name][offset] = 0
+                    self.v[k][name][offsets] = 0
                 else:
-                    self.v[k][name][offset] = x[k][place] - decoded[k][place]
-                self.u[k][name][offset] = 0
+                    self.v[k][name][offsets] = x[k][places] - decoded[k][places]
+                self.u[k][name][offsets] = 0
         return loss
 
     def ring(self, x: list[Tensor], scale: float) -> tuple[Tensor, list[Tensor]]:

@@ -17,9 +17,11 @@ from lgc_lab.cli import main
 LGC = [sys.executable, "-m", "lgc"]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 LIMIT_S = 600
+SMALL = "small_recipe:SMALL"
 ENVIRONMENT = os.environ | {
     "OMP_NUM_THREADS": "1",
     "GLOO_SOCKET_IFNAME": "lo",
+    "PYTHONPATH": os.pathsep.join(filter(None, (str(Path(__file__).parent), os.environ.get("PYTHONPATH")))),
     "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",  # see "Resuming" in docs/usage.md
 }
 
