@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import gc
 import io
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 import lgc
 from lgc.buffers import Buffers
 from lgc.comm.replicas import ReplicaError
-from lgc.comm.transport import Transport
+from lgc.comm.transport import RankError, Transport
 
 RankFactory = Callable[[int], Ranks]
 
@@ -458,6 +459,21 @@ def delayed(rank: int, world_size: int, seconds: float) -> list[Any]:
         return count_while_under_way(rank, world_size)
 
 
+def finish_after_resuming(rank: int, _: int, overlap: bool) -> tuple[str, str]:
+    scheme = lgc.LocalSteps(every=4, start_steps=2, overlap=overlap)
+    whole = Run(scheme).train(rank, range(6))
+    resumed = Run(scheme).load(whole.state())
+    for run in (whole, resumed):
+        run.handle.finish()
+    return whole.handle.wire.to_json(), resumed.handle.wire.to_json()
+
+
+@pytest.mark.parametrize("overlap", [False, True], ids=["waiting", "overlap"])
+def test_finish_right_after_resuming_counts_all_its_bytes(ranks: RankFactory, overlap: bool) -> None:
+    for whole, resumed in ranks(2).run(finish_after_resuming, overlap):
+        assert whole == resumed
+
+
 def state_keys(state: Mapping[str, Any], path: str = "") -> list[tuple[str, Any]]:
     """Paths, shapes and dtypes of all that is in a nested state."""
     found: list[tuple[str, Any]] = []
@@ -479,3 +495,185 @@ def keys_at_every_step(rank: int, _: int, overlap: bool) -> list[list[tuple[str,
 def test_a_state_has_the_same_keys_at_every_step(ranks: RankFactory, overlap: bool) -> None:
     for first, *others in ranks(2).run(keys_at_every_step, overlap):
         assert all(each == first for each in others)
+
+
+# --- models, precisions and loops ---
+
+
+class Transformer(nn.Module):
+    """A block of GPT-2's kind, with a causal mask that is not saved, and the embedding for its last layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.norm = nn.Embedding(32, 8), nn.LayerNorm(8)
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.head = nn.Linear(8, 32, bias=False)
+        self.head.weight = self.embedding.weight
+        self.mask: Tensor
+        self.register_buffer("mask", torch.ones(8, 8).triu(1).bool(), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.embedding(x)
+        normed = self.norm(h)
+        y: Tensor = self.head(h + self.attention(normed, normed, normed, attn_mask=self.mask, need_weights=False)[0])
+        return y
+
+
+class Recurrent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.lstm, self.head = nn.Embedding(32, 8), nn.LSTM(8, 8, batch_first=True), nn.Linear(8, 32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.head(self.lstm(self.embedding(x))[0].to(self.head.weight.dtype))
+        return y
+
+
+def run_loop(rank: int, _: int, kind: str, way: str, scheme: lgc.LocalSteps) -> dict[str, Tensor]:
+    """Accumulate over two batches, clip, step, and cycle learning rate and momentum."""
+    torch.manual_seed(0)
+    net: nn.Module = Recurrent() if kind == "lstm" else Transformer()
+    if kind == "bf16":
+        net = net.bfloat16()
+    if kind == "lstm":
+        net.head.double()
+    ddp = nn.parallel.DistributedDataParallel(net) if way == "ddp" else None
+    model: Any = ddp or (torch.compile(net, backend="eager") if way == "compiled" else net)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=0.01)
+    handle = lgc.attach(model, scheme, optimizer)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.01, total_steps=20)
+    generator = torch.Generator().manual_seed(rank)
+    for _step in range(11):
+        for last in (False, True):
+            x = torch.randint(32, (4, 8), generator=generator)
+            with ddp.no_sync() if ddp and not last else contextlib.nullcontext():
+                nn.functional.cross_entropy(model(x).flatten(0, 1).float(), x.flatten()).backward()
+        nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+    handle.finish()
+    return copies(net)
+
+
+@pytest.mark.grid
+@pytest.mark.parametrize(
+    "scheme",
+    [
+        lgc.LocalSteps(every=3, start_steps=3),
+        lgc.LocalSteps(every=1, start_steps=0),
+        lgc.LocalSteps(every=4, start_steps=2, fragments=2, overlap=True),
+        lgc.LocalSteps(every=2, start_steps=0, decay=0.9, exchange=lgc.ScaleCom(rate=0.1, warmup_steps=2)),
+    ],
+    ids=["start", "every-step", "overlap", "scalecom"],
+)
+@pytest.mark.parametrize("way", ["module", "ddp", "compiled"])
+@pytest.mark.parametrize("kind", ["transformer", "bf16", "lstm"])
+def test_a_usual_loop_needs_no_change(ranks: RankFactory, kind: str, way: str, scheme: lgc.LocalSteps) -> None:
+    first = ranks(2).run(run_loop, kind, way, scheme)
+    assert not differ(first)
+    second = ranks(2).run(run_loop, kind, way, scheme)  # and gives the same every time
+    assert not differ([first[0], second[0]])
+
+
+def scale_gradients(rank: int, _: int, start_steps: int, given: bool) -> tuple[int, str, dict[str, Tensor]]:
+    torch.manual_seed(0)
+    net = Net()
+    model, optimizer = nn.parallel.DistributedDataParallel(net), torch.optim.SGD(net.parameters(), lr=0.01)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    handle = lgc.attach(model, exact(start_steps=start_steps), optimizer, grad_scaler=scaler if given else None)
+    try:
+        for step in range(12):
+            x, y = batch(rank, step)
+            optimizer.zero_grad()
+            loss = nn.functional.cross_entropy(model(x), y)
+            overflows = rank == 1 and step in (2, 7)
+            torch.autograd.backward(scaler.scale(loss * torch.inf if overflows else loss))
+            scaler.step(optimizer)
+            scaler.update()
+        handle.finish()
+    except (RuntimeError, FloatingPointError) as error:
+        return handle.step, str(error), {}
+    return handle.step, "", copies(net)
+
+
+@pytest.mark.parametrize("start_steps", [0, 5])
+def test_what_a_grad_scaler_skips_in_ddp_counts_where_it_is_given(ranks: RankFactory, start_steps: int) -> None:
+    results = ranks(2).run(scale_gradients, start_steps, True)
+    assert [steps for steps, _, _ in results] == [12, 12]
+    assert not differ([weights for _, _, weights in results])
+
+
+@pytest.mark.parametrize(("start_steps", "message"), [(0, "different steps"), (5, "not finite on rank 1")])
+def test_and_is_an_error_where_it_is_not(ranks: RankFactory, start_steps: int, message: str) -> None:
+    assert all(message in error for _, error, _ in ranks(2).run(scale_gradients, start_steps, False))
+
+
+def skip_a_step(rank: int, _: int) -> str:
+    run = Run(exact())
+    try:
+        for step in range(11):
+            if (rank, step) != (1, 5):  # as a check of this rank's loss alone may have it
+                run.train(rank, range(step, step + 1))
+        run.handle.finish()
+    except RankError as error:
+        return str(error)
+    return "went on"
+
+
+def test_a_step_that_one_rank_leaves_out_is_an_error_by_count_at_the_end(ranks: RankFactory) -> None:
+    for message in ranks(3).run(skip_a_step):
+        assert "different steps: [11, 10, 11]" in message
+
+
+def evaluate_on_one_rank(rank: int, _: int) -> dict[str, Tensor]:
+    run = Run(exact()).train(rank, range(6))
+    own = run.weights()
+    if rank == 0:  # the others go on, and wait at the next round
+        with contextlib.suppress(KeyError), run.handle.anchored():
+            run.net(batch(0, 0)[0])
+            raise KeyError
+    assert not differ([own, run.weights()])
+    return run.train(rank, range(6, 8)).weights()
+
+
+def test_one_rank_may_evaluate_alone_and_an_error_there_puts_its_weights_back(ranks: RankFactory) -> None:
+    assert not differ(ranks(2).run(evaluate_on_one_rank))
+
+
+def sum_of_steps(rank: int, _: int, exchange: Any) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
+    """By parameter: what this rank's optimizer has moved, what the anchor has, and what this rank owes."""
+    run = Run(lgc.LocalSteps(every=3, exchange=exchange, start_steps=0, outer_lr=1.0, outer_momentum=0.0))
+    initial = run.weights()
+    moved = {name: torch.zeros_like(parameter) for name, parameter in run.net.named_parameters()}
+    for number in range(12):
+        before = run.weights()
+        x, y = batch(rank, number)
+        run.optimizer.zero_grad()
+        nn.functional.cross_entropy(run.model(x), y).backward()
+        alone = copy.deepcopy(run.net)  # takes the same step without a round
+        optimizer = torch.optim.AdamW(alone.parameters(), lr=0.01, weight_decay=0.0)
+        optimizer.load_state_dict(copy.deepcopy(run.optimizer.state_dict()))
+        for parameter, own in zip(alone.parameters(), run.net.parameters(), strict=True):
+            parameter.grad = None if own.grad is None else own.grad.clone()
+        optimizer.step()
+        for name, parameter in alone.named_parameters():
+            moved[name] += before[name] - parameter.detach()
+        run.optimizer.step()
+    owed = run.handle.state_dict()["aggregator"]["per_rank"]["round 0"]
+    residuals = [owed["residual"], owed.get("server_residual", {})]
+    weights = run.weights()
+    return {
+        name: (moved[name], initial[name] - weights[name], residuals[0][name] + residuals[1].get(name, 0))
+        for name in moved
+    }
+
+
+@pytest.mark.parametrize("exchange", ["gather", "two_stage", "topk", "scalecom"])
+def test_what_the_ranks_have_moved_is_what_the_anchor_has_and_what_is_owed(ranks: RankFactory, exchange: str) -> None:
+    sparse: dict[str, Any] = {"topk": lgc.TopK(rate=0.1), "scalecom": lgc.ScaleCom(rate=0.1)}
+    reduction: Any = exchange
+    results = ranks(3).run(sum_of_steps, sparse.get(exchange) or lgc.Quantized(reduction=reduction))
+    for name in results[0]:
+        moved, by_anchor, owed = (sum(of[name][part] for of in results) / 3 for part in range(3))
+        torch.testing.assert_close(by_anchor + owed, moved, rtol=1e-4, atol=1e-5)

@@ -204,8 +204,13 @@ class LocalRounds(Caller):
     def _combine_buffers(self) -> None:
         buffers = self._buffers.current()
         states = self._buffers.states(buffers)
-        if states and any(self._transport.open_round(self.step, finite=True, vote=any(states)).votes):
+        if states and any(self._call_roll(vote=any(states))):
             self._buffers.apply(self._buffers.combine(buffers, states, self._transport), buffers)
+
+    def _call_roll(self, *, vote: bool = False) -> list[bool]:
+        """The votes of all ranks, which must be at the same step; a collective."""
+        self._transport.begin(self.phase, steps=0)
+        return self._transport.open_round(self.step, finite=True, vote=vote).votes
 
     def _after_step(self) -> None:
         if not self._in_step:  # of a class that calls its base class's step, for which torch runs the hooks as well
@@ -384,7 +389,7 @@ class LocalRounds(Caller):
         self._require_own_weights("handle.finish()")
         with self._transport.announcing(*OF_ALL_RANKS):
             self._complete()
-            self._transport.open_round(self.step, finite=True)
+            self._call_roll()
             if not self._has_begun:  # the weights are the same, unless something else than this optimizer moves them
                 weights = {f"parameter {name}": parameter for name, parameter in self._parameters.items()}
                 ReplicaCheck(self._transport, 1, self._policy.on_difference).run(self.step, weights, counts=True)
