@@ -29,7 +29,7 @@ class Fault(NamedTuple):
     its link goes down.
 
     Before is ahead of the forward pass of a step; during, when its round is open and the other ranks wait for this
-    one; after, when its round is done and the optimizer has yet to act on it.
+    one; after, when its round is done and its mean has yet to act. If the step has none it is the next round.
     """
 
     kind: Kind
@@ -81,28 +81,34 @@ def await_moment(fault: Fault, happens: Callable[[], None]) -> None:
     update, synchronize = Training.update, Synchronizer.synchronize
     open_round, count = Transport.open_round, Transport._count
     pending = [fault]
+    step, is_open = -1, False
 
-    def reach(moment: Moment, step: int) -> None:
-        if pending and (moment, step) == (fault.moment, fault.step):
+    def reach(moment: Moment) -> None:
+        # Not every step has a round, and one in a thread may be behind.
+        if pending and moment == fault.moment and step >= fault.step:
             pending.clear()
             happens()
 
     def faulty_update(training: Training, *batch: Any) -> Any:
-        reach("before", training.step)
+        nonlocal step, is_open
+        step, is_open = training.step, False
+        reach("before")
         return update(training, *batch)
 
     def remembered_round(transport: Transport, step: int, **state: Any) -> Any:
+        nonlocal is_open
         opening = open_round(transport, step, **state)
-        transport.open_step = step  # type: ignore[attr-defined]
+        is_open = True
         return opening
 
     def faulty_count(transport: Transport, content: str, **counts: int) -> None:
-        reach("during", getattr(transport, "open_step", -1))
+        if is_open:
+            reach("during")
         count(transport, content, **counts)
 
     def faulty_synchronize(synchronizer: Synchronizer, tensors: Any, step: int, **arguments: Any) -> Any:
         means = synchronize(synchronizer, tensors, step, **arguments)
-        reach("after", step)
+        reach("after")
         return means
 
     replacements: dict[Any, dict[str, Any]] = {

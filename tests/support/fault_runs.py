@@ -18,7 +18,20 @@ PHASE_STEPS = 3
 PHASES = ("dense", "warmup", "train", "compressed")
 SCHEDULE = f"dense_steps={PHASE_STEPS}:warmup_steps={PHASE_STEPS}:train_steps={PHASE_STEPS}:refresh_below=0"
 LEARNED = {name: f"{name}:{SCHEDULE}" for name in ("lgc-ring", "lgc-ps")}
-SCHEMES = LEARNED | {"quantized": "quantized:reduction=two_stage"}
+LOCAL = f"local:every={PHASE_STEPS}:start_steps={PHASE_STEPS}"
+SCHEMES = LEARNED | {
+    "quantized": "quantized:reduction=two_stage",
+    "local": f"{LOCAL}+quantized",
+    "local-overlap": f"{LOCAL}:overlap=True+quantized",
+}
+
+
+def phases_of(scheme: str) -> list[str]:
+    """The phase of every step."""
+    if scheme in LEARNED:
+        return [phase for phase in PHASES for _ in range(PHASE_STEPS)]
+    start = PHASE_STEPS if scheme.startswith("local") else 0
+    return ["warmup"] * start + ["compressed"] * (len(PHASES) * PHASE_STEPS - start)
 
 
 def arguments(scheme: str, out: Path, *, timeout: float, steps: int = len(PHASES) * PHASE_STEPS) -> list[str]:
