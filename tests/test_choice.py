@@ -16,7 +16,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from ddp_models import MODELS, SEVERAL_BUCKETS, batch, build, seeded
+from ddp_models import MODELS, batch, build, seeded
 from ranks import Ranks
 from torch import Tensor, nn
 
@@ -422,7 +422,7 @@ def chosen(
 ) -> Chosen:
     """Let it choose for a DDP model, that model compiled, or a module."""
     with seeded(rank):
-        of: Any = MODELS[model]() if form == "module" else build(model, **SEVERAL_BUCKETS)
+        of: Any = MODELS[model]() if form == "module" else build(model)
     if form == "compiled":
         of = torch.compile(of, backend="eager")
     with pytest.MonkeyPatch.context() as patch, logged() as messages:
@@ -435,7 +435,7 @@ def chosen(
 def test_all_ranks_choose_the_same_compressor_on_a_slow_link(ranks: RankFactory, form: str) -> None:
     compressors = ["topk:rate=0.01", "powersgd" if form == "module" else "lgc-ring:rate=0.02"]
     candidates = ["bf16", lgc.TopK(rate=0.01), "dense", compressors[1]]
-    first, other = ranks(2).run(chosen, "wide", candidates, Link.parse("1mbit"), form)
+    first, other = ranks(2).run(chosen, "wider", candidates, Link.parse("1mbit"), form)
     assert first.scheme in compressors
     assert other.scheme == first.scheme
     (message,) = [text for text in first.messages if text.startswith("choose: ") and "A dense step takes " in text]
@@ -561,7 +561,7 @@ def test_a_candidate_that_the_model_cannot_have_is_named_on_all(ranks: RankFacto
             assert isinstance(error, ValueError)
             assert str(error).startswith("choose(candidates=...): ")
             assert named in str(error)
-    for error in ranks(2).exceptions(chosen, "wide", ["powersgd"], SLOWEST):
+    for error in ranks(2).exceptions(chosen, "wider", ["powersgd"], SLOWEST):
         assert isinstance(error, ValueError)
         assert "on gloo powersgd needs a model with one bucket" in str(error)
 

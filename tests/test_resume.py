@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from click.testing import CliRunner
 from ranks import Ranks
-from runs import ENVIRONMENT, LGC, LIMIT_S, SMALL, Done, children_of, forked_ranks, lgc, measured, rows
+from runs import ENVIRONMENT, LGC, LIMIT_S, PACED, SMALL, Done, children_of, forked_ranks, lgc, measured, rows
 
 from lgc import checkpoint
 from lgc.comm.transport import Transport
@@ -33,7 +33,7 @@ from lgc_lab.training.settings import Output, Settings
 from lgc_lab.training.train import _prepare, run_locally
 
 STEPS = 56
-RUN = ["--recipe", SMALL, "--workers", "2", "--batch-size", "8", "--steps", str(STEPS), "--checkpoint-every", "5"]
+RUN = ["--recipe", PACED, "--workers", "2", "--batch-size", "8", "--steps", str(STEPS), "--checkpoint-every", "5"]
 PHASES = {"dense": 12, "warmup": 14, "train": 14, "compressed": 16}
 SCHEDULE = "dense_steps=12:warmup_steps=14:train_steps=14:refresh_below=0"
 DGC = "dgc:warmup_steps=11"

@@ -18,6 +18,7 @@ LGC = [sys.executable, "-m", "lgc"]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 LIMIT_S = 600
 SMALL = "small_recipe:SMALL"
+PACED = "small_recipe:PACED"
 ENVIRONMENT = os.environ | {
     "OMP_NUM_THREADS": "1",
     "GLOO_SOCKET_IFNAME": "lo",

@@ -1,17 +1,19 @@
-"""A recipe for tests of what happens around the steps of a run: it starts at once, and a step takes little."""
+"""Recipes for tests of what happens around the steps of a run: they start at once, and a step computes little."""
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lgc_lab.recipes.data import Data, TensorSplit
 from lgc_lab.recipes.digits import DIGITS
 from lgc_lab.recipes.resnet import Block, basic, conv, normalised
 
 CLASSES, TRAIN, TEST = 10, 1200, 120
+PACE_S = 0.04
 
 
 def tiny_resnet() -> nn.Module:
@@ -19,6 +21,20 @@ def tiny_resnet() -> nn.Module:
     stem = normalised(conv(1, 16, 3))
     block = Block(basic(16, 24, 2), project=True)
     return nn.Sequential(*stem, block, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(24, CLASSES))
+
+
+class Paced(nn.Module):
+    """The same, but a step of training takes its time, so that a kill hits the phase for which it is meant."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.resnet = tiny_resnet()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            time.sleep(PACE_S)
+        logits: Tensor = self.resnet(x)
+        return logits
 
 
 def draw_patterns(path: str | None, limit_train: int | None) -> Data:
@@ -39,3 +55,4 @@ SMALL = replace(
     data=draw_patterns,
     scheme_defaults={**DIGITS.scheme_defaults, "rate": 0.05},
 )
+PACED = replace(SMALL, name="paced", model=Paced)
