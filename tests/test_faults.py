@@ -66,15 +66,16 @@ def aggregator_of(handle: lgc.Handle) -> Any:
 
 def fail_while_preparing(rank: int, world_size: int, scheme: Any, failing: int, at: int) -> None:
     training = Training(rank, scheme)
-    aggregator: Any = aggregator_of(training.handle)
-    prepare = aggregator.reduced.prepare
+    aggregator = aggregator_of(training.handle)
+    part: Any = aggregator.own if hasattr(aggregator, "own") else aggregator.reduced
+    prepare = part.prepare
 
     def fails(*args: Any) -> Any:
         if rank == failing and training.handle.step == at:
             raise ValueError("out of luck")
         return prepare(*args)
 
-    aggregator.reduced.prepare = fails
+    part.prepare = fails
     for _ in range(STEPS):
         training.step()
 
