@@ -20,7 +20,7 @@ import pytest
 from click.testing import CliRunner
 from link_job import LIMIT_S, job, met
 from ranks import start_fork_server
-from runs import lgc
+from runs import is_running, lgc
 
 from lgc.schemes import SCHEMES, LGCServer, TopK, parse_scheme
 from lgc_lab.bench.link import command
@@ -160,7 +160,7 @@ def test_nothing_is_left_whatever_the_ranks_do(tmp_path: Path, fate: str) -> Non
             ended.set()
         killing.result()
     assert namespaces(os.getpid()) == []
-    assert not any(Path("/proc", str(rank)).exists() for rank in await_ranks(tmp_path, ended.is_set))
+    assert not any(is_running(rank) for rank in await_ranks(tmp_path, ended.is_set))
     assert machine() == before
 
 
@@ -196,7 +196,7 @@ def test_nothing_is_left_by_a_program_that_is_stopped(tmp_path: Path, name: str)
         output, _ = process.communicate(timeout=LIMIT_S)
         assert namespaces(process.pid) == [], output
         assert process.returncode != 0, output
-        assert not any(Path("/proc", str(rank)).exists() for rank in ranks)
+        assert not any(is_running(rank) for rank in ranks)
     assert machine() == before
 
 
@@ -210,7 +210,7 @@ def test_what_a_killed_program_leaves_is_removed_by_the_next_one(tmp_path: Path)
             assert namespaces(process.pid) == []
             assert namespaces(os.getpid()) == sorted([network.bridge, network.namespace(0)])
         deadline = time.monotonic() + LIMIT_S
-        while any(Path("/proc", str(rank)).exists() for rank in ranks):
+        while any(is_running(rank) for rank in ranks):
             assert time.monotonic() < deadline
             time.sleep(0.05)
 

@@ -25,7 +25,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from ranks import Ranks
-from runs import LGC, LIMIT_S, lgc, rows
+from runs import LGC, LIMIT_S, is_running, lgc, rows
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-untyped]
 
 from lgc_lab.cli import main
@@ -46,11 +46,8 @@ def read(path: Path) -> Any:
 
 
 def exists(process_group: int) -> bool:
-    try:
-        os.killpg(process_group, 0)
-    except ProcessLookupError:
-        return False
-    return True
+    pids = [int(path.name) for path in Path("/proc").iterdir() if path.name.isdigit()]
+    return any(is_running(pid, of_group=process_group) for pid in pids)
 
 
 @pytest.fixture(scope="module")

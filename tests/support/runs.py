@@ -27,6 +27,15 @@ ENVIRONMENT = os.environ | {
 }
 
 
+def is_running(pid: int, *, of_group: int | None = None) -> bool:
+    """Whether a process, of this group if one is given, has not ended: an orphan that has may be reaped late."""
+    try:
+        state, _, group = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[:3]
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return state not in "ZX" and of_group in (None, int(group))
+
+
 class Done(NamedTuple):
     """A command that has ended: its exit code, what it printed, and what it and its ranks wrote to stderr."""
 
