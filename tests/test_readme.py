@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import runpy
-import subprocess
 from contextlib import redirect_stdout
 from pathlib import Path
 
@@ -14,7 +13,6 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from click.testing import CliRunner
 from ranks import start_fork_server
-from runs import ENVIRONMENT, LIMIT_S, TORCHRUN
 
 from lgc_lab.cli import main
 
@@ -24,15 +22,6 @@ DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
 
 def document_id(path: Path) -> str:
     return str(path.relative_to(ROOT))
-
-
-def run_with_torchrun(script: str, folder: Path) -> str:
-    """What it prints on two ranks, started in a folder as the documents say."""
-    (folder / "script.py").write_text(script)
-    command = [*TORCHRUN, "--standalone", "--nproc-per-node", "2", "script.py"]
-    done = subprocess.run(command, cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, timeout=LIMIT_S)
-    assert done.returncode == 0, done.stderr
-    return done.stdout.strip()
 
 
 def be_rank(rank: int, script: Path, port: int) -> None:
@@ -46,7 +35,7 @@ def be_rank(rank: int, script: Path, port: int) -> None:
 
 
 def run_forked(script: str, folder: Path) -> str:
-    """What it prints on two ranks, forked with torch imported."""
+    """What it prints on two ranks, as torchrun would start them, but forked with torch imported."""
     folder.mkdir(exist_ok=True)
     (folder / "script.py").write_text(script)
     start_fork_server()
@@ -57,7 +46,7 @@ def run_forked(script: str, folder: Path) -> str:
 
 def test_the_script_of_the_readme_trains(tmp_path: Path) -> None:
     (script,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    output = run_with_torchrun(script, tmp_path)
+    output = run_forked(script, tmp_path)
     printed = re.fullmatch(r"loss (.*), (.*) times fewer bytes per compressed step", output)
     assert printed, output
     assert float(printed[1]) < 0.2  # of three classes, log(3) = 1.1 before training

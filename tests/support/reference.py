@@ -177,11 +177,11 @@ def make_pieces(config: Config, shapes: Mapping[str, tuple[int, ...]], world_siz
 def largest(vectors: Vectors, segment: Segment, count: int, within: Positions | None = None) -> Positions:
     """The positions of `count` elements of a segment, in the units of largest norm, in the order of the segment."""
     everywhere = within or [(name, offset) for name in segment.names for offset in range(vectors[name].numel())]
-    values = take(vectors, everywhere).tolist()
-    units = [range(start, start + segment.unit) for start in range(0, len(everywhere), segment.unit)]
-    ranked = sorted(units, key=lambda unit: -sum(values[place] ** 2 for place in unit))
-    chosen = sorted(place for unit in ranked[: count // segment.unit] for place in unit)
-    return [everywhere[place] for place in chosen]
+    values = torch.cat([vectors[name] for name in segment.names]) if within is None else take(vectors, within)
+    units = values.double().view(-1, segment.unit)
+    norms = units.square().sum(dim=1).tolist()
+    chosen = sorted(sorted(range(len(norms)), key=lambda unit: -norms[unit])[: count // segment.unit])
+    return [everywhere[unit * segment.unit + place] for unit in chosen for place in range(segment.unit)]
 
 
 def coded(codec: str, x: Tensor, scale: Tensor | None = None) -> Tensor:
