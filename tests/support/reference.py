@@ -190,11 +190,15 @@ def coded(codec: str, x: Tensor, scale: Tensor | None = None) -> Tensor:
         return x.clone()
     if codec == "bfloat16":
         return x.to(torch.bfloat16).to(x.dtype)
-    if codec == "sign":
-        magnitude = x.abs().double().mean().to(x.dtype)
-        return torch.where(x < 0, -magnitude, magnitude)
-    if codec == "lloyd2":
-        return torch.cat([coded_by_two_levels(block) for block in x.split(256)])
+    if codec in ("sign", "lloyd2"):
+        y = torch.zeros_like(x)
+        others = x[x != 0]
+        if codec == "sign" and len(others):
+            magnitude = others.abs().double().mean().to(x.dtype)
+            y[x != 0] = torch.where(others < 0, -magnitude, magnitude)
+        elif len(others):
+            y[x != 0] = torch.cat([coded_by_two_levels(block) for block in others.split(256)])
+        return y
     levels = 2 ** (int(codec.removeprefix("uniform")) - 1) - 1
     largest_magnitude = x.abs().max() if scale is None else scale
     if largest_magnitude == 0:
@@ -422,16 +426,24 @@ class Reference:
                 losses = [self.train(x, scale, leader) for _ in range(self.config.autoencoder_updates)]
                 loss = losses[0]
 
-        for name, places, offsets in by_parameter(positions):
-            mean[name][offsets] = average[places]
+        where = self.sent_places(phase, x[leader])
+        y, x_all, y_all = average[where], torch.stack(x)[:, where], torch.stack(decoded)[:, where]
+        for name, places, offsets in by_parameter(list(map(positions.__getitem__, where))):
+            mean[name][offsets] = y[places]
             for k in range(self.K):
-                sent[k][name][offsets] = decoded[k][places]
+                sent[k][name][offsets] = y_all[k][places]
                 if self.config.feedback == "paper":
                     self.v[k][name][offsets] = 0
                 else:
-                    self.v[k][name][offsets] = x[k][places] - decoded[k][places]
+                    self.v[k][name][offsets] = x_all[k][places] - y_all[k][places]
                 self.u[k][name][offsets] = 0
         return loss
+
+    def sent_places(self, phase: str, x_leader: Tensor) -> list[int]:
+        """Which of the selected positions are sent: by an autoencoder, those where the leader has no zero."""
+        learned = phase == "compressed" and self.config.learned
+        places: list[int] = x_leader.nonzero().flatten().tolist()
+        return places if learned else list(range(len(x_leader)))
 
     def ring(self, x: list[Tensor], scale: float) -> tuple[Tensor, list[Tensor]]:
         assert self.weights is not None

@@ -1,4 +1,4 @@
-"""Codes of fixed length for float32 values. See docs/wire.md for the bytes."""
+"""Codes for float32 values, of a length that is known but for zeros. See docs/wire.md for the bytes."""
 
 from __future__ import annotations
 
@@ -14,17 +14,23 @@ from torch import Tensor
 
 from lgc.coding.bits import Integers, check_bits, octet_count, pack_fixed, unpack_fixed
 from lgc.coding.payload import Octets, PayloadError, octets, tensor
+from lgc.coding.zeros import encode_zeros, split_zeros, zeros_bound
 
 Floats = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True)
 class ValueCodec(ABC):
-    """Codes float32 values, `counts[s]` of segment s, in a number of bytes that follows from the counts alone.
+    """Codes float32 values, `counts[s]` of segment s. Zeros, also negative ones, are decoded as zeros.
+
+    The number of bytes follows from the counts alone, unless a codec has no number for zero and there is one: then the
+    places of the zeros come first, and the code of all others after them.
 
     The code is computed on the CPU, so the bytes do not depend on the device, and decoding uses only exactly rounded
     operations, so every rank decodes the same bits. What a codec loses is `values - decode(encode(values))`.
     """
+
+    _has_zero: ClassVar[bool] = True  # whether `_decode` gives zero for what was zero
 
     def encode(self, values: Tensor, counts: Sequence[int]) -> Tensor:
         """The code of `values`, a uint8 tensor of shape (size(counts),) on the CPU.
@@ -49,7 +55,13 @@ class ValueCodec(ABC):
         if not finite.all():
             place = int(np.argmin(finite))
             raise ValueError(f"{name}.encode(values=...) must be finite, got {array[place]} at {place}.")
-        return tensor(self._encode(array, numbers))
+        if self._has_zero or not array.size:
+            return tensor(self._encode(array, numbers))
+        zeros = encode_zeros(values).numpy()
+        if zeros.size:
+            nonzero = array != 0
+            array, numbers = array[nonzero], _counts_of(nonzero, numbers)
+        return tensor(np.concatenate([np.array([zeros.size > 0], np.uint8), zeros, self._encode(array, numbers)]))
 
     def decode(self, data: Tensor | bytes, counts: Sequence[int]) -> Tensor:
         """The values as the others decode them, a float32 tensor of shape (sum(counts),) on the CPU.
@@ -59,16 +71,30 @@ class ValueCodec(ABC):
         """
         numbers = self._check_counts(counts)
         array = octets(data)
-        if array.size != self.size(counts):
-            raise PayloadError("values", f"{self.size(counts)} bytes", array.size)
+        nonzero = None
+        if not self._has_zero and numbers.sum() > 0:
+            zero, array = split_zeros(array, int(numbers.sum()))
+            if zero.any():
+                nonzero = ~zero
+                numbers = _counts_of(nonzero, numbers)
+        if array.size != self._size(numbers):
+            raise PayloadError("values", f"{self._size(numbers)} bytes", array.size)
         values = self._decode(array, numbers)
         if not np.isfinite(values).all():
             raise PayloadError("values", "finite", values[int(np.argmin(np.isfinite(values)))])
+        if nonzero is not None:
+            others, values = values, np.zeros(nonzero.size, np.float32)
+            values[nonzero] = others
         return torch.from_numpy(values)
 
     def size(self, counts: Sequence[int]) -> int:
-        """Length in bytes of the code of so many values."""
-        return self._size(self._check_counts(counts))
+        """Length in bytes of the code of so many values, none of which is zero."""
+        numbers = self._check_counts(counts)
+        return self._size(numbers) + int(not self._has_zero and numbers.sum() > 0)
+
+    def bound(self, counts: Sequence[int]) -> int:
+        """Largest possible length in bytes of the code of so many values."""
+        return self.size(counts) + (0 if self._has_zero else zeros_bound(sum(counts)))
 
     def _check_counts(self, counts: Sequence[int]) -> Integers:
         if any(count < 0 for count in counts):
@@ -132,10 +158,12 @@ class BFloat16(_Rounded):
 @final
 @dataclass(frozen=True)
 class Sign(ValueCodec):
-    """One bit a value and one magnitude a segment: x -> +-mean |x|; zeros count as positive.
+    """One bit a value and one magnitude a segment: x -> +-mean |x|, over what is not zero; zeros stay zeros.
 
     Source: Karimireddy et al., Error Feedback Fixes SignSGD, ICML 2019.
     """
+
+    _has_zero = False
 
     def _encode(self, values: Floats, counts: Integers) -> Octets:
         filled = counts[counts > 0]
@@ -239,13 +267,14 @@ class Uniform(ValueCodec):
 @final
 @dataclass(frozen=True)
 class LloydMax(ValueCodec):
-    """The nearest of 2^bits levels, the best for Gaussian values, times a scale of every `block` values.
+    """The nearest of 2^bits levels, the best for Gaussian values, times a scale of every `block`; zeros stay zeros.
 
         x -> s y,  y the level next to x / s,  s = sum x z / sum z^2 of the block, a bfloat16,
                                                z the level next to x / r,  r = sqrt(mean x^2) of the block
 
     s is the best scale for z, and y is no worse than z for s. So no block loses as much as it holds, |x|^2, unless its
-    values are too small for a bfloat16, and error feedback cannot grow. The last block of a segment may be shorter.
+    values are too small for a bfloat16, and error feedback cannot grow. Blocks are of the values that are not zero, and
+    the last block of a segment may be shorter.
 
     Source: Max, Quantizing for Minimum Distortion, IRE Trans. Information Theory, 1960; Lloyd, Least Squares
     Quantization in PCM, IEEE Trans. Information Theory, 1982.
@@ -261,6 +290,7 @@ class LloydMax(ValueCodec):
     bits: int = 2
     block: int = 256
 
+    _has_zero = False
     # A float16 would turn root mean squares below 3e-8 into zero, and those of pseudo-gradients can be 1e-9. A bfloat16
     # raises the squared error of two bits by less than 3e-5 of it beside float32, on Gaussian and heavy-tailed values.
     _scale: ClassVar[BFloat16] = BFloat16()
@@ -333,6 +363,13 @@ _LLOYD_MAX: Floats = np.float32(2**-13) * np.fromstring(
     np.float32,
     sep=" ",
 )
+
+
+def _counts_of(chosen: npt.NDArray[np.bool_], counts: Integers) -> Integers:
+    """How many of every segment's values are chosen."""
+    before = np.concatenate([[0], np.cumsum(chosen)])
+    ends = np.cumsum(counts)
+    return np.asarray(before[ends] - before[ends - counts], np.int64)
 
 
 def _groups(counts: Integers, block: int | None) -> Integers:

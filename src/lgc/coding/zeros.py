@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lgc.coding.bits import Integers, check_bits, octet_count, pack_fixed, unpack_fixed
-from lgc.coding.payload import PayloadError, octets, tensor
+from lgc.coding.payload import Octets, PayloadError, octets, tensor
 
 BLOCK = 256
 _SOME_VALUES, _NO_VALUE, _MIXED = 0, 1, 2  # a block's flag: no zero, only zeros, both
@@ -68,6 +68,22 @@ def decode_zeros(data: Tensor | bytes, count: int) -> Tensor:
         raise PayloadError("zeros.masks", "of zeros and other values", f"{zeros[wrong][0]} zeros in a block")
     blocks[mixed] = masks
     return torch.from_numpy(blocks.reshape(-1)[:count])
+
+
+def split_zeros(data: Octets, count: int) -> tuple[npt.NDArray[np.bool_], Octets]:
+    """Where the `count` values are zero, and what follows: of a byte, 1 if any is, their code, and other bytes.
+
+    Raises:
+        PayloadError: if it does not begin so.
+    """
+    if data[:1].tobytes() == b"\x00":
+        return np.zeros(count, np.bool_), data[1:]
+    if data[:1].tobytes() != b"\x01":
+        raise PayloadError("values.zeros", "0 or 1", data[:1].tolist())
+    sizes = _sizes(count)
+    flags = unpack_fixed(data[1 : 1 + octet_count(2 * sizes.size)], sizes.size, 2, "zeros.flags")
+    end = 1 + octet_count(2 * sizes.size) + octet_count(int(sizes[flags == _MIXED].sum()))
+    return decode_zeros(data[1:end].tobytes(), count).numpy(), data[end:]
 
 
 def zeros_bound(count: int) -> int:

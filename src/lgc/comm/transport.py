@@ -241,6 +241,26 @@ class Transport:
         gathered = self.all_gather(_padded(payload, max(lengths)), content)
         return [row[:length] for row, length in zip(gathered, lengths, strict=True)]
 
+    def all_gather_usual(self, payload: Tensor, content: str, *, usual: int, limit: int) -> list[Tensor]:
+        """As all_gather_bytes, of payloads that most often have one length: what is longer follows in a second message.
+
+        Args:
+            payload: this rank's, uint8, shape (bytes,).
+            content: what the bytes are counted as.
+            usual: that length.
+            limit: the greatest length that is possible; where it is the usual one, all have it.
+        """
+        if limit == usual:
+            return list(self.all_gather(payload, content))
+        length = torch.tensor([payload.numel()], device="cpu").view(torch.uint8)
+        rows = self.all_gather(torch.cat([length, _padded(payload[:usual], usual)]), content)
+        lengths = [int(row[: length.numel()].clone().view(torch.int64)) for row in rows]
+        _require_possible(lengths, limit)
+        gathered = rows[:, length.numel() :]
+        if (rest := max(lengths) - usual) > 0:
+            gathered = torch.cat([gathered, self.all_gather(_padded(payload[usual:], rest), content)], dim=1)
+        return [row[:length] for row, length in zip(gathered, lengths, strict=True)]
+
     def all_to_all_bytes(self, payloads: Sequence[Tensor], content: str, *, limit: int) -> list[Tensor]:
         """The payloads of all ranks for this one, by sender, uint8 of any lengths; its own stays where it is.
 

@@ -185,10 +185,10 @@ class ServerAutoencoder(nn.Module):
         channels, positions = latent_shape(length)
         return self.latent.decode(data, [positions] * channels).view(1, channels, positions)
 
-    def latent_size(self, length: int) -> int:
-        """Number of these bytes."""
+    def latent_bound(self, length: int) -> int:
+        """Largest possible number of these bytes."""
         channels, positions = latent_shape(length)
-        return self.latent.size([positions] * channels)
+        return self.latent.bound([positions] * channels)
 
     def _sent(self, z: Tensor) -> Tensor:
         # Straight through: the value is what is decoded, the gradient that of the identity. NaN and Inf become NaN.

@@ -9,7 +9,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lgc.coding import Float32, IndexCoder, Kind, PayloadError, ValueCodec, pack, size_limit, unpack
+from lgc.coding import (
+    Float32,
+    IndexCoder,
+    Kind,
+    PayloadError,
+    ValueCodec,
+    decode_zeros,
+    encode_zeros,
+    pack,
+    size_limit,
+    unpack,
+    zeros_bound,
+)
 from lgc.comm.transport import Transport
 from lgc.rounds.exchange import Exchange, Exchanged, nothing, root_mean_square, sum_in_order
 from lgc.rounds.feedback import Piece
@@ -79,7 +91,7 @@ class OwnTopK(TopKExchange):
 
     def _bounds(self, stage: Stage) -> list[int]:
         """The largest possible numbers of bytes of indices and values."""
-        return [self.index_bound(stage), self.codecs.values.size(self.region.element_counts(stage.least_rate))]
+        return [self.index_bound(stage), self.codecs.values.bound(self.region.element_counts(stage.least_rate))]
 
     def _limit(self, stage: Stage) -> int:
         return size_limit(self._bounds(stage))
@@ -131,7 +143,7 @@ class SparseCode:
         self.bounds = [
             COUNT_BYTES * len(self.most),
             FEWER_ARE_LONGER * codecs.indices.bound(region.sizes, self.most),
-            codecs.values.size(region.in_elements(self.most)),
+            codecs.values.bound(region.in_elements(self.most)),
         ]
         self.limit = size_limit(self.bounds)
 
@@ -163,6 +175,20 @@ class SparseCode:
         return x.to(device)
 
 
+class Announced(NamedTuple):
+    """What the leader has said of its selection.
+
+    Attributes:
+        indices: elements of the flat vector, int64, ascending, shape (mu,).
+        scale: root mean square of its values there, shape (1,).
+        nonzero: where they are not zero, bool, shape (mu,).
+    """
+
+    indices: Tensor
+    scale: Tensor
+    nonzero: Tensor
+
+
 class SharedTopK(TopKExchange):
     """The indices of one rank, the leader, for all; a different leader every step."""
 
@@ -175,31 +201,44 @@ class SharedTopK(TopKExchange):
         return self.transport.rank == self.leader(step) and bool(self.region.segments)
 
     def prepare(self, v: Tensor, stage: Stage) -> Tensor:
-        """The leader's indices and the root mean square of its values there; nothing from the other ranks."""
+        """The leader's indices, the root mean square and the zeros of its values there; nothing from other ranks."""
         if not self.leads(stage.step):
             return nothing()
         positions = self.region.select(v, stage.least_rate)
-        scale = root_mean_square(v[self.region.elements(positions)])
-        return pack([self.encode_indices(positions), Float32().encode(scale, [1])], kind=Kind.INDICES, step=stage.step)
+        parts = self.announce(positions, v[self.region.elements(positions)])
+        return pack(parts, kind=Kind.INDICES, step=stage.step)
 
     def exchange(self, v: Tensor, payload: Tensor | None, lengths: list[int], stage: Stage) -> Exchanged:
         """Mean over the ranks of their values at the leader's indices."""
-        indices, _ = self.receive(v, payload, lengths, stage)
-        return self.exchange_values(v, indices, stage)
+        return self.exchange_values(v, self.receive(v, payload, lengths, stage).indices, stage)
 
-    def receive(self, v: Tensor, payload: Tensor | None, lengths: list[int], stage: Stage) -> tuple[Tensor, Tensor]:
-        """The leader's indices, int64, and the scale, shape (1,); a collective."""
+    def announce(self, positions: Tensor, x: Tensor) -> list[Tensor]:
+        """The parts of a payload that say what the leader has selected: where, and of its values x size and zeros."""
+        return [self.encode_indices(positions), Float32().encode(root_mean_square(x), [1]), encode_zeros(x)]
+
+    def announced_bounds(self, stage: Stage) -> list[int]:
+        """The largest possible numbers of bytes of these parts."""
+        selected = sum(self.region.element_counts(stage.least_rate))
+        return [self.index_bound(stage), Float32().size([1]), zeros_bound(selected)]
+
+    def announced(self, parts: Sequence[Tensor], stage: Stage, device: torch.device) -> Announced:
+        """What they say."""
+        index_code, scale_code, zeros = parts
+        indices = self.decode_indices(index_code, stage, device)
+        nonzero = ~decode_zeros(zeros, indices.numel()).to(device)
+        return Announced(indices, Float32().decode(scale_code, [1]).to(device), nonzero)
+
+    def receive(self, v: Tensor, payload: Tensor | None, lengths: list[int], stage: Stage) -> Announced:
+        """What the leader has selected; a collective."""
         assert payload is not None
         if not self.region.segments:
-            return torch.empty(0, dtype=torch.int64, device=v.device), v.new_zeros(1)
-        leader = self.leader(stage.step)
-        bounds = [self.index_bound(stage), Float32().size([1])]
+            empty = torch.empty(0, dtype=torch.int64, device=v.device)
+            return Announced(empty, v.new_zeros(1), empty.bool())
+        leader, bounds = self.leader(stage.step), self.announced_bounds(stage)
         payload = self.transport.broadcast_bytes(
             payload, "indices", source=leader, length=lengths[leader], limit=size_limit(bounds)
         )
-        index_code, scale_code = unpack(payload, kind=Kind.INDICES, step=stage.step, bounds=bounds)
-        indices = self.decode_indices(index_code, stage, v.device)
-        return indices, Float32().decode(scale_code, [1]).to(v.device)
+        return self.announced(unpack(payload, kind=Kind.INDICES, step=stage.step, bounds=bounds), stage, v.device)
 
     def exchange_values(self, v: Tensor, indices: Tensor, stage: Stage) -> Exchanged:
         """Mean over the ranks of their values at shared indices; a collective.
@@ -214,11 +253,10 @@ class SharedTopK(TopKExchange):
             return Exchanged([Piece(indices, mean)], Piece(indices, x))
         counts = self.region.element_counts(stage.least_rate)
         payload = pack([self.codecs.values.encode(x, counts)], kind=Kind.VALUES, step=stage.step)
-        bounds = [self.codecs.values.size(counts)]
-        codes = [
-            unpack(row, kind=Kind.VALUES, step=stage.step, bounds=bounds)[0]
-            for row in self.transport.all_gather(payload, "values")
-        ]
+        bounds = [self.codecs.values.bound(counts)]
+        usual = size_limit([self.codecs.values.size(counts)])  # and another length where a rank has zeros
+        payloads = self.transport.all_gather_usual(payload, "values", usual=usual, limit=size_limit(bounds))
+        codes = [unpack(each, kind=Kind.VALUES, step=stage.step, bounds=bounds)[0] for each in payloads]
         decoded = torch.stack([self.codecs.values.decode(code, counts) for code in codes]).to(x.device)
         mean = sum_in_order(decoded) / self.transport.world_size
         return Exchanged([Piece(indices, mean)], Piece(indices, decoded[self.transport.rank]))

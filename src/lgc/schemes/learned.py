@@ -23,7 +23,7 @@ from lgc.rounds.feedback import Piece
 from lgc.rounds.layout import Layout, Role
 from lgc.rounds.schedule import Schedule, Stage
 from lgc.rounds.selection import Region
-from lgc.rounds.topk import Codecs, OwnTopK, SharedTopK
+from lgc.rounds.topk import Announced, Codecs, OwnTopK, SharedTopK
 from lgc.rounds.watch import Refresh, Watch
 from lgc.schemes.arguments import require, require_integer, require_number, require_one_of, require_role
 from lgc.schemes.sparse import SparseScheme
@@ -111,6 +111,14 @@ class LearnedExchange(SharedTopK, ABC):
     def loss(self, x: Tensor, step: int) -> Tensor:
         """The autoencoder's loss on the scaled vectors of all ranks, shape (K, mu)."""
 
+    def exchanged(self, y: Tensor, y_k: Tensor, announced: Announced) -> Exchanged:
+        """The mean y, and this rank's y_k in it, without what was zero at the leader: nobody sends that.
+
+        A decoder gives other numbers for zeros; so a coordinate that is zero on every rank stays where it is.
+        """
+        indices = announced.indices[announced.nonzero]
+        return Exchanged([Piece(indices, y[announced.nonzero])], Piece(indices, y_k[announced.nonzero]))
+
     def fall_back(self, v: Tensor, indices: Tensor, stage: Stage) -> Exchanged:
         """The values, in place of an autoencoder whose result is not finite; it is trained again from the start."""
         self.watch.fail(stage.step)
@@ -128,7 +136,7 @@ class TrainingExchange(SharedTopK):
         self.metrics = metrics
 
     def exchange(self, v: Tensor, payload: Tensor | None, lengths: list[int], stage: Stage) -> Exchanged:
-        indices, scale = self.receive(v, payload, lengths, stage)
+        indices, scale, _ = self.receive(v, payload, lengths, stage)
         x = v[indices]
         if x.numel() == 0:
             return Exchanged([], Piece(indices, x))

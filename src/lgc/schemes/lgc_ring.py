@@ -54,20 +54,20 @@ class RingExchange(LearnedExchange):
     autoencoder: RingAutoencoder
 
     def exchange(self, v: Tensor, payload: Tensor | None, lengths: list[int], stage: Stage) -> Exchanged:
-        indices, scale = self.receive(v, payload, lengths, stage)
-        x = v[indices]
+        announced = self.receive(v, payload, lengths, stage)
+        x, scale = v[announced.indices], announced.scale
         if x.numel() == 0:
-            return Exchanged([], Piece(indices, x))
+            return Exchanged([], Piece(announced.indices, x))
         with replicated(x.device):
             z_k = self.autoencoder.encoder(scaled(x, scale)[None]).nan_to_num(0.0, 0.0, 0.0)
             z, z_k = self._average(z_k)
             decoder = partial(self.autoencoder.decoder, torch.cat([z, z_k]), x.numel())
             y, y_k = self.watch.decode(decoder, same=slice(1)) * scale
         if not bool(torch.isfinite(y).all()):  # known to every rank, since y is the same on all
-            return self.fall_back(v, indices, stage)
+            return self.fall_back(v, announced.indices, stage)
         y_k = torch.where(torch.isfinite(y_k), y_k, y)
         self.watch.observe(x, y_k)
-        return Exchanged([Piece(indices, y)], Piece(indices, y_k))
+        return self.exchanged(y, y_k, announced)
 
     def loss(self, x: Tensor, step: int) -> Tensor:
         return self.autoencoder.loss(x)

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from lgc.coding import Float32, Kind, Uniform, ValueCodec, pack, size_limit, unpack
+from lgc.coding import Kind, Uniform, ValueCodec, pack, size_limit, unpack
 from lgc.comm.transport import SERVER, Transport
 from lgc.rounds.aggregator import Aggregator
 from lgc.rounds.autoencoder import ServerAutoencoder, replicated
@@ -19,6 +19,7 @@ from lgc.rounds.feedback import Piece
 from lgc.rounds.layout import Layout, entries
 from lgc.rounds.schedule import Stage
 from lgc.rounds.selection import largest
+from lgc.rounds.topk import Announced
 from lgc.schemes.arguments import require, require_number
 from lgc.schemes.learned import LearnedExchange, LGCAggregator, LGCScheme, scaled
 
@@ -64,30 +65,28 @@ class ServerExchange(LearnedExchange):
         return sum(self.region.element_counts())
 
     def prepare(self, v: Tensor, stage: Stage) -> Tensor:
-        """The leader's indices, scale and latent; nothing from the other ranks."""
+        """The leader's indices, scale, zeros and latent; nothing from the other ranks."""
         if not self.leads(stage.step) or not self._selected:
             return nothing()
         positions = self.region.select(v)
         x = v[self.region.elements(positions)]
-        scale = root_mean_square(x)
         with replicated(v.device):
-            z = self.autoencoder.encoder(scaled(x, scale)[None]).nan_to_num(0.0, 0.0, 0.0)
-        parts = [self.encode_indices(positions), Float32().encode(scale, [1]), self.autoencoder.encode_latent(z)]
+            z = self.autoencoder.encoder(scaled(x, root_mean_square(x))[None]).nan_to_num(0.0, 0.0, 0.0)
+        parts = [*self.announce(positions, x), self.autoencoder.encode_latent(z)]
         return pack(parts, kind=Kind.LATENT, step=stage.step)
 
     def exchange(self, v: Tensor, payload: Tensor | None, lengths: list[int], stage: Stage) -> Exchanged:
         if not self._selected:
             return Exchanged([], Piece(slice(0), v[:0]))
-        indices, scale, z = self._relay_common(v, payload, lengths, stage)
-        x = v[indices]
+        announced, z = self._relay_common(v, payload, lengths, stage)
+        x, scale = v[announced.indices], announced.scale
         innovations = self._relay_innovations(scaled(x, scale), stage.step)
         with replicated(x.device):
             y = self.watch.decode(partial(self.autoencoder.decode, z, innovations)) * scale
         if not bool(torch.isfinite(y).all()):  # known to every rank, since y is the same on all
-            return self.fall_back(v, indices, stage)
+            return self.fall_back(v, announced.indices, stage)
         self.watch.observe(x, y[self.transport.rank])
-        mean = sum_in_order(y) / self.transport.world_size
-        return Exchanged([Piece(indices, mean)], Piece(indices, y[self.transport.rank]))
+        return self.exchanged(sum_in_order(y) / self.transport.world_size, y[self.transport.rank], announced)
 
     def loss(self, x: Tensor, step: int) -> Tensor:
         count = entries(x.shape[1], self.autoencoder.innovation)
@@ -100,18 +99,17 @@ class ServerExchange(LearnedExchange):
 
     def _relay_common(
         self, v: Tensor, payload: Tensor | None, lengths: list[int], stage: Stage
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """The leader's indices, scale and latent, by way of the server."""
+    ) -> tuple[Announced, Tensor]:
+        """What the leader has selected, and its latent, by way of the server."""
         assert payload is not None
         mu, leader = self._selected, self.leader(stage.step)
-        bounds = [self.index_bound(stage), Float32().size([1]), self.autoencoder.latent_size(mu)]
+        bounds = [*self.announced_bounds(stage), self.autoencoder.latent_bound(mu)]
         packet = self.transport.relay_bytes(
             payload, "indices and latents", source=leader, length=lengths[leader], limit=size_limit(bounds)
         )
-        index_code, scale_code, latent_code = unpack(packet, kind=Kind.LATENT, step=stage.step, bounds=bounds)
-        indices = self.decode_indices(index_code, stage, v.device)
+        *parts, latent_code = unpack(packet, kind=Kind.LATENT, step=stage.step, bounds=bounds)
         z = self.autoencoder.decode_latent(latent_code, mu)
-        return indices, Float32().decode(scale_code, [1]).to(v.device), z.to(v.device)
+        return self.announced(parts, stage, v.device), z.to(v.device)
 
     def _relay_innovations(self, x: Tensor, step: int) -> Tensor:
         """The innovations of all ranks, shape (K, mu), by way of the server."""
@@ -119,7 +117,7 @@ class ServerExchange(LearnedExchange):
         sizes, counts = [x.numel()], [positions.numel()]
         parts = [self.codecs.indices.encode(positions, sizes), self.codecs.values.encode(x[positions], counts)]
         payload = pack(parts, kind=Kind.INNOVATION, step=step)
-        bounds = [self.codecs.indices.bound(sizes, counts), self.codecs.values.size(counts)]
+        bounds = [self.codecs.indices.bound(sizes, counts), self.codecs.values.bound(counts)]
         innovations = x.new_zeros(self.transport.world_size, x.numel())
         for innovation, received in zip(innovations, self._relay_all(payload, size_limit(bounds)), strict=True):
             index_code, value_code = unpack(received, kind=Kind.INNOVATION, step=step, bounds=bounds)
