@@ -470,6 +470,12 @@ def test_report_refuses_folders_without_runs(tmp_path: Path) -> None:
     result = CliRunner().invoke(main, ["report", str(tmp_path)])
     assert result.exit_code == 2
     assert "no summary.json" in result.output
+    (tmp_path / "summary.json").write_text("{")
+    result = CliRunner().invoke(main, ["report", str(tmp_path)])
+    assert result.exit_code == 2
+    assert "WARNING: left out" in result.output
+    assert "can be read; repeat those left out with --overwrite" in result.output
+    assert "has finished" not in result.output
 
 
 UNREADABLE = {

@@ -8,14 +8,16 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
-from torch import nn
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 
-from lgc.caller import Caller, RoundTime
+from lgc.caller import Caller, Detached, RoundTime
 from lgc.comm.replicas import OnDifference, require_agreement
 from lgc.comm.traffic import Wire, summarise, wire_from_json
 from lgc.comm.transport import Transport
-from lgc.ddp import CollectedBuckets, ReducedBuckets
+from lgc.ddp import Buckets, CollectedBuckets, ReducedBuckets
 from lgc.local_steps import LocalRounds
 from lgc.phase import Phase
 from lgc.requirements import (
@@ -40,6 +42,7 @@ STATE_VERSION = 4
 STATE_HINTS = {
     "version": "; finish the run with the release of lgc that began it",
     "world_size": "; lgc.checkpoint.load or reshard adapts it",
+    "rank": "; every rank loads its own, see lgc.checkpoint.load",
     "scheme": "; to change it, load everything but the handle: what was owed is lost",
 }
 
@@ -110,7 +113,7 @@ def attach(
     require_agreement(transport, "attach", describe(model, scheme, asdict(policy), transport.world_size))
     if transport.rank == 0:
         advise(model, scheme, optimizer)
-    caller: Caller
+    caller: LocalRounds | Buckets
     if isinstance(scheme, LocalSteps):
         assert optimizer is not None  # required above
         caller = LocalRounds(model, scheme, transport, policy, optimizer, grad_scaler)
@@ -120,10 +123,15 @@ def attach(
         caller = ReducedBuckets(require_ddp(model), scheme, transport, policy)
     handle = Handle(scheme, transport, caller, sum(parameter.numel() for _, parameter in trained(model)))
     if isinstance(model, DistributedDataParallel):
-        model.register_comm_hook(None, caller.exchange)
+        model.register_comm_hook(caller, _exchange)
     for each in (model, module) if isinstance(scheme, LocalSteps) else (model,):
         _attached[each] = weakref.ref(caller), scheme
     return handle
+
+
+def _exchange(caller: LocalRounds | Buckets, bucket: dist.GradBucket) -> Future[Tensor]:
+    """Exchange one of DDP's buckets: the communication hook, a function that copies of the model can share."""
+    return caller.exchange(bucket)
 
 
 def _require_unattached(*modules: nn.Module) -> None:
@@ -153,6 +161,15 @@ class Handle:
         self.parameters = parameters
         self._caller = caller
         self.synchronizer: Synchronizer | None = caller.synchronizer
+
+    def __deepcopy__(self, _: object) -> Detached:
+        return Detached()
+
+    def __reduce__(self) -> Any:
+        raise TypeError(
+            "a handle cannot be pickled, as it belongs to this process's group; save handle.state_dict(), and where a "
+            "module that is saved whole has the handle as an attribute, keep it elsewhere."
+        )
 
     def anchored(self) -> AbstractContextManager[None]:
         """Have in the model what all ranks share, for evaluation and export: under local steps that of the last round.

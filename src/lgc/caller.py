@@ -20,6 +20,18 @@ class RoundTime(NamedTuple):
     communication: float
 
 
+class Detached:
+    """Stands in a copy of a model for what is attached to the original, and says so when it is used."""
+
+    def __getattr__(self, name: str) -> object:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        raise RuntimeError(
+            f"lgc: this is part of a copy of a model, to which nothing is attached; use the original's handle for "
+            f"{name}, or attach a scheme to the copy."
+        )
+
+
 class Caller:
     """The part of an attached scheme that a training loop drives, and that makes its rounds.
 
@@ -34,6 +46,9 @@ class Caller:
     phase = Phase.DENSE
     synchronizer: Synchronizer | None = None
     round_time: RoundTime | None = None
+
+    def __reduce__(self) -> tuple[type[Detached], tuple[()]]:
+        return Detached, ()
 
     def anchored(self) -> AbstractContextManager[None]:
         """Have in the model for a while what all ranks share; where every step is exchanged it is there anyway."""

@@ -3,15 +3,18 @@
 # No `from __future__ import annotations`: DDP compares the hook's annotations by identity.
 import weakref
 from abc import abstractmethod
+from collections.abc import Iterable
+from functools import partial
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
 from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 
-from lgc.caller import Caller, RoundTime
+from lgc.caller import Caller, Detached, RoundTime
 from lgc.comm.replicas import ReplicaCheck
 from lgc.comm.transport import Transport, clock
 from lgc.phase import Phase
@@ -37,35 +40,79 @@ def _laid_out_as(parameter: Tensor, gradient: Tensor) -> Tensor:
 
 
 class Buckets(Caller):
-    """A DDP model's communication hook."""
+    """A DDP model's communication hook.
+
+    Attributes:
+        has_begun: whether a backward pass has reached the parameters since the last round, synchronised or not. Only
+            under `join()`, once this rank's inputs have run out, is there a round without one.
+    """
+
+    has_begun = False
+
+    def __init__(self, ddp: DistributedDataParallel) -> None:
+        self._ddp = weakref.ref(ddp)
+        # Unlike hooks of the parameters, these are not called by torch.autograd.grad, which changes no `.grad`.
+        accumulators = [get_gradient_edge(parameter).node for _, parameter in trained(ddp)]  # which DDP keeps
+        hooks = [accumulator.register_prehook(self._before_accumulating) for accumulator in accumulators]
+        weakref.finalize(ddp, _remove, hooks)  # the module may be trained on without DDP
+
+    def _before_accumulating(self, _: object) -> None:
+        if not self.has_begun:
+            self.has_begun = True
+            self.begin()
 
     @abstractmethod
-    def exchange(self, _: object, bucket: dist.GradBucket) -> Future[Tensor]:
+    def begin(self) -> None:
+        """The first backward pass since the last round begins: weights rest, where loops may disturb them later."""
+
+    def exchange(self, bucket: dist.GradBucket) -> Future[Tensor]:
         """The mean of a bucket over the ranks, in its buffer."""
+        try:
+            return self.reduce(bucket)
+        except Exception as error:
+            if (ddp := self._ddp()) is not None:
+                ddp.register_forward_pre_hook(partial(_refuse, self, f"{type(error).__name__}: {error}"))
+            raise
+
+    @abstractmethod
+    def reduce(self, bucket: dist.GradBucket) -> Future[Tensor]:
+        """As `exchange`. What it raises leaves DDP amid its backward pass, which it cannot go on from."""
+
+
+def _remove(hooks: Iterable[torch.utils.hooks.RemovableHandle]) -> None:
+    for hook in hooks:
+        hook.remove()
+
+
+def _refuse(caller: Caller | Detached, reason: str, *_: object) -> None:
+    if isinstance(caller, Caller) and torch.is_grad_enabled():  # a copy of the model has a DDP of its own
+        raise RuntimeError(f"lgc: DDP cannot run this model again, as its last backward pass has failed: {reason}")
 
 
 class ReducedBuckets(Buckets):
     """Reduces every bucket as soon as DDP has it, as DDP itself and its hooks do, counted."""
 
     def __init__(self, ddp: DistributedDataParallel, scheme: Scheme, transport: Transport, policy: Policy) -> None:
+        super().__init__(ddp)
         self._scheme = scheme
         self._transport = transport
         self._power_sgd = PowerSGDHook(scheme, transport) if isinstance(scheme, PowerSGD) else None
         self._replicas = {f"parameter {name}": parameter for name, parameter in trained(ddp)}
         self._check = ReplicaCheck(transport, policy.check_every, policy.on_difference)
-        self._has_gradient = False  # in this round
 
-    def exchange(self, _: object, bucket: dist.GradBucket) -> Future[Tensor]:
+    def begin(self) -> None:
+        self._check.look(self.step, self._replicas)
+
+    def reduce(self, bucket: dist.GradBucket) -> Future[Tensor]:
         buffer = bucket.buffer()
         if bucket.index() == 0:
             self.phase = self._power_sgd.phase if self._power_sgd else Phase.DENSE
             self._transport.begin(self.phase)
-            self._has_gradient = False
-        if self._check.is_due(self.step):
-            self._has_gradient |= bool(buffer.any())
-            if bucket.is_last():
-                self._check.run(self.step, self._replicas, counts=self._has_gradient)
-        self.step += bucket.is_last()
+        if bucket.is_last():
+            if self._check.is_due(self.step):
+                self._check.run(self.step, self._replicas, counts=self.has_begun)
+            self.step += 1
+            self.has_begun = False
         if self._power_sgd:
             return self._power_sgd.reduce(bucket)
         dtype = self._scheme.dtype if isinstance(self._scheme, Dense) else None
@@ -97,6 +144,7 @@ class CollectedBuckets(Buckets):
         optimizer: torch.optim.Optimizer | None,
         grad_scaler: torch.amp.GradScaler | None,
     ) -> None:
+        super().__init__(ddp)
         self._scheme = scheme
         self._transport = transport
         self._optimizer = optimizer
@@ -108,16 +156,22 @@ class CollectedBuckets(Buckets):
         self._unused_possible = ddp.find_unused_parameters or ddp.static_graph
         self._gradients_are_views = ddp.gradient_as_bucket_view
         self._pending: list[_Pending] = []
-        self._delivered = False
+        self._delivered = False  # the last mean, which is in the gradients until they are zeroed
+        self._stale: str | None = None  # a parameter whose gradient had it still when a backward pass began
         replicas = {f"parameter {name}": parameter for name, parameter in self._parameters.items()}
         self.synchronizer = Synchronizer(scheme, self._parameters, transport, policy, replicas)
         self.phase = self.synchronizer.phase(0)
-        guard = torch.autograd.graph.register_multi_grad_hook(
-            list(self._parameters.values()), self._require_fresh_gradients, mode="any"
-        )
-        weakref.finalize(ddp, guard.remove)  # the module may be trained on without DDP
 
-    def exchange(self, _: object, bucket: dist.GradBucket) -> Future[Tensor]:
+    def _before_accumulating(self, gradients: object) -> None:
+        super()._before_accumulating(gradients)
+        if self._delivered:
+            self._stale = self._find_stale_gradient()
+            self._delivered = self._stale is not None
+
+    def begin(self) -> None:
+        self.synchronizer.look(self.step)
+
+    def reduce(self, bucket: dist.GradBucket) -> Future[Tensor]:
         gradients = [(self._names[id(parameter)], gradient) for parameter, gradient in gradients_in(bucket)]
         devices: list[int | str | torch.device] = [self._device] if self._device.type == "cuda" else []
         future: Future[Tensor] = Future(devices=devices)
@@ -131,14 +185,16 @@ class CollectedBuckets(Buckets):
         return future
 
     def _synchronize(self, pending: list[_Pending]) -> dict[str, Tensor]:
-        if self._optimizer is not None:  # a scheduler or load_state_dict may have given it momentum since attach
-            with self._transport.announcing():
+        with self._transport.announcing():
+            self._require_fresh_gradients()
+            if self._optimizer is not None:  # a scheduler or load_state_dict may have given it momentum since attach
                 require_single_momentum(self._scheme, self._optimizer)
         self.phase = self.synchronizer.phase(self.step)
         gradients = {name: gradient for bucket in pending for name, gradient in bucket.gradients}
         scale = None if self._grad_scaler is None else self._grad_scaler.get_scale()
-        means = self.synchronizer.synchronize(gradients, self.step, scale=scale)
+        means = self.synchronizer.synchronize(gradients, self.step, scale=scale, counts=self.has_begun)
         self.step += 1
+        self.has_begun = False
         return means
 
     def _deliver(self, means: dict[str, Tensor], pending: list[_Pending]) -> None:
@@ -159,18 +215,24 @@ class CollectedBuckets(Buckets):
                     parameter.grad = views[name] if self._gradients_are_views else torch.empty_like(parameter)
                 parameter.grad.copy_(means[name])
 
-    def _require_fresh_gradients(self, _: Tensor) -> None:
-        # A second backward would add the last mean to the new gradients, and feedback would count it twice.
-        if not self._delivered:
-            return
+    def _find_stale_gradient(self) -> str | None:
+        """A parameter whose gradient still has the last mean, if any; zeroes those that another optimizer has."""
+        stale = None
         for name, parameter in self._parameters.items():
             if parameter.grad is None:
                 continue
             if self._optimized is not None and id(parameter) not in self._optimized:
-                parameter.grad.zero_()  # nobody else does
-            elif bool(parameter.grad.any()):
-                raise RuntimeError(
-                    f"lgc: backward() with the last step's mean still in the gradient of {name!r}; call "
-                    "optimizer.zero_grad() between steps, and accumulate under the model's no_sync()."
-                )
-        self._delivered = False
+                parameter.grad.zero_()
+            elif stale is None and bool(parameter.grad.any()):
+                stale = name
+        return stale
+
+    def _require_fresh_gradients(self) -> None:
+        # This backward pass has added the last mean to the new gradients, and feedback would count it twice.
+        if self._stale is not None:
+            raise RuntimeError(
+                f"lgc: backward() with the last step's mean still in the gradient of {self._stale!r}; call "
+                "optimizer.zero_grad() between steps, and accumulate under the model's no_sync(). Where it is the loss "
+                "of another model that goes through this one, such as a generator's through its discriminator, switch "
+                "this one off meanwhile by requires_grad_(False): its scheme would take it for a step of its own."
+            )

@@ -153,7 +153,7 @@ class LocalRounds(Caller):
         rounds_done = self._launched is None and all(each.step == self.step for each in self._fragments)
         return rounds_done or not self._has_begun
 
-    def exchange(self, _: object, bucket: dist.GradBucket) -> Future[Tensor]:
+    def exchange(self, bucket: dist.GradBucket) -> Future[Tensor]:
         """Exchange one of DDP's buckets during the start, and leave it this rank's own from then on: its hook."""
         ddp = self._ddp()
         if isinstance(ddp, DistributedDataParallel) and ddp._join_config.enable:
@@ -163,7 +163,7 @@ class LocalRounds(Caller):
             )
         if self._is_starting:
             assert isinstance(self._start, CollectedBuckets)
-            return self._start.exchange(None, bucket)
+            return self._start.exchange(bucket)
         device = bucket.buffer().device
         future: Future[Tensor] = Future(devices=[device] if device.type == "cuda" else [])
         future.set_result(bucket.buffer())
@@ -392,7 +392,7 @@ class LocalRounds(Caller):
             self._call_roll()
             if not self._has_begun:  # the weights are the same, unless something else than this optimizer moves them
                 weights = {f"parameter {name}": parameter for name, parameter in self._parameters.items()}
-                ReplicaCheck(self._transport, 1, self._policy.on_difference).run(self.step, weights, counts=True)
+                ReplicaCheck(self._transport, 1, self._policy.on_difference).run(self.step, weights)
                 self._combine_buffers()
                 return
             for fragment in self._fragments:

@@ -13,11 +13,13 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from lgc.caller import Detached
 from lgc.comm.transport import LEAST_TIMEOUT, MOST_TIMEOUT
 from lgc.schemes import Dense, LocalSteps, RoundScheme, Scheme
 from lgc.version import __version__
 
-ADAPTIVE = {"betas", "alpha", "rho", "lr_decay"}  # what Adam, RMSprop, Adadelta and Adagrad have
+# What Adam, RMSprop, Adadelta, Adagrad, Rprop, torch's and transformers' Adafactor have in their groups.
+ADAPTIVE = {"betas", "alpha", "rho", "lr_decay", "etas", "beta2_decay", "decay_rate"}
 
 
 def require_types(scheme: object, optimizer: object, grad_scaler: object, timeout: float | None) -> None:
@@ -76,7 +78,10 @@ def group_of(model: nn.Module) -> dist.ProcessGroup:
 
 def require_exchangeable(model: nn.Module) -> None:
     """Raise if DDP is set to something, or the model has something, that lgc cannot do."""
-    if isinstance(model, DistributedDataParallel) and (model._comm_hooks or model.mixed_precision is not None):
+    if isinstance(model, DistributedDataParallel) and (
+        any(not isinstance(state, Detached) for _, state in model._comm_hooks)  # a copied model has that
+        or model.mixed_precision is not None
+    ):
         raise RuntimeError(
             "attach: this model already has a communication hook (register_comm_hook or mixed_precision=), and DDP "
             "allows one; use autocast for mixed precision."

@@ -101,7 +101,16 @@ class Synchronizer:
         """The phase of the round of `step`, counted from 0."""
         return self.aggregator.schedule.at(step).phase
 
-    def synchronize(self, tensors: Mapping[str, Tensor], step: int, *, scale: float | None = None) -> dict[str, Tensor]:
+    def look(self, step: int) -> None:
+        """Take the replicas as they are now for the comparison in the round of `step`, if there is one.
+
+        For callers whose weights may be disturbed by then, as SAM disturbs them; else they are taken in the round.
+        """
+        self._check.look(step, self._replicas)
+
+    def synchronize(
+        self, tensors: Mapping[str, Tensor], step: int, *, scale: float | None = None, counts: bool = True
+    ) -> dict[str, Tensor]:
         """The mean over the ranks, by name: float32, valid until the next round; a collective.
 
         Args:
@@ -109,6 +118,7 @@ class Synchronizer:
             step: of the round, the same on every rank.
             scale: what a GradScaler has multiplied them by, and the means are too. What is kept between rounds is in
                 unscaled units. None without one.
+            counts: whether the replicas of this rank are compared, when it is time.
 
         Raises:
             ValueError: the tensors are not those that this was made for.
@@ -118,9 +128,11 @@ class Synchronizer:
                 has changed. With "propagate" all means are NaN.
         """
         with self.transport.announcing(RankError, ReplicaError, FloatingPointError):
-            return self._synchronize(tensors, step, scale)
+            return self._synchronize(tensors, step, scale, counts)
 
-    def _synchronize(self, tensors: Mapping[str, Tensor], step: int, scale: float | None) -> dict[str, Tensor]:
+    def _synchronize(
+        self, tensors: Mapping[str, Tensor], step: int, scale: float | None, counts: bool
+    ) -> dict[str, Tensor]:
         layout = self.aggregator.layout
         if tensors.keys() != layout.slices.keys():
             names = ", ".join(sorted(tensors.keys() ^ layout.slices.keys()))
@@ -137,7 +149,7 @@ class Synchronizer:
         result = self.aggregator.aggregate(self._flat, step)
         if self._check.is_due(step):  # once the opening has shown that it is for all ranks
             replicas = {**self._replicas, **self.aggregator.replicas()}
-            self._check.run(step, replicas, counts=bool(self._flat.any()))
+            self._check.run(step, replicas, counts=counts)
         for observer in self.observers:
             observer.after_round(step, result)
         self._report_nonfinite(result.nonfinite_ranks, step, warn=scale is None)

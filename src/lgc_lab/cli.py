@@ -181,7 +181,12 @@ def report(folders: tuple[Path, ...], out: Path | None, links: tuple[str, ...]) 
         runs = find_runs(folders)
         if not runs:
             where = ", ".join(map(str, folders))
-            raise click.UsageError(f"no {SUMMARY} in {where} or below: no run has finished there.")
+            found = any(True for folder in folders for _ in folder.rglob(SUMMARY))
+            raise click.UsageError(
+                f"none of the runs in {where} or below can be read; repeat those left out with --overwrite."
+                if found
+                else f"no {SUMMARY} in {where} or below: no run has finished there."
+            )
         _report(runs, page, rates)
 
 

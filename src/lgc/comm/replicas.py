@@ -18,6 +18,7 @@ logger = logging.getLogger("lgc")
 OnDifference = Literal["raise", "synchronise"]
 
 DIGEST_WORDS = 2**22
+BLIND_CHECKS = 3  # in a row, after which it is said
 
 
 class ReplicaError(RuntimeError):
@@ -55,20 +56,27 @@ class Difference(NamedTuple):
     source: int
 
 
-def compare(transport: Transport, tensors: Mapping[str, Tensor], *, counts: bool) -> dict[str, Difference]:
-    """Compare the tensors of the ranks that count, by name; a collective of 8 bytes a tensor, and 8 more."""
+class Comparison(NamedTuple):
+    """The ranks that were compared, and the tensors in which they differ, by name."""
+
+    ranks: list[int]
+    differences: dict[str, Difference]
+
+
+def compare(transport: Transport, digests: Mapping[str, Tensor], *, counts: bool) -> Comparison:
+    """Compare the digests of the ranks that count, by name; a collective of 8 bytes a tensor, and 8 more."""
     counting = torch.tensor(int(counts), device="cpu")
-    digests = torch.stack([*(digest(tensor).cpu() for tensor in tensors.values()), counting])
-    *by_tensor, counted = transport.all_gather(digests, "replica check").T.tolist()
+    words = torch.stack([*(each.cpu() for each in digests.values()), counting])
+    *by_tensor, counted = transport.all_gather(words, "replica check").T.tolist()
     ranks = [rank for rank, each in enumerate(counted) if each]
     differences = {}
-    for name, of_all in zip(tensors, by_tensor, strict=True):
+    for name, of_all in zip(digests, by_tensor, strict=True):
         values = [of_all[rank] for rank in ranks]
         usual = max(values, key=lambda value: (values.count(value), value == values[0]), default=None)
         if values.count(usual) < len(values):
             others = [rank for rank in ranks if of_all[rank] != usual]
             differences[name] = Difference(others, next(rank for rank in ranks if rank not in others))
-    return differences
+    return Comparison(ranks, differences)
 
 
 class ReplicaCheck:
@@ -84,27 +92,48 @@ class ReplicaCheck:
         self._transport = transport
         self._every = every
         self._on_difference = on_difference
+        self._looked: dict[str, Tensor] = {}  # digests of what is compared next
+        self._without_ranks = 0  # comparisons in a row
 
     def is_due(self, step: int) -> bool:
         """Whether to compare before the round of `step`."""
         return self._every > 0 and step % self._every == 0 and self._transport.world_size > 1
 
-    def run(self, step: int, replicas: Mapping[str, Tensor], *, counts: bool) -> None:
-        """Compare the tensors by name, as they are before the round of `step`; a collective.
+    def look(self, step: int, replicas: Mapping[str, Tensor]) -> None:
+        """Take the tensors, if they are to be compared in the round of `step`, as they are now, where weights rest."""
+        if self.is_due(step):
+            self._looked = {name: digest(tensor) for name, tensor in replicas.items()}
 
-        A rank does not count, and says so here, where it gives zeros for gradients: once its inputs have run out under
-        `join()`, it goes on like that, without updates of its own.
+    def run(self, step: int, replicas: Mapping[str, Tensor], *, counts: bool = True) -> None:
+        """Compare the tensors by name, as they were at the last `look`, or else are now; a collective.
+
+        A rank does not count, and says so here, once its inputs have run out under `join()`: it goes on without updates
+        of its own.
 
         Raises:
             ReplicaError: on every rank, naming the tensors and the ranks that differ.
         """
-        differences = compare(self._transport, replicas, counts=counts)
+        looked, self._looked = self._looked, {}
+        digests = {name: looked[name] if name in looked else digest(tensor) for name, tensor in replicas.items()}
+        ranks, differences = compare(self._transport, digests, counts=counts)
+        self._without_ranks = 0 if ranks else self._without_ranks + 1
+        if self._without_ranks == BLIND_CHECKS and self._transport.rank == 0:
+            logger.warning(
+                "step %d: at the last %d checks no rank could be compared, as no backward pass has been seen to give "
+                "gradients to the parameters; compare them yourself, as nothing else would show that ranks differ.",
+                step,
+                BLIND_CHECKS,
+            )
         if not differences:
             return
         found = "; ".join(f"{name} on rank {', '.join(map(str, each.ranks))}" for name, each in differences.items())
         message = f"lgc: step {step}: the ranks are no longer the same: {found}"
         if self._on_difference == "raise":
-            raise ReplicaError(f"{message}.")
+            raise ReplicaError(
+                f"{message}. Something changes them on each rank alone, such as an optimizer that steps within the "
+                'backward pass, before the exchange. attach(on_difference="synchronise") takes those of most ranks, '
+                "with a warning."
+            )
         if self._transport.rank == 0:
             logger.warning("%s; taking those of the others.", message)
         for name, difference in differences.items():

@@ -180,8 +180,14 @@ class Transport:
         self.count_all_reduce(_bytes(tensor), content)
         work = dist.all_reduce(tensor, group=self.group, async_op=True)
         assert work is not None
-        future: torch.futures.Future[Tensor] = work.get_future().then(lambda done: done.value()[0])
+        future: torch.futures.Future[Tensor] = work.get_future().then(self._summed)
         return future
+
+    def _summed(self, done: torch.futures.Future[list[Tensor]]) -> Tensor:
+        try:
+            return done.value()[0]
+        except RuntimeError as error:
+            raise RankError(f"lgc: {self._lost(error)}") from error
 
     def count_all_reduce(self, size: int, content: str) -> None:
         """Count an all-reduce of `size` bytes, for one that is not performed here."""
@@ -347,10 +353,15 @@ class Transport:
             yield
             clock(self.device)  # else NCCL would only have been told to
         except RuntimeError as error:
-            reason = self._announced() or f"rank {self.rank}: an exchange with the other ranks has failed: {error}"
-            raise RankError(f"lgc: {reason}") from error
+            raise RankError(f"lgc: {self._announced() or self._lost(error)}") from error
         finally:
             self.seconds += time.perf_counter() - started
+
+    def _lost(self, error: RuntimeError) -> str:
+        return (
+            f"rank {self.rank}: an exchange with the other ranks has failed: {error}. If no rank has failed, one was "
+            "waited for too long: give attach a timeout= longer than what one rank does alone, such as an evaluation."
+        )
 
     def _announced(self) -> str | None:
         deadline = time.monotonic() + ANNOUNCEMENT_WAIT_S

@@ -97,7 +97,10 @@ class Layout:
                     segments.append(Segment(POOL, role, slice(start, position), pooled_rate))
         self.size = position
         if self.size >= INDEX_LIMIT:
-            raise ValueError(f"positions must fit into int32: at most {INDEX_LIMIT - 1} elements, got {self.size}.")
+            raise ValueError(
+                f"positions must fit into int32: at most {INDEX_LIMIT - 1} parameters, got {self.size}; train fewer, "
+                "or use LocalSteps(fragments=..., start_steps=0), or dense, bf16, fp16 or powersgd."
+            )
         sizes = {role: sum(math.prod(shapes[name]) for name in shapes if roles[name] is role) for role in Role}
         self.dense = slice(0, sizes[Role.DENSE])
         self.own = [segment for segment in segments if segment.role is Role.OWN]

@@ -1,0 +1,394 @@
+"""Training loops that do more with gradients and models than one backward pass a step, on real ranks."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import io
+import logging
+import time
+from collections.abc import Callable
+from typing import Any
+from unittest import TestCase
+
+import pytest
+import torch
+from ddp_models import seeded
+from ranks import Ranks
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel
+
+import lgc
+from lgc.comm.replicas import ReplicaCheck, ReplicaError
+from lgc.comm.transport import RankError, Transport
+
+RankFactory = Callable[[int], Ranks]
+
+SCHEMES = {"dense": "dense", "dgc": "dgc:rate=0.1", "local": "local:every=2:start_steps=2+dense"}
+every_scheme = pytest.mark.parametrize("scheme", SCHEMES.values(), ids=SCHEMES)
+every_hook = pytest.mark.parametrize("scheme", [SCHEMES["dense"], SCHEMES["dgc"]], ids=["dense", "dgc"])
+
+
+def network(seed: int = 0, outputs: int = 3) -> DistributedDataParallel:
+    with seeded(seed):
+        return DistributedDataParallel(nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, outputs)))
+
+
+def inputs(rank: int, step: int) -> Tensor:
+    return torch.randn(4, 8, generator=torch.Generator().manual_seed(100 * step + rank))
+
+
+def sgd(model: nn.Module) -> torch.optim.SGD:
+    return torch.optim.SGD(model.parameters(), lr=0.1)
+
+
+def weights(model: nn.Module) -> Tensor:
+    return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
+
+
+def attached(scheme: str, **policy: Any) -> tuple[DistributedDataParallel, torch.optim.SGD, lgc.Handle]:
+    ddp = network()
+    optimizer = sgd(ddp)
+    return ddp, optimizer, lgc.attach(ddp, scheme, optimizer, **policy)
+
+
+def train(rank: int, ddp: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> Tensor:
+    for step in steps:
+        optimizer.zero_grad()
+        ddp(inputs(rank, step)).square().mean().backward()
+        optimizer.step()
+    return weights(ddp)
+
+
+def assert_alike(results: list[Tensor]) -> None:
+    assert all(torch.equal(each, results[0]) for each in results)
+    assert bool(results[0].isfinite().all())
+
+
+# --- copies ---
+
+
+def copy_and_go_on(rank: int, _: int, scheme: str, copies: bool) -> Tensor:
+    ddp, optimizer, handle = attached(scheme)
+    ddp.module.handle = handle  # as modules of some frameworks keep it
+    train(rank, ddp, optimizer, range(3))
+    if copies:
+        with handle.anchored():
+            AveragedModel(ddp).update_parameters(ddp)
+            copied, again = copy.deepcopy(ddp), copy.deepcopy(ddp)
+        with pytest.raises(RuntimeError, match=r"copy of a model.*original's handle for finish"):
+            copied.module.handle.finish()
+        plain = network()
+        plain.module.load_state_dict(copied.module.state_dict())
+        for each in (copied, plain):
+            train(rank, each, sgd(each), range(2))
+        assert torch.equal(weights(copied), weights(plain))
+        optimizer_of_copy = sgd(again)
+        assert lgc.attach(again, "topk:rate=0.5", optimizer_of_copy).step == 0
+        train(rank, again, optimizer_of_copy, range(2))
+    return train(rank, ddp, optimizer, range(3, 6))
+
+
+@every_scheme
+def test_a_copy_is_a_plain_model_and_leaves_the_original_as_it_is(ranks: RankFactory, scheme: str) -> None:
+    for copying, plain in zip(*(ranks(2).run(copy_and_go_on, scheme, copies) for copies in (True, False)), strict=True):
+        assert torch.equal(copying, plain)
+
+
+def save_whole(rank: int, _: int, scheme: str) -> Tensor:
+    ddp, optimizer, handle = attached(scheme)
+    train(rank, ddp, optimizer, range(3))
+    file = io.BytesIO()
+    with handle.anchored():
+        torch.save(ddp, file)
+    file.seek(0)
+    loaded = torch.load(file, weights_only=False)
+    with pytest.raises(TypeError, match=r"save handle\.state_dict\(\)"):
+        torch.save(handle, io.BytesIO())
+    return train(rank, loaded, sgd(loaded), range(2))
+
+
+@every_scheme
+def test_a_whole_model_can_be_saved_and_is_a_plain_one_when_loaded(ranks: RankFactory, scheme: str) -> None:
+    assert_alike(ranks(2).run(save_whole, scheme))
+
+
+# --- gradients that others compute ---
+
+
+def train_beside_probes(rank: int, _: int, scheme: str, probes: bool) -> Tensor:
+    ddp = network()
+    first, second = (sgd(layer) for layer in (ddp.module[0], ddp.module[2]))
+    with TestCase().assertLogs("lgc.advice") if rank == 0 else contextlib.nullcontext():
+        lgc.attach(ddp, scheme, first)
+    for step in range(5):
+        first.zero_grad()
+        second.zero_grad()
+        ddp(inputs(rank, step)).square().mean().backward()
+        first.step()
+        if probes:  # GradNorm, a penalty: the gradients are returned, none is accumulated
+            torch.autograd.grad(ddp.module(inputs(rank, step)).sum(), list(ddp.parameters()))
+        second.step()
+        if probes:
+            first.zero_grad()
+            with ddp.no_sync():  # accumulated, looked at, and thrown away
+                ddp(inputs(rank, step)).sum().backward()
+    return weights(ddp)
+
+
+@pytest.mark.parametrize("scheme", ["dgc:rate=0.1", "local:every=2:start_steps=3+dense"], ids=["dgc", "local"])
+def test_gradients_computed_for_something_else_change_nothing(ranks: RankFactory, scheme: str) -> None:
+    for probing, plain in zip(*(ranks(2).run(train_beside_probes, scheme, p) for p in (True, False)), strict=True):
+        assert torch.equal(probing, plain)
+
+
+def probe_without_zeroing(rank: int, _: int, zeroes: bool) -> Tensor:
+    ddp, optimizer, _handle = attached("dgc:rate=0.1")
+    train(rank, ddp, optimizer, range(1))
+    with ddp.no_sync():
+        ddp(inputs(rank, 1)).sum().backward()  # on top of the last mean
+    if zeroes:
+        optimizer.zero_grad()
+    ddp(inputs(rank, 1)).square().mean().backward()
+    optimizer.step()
+    return weights(ddp)
+
+
+def test_the_last_mean_is_refused_in_what_is_exchanged_and_only_there(ranks: RankFactory) -> None:
+    assert_alike(ranks(2).run(probe_without_zeroing, True))
+    for failure in ranks(2).exceptions(probe_without_zeroing, False):
+        assert isinstance(failure, RuntimeError)
+        assert "the last step's mean still in the gradient of '0.weight'" in str(failure)
+
+
+# --- one model's loss through another ---
+
+
+def train_adversaries(rank: int, _: int, scheme: str, switches_off: bool) -> tuple[int, Tensor]:
+    critic, generator = network(0), network(1, outputs=8)
+    critic_optimizer, generator_optimizer = sgd(critic), sgd(generator)
+    handle = lgc.attach(critic, scheme, critic_optimizer)
+    lgc.attach(generator, scheme, generator_optimizer)
+    for step in range(4):
+        noise = inputs(rank, step)
+        critic_optimizer.zero_grad()
+        (critic(noise).mean() - critic(generator(noise).detach()).mean()).backward()
+        critic_optimizer.step()
+        generator_optimizer.zero_grad()
+        critic.requires_grad_(not switches_off)
+        critic(generator(noise)).mean().backward()
+        critic.requires_grad_(True)
+        generator_optimizer.step()
+    return handle.step, torch.cat([weights(critic), weights(generator)])
+
+
+@every_scheme
+def test_a_model_that_is_switched_off_lets_anothers_loss_through(ranks: RankFactory, scheme: str) -> None:
+    (steps, trained), (_, other) = ranks(2).run(train_adversaries, scheme, True)
+    assert steps == 4
+    assert_alike([trained, other])
+
+
+def test_a_model_that_anothers_loss_goes_through_says_to_switch_it_off(ranks: RankFactory) -> None:
+    for failure in ranks(2).exceptions(train_adversaries, "dgc:rate=0.1", False):
+        assert "generator's through its discriminator" in str(failure)
+        assert "requires_grad_(False)" in str(failure)
+
+
+# --- replicas are compared, where weights rest ---
+
+
+def step_within_backward(rank: int, _: int, scheme: str) -> None:
+    ddp = network()
+    optimizers = {parameter: torch.optim.SGD([parameter], lr=0.1) for parameter in ddp.parameters()}
+    lgc.attach(ddp, scheme, check_every=2)
+
+    def step(parameter: Tensor) -> None:
+        optimizers[parameter].step()  # type: ignore[index]
+        optimizers[parameter].zero_grad()  # type: ignore[index]
+
+    for parameter in ddp.parameters():
+        parameter.register_post_accumulate_grad_hook(step)
+    with torch.no_grad():  # DDP's hooks look at the gradient, which is zero by now
+        for number in range(3):
+            with torch.enable_grad():
+                loss = ddp(inputs(rank, number)).square().mean()
+            loss.backward()
+
+
+@every_hook
+def test_ranks_whose_gradients_are_zero_are_compared(ranks: RankFactory, scheme: str) -> None:
+    for failure in ranks(2).exceptions(step_within_backward, scheme):
+        assert type(failure) is ReplicaError
+        assert "step 2: the ranks are no longer the same" in str(failure)
+        assert "an optimizer that steps within the backward pass" in str(failure)
+
+
+def move_an_anchor(rank: int, _: int) -> None:
+    ddp, optimizer, handle = attached("local:every=1:start_steps=0+dense", check_every=1)
+    optimizer.param_groups[0]["lr"] = 0.0
+    train(rank, ddp, optimizer, range(1))
+    caller: Any = handle._caller
+    with torch.no_grad():
+        for tensor in (caller._fragments[0].anchor["0.bias"], ddp.module[0].bias):
+            tensor += rank
+    train(rank, ddp, optimizer, range(1, 2))
+
+
+def test_anchors_of_ranks_that_have_not_moved_are_compared(ranks: RankFactory) -> None:
+    for failure in ranks(2).exceptions(move_an_anchor):
+        assert type(failure) is ReplicaError
+        assert "anchor of 0.bias on rank 1" in str(failure)
+
+
+def train_sharpness_aware(rank: int, _: int, scheme: str | None) -> Tensor:
+    ddp = network()
+    optimizer = sgd(ddp)
+    if scheme is not None:
+        lgc.attach(ddp, scheme, optimizer, check_every=1)
+    for step in range(5):
+        x = inputs(rank, step)
+        optimizer.zero_grad()
+        with ddp.no_sync():
+            ddp(x).square().mean().backward()
+        rest = [parameter.detach().clone() for parameter in ddp.parameters()]
+        with torch.no_grad():
+            for parameter in ddp.parameters():
+                assert parameter.grad is not None
+                parameter.add_(parameter.grad, alpha=0.05)  # on each rank another way
+        optimizer.zero_grad()
+        ddp(x).square().mean().backward()
+        with torch.no_grad():
+            for parameter, value in zip(ddp.parameters(), rest, strict=True):
+                parameter.copy_(value)
+        optimizer.step()
+    return weights(ddp)
+
+
+@pytest.mark.parametrize(
+    "scheme",
+    [
+        "dense",
+        "topk:rate=1.0:low_pass=1.0:values=float32",
+        "local:every=1:start_steps=2:start=float32:outer_momentum=0+dense",
+    ],
+)
+def test_weights_that_are_perturbed_while_gradients_are_exchanged_are_the_same_where_they_rest(
+    ranks: RankFactory, scheme: str
+) -> None:
+    plain = ranks(2).run(train_sharpness_aware, None)
+    for result in ranks(2).run(train_sharpness_aware, scheme):
+        torch.testing.assert_close(result, plain[0], rtol=1e-4, atol=1e-6)
+
+
+def compare_none(rank: int, _: int) -> list[str]:
+    check = ReplicaCheck(Transport(torch.distributed.group.WORLD), 1, "raise")  # type: ignore[arg-type]
+    replicas = {"weight": torch.full((3,), float(rank))}
+    with TestCase().assertLogs("lgc", logging.WARNING) if rank == 0 else contextlib.nullcontext() as logged:
+        for step in range(6):
+            check.run(step, replicas, counts=False)
+    return [] if logged is None else logged.output
+
+
+def test_three_comparisons_of_no_rank_are_said_once(ranks: RankFactory) -> None:
+    (said,), nothing = ranks(2).run(compare_none)
+    assert "step 2: at the last 3 checks no rank could be compared" in said
+    assert nothing == []
+
+
+# --- a batch that is not finite ---
+
+
+def skip_a_bad_batch(rank: int, _: int, scheme: str, policy: dict[str, Any]) -> Tensor:
+    ddp, optimizer, _handle = attached(scheme, **policy)
+    for step in range(4):
+        optimizer.zero_grad()
+        x = inputs(rank, step)
+        if step == 1 and rank == 1:
+            x[0] = torch.nan
+        with contextlib.suppress(FloatingPointError):
+            ddp(x).square().mean().backward()
+            if bool(nn.utils.get_total_norm([p.grad for p in ddp.parameters() if p.grad is not None]).isfinite()):
+                optimizer.step()
+    return weights(ddp)
+
+
+@pytest.mark.parametrize("scheme", ["dgc:rate=0.1", "local:every=2:start_steps=3+dense"], ids=["dgc", "local"])
+def test_a_loop_that_catches_the_error_of_a_bad_batch_is_told_how_to_skip_it(ranks: RankFactory, scheme: str) -> None:
+    for failure in ranks(2).exceptions(skip_a_bad_batch, scheme, {}):
+        assert "DDP cannot run this model again" in str(failure)
+        assert "gradient is not finite on rank 1" in str(failure)
+        assert 'on_nonfinite="propagate"' in str(failure)
+    assert_alike(ranks(2).run(skip_a_bad_batch, scheme, {"on_nonfinite": "propagate"}))
+
+
+def use_after_an_error(rank: int, _: int) -> Tensor:
+    ddp, *_others = attached("dgc:rate=0.1")
+    with contextlib.suppress(FloatingPointError):
+        ddp(inputs(rank, 0).fill_(torch.nan)).sum().backward()
+    with torch.no_grad():
+        ddp(inputs(rank, 0))
+    copied = copy.deepcopy(ddp)
+    torch.save(ddp, io.BytesIO())
+    return train(rank, copied, sgd(copied), range(2))
+
+
+def test_after_an_error_a_model_can_be_evaluated_and_copied(ranks: RankFactory) -> None:
+    assert_alike(ranks(2).run(use_after_an_error))
+
+
+# --- refusals that name the way out ---
+
+
+def do_something_alone(rank: int, _: int, scheme: str) -> None:
+    ddp, optimizer, _handle = attached(scheme, timeout=0.5)
+    train(rank, ddp, optimizer, range(3))  # DDP's own messages are sent by now
+    if rank == 0:
+        time.sleep(2)
+    train(rank, ddp, optimizer, range(3, 6))
+
+
+@every_scheme
+def test_a_rank_that_does_something_alone_for_too_long_is_told_of_the_timeout(ranks: RankFactory, scheme: str) -> None:
+    for failure in ranks(2).exceptions(do_something_alone, scheme):
+        assert isinstance(failure, RankError | RuntimeError)
+        assert "give attach a timeout= longer than what one rank does alone" in str(failure)
+
+
+def load_anothers_state(rank: int, _: int) -> None:
+    _ddp, _optimizer, handle = attached("dgc:rate=0.1")
+    handle.load_state_dict(handle.state_dict() | {"rank": 0})
+
+
+def attach_adafactor(_: int, __: int) -> None:
+    ddp = network()
+    lgc.attach(ddp, "dgc:momentum=0:second_moment=0.95", torch.optim.Adafactor(ddp.parameters()))
+
+
+def attach_twice(_: int, __: int) -> None:
+    ddp, _optimizer, _handle = attached("dgc")
+    lgc.attach(ddp, "topk")
+
+
+@pytest.mark.parametrize(
+    ("function", "failing", "words"),
+    [
+        (load_anothers_state, [1], "rank was 0, here it is 1; every rank loads its own, see lgc.checkpoint.load"),
+        (attach_adafactor, [0, 1], "the Adafactor would make another one of it. Train with SGD without momentum"),
+        (attach_twice, [0, 1], "already has the scheme dgc, which stays; to attach another, make the model, or DDP"),
+    ],
+    ids=["state", "adafactor", "twice"],
+)
+def test_a_refusal_names_the_way_out(
+    ranks: RankFactory, function: Callable[..., None], failing: list[int], words: str
+) -> None:
+    failures = ranks(2).exceptions(function)
+    assert [rank for rank, failure in enumerate(failures) if failure is not None] == failing
+    assert all(words in str(failures[rank]) for rank in failing)
+
+
+def test_a_model_with_too_many_parameters_is_told_what_takes_it() -> None:
+    tensors = [("weight", torch.empty(2**31, device="meta"))]
+    with pytest.raises(ValueError, match=r"LocalSteps\(fragments=\.\.\., start_steps=0\), or dense, bf16"):
+        lgc.TopK().layout(tensors)
