@@ -67,6 +67,19 @@ def test_the_script_of_the_guide_goes_on_after_a_damaged_checkpoint_and_a_kill(t
     assert resumed == whole.replace("steps 0", "steps 100")
 
 
+SAME_ON_ALL_RANKS = """
+weights = torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
+of_rank_0 = weights.clone()
+dist.broadcast(of_rank_0, 0)
+assert torch.equal(weights, of_rank_0) and bool(weights.isfinite().all())
+"""
+
+
+def test_the_examples_of_loops_leave_the_same_model_on_every_rank(tmp_path: Path) -> None:
+    beginning, *examples = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "loops.md").read_text(), re.DOTALL)
+    run_forked("".join([beginning, *(example + SAME_ON_ALL_RANKS for example in examples)]), tmp_path)
+
+
 def test_the_readme_has_at_most_120_lines() -> None:
     assert len((ROOT / "README.md").read_text().splitlines()) <= 120
 
