@@ -32,7 +32,7 @@ check: $(INSTALLED)
 audit: $(INSTALLED)
 	$(BIN)/python tools/audit.py
 
-# All cells of the fault grid, an hour or two; three of them are in the suite.
+# All cells of the fault grid, an hour or two; one of them is in the suite.
 faults: $(INSTALLED)
 	$(BIN)/pytest --numprocesses 2 -m "not long" tests/test_fault_grid.py
 

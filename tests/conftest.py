@@ -35,7 +35,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: places.get(item.path.stem, len(places)))
     grids: dict[str, list[pytest.Function]] = defaultdict(list)
     for item in items:
-        if isinstance(item, pytest.Function) and item.get_closest_marker("grid"):
+        if not isinstance(item, pytest.Function) or item.get_closest_marker("exhaustive"):
+            continue
+        if item.get_closest_marker("grid"):
             grids[item.nodeid.partition("[")[0]].append(item)
     for cells in grids.values():
         values = {cell.nodeid: {(name, repr(v)) for name, v in cell.callspec.params.items()} for cell in cells}

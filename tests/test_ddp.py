@@ -20,6 +20,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from cases import cases
 from ddp_models import (
     MODELS,
     SEVERAL_BUCKETS,
@@ -70,7 +71,8 @@ COMPRESSING = [name for name in SCHEMES if name != "dense"]
 LGC = [name for name in SCHEMES if name.startswith("lgc")]
 STEPS = 11
 
-every_scheme = pytest.mark.parametrize("scheme", SCHEMES)
+ONE_OF_A_KIND = ("dense", "dgc-two-stage", "quantized", "scalecom", "lgc-ring", "lgc-ps")
+every_scheme = cases("scheme", SCHEMES, in_suite=ONE_OF_A_KIND)
 Alone = Callable[[str], list[Trained]]
 
 
@@ -145,7 +147,7 @@ def train_variants(rank: int, world_size: int, scheme: Any) -> dict[str, Trained
     }
 
 
-@pytest.mark.parametrize("scheme", ["dgc-two-stage", "lgc-ring", "lgc-ps-paper"])
+@cases("scheme", ["dgc-two-stage", "lgc-ring", "lgc-ps-paper"], in_suite=("dgc-two-stage", "lgc-ring"))
 def test_buckets_do_not_change_the_training_run(ranks: RankFactory, scheme: str) -> None:
     exact: dict[str, Any] = {"values": lgc.Float32()}  # a coded value may turn with the last bit of a sum
     exact |= {"latent": lgc.Float32()} if scheme in LGC else {}

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from cases import cases
 from ranks import Ranks
 from reference import Config, Reference, Weights, count_at, make_layout, phase_at
 from rounds import SHAPES, Run, Shapes, gradient, joined, run_rounds, scheme_of
@@ -31,7 +32,8 @@ LOSSLESS = [name for name, config in CONFIGS.items() if config.feedback != "pape
 STEPS = 11  # three of them compressed, so that every rank leads once
 WORLD_SIZE = 3
 
-every_scheme = pytest.mark.parametrize("scheme", CONFIGS)
+SOME = ("topk-two-stage", "dgc", "lgc-ring", "lgc-ps-paper")
+every_scheme = cases("scheme", CONFIGS, in_suite=SOME)
 
 MODELS: dict[str, Shapes] = {
     "empty and one-element tensors": {
@@ -170,7 +172,7 @@ def test_of_ties_exactly_k_are_sent(ranks: RankFactory, scheme: str) -> None:
             assert int((run.steps[t].sent != 0).sum()) == expected
 
 
-@pytest.mark.parametrize("scheme", LOSSLESS)
+@cases("scheme", LOSSLESS, in_suite=SOME)
 def test_of_ties_none_is_lost(ranks: RankFactory, scheme: str) -> None:
     config = dataclasses.replace(CONFIGS[scheme], momentum=0.0, clip_norm=None)
     given = [[tied(rank) for rank in range(WORLD_SIZE)]] * STEPS

@@ -79,10 +79,15 @@ PAPER = [name for name, config in CASES.items() if config.feedback == "paper"]
 
 
 def on_ranks(cases: Iterable[str]) -> pytest.MarkDecorator:
-    """These cases on one rank, and by turns on three or four."""
-    world_sizes = {case: (1, 3 + number % 2) for number, case in enumerate(CASES)}
+    """These cases on one rank, and by turns on two or three; in `make test-all` on four."""
+    world_sizes = {case: (1, 2 + number % 2, 4) for number, case in enumerate(CASES)}
     return pytest.mark.parametrize(
-        ("case", "world_size"), [(case, world_size) for case in cases for world_size in world_sizes[case]]
+        ("case", "world_size"),
+        [
+            pytest.param(case, world_size, marks=pytest.mark.exhaustive if world_size == 4 else ())
+            for case in cases
+            for world_size in world_sizes[case]
+        ],
     )
 
 
