@@ -30,9 +30,11 @@ from lgc.requirements import (
     require_local_steps,
     require_module,
     require_optimizer_of,
+    require_own_updates,
     require_real,
     require_single_momentum,
     require_types,
+    take_buffers,
     trained,
 )
 from lgc.schemes import LocalSteps, Scheme, parse_scheme
@@ -60,6 +62,7 @@ def attach(
     check_every: int = 100,
     on_difference: OnDifference = "raise",
     on_nonfinite: OnNonfinite | None = None,
+    buffers_every: int | None = None,
 ) -> "Handle":
     """Exchange this model's gradients by `scheme` from now on. A collective: all ranks call it.
 
@@ -79,6 +82,9 @@ def attach(
             them, as plain DDP does and a GradScaler needs; None is "propagate" with a GradScaler that is enabled, else
             "raise", since the optimizer would make every parameter NaN. No residual, momentum or autoencoder changes
             in that round. For schemes that compress; the others reduce bucket by bucket, as plain DDP does.
+        buffers_every: bring what the ranks have changed of their buffers together every so many rounds, counted, and
+            switch off that DDP broadcasts rank 0's at every forward pass: floats become their mean, integers their
+            maximum. None leaves them to DDP; under LocalSteps every round does it.
 
     Returns:
         A handle to the phase, the byte counts and the state. The model keeps it alive.
@@ -100,10 +106,11 @@ def attach(
     require_exchangeable(model)
     skips = grad_scaler is not None and grad_scaler.is_enabled()
     default: OnNonfinite = "propagate" if skips else "raise"
-    policy = Policy(check_every, on_difference, default if on_nonfinite is None else on_nonfinite)
+    policy = Policy(check_every, on_difference, default if on_nonfinite is None else on_nonfinite, buffers_every)
+    take_buffers(model, scheme, buffers_every)
     require_real(model, scheme)
     if optimizer is not None:
-        require_optimizer_of(model, optimizer)
+        require_optimizer_of(dict(trained(model)), optimizer)
         require_single_momentum(scheme, optimizer)
     if isinstance(scheme, LocalSteps):
         require_local_steps(model, optimizer, grad_scaler, scheme.start_steps)
@@ -182,9 +189,10 @@ class Handle:
         return self._caller.anchored()
 
     def finish(self) -> None:
-        """End local steps with a round, at any step; a collective. Nothing under other schemes.
+        """End local steps with a round, at any step; a collective. Under other schemes it is for buffers only.
 
-        All ranks have the same weights and buffers then, and may go on training.
+        All ranks have the same weights and buffers then (with other schemes, buffers if `attach` has `buffers_every`),
+        and may go on training.
 
         Raises:
             RankError: on every rank, if the ranks are at different steps.
@@ -192,6 +200,18 @@ class Handle:
                 optimizer than the one given to `attach` makes the steps.
         """
         self._caller.finish()
+
+    def use_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
+        """Go on with another optimizer than the one given to `attach`, such as a new one for every stage of training.
+
+        Raises:
+            TypeError, ValueError: as `attach` does; nothing has been changed then.
+        """
+        require_types(self.scheme, optimizer, None, None)
+        require_single_momentum(self.scheme, optimizer)
+        if isinstance(self.scheme, LocalSteps):
+            require_own_updates(optimizer)
+        self._caller.use_optimizer(optimizer)
 
     @property
     def step(self) -> int:

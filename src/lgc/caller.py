@@ -6,6 +6,8 @@ import contextlib
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
+import torch
+
 from lgc.phase import Phase
 from lgc.synchronizer import Synchronizer, require_same_form
 
@@ -56,6 +58,9 @@ class Caller:
 
     def finish(self) -> None:
         """Exchange what this rank has moved since the last round; nothing, where every step is exchanged."""
+
+    def use_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
+        """Go on with another optimizer; nothing, where none is looked at."""
 
     def settle(self) -> None:
         """Wait for what is exchanged meanwhile, and count its bytes; nothing, where steps wait for their exchange."""

@@ -14,11 +14,14 @@ from torch.autograd.graph import get_gradient_edge
 from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 
+from lgc.buffers import Buffers
 from lgc.caller import Caller, Detached, RoundTime
 from lgc.comm.replicas import ReplicaCheck
 from lgc.comm.transport import Transport, clock
+from lgc.gradients import all_zero
+from lgc.optimizers import parameters_of, watch_steps
 from lgc.phase import Phase
-from lgc.requirements import parameters_of, require_single_momentum, trained
+from lgc.requirements import left_out, require_frozen, require_optimizer_of, require_single_momentum, trained
 from lgc.schemes import Dense, PowerSGD, RoundScheme, Scheme
 from lgc.schemes.powersgd import PowerSGDHook
 from lgc.synchronizer import Policy, Synchronizer
@@ -49,12 +52,16 @@ class Buckets(Caller):
 
     has_begun = False
 
-    def __init__(self, ddp: DistributedDataParallel) -> None:
+    def __init__(self, ddp: DistributedDataParallel, transport: Transport, policy: Policy) -> None:
         self._ddp = weakref.ref(ddp)
+        self._transport = transport
+        self._buffers_every = policy.buffers_every
+        self._buffers = Buffers(ddp.module) if policy.buffers_every else None
         # Unlike hooks of the parameters, these are not called by torch.autograd.grad, which changes no `.grad`.
-        accumulators = [get_gradient_edge(parameter).node for _, parameter in trained(ddp)]  # which DDP keeps
+        accumulators = [_accumulator(parameter) for _, parameter in trained(ddp)]  # which DDP keeps
         hooks = [accumulator.register_prehook(self._before_accumulating) for accumulator in accumulators]
         weakref.finalize(ddp, _remove, hooks)  # the module may be trained on without DDP
+        self._left_out = left_out(ddp)
 
     def _before_accumulating(self, _: object) -> None:
         if not self.has_begun:
@@ -78,6 +85,27 @@ class Buckets(Caller):
     def reduce(self, bucket: dist.GradBucket) -> Future[Tensor]:
         """As `exchange`. What it raises leaves DDP amid its backward pass, which it cannot go on from."""
 
+    def _end_round(self) -> None:
+        self.step += 1
+        self.has_begun = False
+        if self._buffers_every and self.step % self._buffers_every == 0:
+            self.finish()
+
+    def finish(self) -> None:
+        """Bring the buffers together, if that is what `attach` was told to do at an interval; a collective."""
+        if self._buffers is not None:
+            self._transport.begin(self.phase, steps=0)
+            buffers = self._buffers.current()
+            combined = self._buffers.combine(buffers, self._buffers.states(buffers), self._transport)
+            self._buffers.apply(combined, buffers)
+
+
+def _accumulator(parameter: Tensor) -> torch.autograd.graph.Node:
+    requires_grad = parameter.requires_grad  # not if it was frozen after DDP was made; it may be trained again
+    node = get_gradient_edge(parameter.requires_grad_()).node
+    parameter.requires_grad_(requires_grad)
+    return node
+
 
 def _remove(hooks: Iterable[torch.utils.hooks.RemovableHandle]) -> None:
     for hook in hooks:
@@ -93,9 +121,8 @@ class ReducedBuckets(Buckets):
     """Reduces every bucket as soon as DDP has it, as DDP itself and its hooks do, counted."""
 
     def __init__(self, ddp: DistributedDataParallel, scheme: Scheme, transport: Transport, policy: Policy) -> None:
-        super().__init__(ddp)
+        super().__init__(ddp, transport, policy)
         self._scheme = scheme
-        self._transport = transport
         self._power_sgd = PowerSGDHook(scheme, transport) if isinstance(scheme, PowerSGD) else None
         self._replicas = {f"parameter {name}": parameter for name, parameter in trained(ddp)}
         self._check = ReplicaCheck(transport, policy.check_every, policy.on_difference)
@@ -106,13 +133,14 @@ class ReducedBuckets(Buckets):
     def reduce(self, bucket: dist.GradBucket) -> Future[Tensor]:
         buffer = bucket.buffer()
         if bucket.index() == 0:
+            with self._transport.announcing():
+                require_frozen(self._left_out)
             self.phase = self._power_sgd.phase if self._power_sgd else Phase.DENSE
             self._transport.begin(self.phase)
         if bucket.is_last():
             if self._check.is_due(self.step):
                 self._check.run(self.step, self._replicas, counts=self.has_begun)
-            self.step += 1
-            self.has_begun = False
+            self._end_round()
         if self._power_sgd:
             return self._power_sgd.reduce(bucket)
         dtype = self._scheme.dtype if isinstance(self._scheme, Dense) else None
@@ -144,9 +172,8 @@ class CollectedBuckets(Buckets):
         optimizer: torch.optim.Optimizer | None,
         grad_scaler: torch.amp.GradScaler | None,
     ) -> None:
-        super().__init__(ddp)
+        super().__init__(ddp, transport, policy)
         self._scheme = scheme
-        self._transport = transport
         self._optimizer = optimizer
         self._optimized = None if optimizer is None else parameters_of(optimizer)
         self._grad_scaler = grad_scaler
@@ -161,6 +188,17 @@ class CollectedBuckets(Buckets):
         replicas = {f"parameter {name}": parameter for name, parameter in self._parameters.items()}
         self.synchronizer = Synchronizer(scheme, self._parameters, transport, policy, replicas)
         self.phase = self.synchronizer.phase(0)
+        if scheme.corrected_momentum or scheme.makes_adams_step:
+            watch_steps(ddp, self._parameters.values(), self._before_step)
+
+    def use_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
+        require_optimizer_of(self._parameters, optimizer)
+        self._optimizer, self._optimized = optimizer, parameters_of(optimizer)
+
+    def _before_step(self, optimizer: torch.optim.Optimizer) -> None:
+        if optimizer is not self._optimizer:  # which rounds look at
+            with self._transport.announcing():
+                require_single_momentum(self._scheme, optimizer)
 
     def _before_accumulating(self, gradients: object) -> None:
         super()._before_accumulating(gradients)
@@ -186,16 +224,26 @@ class CollectedBuckets(Buckets):
 
     def _synchronize(self, pending: list[_Pending]) -> dict[str, Tensor]:
         with self._transport.announcing():
+            require_frozen(self._left_out)
             self._require_fresh_gradients()
             if self._optimizer is not None:  # a scheduler or load_state_dict may have given it momentum since attach
                 require_single_momentum(self._scheme, self._optimizer)
         self.phase = self.synchronizer.phase(self.step)
         gradients = {name: gradient for bucket in pending for name, gradient in bucket.gradients}
         scale = None if self._grad_scaler is None else self._grad_scaler.get_scale()
-        means = self.synchronizer.synchronize(gradients, self.step, scale=scale, counts=self.has_begun)
-        self.step += 1
-        self.has_begun = False
+        means = self.synchronizer.synchronize(
+            gradients, self.step, scale=scale, counts=self.has_begun, resting=self._resting(gradients)
+        )
+        self._end_round()
         return means
+
+    def _resting(self, gradients: dict[str, Tensor]) -> list[str]:
+        """The parameters that had no part in this rank's backward pass: they are frozen, or it has not used them."""
+        unused = all_zero(gradients) if self._unused_possible else []
+        if len(unused) < len(gradients):
+            return unused
+        # Under `join()`, once this rank's inputs have run out, it goes on sending what it owes.
+        return [name for name, parameter in self._parameters.items() if not parameter.requires_grad]
 
     def _deliver(self, means: dict[str, Tensor], pending: list[_Pending]) -> None:
         for bucket in pending:
@@ -207,10 +255,10 @@ class CollectedBuckets(Buckets):
         self._delivered = True
 
     def _deliver_to_unused(self, means: dict[str, Tensor], views: dict[str, Tensor]) -> None:
-        # DDP leaves `.grad` of a parameter that no rank used as it was, and with it what feedback still owed.
-        nonzero = torch.stack([means[name].any() for name in self._parameters]).tolist()  # one wait for the device
-        for (name, parameter), owed in zip(self._parameters.items(), nonzero, strict=True):
-            if owed:
+        # Of a parameter that no rank used DDP leaves `.grad` as it was, and with it what a rank without inputs owed.
+        unmoved = set(all_zero(means))
+        for name, parameter in self._parameters.items():
+            if name not in unmoved and parameter.requires_grad:
                 if parameter.grad is None:
                     parameter.grad = views[name] if self._gradients_are_views else torch.empty_like(parameter)
                 parameter.grad.copy_(means[name])
@@ -219,7 +267,7 @@ class CollectedBuckets(Buckets):
         """A parameter whose gradient still has the last mean, if any; zeroes those that another optimizer has."""
         stale = None
         for name, parameter in self._parameters.items():
-            if parameter.grad is None:
+            if parameter.grad is None or not parameter.requires_grad:
                 continue
             if self._optimized is not None and id(parameter) not in self._optimized:
                 parameter.grad.zero_()

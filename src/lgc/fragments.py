@@ -68,7 +68,8 @@ class Fragment:
         """
         for name, parameter in self.parameters.items():
             anchor = self.anchor[name]
-            anchor.sub_(self._outer_step(name, mean[name], rests=not parameter.requires_grad))
+            if bool(mean[name].any()):  # else no rank has moved it, and the outer momentum does not either
+                anchor.sub_(self._outer_step(name, mean[name], rests=not parameter.requires_grad))
             parameter.copy_(anchor if before is None else anchor + (parameter.to(anchor.dtype) - before[name]))
 
     def _outer_step(self, name: str, d: Tensor, *, rests: bool) -> Tensor:

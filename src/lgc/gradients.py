@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lgc.caller import Caller
 from lgc.comm.transport import Transport
@@ -36,20 +36,28 @@ class OptimizedGradients(Caller):
     def exchange_gradients(self) -> None:
         """Replace every gradient by its mean over the ranks; a collective.
 
-        A mean that is zero throughout is no gradient, and neither is that of a frozen parameter: no rank's optimizer
-        then touches the parameter, whether this rank has used it or not.
+        A gradient that is zero throughout is none, and neither is that of a frozen parameter: it rests on this rank.
+        Where the mean is zero throughout, no rank's optimizer touches the parameter.
         """
         gradients = {
-            name: torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            name: parameter.grad
+            if parameter.requires_grad and parameter.grad is not None
+            else torch.zeros_like(parameter)
             for name, parameter in self._parameters.items()
         }
-        means = self.synchronizer.synchronize(gradients, self.step)
-        nonzero = torch.stack([means[name].any() for name in self._parameters]).tolist()  # one wait for the device
-        for (name, parameter), moves in zip(self._parameters.items(), nonzero, strict=True):
-            if not (moves and parameter.requires_grad):
+        means = self.synchronizer.synchronize(gradients, self.step, resting=all_zero(gradients))
+        unmoved = set(all_zero(means))
+        for name, parameter in self._parameters.items():
+            if name in unmoved or not parameter.requires_grad:
                 parameter.grad = None
             elif parameter.grad is None:  # what another rank used, or what feedback still owed
                 parameter.grad = means[name].to(parameter.dtype, copy=True)
             else:
                 parameter.grad.copy_(means[name])
         self.step += 1
+
+
+def all_zero(tensors: Mapping[str, Tensor]) -> list[str]:
+    """The names of those that have nothing but zeros."""
+    nonzero = torch.stack([tensor.any() for tensor in tensors.values()]).tolist()  # one wait for the device
+    return [name for name, has_others in zip(tensors, nonzero, strict=True) if not has_others]

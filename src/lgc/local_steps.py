@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from lgc.buffers import Buffers
 from lgc.caller import Caller, RoundTime
@@ -24,8 +25,9 @@ from lgc.comm.replicas import ReplicaCheck, ReplicaError
 from lgc.comm.transport import RankError, Transport, clock
 from lgc.ddp import CollectedBuckets
 from lgc.fragments import Fragment, fragmented
-from lgc.gradients import OptimizedGradients
-from lgc.requirements import trained
+from lgc.gradients import OptimizedGradients, all_zero
+from lgc.optimizers import watch_steps
+from lgc.requirements import require_optimizer_of, trained
 from lgc.rounds.schedule import FOREVER, Schedule
 from lgc.schemes import Dense, LocalSteps
 from lgc.synchronizer import Policy, Synchronizer, require_same_form
@@ -33,6 +35,7 @@ from lgc.synchronizer import Policy, Synchronizer, require_same_form
 logger = logging.getLogger("lgc")
 
 Start = CollectedBuckets | OptimizedGradients
+FEW_STEPS = 20  # that another optimizer may make between two of the one that counts
 OF_ALL_RANKS = (RankError, ReplicaError, FloatingPointError)  # errors that every rank raises by itself
 
 _callers: "weakref.WeakKeyDictionary[nn.Module, weakref.ref[LocalRounds]]" = weakref.WeakKeyDictionary()
@@ -93,10 +96,11 @@ class LocalRounds(Caller):
         self._scheme = scheme
         self._module = module
         self._ddp = weakref.ref(model)  # whose hook keeps this
-        self._trainable = {id(each) for each in module.parameters() if each.requires_grad}
         self._policy = policy
         self._optimizer = optimizer
         self._parameters = dict(trained(model))
+        active = [each for each in module.parameters() if each.requires_grad]
+        self._trainable = {id(each) for each in (*active, *self._parameters.values())}
         self._transport = transport
         self._round_transport = transport
         self._executor: ThreadPoolExecutor | None = None
@@ -115,14 +119,38 @@ class LocalRounds(Caller):
         self._own: dict[Tensor, Tensor] | None = None  # what `anchored` has put aside
         self._replaced = False  # the weights are not those of this anchor
         self._warned = False
-        optimizer.register_step_pre_hook(lambda _, args, kwargs: self._before_step(args, kwargs))
-        optimizer.register_step_post_hook(lambda *_: self._after_step())
+        self._step_hooks: list[RemovableHandle] = []
+        self.use_optimizer(optimizer)
+        self._steps_of_others = 0  # since the last one that counts
+        watch_steps(module, self._parameters.values(), self._before_any_step)
         if grad_scaler is not None and grad_scaler.is_enabled():
             self._count_skipped_steps(grad_scaler)
         for each in module.modules():  # functions, which a copy of the module may keep
             _callers[each] = weakref.ref(self)
             each.register_state_dict_pre_hook(_on_state_dict)
             each.register_load_state_dict_post_hook(_on_load_state_dict)
+
+    def use_optimizer(self, optimizer: Optimizer) -> None:
+        require_optimizer_of(self._parameters, optimizer)
+        for hook in self._step_hooks:
+            hook.remove()
+        self._optimizer = optimizer
+        if isinstance(self._start, CollectedBuckets):
+            self._start.use_optimizer(optimizer)
+        self._step_hooks = [
+            optimizer.register_step_pre_hook(lambda _, args, kwargs: self._before_step(args, kwargs)),
+            optimizer.register_step_post_hook(lambda *_: self._after_step()),
+        ]
+
+    def _before_any_step(self, optimizer: Optimizer) -> None:
+        self._steps_of_others = 0 if optimizer is self._optimizer else self._steps_of_others + 1
+        if self._steps_of_others > max(self._scheme.every, FEW_STEPS):
+            raise RuntimeError(
+                f"lgc: {type(optimizer).__name__} has made {self._steps_of_others - 1} steps with this model's "
+                f"parameters, and the {type(self._optimizer).__name__} given to attach none meanwhile, whose steps are "
+                "those that local steps count: no round would bring the ranks together. When you replace an optimizer, "
+                "call handle.use_optimizer(optimizer) on every rank."
+            )
 
     def _make_start(
         self, ddp: DistributedDataParallel | None, transport: Transport, grad_scaler: torch.amp.GradScaler | None
@@ -268,6 +296,7 @@ class LocalRounds(Caller):
             distance,
             buffers,
             number=fragment.rounds,
+            resting=all_zero(distance),
             step=self.step,
             steps=self.step - self._last_round,
             finite=finite,
@@ -289,6 +318,7 @@ class LocalRounds(Caller):
         buffers: dict[str, Tensor],
         *,
         number: int,
+        resting: list[str],
         step: int,
         steps: int,
         finite: bool,
@@ -306,7 +336,7 @@ class LocalRounds(Caller):
                 distance = {name: torch.zeros_like(each) for name, each in distance.items()}
             elif scale != 1:
                 distance = {name: each * scale for name, each in distance.items()}
-            mean = fragment.synchronizer.synchronize(distance, number)
+            mean = fragment.synchronizer.synchronize(distance, number, resting=resting)
             combined = self._buffers.combine(buffers, states, transport) if any(opening.votes) else {}
             return Result(mean, combined)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 import warnings
+import weakref
 from collections.abc import Mapping
 from typing import TypeGuard
 
@@ -15,11 +16,14 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lgc.caller import Detached
 from lgc.comm.transport import LEAST_TIMEOUT, MOST_TIMEOUT
+from lgc.optimizers import parameters_of
 from lgc.schemes import Dense, LocalSteps, RoundScheme, Scheme
 from lgc.version import __version__
 
 # What Adam, RMSprop, Adadelta, Adagrad, Rprop, torch's and transformers' Adafactor have in their groups.
 ADAPTIVE = {"betas", "alpha", "rho", "lr_decay", "etas", "beta2_decay", "decay_rate"}
+
+_in_buckets: weakref.WeakKeyDictionary[DistributedDataParallel, set[int]] = weakref.WeakKeyDictionary()
 
 
 def require_types(scheme: object, optimizer: object, grad_scaler: object, timeout: float | None) -> None:
@@ -86,6 +90,15 @@ def require_exchangeable(model: nn.Module) -> None:
             "attach: this model already has a communication hook (register_comm_hook or mixed_precision=), and DDP "
             "allows one; use autocast for mixed precision."
         )
+    if isinstance(model, DistributedDataParallel):
+        require_frozen(left_out(model))
+        frozen = [name for name, parameter in trained(model) if not parameter.requires_grad]
+        if frozen and not model.find_unused_parameters:
+            raise ValueError(
+                f"attach(model=...) has {frozen[0]} frozen since DistributedDataParallel was made, which waits for its "
+                f"gradient (parameters like it: {len(frozen)}); make DDP after freezing, or, if it will be trained "
+                "again, with find_unused_parameters=True."
+            )
     if len({parameter.device for _, parameter in trained(model)}) != 1:
         raise ValueError("attach(model=...) must have its trained parameters on one device.")
     if any(isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.sparse for module in model.modules()):
@@ -93,20 +106,35 @@ def require_exchangeable(model: nn.Module) -> None:
 
 
 def trained(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    """The parameters that require gradients, by name; of a DDP model, those in its buckets."""
+    """The parameters that require gradients, by name; of a DDP model, those that did when DDP was made."""
     if not isinstance(model, DistributedDataParallel):
         return [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    if model not in _in_buckets:
+        buckets = model.reducer._get_zeros_like_grad_buckets()
+        _in_buckets[model] = {id(parameter) for bucket in buckets for parameter in bucket.parameters()}
+    return [(name, each) for name, each in model.module.named_parameters() if id(each) in _in_buckets[model]]
+
+
+def left_out(model: DistributedDataParallel) -> dict[str, nn.Parameter]:
+    """The parameters that were frozen when DDP was made, which it does not exchange, by name."""
+    exchanged = {id(parameter) for _, parameter in trained(model)}
     # To be ignored, a parameter of the root module must have been named with a dot before.
-    return [
-        (name, parameter)
+    return {
+        name: parameter
         for name, parameter in model.module.named_parameters()
-        if parameter.requires_grad and (name if "." in name else f".{name}") not in model.parameters_to_ignore
-    ]
+        if id(parameter) not in exchanged and (name if "." in name else f".{name}") not in model.parameters_to_ignore
+    }
 
 
-def parameters_of(optimizer: torch.optim.Optimizer) -> set[int]:
-    """The ids of all parameters that an optimizer has."""
-    return {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+def require_frozen(parameters: Mapping[str, nn.Parameter]) -> None:
+    """Raise RuntimeError if one of the parameters that DDP has left out is trained now."""
+    names = [name for name, parameter in parameters.items() if parameter.requires_grad]
+    if names:
+        raise RuntimeError(
+            f"lgc: {names[0]} is trained now and was frozen when DistributedDataParallel was made, which does not "
+            f"exchange its gradient (parameters like it: {len(names)}). Make DDP, and attach, while all that will ever "
+            "be trained requires gradients, with find_unused_parameters=True, and freeze after; or make them anew."
+        )
 
 
 def require_real(model: nn.Module, scheme: Scheme) -> None:
@@ -119,10 +147,9 @@ def require_real(model: nn.Module, scheme: Scheme) -> None:
         )
 
 
-def require_optimizer_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+def require_optimizer_of(parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
     """Raise ValueError if the optimizer is of another model."""
-    optimized = parameters_of(optimizer)
-    if not any(id(parameter) in optimized for _, parameter in trained(model)):
+    if parameters_of(optimizer).isdisjoint(map(id, parameters.values())):
         raise ValueError(
             "attach(optimizer=...) has none of the model's parameters; make it from this model's parameters(), after "
             "the model is on its device."
@@ -135,11 +162,7 @@ def require_local_steps(
     """Raise if there is something that local steps cannot do; switch off what DDP sends at every step."""
     if optimizer is None:
         raise ValueError("attach(optimizer=...) must be the model's under LocalSteps, which count its steps, got None.")
-    if any(kind.__name__ == "ZeroRedundancyOptimizer" for kind in type(optimizer).__mro__):
-        raise ValueError(
-            "attach(optimizer=...) is a ZeroRedundancyOptimizer, which sends every rank's updates to the others at "
-            "every step; under LocalSteps every rank needs an optimizer of its own, such as torch.optim.AdamW."
-        )
+    require_own_updates(optimizer)
     require_independent(model)
     if not isinstance(model, DistributedDataParallel):
         if start_steps and isinstance(grad_scaler, torch.amp.GradScaler) and grad_scaler.is_enabled():
@@ -152,6 +175,32 @@ def require_local_steps(
     if model.broadcast_buffers and any(True for _ in model.module.buffers()):
         model.broadcast_buffers = False
         logging.getLogger("lgc").info("DDP's broadcast_buffers is off: buffers are brought together at every round.")
+
+
+def require_own_updates(optimizer: torch.optim.Optimizer) -> None:
+    """Raise ValueError if an optimizer communicates at every step, which local steps do not."""
+    if any(kind.__name__ == "ZeroRedundancyOptimizer" for kind in type(optimizer).__mro__):
+        raise ValueError(
+            "attach(optimizer=...) is a ZeroRedundancyOptimizer, which sends every rank's updates to the others at "
+            "every step; under LocalSteps every rank needs an optimizer of its own, such as torch.optim.AdamW."
+        )
+
+
+def take_buffers(model: nn.Module, scheme: Scheme, every: int | None) -> None:
+    """Switch DDP's broadcast of buffers off where they are brought together every so many rounds.
+
+    Raises:
+        ValueError: under local steps, whose rounds have them anyway.
+    """
+    if every is None:
+        return
+    if isinstance(scheme, LocalSteps):
+        raise ValueError(
+            "attach(buffers_every=...) is for schemes that exchange every step; LocalSteps bring buffers together at "
+            "every round, so leave it out."
+        )
+    assert isinstance(model, DistributedDataParallel)  # as all other schemes need it
+    model.broadcast_buffers = False
 
 
 def require_independent(model: nn.Module) -> None:
@@ -197,19 +246,14 @@ def advise(model: nn.Module, scheme: Scheme, optimizer: torch.optim.Optimizer | 
     if (
         isinstance(model, DistributedDataParallel)
         and model.broadcast_buffers
-        and any(True for _ in model.module.buffers())
         and not isinstance(scheme, Dense | LocalSteps)
+        and (advice := _advice_on_buffers(model.module))
     ):
-        warnings.warn(
-            "DDP broadcasts this model's buffers (batch-norm statistics) at every forward pass, outside lgc and not "
-            "counted, which may be more bytes than the gradients; set ddp_model.broadcast_buffers = False before "
-            "attach, and broadcast them before evaluation and checkpoints.",
-            stacklevel=3,
-        )
+        warnings.warn(advice, stacklevel=3)
     local = isinstance(scheme, LocalSteps)
     if (is_collected(scheme) or local) and optimizer is not None:
         optimized = parameters_of(optimizer)
-        others = [name for name, parameter in trained(model) if id(parameter) not in optimized]
+        others = [name for name, each in trained(model) if each.requires_grad and id(each) not in optimized]
         if others:
             logging.getLogger("lgc.advice").warning(
                 "the optimizer given to attach does not have %s (trained parameters that it lacks: %d); %s",
@@ -232,6 +276,35 @@ def advise(model: nn.Module, scheme: Scheme, optimizer: torch.optim.Optimizer | 
                 decay * (1 - scheme.corrected_momentum),
                 scheme.corrected_momentum,
             )
+
+
+def _advice_on_buffers(model: nn.Module) -> str:
+    """What to do about DDP's broadcast, by the kinds of buffers that there are; nothing if there is none."""
+    statistics: list[str] = []
+    others: list[str] = []
+    for name, module in model.named_modules():
+        of_norm = isinstance(module, nn.modules.batchnorm._NormBase)
+        named = [f"{name}.{each}" if name else each for each, _ in module.named_buffers(recurse=False)]
+        (statistics if of_norm else others).extend(named)
+    if not statistics and not others:
+        return ""
+    first = ", ".join([*others[:2], *statistics[:1]])
+    advice = (
+        f"DDP broadcasts rank 0's buffers ({first}: {len(statistics) + len(others)} in all) at every forward pass, "
+        "outside lgc and not counted, which may be more bytes than the gradients. attach(buffers_every=100) switches "
+        "that off and brings them together at that interval, counted."
+    )
+    if statistics:
+        advice += (
+            " Batch norm's statistics can also wait until evaluation: ddp_model.broadcast_buffers = False before "
+            "attach, and a broadcast of them before evaluation and checkpoints."
+        )
+    if others:
+        advice += (
+            f" If the forward pass changes {others[0]}, as it does a codebook that is kept as a moving average, do not "
+            "only switch the broadcast off: every rank would then have one of its own."
+        )
+    return advice
 
 
 def describe(model: nn.Module, scheme: Scheme, policy: Mapping[str, object], world_size: int) -> dict[str, object]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, get_args
 
@@ -28,8 +28,12 @@ class Policy:
     check_every: int = 100
     on_difference: OnDifference = "raise"
     on_nonfinite: OnNonfinite = "raise"
+    buffers_every: int | None = None
 
     def __post_init__(self) -> None:
+        every = self.buffers_every
+        if every is not None and (type(every) is not int or every < 1):
+            raise ValueError(f"attach(buffers_every=...) must be an integer of at least 1, or None, got {every!r}.")
         if type(self.check_every) is not int or self.check_every < 0:
             raise ValueError(f"attach(check_every=...) must be an integer of at least 0, got {self.check_every!r}.")
         for name, options in (("on_difference", get_args(OnDifference)), ("on_nonfinite", get_args(OnNonfinite))):
@@ -109,7 +113,13 @@ class Synchronizer:
         self._check.look(step, self._replicas)
 
     def synchronize(
-        self, tensors: Mapping[str, Tensor], step: int, *, scale: float | None = None, counts: bool = True
+        self,
+        tensors: Mapping[str, Tensor],
+        step: int,
+        *,
+        scale: float | None = None,
+        counts: bool = True,
+        resting: Collection[str] = (),
     ) -> dict[str, Tensor]:
         """The mean over the ranks, by name: float32, valid until the next round; a collective.
 
@@ -119,6 +129,8 @@ class Synchronizer:
             scale: what a GradScaler has multiplied them by, and the means are too. What is kept between rounds is in
                 unscaled units. None without one.
             counts: whether the replicas of this rank are compared, when it is time.
+            resting: names that take no part on this rank, as they are frozen or unused: nothing of them is sent, and
+                what they are owed stays. Where all ranks have them, the mean is zero.
 
         Raises:
             ValueError: the tensors are not those that this was made for.
@@ -128,10 +140,15 @@ class Synchronizer:
                 has changed. With "propagate" all means are NaN.
         """
         with self.transport.announcing(RankError, ReplicaError, FloatingPointError):
-            return self._synchronize(tensors, step, scale, counts)
+            return self._synchronize(tensors, step, scale, counts, resting)
 
     def _synchronize(
-        self, tensors: Mapping[str, Tensor], step: int, scale: float | None, counts: bool
+        self,
+        tensors: Mapping[str, Tensor],
+        step: int,
+        scale: float | None,
+        counts: bool,
+        resting: Collection[str],
     ) -> dict[str, Tensor]:
         layout = self.aggregator.layout
         if tensors.keys() != layout.slices.keys():
@@ -142,11 +159,14 @@ class Synchronizer:
                 found = f"{tuple(tensors[name].shape)} {tensors[name].dtype}"
                 raise ValueError(f"synchronize(tensors=...): {name} must be floats {tuple(view.shape)}, got {found}.")
             view.copy_(tensors[name])
+        places = [layout.slices[name] for name in resting]
+        for place in places:
+            self._flat[place] = 0
         if scale not in (None, 1.0):
             self._flat /= scale
         for observer in self.observers:
             observer.before_round(step, self._flat)
-        result = self.aggregator.aggregate(self._flat, step)
+        result = self.aggregator.aggregate(self._flat, step, places)
         if self._check.is_due(step):  # once the opening has shown that it is for all ranks
             replicas = {**self._replicas, **self.aggregator.replicas()}
             self._check.run(step, replicas, counts=counts)

@@ -57,16 +57,22 @@ class Aggregator(ABC):
     def finish(self, step: int, votes: list[bool]) -> None:  # noqa: B027 - most schemes have nothing to do
         """End a round; a collective. No votes are given for one that was abandoned."""
 
-    def aggregate(self, gradient: Tensor, step: int) -> Round:
+    def aggregate(self, gradient: Tensor, step: int, resting: Sequence[slice] = ()) -> Round:
         """Exchange this rank's gradient, shape (N,), which is not changed; a collective.
+
+        Args:
+            gradient: zero where something is resting.
+            step: of the round, counted from 0.
+            resting: places that take no part on this rank, as they had no part in its backward pass: nothing of them is
+                sent, and what they are owed stays. Where all ranks have them, the mean is zero.
 
         Raises:
             RankError: on every rank, if one failed to prepare.
         """
-        stage = self.schedule.at(step)
+        stage = self.schedule.at(step)._replace(resting=tuple(resting))
         self.metrics.clear()
         self.transport.begin(stage.phase)
-        v = self.feedback.accumulate(gradient)  # u = m u + g;  v = v + u
+        v = self.feedback.accumulate(gradient, stage.resting)  # u = m u + g;  v = v + u
         exchanges = self.exchanges(stage)
         opening, payloads = self._open(v, exchanges, stage)
         nonfinite_ranks = tuple(rank for rank, finite in enumerate(opening.finite) if not finite)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -39,6 +40,8 @@ class Feedback:
     that what has accumulated at a coordinate leaves over several rounds and not in one; momentum is then never
     masked. Source of the filter: ScaleCom, section 3, arXiv 2104.11125, there without momentum.
 
+    What rests in a round sends nothing and keeps its state, as an optimizer keeps that of a parameter without gradient.
+
     Attributes:
         decay: what is left of the residual from one round to the next, 1 unless it is set.
     """
@@ -66,19 +69,27 @@ class Feedback:
         self.momentum_buffer = torch.zeros_like(self.residual) if momentum else None
         self.second_moment_buffer = torch.zeros_like(self.residual) if second_moment else None
         self.updates = 0
+        self._resting: Sequence[slice] = ()
         self._pending_residual = torch.empty_like(self.residual)
         self._pending_momentum = None if self.momentum_buffer is None else torch.empty_like(self.residual)
         self._pending_second_moment = None if self.second_moment_buffer is None else torch.empty_like(self.residual)
 
-    def accumulate(self, gradient: Tensor) -> Tensor:
-        """The pending residual v after taking in the local gradient, shape (N,); it may be read until `settle`."""
+    def accumulate(self, gradient: Tensor, resting: Sequence[slice] = ()) -> Tensor:
+        """The pending residual v after taking in the local gradient, shape (N,); it may be read until `settle`.
+
+        It is zero where something is resting, whose gradient must be zero.
+        """
+        self._resting = resting
         scale = 1.0
         if self.clip_norm is not None:
             norm = float(torch.linalg.vector_norm(gradient, dtype=torch.float64))  # squares of float32 may overflow
             scale = min(1.0, self.clip_norm / max(norm, 1e-30))
         gradient = gradient if scale == 1.0 else gradient * scale
         step = self._adam(gradient) if self.second_moment else self._sgd(gradient)
-        return torch.add(step, self.residual, alpha=self.decay, out=self._pending_residual)
+        v = torch.add(step, self.residual, alpha=self.decay, out=self._pending_residual)
+        for where in resting:
+            v[where] = 0
+        return v
 
     def is_finite(self, v: Tensor) -> bool:
         """Whether the pending state is: v, from `accumulate`, and Adam's second moment, whose squares may overflow."""
@@ -129,6 +140,14 @@ class Feedback:
 
     def commit(self) -> None:
         """Make the pending state the state."""
+        for where in self._resting:
+            self._pending_residual[where] += self.residual[where]
+            for state, pending in (
+                (self.momentum_buffer, self._pending_momentum),
+                (self.second_moment_buffer, self._pending_second_moment),
+            ):
+                if state is not None and pending is not None:
+                    pending[where] = state[where]
         if self.low_pass < 1:
             torch.lerp(self.residual, self._pending_residual, self.low_pass, out=self._pending_residual)
         self.residual, self._pending_residual = self._pending_residual, self.residual

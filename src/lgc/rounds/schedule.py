@@ -12,11 +12,19 @@ FOREVER = 2**62  # steps
 
 
 class Stage(NamedTuple):
-    """A step, counted from 0, its phase, and the least rate of its segments (0 after the warm-up: each has its own)."""
+    """What a round is like.
+
+    Attributes:
+        step: counted from 0.
+        phase: of the step.
+        least_rate: of its segments; 0 after the warm-up, when each has its own.
+        resting: the places of the flat vector that take no part on this rank.
+    """
 
     step: int
     phase: Phase
     least_rate: float = 0.0
+    resting: tuple[slice, ...] = ()
 
 
 class Schedule:

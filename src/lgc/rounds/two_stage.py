@@ -127,13 +127,23 @@ class TwoStage(Exchange):
         codes = [self.share_code(server, stage) for server in range(len(self.shards))]
         received = self.transport.all_to_all_bytes(self._shares, self.content, limit=codes[self.transport.rank].limit)
         total = self.owed.clone()
+        resting = [where for each in stage.resting if (where := self._within_own(each))]
+        for where in resting:
+            total[where] = 0
         for share in received:
             total += codes[self.transport.rank].decode(share, stage.step, v.device)
         means = self._spread(total, stage)
+        for where in resting:
+            self._pending_owed[where] += self.owed[where]
         sent = torch.zeros_like(v)
         for shard, code, share in zip(self.shards, codes, self._shares, strict=True):
             sent[shard.where] = code.decode(share, stage.step, v.device)
         return Exchanged(means, Piece(self._where, sent[self._where]))
+
+    def _within_own(self, where: slice) -> slice | None:
+        """The part of some places that lies in this rank's shard, counted from its start; None if none does."""
+        start, stop = max(where.start, self.own.where.start), min(where.stop, self.own.where.stop)
+        return slice(start - self.own.where.start, stop - self.own.where.start) if start < stop else None
 
     def _spread(self, total: Tensor, stage: Stage) -> list[Piece]:
         """The means of all shards, of which this rank has the sum of its own, as the others decode them."""
