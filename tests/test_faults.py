@@ -234,7 +234,7 @@ def lose_count(rank: int, world_size: int, scheme: Any) -> None:
 def test_ranks_at_different_steps_are_an_error_everywhere(ranks: RankFactory, scheme: str) -> None:
     for failure in ranks(2).exceptions(lose_count, SCHEMES[scheme]):
         assert type(failure) is RankError
-        assert str(failure) == "lgc: the ranks are at different steps: [7, 8] (by rank)."
+        assert "lgc: the ranks are at different steps: [7, 8] (by rank)." in str(failure)
 
 
 # --- non-finite gradients ---

@@ -169,7 +169,7 @@ def test_ranks_that_differ_in_their_tensors_or_steps_are_told_so_on_every_rank(r
     for failure in ranks(2).exceptions(make_in_another_order):
         assert "Synchronizer: the ranks differ in the order of" in str(failure)
     for failure in ranks(2).exceptions(synchronize_other_steps):  # at step 0 replicas would be compared, at step 1 not
-        assert str(failure) == "lgc: the ranks are at different steps: [0, 1] (by rank)."
+        assert "lgc: the ranks are at different steps: [0, 1] (by rank)." in str(failure)
 
 
 def test_a_state_of_another_form_is_refused_and_changes_nothing() -> None:

@@ -162,7 +162,10 @@ class Transport:
             raise RankError(f"lgc: step {step}: {'; '.join(texts)}") from error
         steps = [row[0] for row in rows]
         if set(steps) != {step}:
-            raise RankError(f"lgc: the ranks are at different steps: {steps} (by rank).")
+            raise RankError(
+                f"lgc: the ranks are at different steps: {steps} (by rank). All must go on from the same checkpoint "
+                "and make as many steps; where one has fewer batches, use DDP's join(), or stop all ranks with it."
+            )
         if self._has_announced:  # and yet all go on: it is no reason for a later failure
             self._has_announced = False
             _within(ANNOUNCEMENT_WAIT_S, lambda: self._store().delete_key(self._error_key(self.rank)))
