@@ -284,8 +284,8 @@ def test_a_step_that_a_grad_scaler_skips_on_one_rank_counts(ranks: RankFactory) 
     assert not differ([weights for _, weights in results])
 
 
-def fewer_batches(rank: int, _: int) -> str:
-    run = Run(exact())
+def fewer_batches(rank: int, _: int, overlap: bool) -> str:
+    run = Run(exact(overlap=overlap))
     try:
         run.train(rank, range(10 - 3 * rank)).handle.finish()
     except RankError as error:
@@ -293,8 +293,9 @@ def fewer_batches(rank: int, _: int) -> str:
     return "went on"
 
 
-def test_fewer_batches_on_one_rank_are_an_error_by_count(ranks: RankFactory) -> None:
-    for message in ranks(2).run(fewer_batches):
+@pytest.mark.parametrize("overlap", [False, True])
+def test_fewer_batches_on_one_rank_are_an_error_by_count(ranks: RankFactory, overlap: bool) -> None:
+    for message in ranks(2).run(fewer_batches, overlap):
         assert "different steps" in message
 
 

@@ -236,9 +236,9 @@ class LocalRounds(Caller):
             self._buffers.apply(self._buffers.combine(buffers, states, self._transport), buffers)
 
     def _call_roll(self, *, vote: bool = False) -> list[bool]:
-        """The votes of all ranks, which must be at the same step; a collective."""
-        self._transport.begin(self.phase, steps=0)
-        return self._transport.open_round(self.step, finite=True, vote=vote).votes
+        """The votes of all ranks, which must be at the same step; a collective, which meets rounds that others open."""
+        self._round_transport.begin(self.phase, steps=0)
+        return self._round_transport.open_round(self.step, finite=True, vote=vote).votes
 
     def _after_step(self) -> None:
         if not self._in_step:  # of a class that calls its base class's step, for which torch runs the hooks as well

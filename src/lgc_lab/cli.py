@@ -30,7 +30,7 @@ from lgc_lab.training.train import run_in_job, run_locally
 SCHEME_HELP = (
     "A name ({names}), with arguments after colons: lgc-ring:rate=0.002:feedback=paper. "
     "Local steps have their exchange after a plus sign: local:every=8+quantized. "
-    "What is not set has the recipe's default."
+    "What is not set has the recipe's default, an exchange of local steps its own."
 ).format(names=", ".join(SCHEMES))
 
 HELP = {"help_option_names": ["-h", "--help"], "max_content_width": 100, "show_default": True}
