@@ -222,8 +222,8 @@ def ones(rank: int, world_size: int, scheme: Any, size: int) -> tuple[dict[str, 
 
 
 def code_bytes(bits: int, sizes: Sequence[int]) -> int:
-    """A payload of two parts, no zeros, and a scale of two bytes every 256 values of a tensor."""
-    return 28 + sum(2 * math.ceil(size / 256) for size in sizes) + math.ceil(bits * sum(sizes) / 8)
+    """A payload of two parts, no zeros (a byte says so), and a scale of two bytes every 256 values of a tensor."""
+    return 29 + sum(2 * math.ceil(size / 256) for size in sizes) + math.ceil(bits * sum(sizes) / 8)
 
 
 def test_gathered_bytes_are_those_of_the_formula(ranks: Callable[[int], Ranks]) -> None:
