@@ -196,6 +196,30 @@ def test_a_model_that_anothers_loss_goes_through_says_to_switch_it_off(ranks: Ra
         assert "requires_grad_(False)" in str(failure)
 
 
+def throw_means_away(rank: int, _: int, loop: str) -> list[str]:
+    ddp, optimizer, _handle = attached("dgc:rate=0.1", on_nonfinite="propagate")
+    with TestCase().assertLogs("lgc", logging.WARNING) as logged:
+        logging.getLogger("lgc").warning("begin")
+        for step in range(8):
+            optimizer.zero_grad()
+            if loop == "two passes":
+                ddp(inputs(rank, step)).sum().backward()
+                optimizer.zero_grad()
+            loss = ddp(inputs(rank, step)).square().mean()
+            (loss * torch.nan if loop == "not finite" and step % 2 else loss).backward()
+            if loop != "not finite" or step % 2 == 0:
+                optimizer.step()
+    return [text for text in logged.output[1:] if "not finite" not in text]
+
+
+@pytest.mark.parametrize("loop", ["two passes", "one pass", "not finite"])
+def test_means_that_no_step_is_made_with_are_noticed_once(ranks: RankFactory, loop: str) -> None:
+    said, nothing = ranks(2).run(throw_means_away, loop)
+    assert nothing == []
+    assert len(said) == (loop == "two passes")
+    assert all("step 7: no optimizer has made a step with the means of 3 rounds" in text for text in said)
+
+
 # --- replicas are compared, where weights rest ---
 
 

@@ -1,6 +1,7 @@
 """DDP's buckets: collected into one round, or reduced one by one while the backward pass goes on."""
 
 # No `from __future__ import annotations`: DDP compares the hook's annotations by identity.
+import logging
 import weakref
 from abc import abstractmethod
 from collections.abc import Iterable
@@ -25,6 +26,10 @@ from lgc.requirements import left_out, require_frozen, require_optimizer_of, req
 from lgc.schemes import Dense, PowerSGD, RoundScheme, Scheme
 from lgc.schemes.powersgd import PowerSGDHook
 from lgc.synchronizer import Policy, Synchronizer
+
+logger = logging.getLogger("lgc")
+
+LOST_MEANS = 3  # after which it is said
 
 
 def gradients_in(bucket: dist.GradBucket) -> list[tuple[Tensor, Tensor]]:
@@ -188,14 +193,16 @@ class CollectedBuckets(Buckets):
         replicas = {f"parameter {name}": parameter for name, parameter in self._parameters.items()}
         self.synchronizer = Synchronizer(scheme, self._parameters, transport, policy, replicas)
         self.phase = self.synchronizer.phase(0)
-        if scheme.corrected_momentum or scheme.makes_adams_step:
-            watch_steps(ddp, self._parameters.values(), self._before_step)
+        self._awaits_step: bool | None = None  # whether no step has been made with the last mean; None before any
+        self._lost_means = 0
+        watch_steps(ddp, self._parameters.values(), self._before_step)
 
     def use_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
         require_optimizer_of(self._parameters, optimizer)
         self._optimizer, self._optimized = optimizer, parameters_of(optimizer)
 
     def _before_step(self, optimizer: torch.optim.Optimizer) -> None:
+        self._awaits_step = False
         if optimizer is not self._optimizer:  # which rounds look at
             with self._transport.announcing():
                 require_single_momentum(self._scheme, optimizer)
@@ -228,6 +235,7 @@ class CollectedBuckets(Buckets):
             self._require_fresh_gradients()
             if self._optimizer is not None:  # a scheduler or load_state_dict may have given it momentum since attach
                 require_single_momentum(self._scheme, self._optimizer)
+        self._notice_lost_mean()
         self.phase = self.synchronizer.phase(self.step)
         gradients = {name: gradient for bucket in pending for name, gradient in bucket.gradients}
         scale = None if self._grad_scaler is None else self._grad_scaler.get_scale()
@@ -253,6 +261,8 @@ class CollectedBuckets(Buckets):
         if self._unused_possible:
             self._deliver_to_unused(means, {name: view for bucket in pending for name, view in bucket.gradients})
         self._delivered = True
+        if self._awaits_step is not None:
+            self._awaits_step = self.synchronizer.was_finite
 
     def _deliver_to_unused(self, means: dict[str, Tensor], views: dict[str, Tensor]) -> None:
         # Of a parameter that no rank used DDP leaves `.grad` as it was, and with it what a rank without inputs owed.
@@ -283,4 +293,19 @@ class CollectedBuckets(Buckets):
                 "optimizer.zero_grad() between steps, and accumulate under the model's no_sync(). Where it is the loss "
                 "of another model that goes through this one, such as a generator's through its discriminator, switch "
                 "this one off meanwhile by requires_grad_(False): its scheme would take it for a step of its own."
+            )
+
+    def _notice_lost_mean(self) -> None:
+        # What the last round sent has left the residual. A rank without inputs, under `join()`, makes no steps.
+        if not (self._awaits_step and self.has_begun):
+            return
+        self._lost_means += 1
+        if self._lost_means == LOST_MEANS and self._transport.rank == 0:
+            logger.warning(
+                "step %d: no optimizer has made a step with the means of %d rounds, and what they have sent is lost. "
+                "Every synchronised backward pass is a round: where no step follows, use the model's no_sync(), as for "
+                "the first pass of SAM, or switch the model off by requires_grad_(False), as for a generator's loss "
+                "through its discriminator.",
+                self.step,
+                LOST_MEANS,
             )

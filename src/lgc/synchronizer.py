@@ -71,6 +71,7 @@ class Synchronizer:
     Attributes:
         aggregator: the scheme at work: its layout, schedule, residual and momentum.
         observers: are shown every round.
+        was_finite: whether what the ranks gave to the last round was.
     """
 
     def __init__(
@@ -99,7 +100,7 @@ class Synchronizer:
         self._replicas = replicas or {}
         self._check = ReplicaCheck(transport, self.policy.check_every, self.policy.on_difference)
         self._flat = torch.zeros(self.aggregator.layout.size, dtype=torch.float32, device=device)
-        self._was_finite = True
+        self.was_finite = True
 
     def phase(self, step: int) -> Phase:
         """The phase of the round of `step`, counted from 0."""
@@ -182,9 +183,9 @@ class Synchronizer:
                 f"lgc: {message}. No state has changed; DDP cannot run this model again: go on from a checkpoint. To "
                 'skip such steps, attach with on_nonfinite="propagate": all ranks then get NaN gradients.'
             )
-        if ranks and self._was_finite and warn and self.transport.rank == 0:
+        if ranks and self.was_finite and warn and self.transport.rank == 0:
             logger.warning("%s, so it is NaN on all, and every parameter is after the optimizer's step.", message)
-        self._was_finite = not ranks
+        self.was_finite = not ranks
 
     def state_dict(self) -> dict[str, Any]:
         """This rank's state, in three parts: see `Aggregator.state_dict`."""
