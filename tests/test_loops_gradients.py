@@ -6,6 +6,7 @@ import contextlib
 import copy
 import io
 import logging
+import pickle
 import time
 from collections.abc import Callable
 from typing import Any
@@ -112,6 +113,22 @@ def save_whole(rank: int, _: int, scheme: str) -> Tensor:
 @every_scheme
 def test_a_whole_model_can_be_saved_and_is_a_plain_one_when_loaded(ranks: RankFactory, scheme: str) -> None:
     assert_alike(ranks(2).run(save_whole, scheme))
+
+
+def copy_a_scaler(rank: int, _: int) -> tuple[int, int]:
+    model = nn.Linear(8, 3)
+    optimizer, scaler = sgd(model), torch.amp.GradScaler("cpu")
+    handle = lgc.attach(model, "local:every=1:start_steps=0+dense", optimizer, grad_scaler=scaler)
+    for step, each in enumerate((copy.deepcopy(scaler), pickle.loads(pickle.dumps(scaler)), scaler)):
+        optimizer.zero_grad()
+        each.scale(model(inputs(rank, step)).sum() * (torch.inf if each is scaler else 1)).backward()
+        each.step(optimizer)
+        each.update()
+    return handle.step, int(scaler.get_scale())
+
+
+def test_a_copy_of_a_scaler_steps_by_itself(ranks: RankFactory) -> None:
+    assert ranks(2).run(copy_a_scaler) == [(3, 2**15)] * 2
 
 
 # --- gradients that others compute ---

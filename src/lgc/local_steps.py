@@ -5,7 +5,7 @@ import contextlib
 import logging
 import warnings
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future as Task
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from lgc.buffers import Buffers
-from lgc.caller import Caller, RoundTime
+from lgc.caller import Caller, Detached, RoundTime
 from lgc.comm.replicas import ReplicaCheck, ReplicaError
 from lgc.comm.transport import RankError, Transport, clock
 from lgc.ddp import CollectedBuckets
@@ -124,7 +124,7 @@ class LocalRounds(Caller):
         self._steps_of_others = 0  # since the last one that counts
         watch_steps(module, self._parameters.values(), self._before_any_step)
         if grad_scaler is not None and grad_scaler.is_enabled():
-            self._count_skipped_steps(grad_scaler)
+            grad_scaler.step = partial(_make_scaled_step, self, grad_scaler.step)  # type: ignore[method-assign]
         for each in module.modules():  # functions, which a copy of the module may keep
             _callers[each] = weakref.ref(self)
             each.register_state_dict_pre_hook(_on_state_dict)
@@ -256,19 +256,11 @@ class LocalRounds(Caller):
         if place == period - 1:
             self._round(fragment)
 
-    def _count_skipped_steps(self, grad_scaler: torch.amp.GradScaler) -> None:
-        # A scaler that found infinities does not call the optimizer, and only on this rank.
-        make_step = grad_scaler.step
-
-        def step(optimizer: Optimizer, *args: Any, **kwargs: Any) -> float | None:
-            before = self.step
-            result = make_step(optimizer, *args, **kwargs)
-            if optimizer is self._optimizer and self.step == before:
-                self._before_step((), {})
-                self._after_step()
-            return result
-
-        grad_scaler.step = step  # type: ignore[method-assign]
+    def count_skipped_step(self, optimizer: Optimizer, since: int) -> None:
+        """Count a step that a GradScaler has not made: it found infinities, and only on this rank."""
+        if optimizer is self._optimizer and self.step == since:
+            self._before_step((), {})
+            self._after_step()
 
     def _round(self, fragment: Fragment) -> None:
         started, communicated = clock(self._transport.device), self._transport.seconds
@@ -546,6 +538,17 @@ def _tensors_of(optimizer: Optimizer) -> Iterator[Tensor]:
         for value in of_parameter.values():
             if isinstance(value, Tensor) and value.is_floating_point():
                 yield value
+
+
+def _make_scaled_step(
+    caller: LocalRounds | Detached, make: Callable[..., float | None], optimizer: Optimizer, *args: Any, **kwargs: Any
+) -> float | None:
+    if isinstance(caller, Detached):  # of a copy of the scaler
+        return make(optimizer, *args, **kwargs)
+    before = caller.step
+    result = make(optimizer, *args, **kwargs)
+    caller.count_skipped_step(optimizer, before)
+    return result
 
 
 def _caller_of(module: nn.Module) -> LocalRounds | None:

@@ -88,7 +88,7 @@ def require_exchangeable(model: nn.Module) -> None:
     ):
         raise RuntimeError(
             "attach: this model already has a communication hook (register_comm_hook or mixed_precision=), and DDP "
-            "allows one; use autocast for mixed precision."
+            "allows one; make DDP anew without it, and use autocast for mixed precision."
         )
     if isinstance(model, DistributedDataParallel):
         require_frozen(left_out(model))
@@ -100,9 +100,9 @@ def require_exchangeable(model: nn.Module) -> None:
                 "again, with find_unused_parameters=True."
             )
     if len({parameter.device for _, parameter in trained(model)}) != 1:
-        raise ValueError("attach(model=...) must have its trained parameters on one device.")
+        raise ValueError("attach(model=...) must have its trained parameters on one device; move them before DDP.")
     if any(isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.sparse for module in model.modules()):
-        raise ValueError("attach(model=...) has an embedding with sparse=True; lgc needs dense gradients.")
+        raise ValueError("attach(model=...) has an embedding with sparse=True; make it with sparse=False.")
 
 
 def trained(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
