@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lgc.comm.transport import Transport
+from lgc.gradients import all_zero
 from lgc.rounds.schedule import Schedule
 from lgc.schemes import Dense, LocalSteps
 from lgc.synchronizer import Policy, Synchronizer
@@ -66,9 +67,10 @@ class Fragment:
             mean: of what was moved, by name.
             before: the weights when the round began: what they have moved since then is kept. None keeps nothing.
         """
+        unmoved = set(all_zero(mean))
         for name, parameter in self.parameters.items():
             anchor = self.anchor[name]
-            if bool(mean[name].any()):  # else no rank has moved it, and the outer momentum does not either
+            if name not in unmoved:  # the outer momentum alone does not move what no rank has
                 anchor.sub_(self._outer_step(name, mean[name], rests=not parameter.requires_grad))
             parameter.copy_(anchor if before is None else anchor + (parameter.to(anchor.dtype) - before[name]))
 
