@@ -18,7 +18,10 @@ settings.register_profile("lgc", print_blob=True)  # a failure prints what repro
 settings.load_profile("lgc")
 
 # The files that take minutes, so that none of them is begun last; xdist gives a whole file to one worker.
-LONGEST_FIRST = ("test_ddp", "test_resume", "test_cli", "test_fault_network", "test_fault_grid", "test_schemes")
+LONGEST_FIRST = tuple(
+    f"test_{name}"
+    for name in ("ddp", "resume", "cli", "fault_network", "fault_grid", "schemes", "quantized", "local_steps", "plan")
+)
 
 
 # In a suite that a shell has started in the background SIGINT is ignored, and what it starts inherits that.
