@@ -69,9 +69,11 @@ def attach(
         handle = lgc.attach(ddp_model, lgc.LGCRing(rate=1e-3), optimizer)
 
     Args:
-        model: a DistributedDataParallel model (also under torch.compile) that has no communication hook yet.
+        model: a DistributedDataParallel model (also under torch.compile) that has no communication hook yet; with
+            LocalSteps also a plain module, which starts from rank 0's weights.
         scheme: a scheme, or its text form such as `"dgc:rate=0.01"`.
         optimizer: the model's; checked, now and in every round, for a momentum on top of the scheme's, not changed.
+            LocalSteps count its steps and need it.
         grad_scaler: the one that scales the loss, so that what is kept between steps is in unscaled units.
         timeout: seconds after which a rank that waits for another in the model's process group gives up; None leaves
             the group's as it is. Longer than anything that one rank does while the others wait, such as a checkpoint.
@@ -90,7 +92,7 @@ def attach(
         A handle to the phase, the byte counts and the state. The model keeps it alive.
 
     Raises:
-        TypeError: the model is not a DistributedDataParallel model.
+        TypeError: the model is not a DistributedDataParallel model, nor a plain module for LocalSteps.
         ValueError: a wrong argument, momentum applied twice, or something that DDP is set to and lgc cannot do.
         RuntimeError: already attached, or (on every rank) the ranks differ in scheme, model or version.
 

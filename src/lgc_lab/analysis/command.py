@@ -26,7 +26,9 @@ LEAST_RECORDS = 2
 @options.recipe(required=True)
 @options.workers
 @click.option("--every", type=click.IntRange(2), default=25, help="Rounds from record to record.")
-@click.option("--scheme", default="scalecom:values=float32", help="That trains: topk, dgc or scalecom, see lgc train.")
+@click.option(
+    "--scheme", default="scalecom:values=float32", help="That trains: topk, dgc, scalecom, or local steps with one."
+)
 @click.option("--samples", type=click.IntRange(128), default=2048, help="Coordinates of each layer that are recorded.")
 @options.seed
 @options.epochs
