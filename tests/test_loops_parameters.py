@@ -5,7 +5,9 @@ A scheme's whole story is one run of the ranks, and every test looks at a part o
 
 from __future__ import annotations
 
+import gc
 import warnings
+import weakref
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -14,6 +16,7 @@ import torch
 from ranks import Ranks
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import lgc
 
@@ -374,3 +377,31 @@ def test_the_advice_on_buffers_names_them_by_their_kind(averaged: Found) -> None
     assert "attach(buffers_every=100)" in advice
     assert "Batch norm's statistics can also wait until evaluation" in advice
     assert "If the forward pass changes codes, as it does a codebook" in advice
+
+
+def collect_an_earlier_model_amid_a_step(rank: int, world_size: int) -> bool:
+    """A model that is garbage is collected while torch calls the hooks of a step, as it may be at any time."""
+
+    def attached() -> tuple[nn.Module, torch.optim.Optimizer]:
+        model = nn.Linear(4, 4)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        handle = lgc.attach(model, lgc.LocalSteps(every=2, start_steps=0), optimizer)
+        model.__dict__["cycle"] = (model, handle)
+        return model, optimizer
+
+    gc.collect()
+    gc.disable()
+    hook = register_optimizer_step_pre_hook(lambda *_: gc.collect() and None)
+    try:
+        garbage = weakref.ref(attached()[0])
+        model, optimizer = attached()
+        model(torch.randn(2, 4)).sum().backward()
+        optimizer.step()
+    finally:
+        gc.enable()
+        hook.remove()
+    return garbage() is None
+
+
+def test_an_earlier_model_may_be_collected_amid_a_step(ranks: RankFactory) -> None:
+    assert ranks(1).run(collect_an_earlier_model_amid_a_step) == [True]

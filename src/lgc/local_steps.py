@@ -379,8 +379,9 @@ class LocalRounds(Caller):
         if not names:
             return None
         return RuntimeError(
-            f"{names[0]} is trained now and was frozen when attach was called (parameters like it: {len(names)}); no "
-            "round would exchange it. Attach while all that will ever be trained requires gradients, and freeze after."
+            f"{names[0]} is trained now and was frozen, or not in the model, when attach was called (parameters like "
+            f"it: {len(names)}); no round would exchange it. Attach when all that will ever be trained is in the model "
+            "and requires gradients, and freeze after."
         )
 
     @contextlib.contextmanager

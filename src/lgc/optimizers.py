@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -9,6 +10,10 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+_Watch = tuple[set[int], "weakref.WeakMethod[Callable[[Optimizer], None]]"]  # ids of parameters, and what is called
+
+_watches: weakref.WeakKeyDictionary[nn.Module, _Watch] = weakref.WeakKeyDictionary()
 
 
 def parameters_of(optimizer: Optimizer) -> set[int]:
@@ -24,12 +29,21 @@ def watch_steps(model: nn.Module, parameters: Iterable[Tensor], before: Callable
         parameters: to look for.
         before: a method, whose object is not kept alive.
     """
-    watched = {id(parameter) for parameter in parameters}
-    method = weakref.WeakMethod(before)
+    _watches[model] = {id(parameter) for parameter in parameters}, weakref.WeakMethod(before)
+    _look_at_every_step()
 
-    def look(optimizer: Optimizer, _: Any, __: Any) -> None:
+
+@functools.cache
+def _look_at_every_step() -> None:
+    # Once and for good: torch fails if a hook is removed while it calls them, as collecting a model then would.
+    register_optimizer_step_pre_hook(_look)
+
+
+def _look(optimizer: Optimizer, _: Any, __: Any) -> None:
+    if not _watches:
+        return
+    own = parameters_of(optimizer)
+    for watched, method in list(_watches.values()):
         call = method()
-        if call is not None and not watched.isdisjoint(parameters_of(optimizer)):
+        if call is not None and not watched.isdisjoint(own):
             call(optimizer)
-
-    weakref.finalize(model, register_optimizer_step_pre_hook(look).remove)

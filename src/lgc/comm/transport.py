@@ -164,7 +164,8 @@ class Transport:
         if set(steps) != {step}:
             raise RankError(
                 f"lgc: the ranks are at different steps: {steps} (by rank). All must go on from the same checkpoint "
-                "and make as many steps; where one has fewer batches, use DDP's join(), or stop all ranks with it."
+                "and make as many steps: where one has fewer batches, stop all ranks with it, or use DDP's join() if "
+                "every step is exchanged."
             )
         if self._has_announced:  # and yet all go on: it is no reason for a later failure
             self._has_announced = False
