@@ -116,7 +116,6 @@ INTERRUPTED = {
     "topk": lgc.LocalSteps(every=4, exchange=lgc.TopK(rate=0.1), start_steps=2, decay=0.9),
     "overlap": lgc.LocalSteps(every=4, start_steps=2, overlap=True),
     "fragments": lgc.LocalSteps(every=4, start_steps=2, fragments=2, overlap=True),
-    "stretch": lgc.LocalSteps(every=2, stretch=2.0, start_steps=2),
 }
 
 
@@ -429,7 +428,7 @@ def test_other_exchanges_are_refused_by_name(exchange: Any) -> None:
     [
         "local+quantized",
         "local:every=50:start_steps=100:start=float32+quantized:bits=1",
-        "local:every=4:stretch=2.0:outer_momentum=0.0:overlap=True:fragments=2+dense",
+        "local:every=4:outer_momentum=0.0:overlap=True:fragments=2+dense",
         "local+topk:rate=0.03:momentum=0.0:low_pass=1.0",
     ],
 )
@@ -442,55 +441,6 @@ def test_the_text_form_has_the_exchange_after_a_plus_sign(text: str) -> None:
 def test_only_local_steps_have_an_exchange() -> None:
     with pytest.raises(ValueError, match="only local has after a plus sign"):
         lgc.parse_scheme("dgc+quantized")
-
-
-def steps_of_rounds(rank: int, _: int, scheme: lgc.LocalSteps) -> list[int]:
-    """The steps after which there were rounds, while the learning rate rises for 4 steps and falls from then on."""
-    run, found = Run(scheme), []
-
-    def values_sent() -> int:
-        return sum(traffic.contents.get("values", 0) for traffic in run.handle.wire.phases.values())
-
-    for step in range(40):
-        run.optimizer.param_groups[0]["lr"] = 0.01 * (step + 1) / 4 if step < 4 else 0.01 / 2 ** ((step - 3) / 4)
-        before = values_sent()
-        run.train(rank, range(step, step + 1))
-        if values_sent() > before:
-            found.append(run.handle.step)
-    return found
-
-
-@pytest.mark.parametrize(
-    ("stretch", "fragments", "expected"),
-    [
-        (0.0, 1, [2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30, 32, 34, 36, 38, 40]),
-        (1.0, 1, [2, 4, 6, 9, 14, 25]),
-        (1.0, 2, [1, 2, 3, 4, 5, 6, 7, 9, 11, 14, 20, 32]),
-        (2.0, 1, [2, 4, 6, 10, 26]),
-    ],
-)
-def test_rounds_become_rarer_as_the_learning_rate_falls(
-    ranks: RankFactory, stretch: float, fragments: int, expected: list[int]
-) -> None:
-    scheme = exact(2, stretch=stretch, fragments=fragments)
-    for found in ranks(2).run(steps_of_rounds, scheme):
-        assert found == expected
-
-
-def at_different_rates(rank: int, _: int) -> str:
-    run = Run(exact(2, stretch=2.0))
-    try:
-        for step in range(30):
-            run.optimizer.param_groups[0]["lr"] = 0.01 if step < 6 else 0.005 / (1 + rank)
-            run.train(rank, range(step, step + 1))
-    except RankError as error:
-        return str(error)
-    return "went on"
-
-
-def test_rounds_at_different_steps_as_learning_rates_differ_are_an_error_by_count(ranks: RankFactory) -> None:
-    for message in ranks(2).run(at_different_rates):
-        assert "different steps" in message
 
 
 def moved_bytes(rank: int, world_size: int) -> tuple[int, int]:

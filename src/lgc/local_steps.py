@@ -115,9 +115,6 @@ class LocalRounds(Caller):
         self.phase = self._start.phase if self._start else self.synchronizer.phase(0)
         self._in_step = False  # between the optimizer's two hooks
         self._last_round = scheme.start_steps  # the step of the last round
-        self._next_round = scheme.start_steps + scheme.period
-        self._rounds_due = 0  # so many were, those of finish() not counted
-        self._highest_rate = 0.0  # that the optimizer has had
         self._launched: Launched | None = None
         self._own: dict[Tensor, Tensor] | None = None  # what `anchored` has put aside
         self._replaced = False  # the weights are not those of this anchor
@@ -248,17 +245,15 @@ class LocalRounds(Caller):
             return
         self._in_step = False
         self.step += 1
-        rate = max(float(group["lr"]) for group in self._optimizer.param_groups) if self._scheme.stretch else 0.0
-        self._highest_rate = max(self._highest_rate, rate)
+        period = self._scheme.period
         if not self._has_begun:
             assert self._start is not None
             self.phase, self.round_time = self._start.phase, self._start.round_time
             return
-        fragment = self._fragments[self._rounds_due % self._scheme.fragments]
+        number, place = divmod(self.step - self._scheme.start_steps - 1, period)
+        fragment = self._fragments[number % self._scheme.fragments]
         self.phase = fragment.synchronizer.phase(fragment.rounds)
-        if self.step == self._next_round:
-            self._next_round += self._scheme.stretched(rate / self._highest_rate if self._highest_rate else 1.0)
-            self._rounds_due += 1
+        if place == period - 1:
             self._round(fragment)
 
     def count_skipped_step(self, optimizer: Optimizer, since: int) -> None:
@@ -450,9 +445,6 @@ class LocalRounds(Caller):
             "rounds": {number: fragment.rounds for number, fragment in numbered.items()},
             "round_steps": {number: fragment.step for number, fragment in numbered.items()},
             "last_round": self._last_round,
-            "next_round": self._next_round,
-            "rounds_due": self._rounds_due,
-            "highest_rate": self._highest_rate,
         }
         if self._executor:  # the same keys at every step
             launched = self._launched
@@ -486,8 +478,7 @@ class LocalRounds(Caller):
             _copy({each: replicated["anchor"][name] for name, each in fragment.anchor.items()})
             _copy({each: replicated["outer_momentum"][name] for name, each in fragment.momentum.items()})
             fragment.rounds, fragment.step = replicated["rounds"][str(number)], replicated["round_steps"][str(number)]
-        self._last_round, self._next_round = replicated["last_round"], replicated["next_round"]
-        self._rounds_due, self._highest_rate = replicated["rounds_due"], replicated["highest_rate"]
+        self._last_round = replicated["last_round"]
         if isinstance(self._start, Caller):
             self._start.step = min(step, self._scheme.start_steps)
         self._replaced = self._in_step = False

@@ -15,7 +15,6 @@ from lgc.schemes.sparse import SparseScheme
 from lgc.schemes.topk import TopK
 
 EXCHANGES = (Dense, Quantized, TopK, ScaleCom)
-MOST_STRETCHED = 12  # times `every`
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,13 +27,10 @@ class LocalSteps(Scheme):
         m   = outer_momentum m + d;  anchor = anchor - outer_lr (d + outer_momentum m);  weights = anchor
 
     Source: Douillard et al., DiLoCo, arXiv 2311.08105, there uncompressed; Streaming DiLoCo, arXiv 2501.18512, for
-    `overlap` and `fragments`; Gu et al., arXiv 2310.14423, for `stretch=2`. In text the exchange follows a plus sign:
-    `local:every=50+quantized:bits=2`.
+    `overlap` and `fragments`. In text the exchange follows a plus sign: `local:every=50+quantized:bits=2`.
 
     Args:
         every: steps from one round to the next, at least 1.
-        stretch: makes rounds rarer as the learning rate falls from the highest so far, and ranks drift apart less: the
-            steps from one to the next are multiplied by (highest / present)^stretch, up to 12. 0 is not at all.
         exchange: of what was moved: Dense, Quantized, TopK or ScaleCom. Its schedule counts rounds.
         decay: of the residual from round to round, in (0, 1]; 1 keeps everything that is owed.
         outer_lr: learning rate of the outer optimizer, positive; None is 1.
@@ -48,7 +44,6 @@ class LocalSteps(Scheme):
 
     name: ClassVar[str] = "local"
     every: int = 20
-    stretch: float = 0.0
     exchange: RoundScheme = field(default_factory=Quantized)
     decay: float = 1.0
     outer_lr: float | None = None
@@ -60,7 +55,6 @@ class LocalSteps(Scheme):
 
     def __post_init__(self) -> None:
         require_integer(self, "every", 1)
-        require(self, "stretch", "at least 0, and finite", 0 <= require_number(self, "stretch") < float("inf"))
         if type(self.exchange) not in EXCHANGES:
             names = ", ".join(each.__name__ for each in EXCHANGES)
             given = type(self.exchange).__name__
@@ -80,12 +74,8 @@ class LocalSteps(Scheme):
 
     @property
     def period(self) -> int:
-        """Steps from one exchange to the next one, of another fragment if there are several; before any stretch."""
+        """Steps from one exchange to the next one, of another fragment if there are several."""
         return self.every // self.fragments
-
-    def stretched(self, share: float) -> int:
-        """The period at this share of the highest learning rate."""
-        return round(self.period / max(float(share**self.stretch), 1 / MOST_STRETCHED))
 
     @property
     def outer(self) -> tuple[float, float]:
