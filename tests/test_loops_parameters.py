@@ -389,9 +389,12 @@ def collect_an_earlier_model_amid_a_step(rank: int, world_size: int) -> bool:
         model.__dict__["cycle"] = (model, handle)
         return model, optimizer
 
-    gc.collect()
+    def collect(*_: object) -> None:
+        gc.collect()
+
+    collect()
     gc.disable()
-    hook = register_optimizer_step_pre_hook(lambda *_: gc.collect() and None)
+    hook = register_optimizer_step_pre_hook(collect)
     try:
         garbage = weakref.ref(attached()[0])
         model, optimizer = attached()
