@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from cases import cases
 from ddp_models import MODELS, batch, optimizer_of, parameters, seeded
 from ranks import Ranks
 from torch import Tensor
@@ -123,7 +124,7 @@ def interrupted(rank: int, world_size: int, scheme: Any, directory: Path) -> dic
     return ends
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
+@cases("scheme", SCHEMES, in_suite=("dgc-two-stage", "quantized", "scalecom", "lgc-ring", "lgc-ps"))
 def test_a_run_goes_on_from_its_checkpoint_as_if_never_interrupted(
     ranks: RankFactory, scheme: str, tmp_path: Path
 ) -> None:

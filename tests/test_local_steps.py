@@ -119,6 +119,7 @@ INTERRUPTED = {
 }
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("stop", [1, 7, 10, 13])
 @pytest.mark.parametrize("scheme", INTERRUPTED.values(), ids=INTERRUPTED)
 def test_a_run_goes_on_from_its_state_with_the_same_bits(ranks: RankFactory, scheme: lgc.LocalSteps, stop: int) -> None:

@@ -22,7 +22,7 @@ def test_plan_of_a_recipe() -> None:
     done = lgc(
         *("plan", "--recipe", "digits", "--workers", "2", "--ranks-per-machine", "2", "--bandwidth", "1mbit"),
         *("--bandwidth", "1000gbit", "--json"),
-        *("--schemes", "dense,bf16,powersgd:rank=2,dgc,lgc-ps,quantized,local+quantized"),
+        *("--schemes", "dense,bf16,powersgd:rank=2,dgc,lgc-ps:rate=0.001,quantized,local+quantized"),
     )
     slow, fast = json.loads(done.stdout)
     dense, bf16, powersgd, dgc, learned, quantized, local = slow["schemes"]
