@@ -18,10 +18,7 @@ settings.register_profile("lgc", print_blob=True)  # a failure prints what repro
 settings.load_profile("lgc")
 
 # The files that take minutes, so that none of them is begun last; xdist gives a whole file to one worker.
-LONGEST_FIRST = tuple(
-    f"test_{name}"
-    for name in ("ddp", "resume", "cli", "fault_network", "fault_grid", "schemes", "quantized", "local_steps", "plan")
-)
+LONGEST_FIRST = ("test_ddp", "test_resume", "test_cli", "test_fault_network", "test_fault_grid", "test_schemes")
 
 
 # In a suite that a shell has started in the background SIGINT is ignored, and what it starts inherits that.
@@ -38,9 +35,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: places.get(item.path.stem, len(places)))
     grids: dict[str, list[pytest.Function]] = defaultdict(list)
     for item in items:
-        if not isinstance(item, pytest.Function) or item.get_closest_marker("exhaustive"):
-            continue
-        if item.get_closest_marker("grid"):
+        alone = item.get_closest_marker("exhaustive") or not item.get_closest_marker("grid")
+        if isinstance(item, pytest.Function) and not alone:
             grids[item.nodeid.partition("[")[0]].append(item)
     for cells in grids.values():
         values = {cell.nodeid: {(name, repr(v)) for name, v in cell.callspec.params.items()} for cell in cells}

@@ -281,21 +281,18 @@ def same(left: dict[str, Tensor], right: dict[str, Tensor], part: str = "") -> b
     return all(torch.equal(left[name], right[name]) for name in left if name.startswith(part))
 
 
-def test_what_is_frozen_rests_keeps_what_it_is_owed_and_goes_on_later(seen: list[dict[str, Seen]]) -> None:
+@pytest.mark.parametrize(
+    "moments", [("used again", "frozen", "trained again"), ("used", "unused", "used again")], ids=["frozen", "unused"]
+)
+def test_what_has_no_part_rests_keeps_what_it_is_owed_and_goes_on_later(
+    seen: list[dict[str, Seen]], moments: tuple[str, str, str]
+) -> None:
     for each in seen:
-        before, after, later = (each[moment] for moment in ("used again", "frozen", "trained again"))
+        before, after, later = (each[moment] for moment in moments)
         assert same(before.weights, after.weights, "left.")
         assert torch.equal(before.owed, after.owed)
         assert not torch.equal(later.weights["left.weight"], after.weights["left.weight"])
         assert not torch.equal(before.weights["masked.weight"], after.weights["masked.weight"])
-
-
-def test_a_parameter_that_no_rank_uses_is_left_alone_until_one_does(seen: list[dict[str, Seen]]) -> None:
-    for each in seen:
-        before, after, later = (each[moment] for moment in ("used", "unused", "used again"))
-        assert same(before.weights, after.weights, "left.")
-        assert torch.equal(before.owed, after.owed)
-        assert not torch.equal(later.weights["left.weight"], after.weights["left.weight"])
 
 
 def test_what_is_zero_on_every_rank_does_not_move(seen: list[dict[str, Seen]]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from lgc.schemes import parse_scheme
 
-CONDITIONS = "bits per byte over the best dense, in 3,000 steps of text-gpt with AdamW (docs/results.md)"
+CONDITIONS = "bits per byte over the best dense, in 3,000 steps of text-gpt with AdamW"
 LOSSES: dict[str, float | None] = {  # by text form, which the recipe completes; None where it was not measured
     "dense": 0.0,
     "bf16": None,
