@@ -62,8 +62,8 @@ def test_what_lost_least_of_the_fast_ones_is_recommended(monkeypatch: pytest.Mon
     assert best.scheme == "seldom"
     assert command._reason(best, rows, labels) == (
         "topk and quantized are within 10% of the fastest as well. It lost least of those measured, +0.020 bits per "
-        "byte over the best dense, in 3,000 steps of text-gpt with AdamW (docs/results.md); what was not measured "
-        "comes last. lgc compare tells what your model loses."
+        "byte over the best dense, in 3,000 steps of text-gpt with AdamW; what was not measured comes last. "
+        "lgc compare tells what your model loses."
     )
     rows = predicted(dense=1.2, far=1.19, unknown=1.15)
     assert command._recommend(rows, labels).scheme == "dense"  # a gain may be chance
