@@ -417,7 +417,7 @@ def attach_twice(_: int, __: int) -> None:
     [
         (load_anothers_state, [1], "rank was 0, here it is 1; every rank loads its own, see lgc.checkpoint.load"),
         (attach_adafactor, [0, 1], "the Adafactor would make another one of it. Train with SGD without momentum"),
-        (attach_twice, [0, 1], "already has the scheme dgc, which stays; to attach another, make the model, or DDP"),
+        (attach_twice, [0, 1], "already has the scheme dgc; call handle.detach() on every rank to attach another."),
     ],
     ids=["state", "adafactor", "twice"],
 )

@@ -1,6 +1,7 @@
 """Attach a scheme to a model, and hold what is attached."""
 
-# No `from __future__ import annotations`: DDP compares the hook's annotations by identity.
+from __future__ import annotations
+
 import weakref
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
@@ -8,9 +9,7 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from torch import Tensor, nn
-from torch.futures import Future
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from lgc.caller import Caller, Detached, RoundTime
@@ -18,6 +17,7 @@ from lgc.comm.replicas import OnDifference, require_agreement
 from lgc.comm.traffic import Wire, summarise, wire_from_json
 from lgc.comm.transport import Transport
 from lgc.ddp import Buckets, CollectedBuckets, ReducedBuckets
+from lgc.hook import hook_of
 from lgc.local_steps import LocalRounds
 from lgc.phase import Phase
 from lgc.requirements import (
@@ -49,7 +49,7 @@ STATE_HINTS = {
 }
 
 # By model; under local steps by the module in DDP too. The caller, which has parameters, must not be kept from here.
-_attached: "weakref.WeakKeyDictionary[nn.Module, tuple[weakref.ref[Caller], Scheme]]" = weakref.WeakKeyDictionary()
+_attached: weakref.WeakKeyDictionary[nn.Module, tuple[weakref.ref[Caller], Scheme]] = weakref.WeakKeyDictionary()
 
 
 def attach(
@@ -63,7 +63,7 @@ def attach(
     on_difference: OnDifference = "raise",
     on_nonfinite: OnNonfinite | None = None,
     buffers_every: int | None = None,
-) -> "Handle":
+) -> Handle:
     """Exchange this model's gradients by `scheme` from now on. A collective: all ranks call it.
 
         handle = lgc.attach(ddp_model, lgc.LGCRing(rate=1e-3), optimizer)
@@ -106,6 +106,7 @@ def attach(
     module: nn.Module = model.module if isinstance(model, DistributedDataParallel) else model
     _require_unattached(model, module)
     require_exchangeable(model)
+    broadcasts_buffers = isinstance(model, DistributedDataParallel) and model.broadcast_buffers
     skips = grad_scaler is not None and grad_scaler.is_enabled()
     default: OnNonfinite = "propagate" if skips else "raise"
     policy = Policy(check_every, on_difference, default if on_nonfinite is None else on_nonfinite, buffers_every)
@@ -130,17 +131,11 @@ def attach(
         caller = CollectedBuckets(require_ddp(model), scheme, transport, policy, optimizer, grad_scaler)
     else:
         caller = ReducedBuckets(require_ddp(model), scheme, transport, policy)
-    handle = Handle(scheme, transport, caller, sum(parameter.numel() for _, parameter in trained(model)))
     if isinstance(model, DistributedDataParallel):
-        model.register_comm_hook(caller, _exchange)
+        hook_of(model).caller = caller
     for each in (model, module) if isinstance(scheme, LocalSteps) else (model,):
         _attached[each] = weakref.ref(caller), scheme
-    return handle
-
-
-def _exchange(caller: LocalRounds | Buckets, bucket: dist.GradBucket) -> Future[Tensor]:
-    """Exchange one of DDP's buckets: the communication hook, a function that copies of the model can share."""
-    return caller.exchange(bucket)
+    return Handle(scheme, transport, caller, model, broadcasts_buffers=broadcasts_buffers)
 
 
 def _require_unattached(*modules: nn.Module) -> None:
@@ -148,8 +143,8 @@ def _require_unattached(*modules: nn.Module) -> None:
         caller, scheme = _attached.get(module, (lambda: None, None))
         if caller() is not None:
             raise RuntimeError(
-                f"attach: this model already has the scheme {scheme}, which stays; to attach another, make the model, "
-                "or DDP around it, anew (under local steps model and optimizer)."
+                f"attach: this model already has the scheme {scheme}; call handle.detach() on every rank to attach "
+                "another."
             )
 
 
@@ -164,11 +159,16 @@ class Handle:
             bucket (dense, fp16, bf16, powersgd).
     """
 
-    def __init__(self, scheme: Scheme, transport: Transport, caller: Caller, parameters: int) -> None:
+    def __init__(
+        self, scheme: Scheme, transport: Transport, caller: Caller, model: nn.Module, *, broadcasts_buffers: bool
+    ) -> None:
         self.scheme = scheme
         self.transport = transport
-        self.parameters = parameters
+        self.parameters = sum(parameter.numel() for _, parameter in trained(model))
         self._caller = caller
+        self._model = weakref.ref(model)  # which keeps the caller
+        self._broadcasts_buffers = broadcasts_buffers
+        self._is_detached = False
         self.synchronizer: Synchronizer | None = caller.synchronizer
 
     def __deepcopy__(self, _: object) -> Detached:
@@ -209,11 +209,41 @@ class Handle:
         Raises:
             TypeError, ValueError: as `attach` does; nothing has been changed then.
         """
+        self._require_attached("use_optimizer()")
         require_types(self.scheme, optimizer, None, None)
         require_single_momentum(self.scheme, optimizer)
         if isinstance(self.scheme, LocalSteps):
             require_own_updates(optimizer)
         self._caller.use_optimizer(optimizer)
+
+    def detach(self) -> None:
+        """Leave a DDP model to DDP, which exchanges everything from now on, and any other to itself; a collective.
+
+        Another scheme can be attached then. What a scheme owed, and its momentum, are lost. Local steps make a last
+        round, and the inner optimizer goes on with the mean of the ranks' moments, the GradScaler with the smallest
+        scale, as DDP's replicas stay equal only if their steps are. `wire_summary` stays what it was.
+
+        Raises:
+            RuntimeError: if it has been detached before.
+            RankError, ReplicaError, ValueError: as `finish`, or for an optimizer whose state has no mean; nothing has
+                been detached then.
+        """
+        self._require_attached("detach()")
+        self._caller.detach()
+        model = self._model()
+        if isinstance(model, DistributedDataParallel):
+            hook_of(model).caller = None
+            model.broadcast_buffers = self._broadcasts_buffers
+            _attached.pop(model.module, None)
+        if model is not None:
+            _attached.pop(model, None)
+        done, self._caller, self.synchronizer = self._caller, Caller(), None
+        self._caller.step, self._caller.phase = done.step, done.phase
+        self._is_detached = True
+
+    def _require_attached(self, what: str) -> None:
+        if self._is_detached:
+            raise RuntimeError(f"lgc: handle.{what} after handle.detach(): nothing is attached any more.")
 
     @property
     def step(self) -> int:
@@ -259,6 +289,7 @@ class Handle:
         It has the same keys at every step, which torch.distributed.checkpoint needs: it fills in those of the state
         that it loads into. That is why the byte counts, one more phase after the other, are one text.
         """
+        self._require_attached("state_dict()")
         aggregator = self._caller.state_dict()  # first: it waits for a round that is under way, whose bytes count
         return {
             "version": STATE_VERSION,

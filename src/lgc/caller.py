@@ -62,6 +62,9 @@ class Caller:
     def use_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
         """Go on with another optimizer; nothing, where none is looked at."""
 
+    def detach(self) -> None:
+        """Have the same on all ranks, and remove every hook but DDP's own, which stays; a collective."""
+
     def settle(self) -> None:
         """Wait for what is exchanged meanwhile, and count its bytes; nothing, where steps wait for their exchange."""
 

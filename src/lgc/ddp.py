@@ -1,6 +1,7 @@
 """DDP's buckets: collected into one round, or reduced one by one while the backward pass goes on."""
 
-# No `from __future__ import annotations`: DDP compares the hook's annotations by identity.
+from __future__ import annotations
+
 import logging
 import weakref
 from abc import abstractmethod
@@ -20,7 +21,7 @@ from lgc.caller import Caller, Detached, RoundTime
 from lgc.comm.replicas import ReplicaCheck
 from lgc.comm.transport import Transport, clock
 from lgc.gradients import all_zero
-from lgc.optimizers import parameters_of, watch_steps
+from lgc.optimizers import end_watch, parameters_of, watch_steps
 from lgc.phase import Phase
 from lgc.requirements import left_out, require_frozen, require_optimizer_of, require_single_momentum, trained
 from lgc.schemes import Dense, PowerSGD, RoundScheme, Scheme
@@ -48,7 +49,7 @@ def _laid_out_as(parameter: Tensor, gradient: Tensor) -> Tensor:
 
 
 class Buckets(Caller):
-    """A DDP model's communication hook.
+    """Exchanges a DDP model's buckets.
 
     Attributes:
         has_begun: whether a backward pass has reached the parameters since the last round, synchronised or not. Only
@@ -65,13 +66,19 @@ class Buckets(Caller):
         # Unlike hooks of the parameters, these are not called by torch.autograd.grad, which changes no `.grad`.
         accumulators = [_accumulator(parameter) for _, parameter in trained(ddp)]  # which DDP keeps
         hooks = [accumulator.register_prehook(self._before_accumulating) for accumulator in accumulators]
-        weakref.finalize(ddp, _remove, hooks)  # the module may be trained on without DDP
+        self._remove_hooks = weakref.finalize(ddp, _remove, hooks)  # the module may be trained on without DDP
         self._left_out = left_out(ddp)
 
     def _before_accumulating(self, _: object) -> None:
         if not self.has_begun:
             self.has_begun = True
             self.begin()
+
+    def detach(self) -> None:
+        self.finish()
+        self._remove_hooks()
+        if (ddp := self._ddp()) is not None:
+            end_watch(ddp)
 
     @abstractmethod
     def begin(self) -> None:

@@ -1,6 +1,7 @@
 """Local steps: rounds after every so many steps of the optimizer, on what the ranks have moved since the last one."""
 
-# No `from __future__ import annotations`: DDP compares the hook's annotations by identity.
+from __future__ import annotations
+
 import contextlib
 import logging
 import warnings
@@ -26,7 +27,7 @@ from lgc.comm.transport import RankError, Transport, clock
 from lgc.ddp import CollectedBuckets
 from lgc.fragments import Fragment, fragmented
 from lgc.gradients import OptimizedGradients, all_zero
-from lgc.optimizers import watch_steps
+from lgc.optimizers import end_watch, share_scale, share_state, watch_steps
 from lgc.requirements import require_optimizer_of, trained
 from lgc.rounds.schedule import FOREVER, Schedule
 from lgc.schemes import Dense, LocalSteps
@@ -38,7 +39,7 @@ Start = CollectedBuckets | OptimizedGradients
 FEW_STEPS = 20  # that another optimizer may make between two of the one that counts
 OF_ALL_RANKS = (RankError, ReplicaError, FloatingPointError)  # errors that every rank raises by itself
 
-_callers: "weakref.WeakKeyDictionary[nn.Module, weakref.ref[LocalRounds]]" = weakref.WeakKeyDictionary()
+_callers: weakref.WeakKeyDictionary[nn.Module, weakref.ref[LocalRounds]] = weakref.WeakKeyDictionary()
 
 
 class Result(NamedTuple):
@@ -63,7 +64,7 @@ class Launched(NamedTuple):
     weights: dict[str, Tensor] | None
     buffers: dict[str, Tensor]
     finite: bool
-    result: "Task[Result]"
+    result: Task[Result]
 
 
 class LocalRounds(Caller):
@@ -98,6 +99,7 @@ class LocalRounds(Caller):
         self._ddp = weakref.ref(model)  # whose hook keeps this
         self._policy = policy
         self._optimizer = optimizer
+        self._grad_scaler = grad_scaler if grad_scaler is not None and grad_scaler.is_enabled() else None
         self._parameters = dict(trained(model))
         active = [each for each in module.parameters() if each.requires_grad]
         self._trainable = {id(each) for each in (*active, *self._parameters.values())}
@@ -123,12 +125,14 @@ class LocalRounds(Caller):
         self.use_optimizer(optimizer)
         self._steps_of_others = 0  # since the last one that counts
         watch_steps(module, self._parameters.values(), self._before_any_step)
-        if grad_scaler is not None and grad_scaler.is_enabled():
-            grad_scaler.step = partial(_make_scaled_step, self, grad_scaler.step)  # type: ignore[method-assign]
+        if self._grad_scaler is not None:
+            scaled = partial(_make_scaled_step, self, self._grad_scaler.step)
+            self._grad_scaler.step = scaled  # type: ignore[method-assign]
+        self._module_hooks: list[RemovableHandle] = []
         for each in module.modules():  # functions, which a copy of the module may keep
             _callers[each] = weakref.ref(self)
-            each.register_state_dict_pre_hook(_on_state_dict)
-            each.register_load_state_dict_post_hook(_on_load_state_dict)
+            self._module_hooks.append(each.register_state_dict_pre_hook(_on_state_dict))
+            self._module_hooks.append(each.register_load_state_dict_post_hook(_on_load_state_dict))
 
     def use_optimizer(self, optimizer: Optimizer) -> None:
         require_optimizer_of(self._parameters, optimizer)
@@ -422,6 +426,26 @@ class LocalRounds(Caller):
                 if fragment.step < self.step:
                     self._launch(fragment, wait=True)
                     self._complete()
+
+    def detach(self) -> None:
+        self.finish()
+        with self._transport.announcing(*OF_ALL_RANKS, ValueError):
+            if self._has_begun and isinstance(self._ddp(), DistributedDataParallel):
+                # DDP's replicas stay equal only if their optimizers' steps are.
+                share_state(self._optimizer, self._transport)
+                if self._grad_scaler is not None:
+                    share_scale(self._grad_scaler, self._transport)
+        if isinstance(self._start, CollectedBuckets):
+            self._start.detach()
+        for hook in (*self._step_hooks, *self._module_hooks):
+            hook.remove()
+        for each in self._module.modules():
+            _callers.pop(each, None)
+        end_watch(self._module)
+        if self._grad_scaler is not None:
+            del self._grad_scaler.step
+        if self._executor is not None:
+            self._executor.shutdown()
 
     def state_dict(self) -> dict[str, Any]:
         """This rank's state, in three parts: see `Aggregator.state_dict`.

@@ -1,4 +1,4 @@
-"""Which optimizers step with a model's parameters, whoever made them."""
+"""Which optimizers step with a model's parameters, whoever made them, and one state of theirs for all ranks."""
 
 from __future__ import annotations
 
@@ -7,9 +7,12 @@ import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+from lgc.comm.transport import Transport
 
 _Watch = tuple[set[int], "weakref.WeakMethod[Callable[[Optimizer], None]]"]  # ids of parameters, and what is called
 
@@ -33,6 +36,11 @@ def watch_steps(model: nn.Module, parameters: Iterable[Tensor], before: Callable
     _look_at_every_step()
 
 
+def end_watch(model: nn.Module) -> None:
+    """End the watch over a model's parameters, if there is one."""
+    _watches.pop(model, None)
+
+
 @functools.cache
 def _look_at_every_step() -> None:
     # Once and for good: torch fails if a hook is removed while it calls them, as collecting a model then would.
@@ -47,3 +55,58 @@ def _look(optimizer: Optimizer, _: Any, __: Any) -> None:
         call = method()
         if call is not None and not watched.isdisjoint(own):
             call(optimizer)
+
+
+@torch.no_grad()
+def share_state(optimizer: Optimizer, transport: Transport) -> None:
+    """Give all ranks the same state of an optimizer that each has used by itself; a collective.
+
+    Of floats in a parameter's shape, its moments, that is the mean over the ranks that have them; of everything else,
+    as of a count of steps, what the first of these ranks has.
+
+    Raises:
+        ValueError: on every rank, for a state that is neither a tensor nor a number; nothing has been changed then.
+    """
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    own = [{name: _form(value) for name, value in optimizer.state.get(each, {}).items()} for each in parameters]
+    ranks = transport.all_gather_json(own, "agreement")
+    entries = [
+        (parameter, name, {rank: forms[number][name] for rank, forms in enumerate(ranks) if name in forms[number]})
+        for number, parameter in enumerate(parameters)
+        for name in dict.fromkeys(name for forms in ranks for name in forms[number])
+    ]
+    for _, name, forms in entries:
+        strange = [form["type"] for form in forms.values() if "type" in form]
+        if strange:
+            raise ValueError(
+                f"lgc: the {type(optimizer).__name__} has {name!r} in its state, a {strange[0]}, which differs between "
+                "the ranks; make a new optimizer instead, and give it to handle.use_optimizer() before."
+            )
+    for parameter, name, forms in entries:
+        state, source = optimizer.state[parameter], min(forms)
+        form = forms[source]
+        if "value" in form:
+            state[name] = form["value"]
+            continue
+        shape, dtype = form["shape"], getattr(torch, form["dtype"])
+        if name not in state:
+            device = parameter.device if form["beside"] else torch.device("cpu")
+            state[name] = torch.zeros(shape, dtype=dtype, device=device)
+        if dtype.is_floating_point and shape == list(parameter.shape) and parameter.dim():
+            wide = state[name].to(torch.promote_types(dtype, torch.float32))
+            state[name].copy_(transport.all_reduce(wide, "moments") / len(forms))
+        else:
+            state[name].copy_(transport.broadcast(state[name], "moments", source=source))
+
+
+def _form(value: object) -> dict[str, Any]:
+    if isinstance(value, Tensor):
+        beside = value.device.type != "cpu"
+        return {"shape": list(value.shape), "dtype": str(value.dtype).removeprefix("torch."), "beside": beside}
+    return {"value": value} if isinstance(value, int | float | None) else {"type": type(value).__name__}
+
+
+def share_scale(grad_scaler: torch.amp.GradScaler, transport: Transport) -> None:
+    """Give all ranks the state of the GradScaler with the smallest scale; a collective."""
+    states = transport.all_gather_json(grad_scaler.state_dict(), "agreement")
+    grad_scaler.load_state_dict(min(states, key=lambda state: state["scale"]))

@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lgc.caller import Detached
 from lgc.comm.transport import LEAST_TIMEOUT, MOST_TIMEOUT
+from lgc.hook import Hook
 from lgc.optimizers import parameters_of
 from lgc.schemes import Dense, LocalSteps, RoundScheme, Scheme
 from lgc.version import __version__
@@ -83,7 +84,7 @@ def group_of(model: nn.Module) -> dist.ProcessGroup:
 def require_exchangeable(model: nn.Module) -> None:
     """Raise if DDP is set to something, or the model has something, that lgc cannot do."""
     if isinstance(model, DistributedDataParallel) and (
-        any(not isinstance(state, Detached) for _, state in model._comm_hooks)  # a copied model has that
+        any(not isinstance(state, Detached | Hook) for _, state in model._comm_hooks)  # a copied model has the former
         or model.mixed_precision is not None
     ):
         raise RuntimeError(
