@@ -2,7 +2,7 @@
 
 1. `lgc`, the library, never imports `lgc_lab`, the application.
 2. `lgc` needs torch, numpy, safetensors and the standard library. Only `constriction` may be imported besides, by name
-   and where it is used, as it is an extra.
+   and where it is used, as it is an extra. `lgc.integrations`, which nothing else of it imports, has frameworks too.
 3. No files of a package import each other in a circle, and no folders that lie beside each other do.
 
 An import counts wherever it stands: in a function, under TYPE_CHECKING, in `import_module("...")`.
@@ -23,6 +23,8 @@ SOURCE = Path(__file__).parents[1] / "src"
 LIBRARY, APPLICATION = "lgc", "lgc_lab"
 REQUIRED = {"torch", "numpy", "safetensors"}
 OPTIONAL = {"constriction"}
+INTEGRATIONS = "lgc.integrations"
+FRAMEWORKS = {"accelerate", "lightning", "transformers"}
 
 Graph = dict[str, set[str]]
 
@@ -110,8 +112,16 @@ def test_the_library_does_not_know_the_application() -> None:
 
 def test_the_library_needs_little() -> None:
     allowed = {LIBRARY, *REQUIRED, *OPTIONAL, *sys.stdlib_module_names}
-    others = {name: files for name, files in top_level(SOURCE, LIBRARY).items() if name not in allowed}
-    assert others == {}
+    found = top_level(SOURCE, LIBRARY)
+    assert {name: files for name, files in found.items() if name not in allowed | FRAMEWORKS} == {}
+    users = {file for name in FRAMEWORKS for file in found.get(name, set())}
+    assert {file for file in users if not file.startswith(f"{INTEGRATIONS}.")} == set()
+
+
+def test_integrations_are_imported_by_those_who_want_one() -> None:
+    graph = file_graph(SOURCE, LIBRARY)
+    inside = {file for file in graph if file.startswith(INTEGRATIONS)}
+    assert {file for file in set(graph) - inside if graph[file] & inside} == set()
 
 
 def test_the_library_imports_an_extra_only_where_it_is_used() -> None:
