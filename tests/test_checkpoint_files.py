@@ -229,6 +229,13 @@ def test_resume_says_from_where_it_goes_on(
     assert f"goes on from step 2 ({two[0]})" in caplog.text
 
 
+def test_resume_goes_back_to_the_step_that_is_asked_for(two: list[Path], alone: dist.ProcessGroup) -> None:
+    resumed, loaded = checkpoint.resume(two[1].parent, group=alone, step=1), checkpoint.load(two[1], group=alone)
+    assert str(resumed) == str(loaded)
+    with pytest.raises(CheckpointError, match=r"has no checkpoint of step 7, it has \[1, 2\]"):
+        checkpoint.resume(two[0].parent, group=alone, step=7)
+
+
 def test_what_is_not_complete_is_told_of_once(
     two: list[Path], alone: dist.ProcessGroup, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -8,12 +8,13 @@ import io
 import logging
 import pickle
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import TestCase
 
 import pytest
 import torch
+from cases import cases
 from ddp_models import seeded
 from ranks import Ranks
 from torch import Tensor, nn
@@ -213,10 +214,68 @@ def test_a_model_that_anothers_loss_goes_through_says_to_switch_it_off(ranks: Ra
         assert "requires_grad_(False)" in str(failure)
 
 
-def throw_means_away(rank: int, _: int, loop: str) -> list[str]:
-    ddp, optimizer, _handle = attached("dgc:rate=0.1", on_nonfinite="propagate")
+@contextlib.contextmanager
+def warnings_logged() -> Iterator[list[str]]:
+    """What lgc has warned of meanwhile."""
+    said: list[str] = []
     with TestCase().assertLogs("lgc", logging.WARNING) as logged:
         logging.getLogger("lgc").warning("begin")
+        yield said
+    said.extend(logged.output[1:])
+
+
+def change_the_mean(rank: int, _: int, scheme: str, loop: str) -> list[str]:
+    ddp, optimizer, _handle = attached(scheme)
+    with warnings_logged() as said:
+        for step in range(4):
+            optimizer.zero_grad()
+            ddp(inputs(rank, step)).square().sum().backward()
+            if loop == "clipped":
+                nn.utils.clip_grad_norm_(ddp.parameters(), 0.1)
+            elif loop == "unscaled":  # as by a GradScaler that attach has not been given
+                for parameter in ddp.parameters():
+                    assert parameter.grad is not None
+                    parameter.grad /= 1024
+            optimizer.step()
+    return said
+
+
+@cases("loop", ["clipped", "unscaled", "as it was"], in_suite=["clipped", "unscaled"])
+def test_clipping_after_a_momentum_that_acted_before_is_noticed_once(ranks: RankFactory, loop: str) -> None:
+    said, nothing = ranks(2).run(change_the_mean, "dgc:rate=0.1", loop)
+    assert nothing == []
+    assert len(said) == (loop == "clipped")
+    assert all("at the SGD's step" in text and "give the scheme clip_norm=..." in text for text in said)
+    assert ranks(2).run(change_the_mean, "dgc:rate=0.1:momentum=0", loop) == [[], []]
+
+
+def train_another_wrapper(rank: int, _: int, scheme: str, accumulates: bool) -> list[str]:
+    ddp, optimizer, _handle = attached(scheme)
+    trained = ddp if accumulates else DistributedDataParallel(ddp.module)
+    with warnings_logged() as said:
+        for step in range(3):
+            optimizer.zero_grad()
+            with ddp.no_sync():
+                trained(inputs(rank, step)).square().mean().backward()
+            if accumulates:
+                ddp(inputs(rank, step)).square().mean().backward()
+            optimizer.step()
+    return said
+
+
+@every_hook
+def test_a_model_that_is_attached_and_not_trained_is_noticed_at_the_first_step(ranks: RankFactory, scheme: str) -> None:
+    said, nothing = ranks(2).run(train_another_wrapper, scheme, False)
+    assert nothing == []
+    assert len(said) == 1
+    assert "no gradient has come from the DDP model given to attach" in said[0]
+    assert "trainer.model_wrapped" in said[0]
+    assert ranks(2).run(train_another_wrapper, scheme, True) == [[], []]
+
+
+def throw_means_away(rank: int, _: int, loop: str) -> list[str]:
+    ddp, optimizer, _handle = attached("dgc:rate=0.1", on_nonfinite="propagate")
+    with warnings_logged() as said:
         for step in range(8):
             optimizer.zero_grad()
             if loop == "two passes":
@@ -226,7 +285,7 @@ def throw_means_away(rank: int, _: int, loop: str) -> list[str]:
             (loss * torch.nan if loop == "not finite" and step % 2 else loss).backward()
             if loop != "not finite" or step % 2 == 0:
                 optimizer.step()
-    return [text for text in logged.output[1:] if "not finite" not in text]
+    return [text for text in said if "not finite" not in text]
 
 
 @pytest.mark.parametrize("loop", ["two passes", "one pass", "not finite"])
@@ -400,6 +459,37 @@ def test_a_rank_that_does_something_alone_for_too_long_is_told_of_the_timeout(ra
 def load_anothers_state(rank: int, _: int) -> None:
     _ddp, _optimizer, handle = attached("dgc:rate=0.1")
     handle.load_state_dict(handle.state_dict() | {"rank": 0})
+    train(rank, _ddp, _optimizer, range(1))  # rank 0, which learns of it while it waits
+
+
+def load_another_steps_state(_: int, __: int) -> None:
+    _ddp, _optimizer, handle = attached("dgc:rate=0.1")
+    handle.load_state_dict(handle.state_dict(), step=3)
+
+
+def do_alone(rank: int, action: Callable[[lgc.Handle, DistributedDataParallel], object]) -> None:
+    ddp, optimizer, handle = attached("dgc:rate=0.1")
+    train(rank, ddp, optimizer, range(2))
+    assert handle.wire_summary(of_all=False)["ratio"] == handle.wire_summary()["ratio"]
+    if rank == 0:
+        action(handle, ddp)
+    train(rank, ddp, optimizer, range(2, 4))
+
+
+def sum_up_alone(rank: int, _: int) -> None:
+    do_alone(rank, lambda handle, _: handle.wire_summary())
+
+
+def save_alone(rank: int, _: int) -> None:
+    do_alone(rank, lambda handle, ddp: lgc.checkpoint.save("unused", {}, step=2, group=ddp.process_group))
+
+
+def detach_alone(rank: int, _: int) -> None:
+    do_alone(rank, lambda handle, _: handle.detach())
+
+
+def attach_in_data_parallel(_: int, __: int) -> None:
+    lgc.attach(nn.DataParallel(nn.Linear(2, 2)), "dgc")
 
 
 def attach_adafactor(_: int, __: int) -> None:
@@ -415,11 +505,16 @@ def attach_twice(_: int, __: int) -> None:
 @pytest.mark.parametrize(
     ("function", "failing", "words"),
     [
-        (load_anothers_state, [1], "rank was 0, here it is 1; every rank loads its own, see lgc.checkpoint.load"),
+        (load_anothers_state, [0, 1], "rank was 0, here it is 1; every rank saves and loads its own"),
+        (load_another_steps_state, [0, 1], "it is of step 0, and the model's is 3: what is owed at one step"),
+        (sum_up_alone, [0, 1], "now there is rank 0 in handle.wire_summary, rank 1 in a round of training"),
+        (save_alone, [0, 1], "now there is rank 0 in lgc.checkpoint, rank 1 in a round of training"),
+        (detach_alone, [0, 1], "now there is rank 0 in handle.detach, rank 1 in a round of training"),
+        (attach_in_data_parallel, [0, 1], "one process for all devices; start a process for each, with torchrun"),
         (attach_adafactor, [0, 1], "the Adafactor would make another one of it. Train with SGD without momentum"),
         (attach_twice, [0, 1], "already has the scheme dgc; call handle.detach() on every rank to attach another."),
     ],
-    ids=["state", "adafactor", "twice"],
+    ids=["state", "step", "summary", "checkpoint", "detach", "data-parallel", "adafactor", "twice"],
 )
 def test_a_refusal_names_the_way_out(
     ranks: RankFactory, function: Callable[..., None], failing: list[int], words: str

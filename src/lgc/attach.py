@@ -44,7 +44,7 @@ STATE_VERSION = 4
 STATE_HINTS = {
     "version": "; finish the run with the release of lgc that began it",
     "world_size": "; lgc.checkpoint.load or reshard adapts it",
-    "rank": "; every rank loads its own, see lgc.checkpoint.load",
+    "rank": "; every rank saves and loads its own, as lgc.checkpoint does, and rank 0's alone is not enough",
     "scheme": "; to change it, load everything but the handle: what was owed is lost",
 }
 
@@ -120,6 +120,7 @@ def attach(
     transport = Transport(group_of(model), trained(model)[0][1].device)
     if timeout is not None:
         transport.set_timeout(timeout)
+    transport.meet("lgc.attach")
     require_agreement(transport, "attach", describe(model, scheme, asdict(policy), transport.world_size))
     if transport.rank == 0:
         advise(model, scheme, optimizer)
@@ -229,6 +230,7 @@ class Handle:
                 been detached then.
         """
         self._require_attached("detach()")
+        self.transport.meet("handle.detach")
         self._caller.detach()
         model = self._model()
         if isinstance(model, DistributedDataParallel):
@@ -273,15 +275,24 @@ class Handle:
         """
         return dict(self.synchronizer.aggregator.metrics) if self.synchronizer else {}
 
-    def wire_summary(self) -> dict[str, object]:
+    def wire_summary(self, *, of_all: bool = True) -> dict[str, object]:
         """Bytes of all ranks together, and the ratios against float32 all-reduce; a collective, not counted.
 
         The keys are those of the `wire` part of a run's summary.json, see docs/usage.md.
+
+        Args:
+            of_all: False for the bytes of this rank alone, for which no other has to call.
+
+        Raises:
+            RankError: on every rank, if another one is in a round or another collective of lgc.
         """
         self._caller.settle()
+        if not of_all:
+            return summarise([self.wire], self.parameters, self.transport.world_size)
         uncounted = Transport(self.transport.group, self.transport.device)
+        uncounted.meet("handle.wire_summary")
         wires = uncounted.all_gather_json(self.wire.to_json(), "counts")
-        return summarise([wire_from_json(wire) for wire in wires], self.parameters)
+        return summarise([wire_from_json(wire) for wire in wires], self.parameters, self.transport.world_size)
 
     def state_dict(self) -> dict[str, Any]:
         """This rank's state, to be saved by every rank: tensors by parameter name, numbers and strings only.
@@ -302,14 +313,23 @@ class Handle:
             "aggregator": aggregator,
         }
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any], *, step: int | None = None) -> None:
         """Continue from the `state_dict` of the same rank, or from one that `lgc.checkpoint` has resharded.
 
         The latter only into a new handle: it has, for the decoders that belong to ranks, what they start from.
 
+        Args:
+            state: of the same step as the model's, which is to be loaded before.
+            step: that the model is at, as `handle.step` counts, where one knows; a state of another is refused.
+
         Raises:
-            ValueError: naming the first field that does not fit; nothing has been changed then.
+            ValueError: naming the first field that does not fit; nothing has been changed then. Ranks that wait for
+                this one meanwhile learn of it.
         """
+        with self.transport.announcing():
+            self._load(state, step)
+
+    def _load(self, state: Mapping[str, Any], expected: int | None) -> None:
         here = self.state_dict()
         for key in ("version", "scheme", "world_size", "rank"):
             if state.get(key) != here[key]:
@@ -318,6 +338,12 @@ class Handle:
         step = state.get("step")
         if type(step) is not int or step < 0:
             raise ValueError(f"state_dict: step must be an integer of at least 0, got {step!r}.")
+        if expected is not None and step != expected:
+            raise ValueError(
+                f"state_dict: it is of step {step}, and the model's is {expected}: what is owed at one step is not "
+                "owed at another. Load both from one checkpoint, lgc.checkpoint.resume(..., step=...), or leave out "
+                "the handle's state, and what was owed is lost."
+            )
         phase = state.get("phase")
         if phase not in list(Phase):
             raise ValueError(f"state_dict: phase must be one of {', '.join(Phase)}, got {phase!r}.")

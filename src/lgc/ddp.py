@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import weakref
 from abc import abstractmethod
 from collections.abc import Iterable
@@ -15,6 +16,7 @@ from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import get_total_norm
 
 from lgc.buffers import Buffers
 from lgc.caller import Caller, Detached, RoundTime
@@ -31,6 +33,7 @@ from lgc.synchronizer import Policy, Synchronizer
 logger = logging.getLogger("lgc")
 
 LOST_MEANS = 3  # after which it is said
+SAME_NORM = 0.01  # difference of the logarithms to base 2 that may be rounding
 
 
 def gradients_in(bucket: dist.GradBucket) -> list[tuple[Tensor, Tensor]]:
@@ -68,6 +71,20 @@ class Buckets(Caller):
         hooks = [accumulator.register_prehook(self._before_accumulating) for accumulator in accumulators]
         self._remove_hooks = weakref.finalize(ddp, _remove, hooks)  # the module may be trained on without DDP
         self._left_out = left_out(ddp)
+        self._has_told = False  # of steps without a round
+        watch_steps(ddp, (parameter for _, parameter in trained(ddp)), self._before_step)
+
+    def _before_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """An optimizer is about to make a step with some of the parameters."""
+        if self.step == 0 and not self._has_told and self._transport.rank == 0:
+            logger.warning(
+                "%s makes a step, and no gradient has come from the DDP model given to attach: is another wrapper of "
+                "its module trained? Of a framework, attach to what it trains, such as trainer.model_wrapped, "
+                "trainer.strategy.model or what accelerator.prepare returned. Accumulation under no_sync() ends with a "
+                "backward pass outside it.",
+                type(optimizer).__name__,
+            )
+        self._has_told = True
 
     def _before_accumulating(self, _: object) -> None:
         if not self.has_begun:
@@ -202,14 +219,17 @@ class CollectedBuckets(Buckets):
         self.phase = self.synchronizer.phase(0)
         self._awaits_step: bool | None = None  # whether no step has been made with the last mean; None before any
         self._lost_means = 0
-        watch_steps(ddp, self._parameters.values(), self._before_step)
+        self._norm: float | None = None  # of the last mean, until a step is made with it
+        self._has_told_of_norm = not (scheme.corrected_momentum or scheme.makes_adams_step)
 
     def use_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
         require_optimizer_of(self._parameters, optimizer)
         self._optimizer, self._optimized = optimizer, parameters_of(optimizer)
 
     def _before_step(self, optimizer: torch.optim.Optimizer) -> None:
+        super()._before_step(optimizer)
         self._awaits_step = False
+        self._notice_changed_mean(optimizer)
         if optimizer is not self._optimizer:  # which rounds look at
             with self._transport.announcing():
                 require_single_momentum(self._scheme, optimizer)
@@ -268,6 +288,8 @@ class CollectedBuckets(Buckets):
         if self._unused_possible:
             self._deliver_to_unused(means, {name: view for bucket in pending for name, view in bucket.gradients})
         self._delivered = True
+        if not self._has_told_of_norm:
+            self._norm = float(get_total_norm(means.values()))
         if self._awaits_step is not None:
             self._awaits_step = self.synchronizer.was_finite
 
@@ -300,6 +322,34 @@ class CollectedBuckets(Buckets):
                 "optimizer.zero_grad() between steps, and accumulate under the model's no_sync(). Where it is the loss "
                 "of another model that goes through this one, such as a generator's through its discriminator, switch "
                 "this one off meanwhile by requires_grad_(False): its scheme would take it for a step of its own."
+            )
+
+    def _notice_changed_mean(self, optimizer: torch.optim.Optimizer) -> None:
+        # A momentum that acts before sending has no part in what clipping after the round cuts.
+        left, self._norm = self._norm, None
+        if (
+            left is None
+            or not 0 < left < math.inf
+            or not parameters_of(optimizer).issuperset(map(id, self._parameters.values()))
+        ):
+            return
+        gradients = [each.grad for each in self._parameters.values() if each.grad is not None]
+        now = float(get_total_norm(gradients))
+        exponent = math.log2(now / left) if 0 < now < math.inf else 0.0
+        if abs(exponent - round(exponent)) < SAME_NORM:  # a GradScaler's scales are powers of two
+            return
+        self._has_told_of_norm = True
+        if self._transport.rank == 0:
+            logger.warning(
+                "step %d: the gradients have norm %.3g at the %s's step, and the round left them with %.3g. Under %s, "
+                "whose momentum acts before sending, clipping or scaling them afterwards harms; give the scheme "
+                "clip_norm=..., which clips each rank's gradient before, and leave it out of the loop (in a framework: "
+                "max_grad_norm, gradient_clip_val).",
+                self.step - 1,
+                now,
+                type(optimizer).__name__,
+                left,
+                self._scheme.name,
             )
 
     def _notice_lost_mean(self) -> None:

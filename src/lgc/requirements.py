@@ -53,7 +53,9 @@ def require_ddp(model: nn.Module) -> DistributedDataParallel:
     if not isinstance(model, DistributedDataParallel):
         raise TypeError(
             f"attach(model=...) must be a DistributedDataParallel model, got {type(model).__name__}; wrap it first: "
-            "model = torch.nn.parallel.DistributedDataParallel(model). Only LocalSteps takes other modules."
+            "model = torch.nn.parallel.DistributedDataParallel(model), or take what a framework has wrapped and "
+            "trains: trainer.model_wrapped, trainer.strategy.model, or what accelerator.prepare returned. Only "
+            "LocalSteps takes other modules."
         )
     return model
 
@@ -67,7 +69,12 @@ def require_module(model: nn.Module) -> nn.Module:
             "attach(model=...) is sharded (FSDP), and a rank then never has the whole gradient; lgc needs "
             "torch.nn.parallel.DistributedDataParallel."
         )
-    if not isinstance(model, nn.Module) or isinstance(model, nn.DataParallel):
+    if isinstance(model, nn.DataParallel):
+        raise TypeError(
+            "attach(model=...) is in DataParallel, which has one process for all devices; start a process for each, "
+            "with torchrun, and use torch.nn.parallel.DistributedDataParallel."
+        )
+    if not isinstance(model, nn.Module):
         raise TypeError(f"attach(model=...) must be a module, in DistributedDataParallel, got {type(model).__name__}.")
     return model
 

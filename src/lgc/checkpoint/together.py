@@ -45,7 +45,7 @@ def save(directory: Path | str, state: State, *, step: int, group: dist.ProcessG
     if keep < 1:
         raise ValueError(f"checkpoint.save(keep=...) must be at least 1, got {keep}.")
     path = Path(directory) / f"step-{step:010d}"
-    transport = Transport(group)
+    transport = _meeting(group)
     together = partial(_together, transport, "checkpoint.save")
     steps = together(lambda: step)
     if len(set(steps)) != 1:
@@ -79,7 +79,7 @@ def available(directory: Path | str, *, group: dist.ProcessGroup | None = None) 
             older schema.
     """
     if group is not None:
-        transport = Transport(group)
+        transport = _meeting(group)
         names = _together(
             transport, "checkpoint.available", lambda: [p.name for p in available(directory)], only=SERVER
         )
@@ -110,11 +110,13 @@ def set_aside(path: Path, *, group: dist.ProcessGroup) -> Path:
         path.rename(aside)
         return aside.name
 
-    return path.with_name(_together(Transport(group), "checkpoint.set_aside", rename, only=SERVER)[SERVER])
+    return path.with_name(_together(_meeting(group), "checkpoint.set_aside", rename, only=SERVER)[SERVER])
 
 
-def resume(directory: Path | str, *, group: dist.ProcessGroup) -> dict[str, Any] | None:
+def resume(directory: Path | str, *, group: dist.ProcessGroup, step: int | None = None) -> dict[str, Any] | None:
     """Load this rank's state from the newest checkpoint that is not refused, None if there is none; a collective.
+
+    With a step, where something else decides where training goes on, it is that of this step or an error.
 
     Rank 0 logs which one it is, at level INFO. What is refused is set aside, with a warning: the run then goes on from
     an older checkpoint, and repeats the steps since. To have the last word on that, use `available`, `load` and
@@ -122,8 +124,15 @@ def resume(directory: Path | str, *, group: dist.ProcessGroup) -> dict[str, Any]
 
     Raises:
         CheckpointError: on every rank, if a file cannot be read or renamed, which may be no fault of the checkpoint,
-            or a checkpoint is of an older schema.
+            or a checkpoint is of an older schema; or there is none of `step`.
     """
+    if step is not None:
+        paths = {_step_of(path): path for path in available(directory, group=group)}
+        if step not in paths:
+            raise CheckpointError(
+                f"checkpoint.resume(step=...): {directory} has no checkpoint of step {step}, it has {sorted(paths)}."
+            )
+        return load(paths[step], group=group)
     for path in available(directory, group=group):
         try:
             state = load(path, group=group)
@@ -133,9 +142,13 @@ def resume(directory: Path | str, *, group: dist.ProcessGroup) -> dict[str, Any]
                 logger.warning("%s\nThis checkpoint is now %s; going on from the one before it, if any.", error, aside)
         else:
             if dist.get_rank(group) == 0:
-                logger.info("goes on from step %d (%s)", int(path.name.removeprefix("step-")), path)
+                logger.info("goes on from step %d (%s)", _step_of(path), path)
             return state
     return None
+
+
+def _step_of(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
 
 
 def load(path: Path, *, group: dist.ProcessGroup) -> dict[str, Any]:
@@ -148,7 +161,7 @@ def load(path: Path, *, group: dist.ProcessGroup) -> dict[str, Any]:
         CheckpointError: the same, where a file could not be read, which may be no fault of the checkpoint, or is of an
             older schema.
     """
-    transport = Transport(group)
+    transport = _meeting(group)
     state: dict[str, Any] = {}
 
     def read() -> str:
@@ -184,6 +197,13 @@ def load_rank(path: Path, *, rank: int, world_size: int) -> dict[str, Any]:
         return reshard((at(files.read_rank(path, entry), keys) for entry in entries), rank=rank, world_size=world_size)
 
     return dict(with_handles(state, resharded))
+
+
+def _meeting(group: dist.ProcessGroup) -> Transport:
+    """A transport whose ranks are all about to save or load a checkpoint; a collective."""
+    transport = Transport(group)
+    transport.meet("lgc.checkpoint")
+    return transport
 
 
 def _together(transport: Transport, what: str, action: Callable[[], Any], only: int | None = None) -> list[Any]:

@@ -83,14 +83,14 @@ class Baseline(NamedTuple):
         return FLOAT32_BYTES * self.parameters * steps
 
 
-def summarise(ranks: list[Wire], parameters: int) -> dict[str, object]:
-    """Sums over all ranks, and ratios against float32 ring all-reduce of the same steps.
+def summarise(ranks: list[Wire], parameters: int, world_size: int) -> dict[str, object]:
+    """Sums over these ranks of the world, and ratios against float32 ring all-reduce of the same steps.
 
     `ratio` is for the whole run, setup included, `ratio_compressed_phase` for that phase alone; `paper` has the
     paper's way of counting, uploads averaged over the ranks. A ratio is None where nothing was sent or there was no
     such phase.
     """
-    baseline = Baseline(parameters, len(ranks))
+    baseline = Baseline(parameters, world_size)
     phases = [{"name": str(name)} | _sum([wire.phases[name] for wire in ranks]) for name in ranks[0].phases]
     steps = sum(traffic.steps for traffic in ranks[0].phases.values())
     compressed = [phase for phase in phases if phase["name"] == Phase.COMPRESSED]
@@ -100,7 +100,7 @@ def summarise(ranks: list[Wire], parameters: int) -> dict[str, object]:
         return sum(value for phase in of if isinstance(value := phase[key], int))
 
     def ratio(base: int, sent: int) -> float | None:
-        return base / sent if base and sent else None
+        return base * len(ranks) / world_size / sent if base and sent else None
 
     def both(of: list[dict[str, object]]) -> int:
         return total("sent_bytes", of) + total("received_bytes", of)
@@ -115,9 +115,9 @@ def summarise(ranks: list[Wire], parameters: int) -> dict[str, object]:
         "ratio_compressed_phase": ratio(baseline.bytes(compressed_steps), both(compressed)),
         "paper": {
             "upload_bytes_per_rank": total("upload_bytes", phases) / len(ranks),
-            "ratio": ratio(baseline.upload(steps) * len(ranks), total("upload_bytes", phases)),
+            "ratio": ratio(baseline.upload(steps) * world_size, total("upload_bytes", phases)),
             "ratio_compressed_phase": ratio(
-                baseline.upload(compressed_steps) * len(ranks), total("upload_bytes", compressed)
+                baseline.upload(compressed_steps) * world_size, total("upload_bytes", compressed)
             ),
         },
         "phases": phases,

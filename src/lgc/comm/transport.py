@@ -35,6 +35,8 @@ from lgc.coding import PayloadError
 from lgc.comm.traffic import SETUP, Traffic, Wire
 
 SERVER = 0
+ROUND = "a round of training"
+OPERATIONS = (ROUND, "lgc.attach", "handle.wire_summary", "handle.detach", "lgc.checkpoint")
 PAYLOADS = 2  # that the opening of a round announces
 JSON_LIMIT = 2**28  # bytes
 MESSAGE_LIMIT = 4096  # bytes of an error message
@@ -135,6 +137,7 @@ class Transport:
         vote: bool = False,
         lengths: Sequence[int] = (),
         error: Exception | None = None,
+        operation: str = ROUND,
     ) -> Opening:
         """Tell all ranks this rank's state before anything else of the round is sent: 32 bytes a rank.
 
@@ -144,12 +147,13 @@ class Transport:
             vote: what this rank has to say.
             lengths: of the payloads that this rank has prepared, in bytes, at most two.
             error: why it could prepare none.
+            operation: of `OPERATIONS`, where it is none of training.
 
         Raises:
-            RankError: on every rank, if one passes an error, or the ranks are at different steps.
+            RankError: on every rank, if one passes an error, or the ranks are at different steps or operations.
         """
         message = b"" if error is None else _message(error)
-        flags = finite | vote << 1 | (error is not None) << 2
+        flags = finite | vote << 1 | (error is not None) << 2 | OPERATIONS.index(operation) << 3
         announced, following = [*([len(message)] if error else lengths), 0, 0][:PAYLOADS]
         preamble = torch.tensor([step, flags, announced, following], device="cpu")
         rows = self.all_gather(preamble, "preamble").tolist()
@@ -160,6 +164,10 @@ class Transport:
             messages = self.all_gather_bytes(payload, "errors", message_lengths, limit=MESSAGE_LIMIT)
             texts = [f"rank {rank}: {bytes(messages[rank].tolist()).decode(errors='replace')}" for rank in failed]
             raise RankError(f"lgc: step {step}: {'; '.join(texts)}") from error
+        operations = [OPERATIONS[row[1] >> 3] if 0 <= row[1] >> 3 < len(OPERATIONS) else "another" for row in rows]
+        if set(operations) != {operation}:
+            texts = [f"rank {rank} in {each}" for rank, each in enumerate(operations)]
+            raise RankError(f"lgc: every rank must call the same collectives, and now there is {', '.join(texts)}.")
         steps = [row[0] for row in rows]
         if set(steps) != {step}:
             raise RankError(
@@ -173,6 +181,14 @@ class Transport:
         return Opening(
             [bool(row[1] & 1) for row in rows], [bool(row[1] & 2) for row in rows], [(row[2], row[3]) for row in rows]
         )
+
+    def meet(self, operation: str) -> None:
+        """Have all ranks begin the same operation, of `OPERATIONS`; a collective.
+
+        Raises:
+            RankError: on every rank, if one is in another operation or a round.
+        """
+        self.open_round(0, finite=True, operation=operation)
 
     def all_reduce(self, tensor: Tensor, content: str) -> Tensor:
         """Sum over the ranks, the same bits on each; shape and dtype of `tensor`."""
