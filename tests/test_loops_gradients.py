@@ -68,6 +68,70 @@ def assert_alike(results: list[Tensor]) -> None:
     assert bool(results[0].isfinite().all())
 
 
+# --- several optimizers ---
+
+
+def train_with_two(rank: int, _: int, scheme: str, listed: bool) -> tuple[Tensor, int]:
+    """A body and a head with optimizers of their own, which step one after the other, or one for both."""
+    ddp = network()
+    body, head = ddp.module[0], ddp.module[2]
+    parts = [torch.optim.SGD(body.parameters(), lr=0.1), torch.optim.SGD(head.parameters(), lr=0.1)]
+    optimizers = parts if listed else [sgd(ddp)]
+    handle = lgc.attach(ddp, scheme, optimizers)
+    for step in range(9):
+        ddp.zero_grad()
+        ddp(inputs(rank, step)).square().mean().backward()
+        for optimizer in optimizers:
+            optimizer.step()
+    handle.finish()
+    return weights(ddp), handle.step
+
+
+@every_scheme
+def test_optimizers_that_step_together_are_as_one(ranks: RankFactory, scheme: str) -> None:
+    apart, together = ranks(2).run(train_with_two, scheme, True), ranks(2).run(train_with_two, scheme, False)
+    assert_alike([each for each, _ in apart + together])
+    assert {steps for _, steps in apart + together} == {9}
+
+
+def step_unequally(rank: int, _: int) -> None:
+    ddp = network()
+    body = torch.optim.SGD(ddp.module[0].parameters(), lr=0.1)
+    head = torch.optim.Adam(ddp.module[2].parameters(), lr=0.1)
+    lgc.attach(ddp, SCHEMES["local"], [body, head])
+    for step in range(4):
+        ddp.zero_grad()
+        ddp(inputs(rank, step)).square().mean().backward()
+        body.step()
+        if step % 2:
+            head.step()
+
+
+def attach_two_to_a_module(_: int, __: int) -> None:
+    net = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    lgc.attach(net, SCHEMES["local"], [sgd(net[0]), sgd(net[1])])
+
+
+def attach_a_word(_: int, __: int) -> None:
+    ddp = network()
+    lgc.attach(ddp, "dgc", [sgd(ddp), "adam"])  # type: ignore[list-item]
+
+
+@pytest.mark.parametrize(
+    ("function", "words"),
+    [
+        (step_unequally, "the SGD makes two steps, and the Adam given to attach beside it none"),
+        (attach_two_to_a_module, "use LocalSteps(start_steps=0), or wrap the model in DistributedDataParallel"),
+        (attach_a_word, "attach(optimizer=...) must be an optimizer, a list of them, or None, got str."),
+    ],
+    ids=["unequal", "module", "type"],
+)
+def test_optimizers_that_no_scheme_can_have_are_refused(
+    ranks: RankFactory, function: Callable[..., None], words: str
+) -> None:
+    assert all(words in str(failure) for failure in ranks(2).exceptions(function))
+
+
 # --- copies ---
 
 

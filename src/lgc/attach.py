@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict
 from typing import Any
@@ -22,6 +22,7 @@ from lgc.local_steps import LocalRounds
 from lgc.phase import Phase
 from lgc.requirements import (
     advise,
+    all_of,
     describe,
     group_of,
     is_collected,
@@ -29,7 +30,7 @@ from lgc.requirements import (
     require_exchangeable,
     require_local_steps,
     require_module,
-    require_optimizer_of,
+    require_optimizers_of,
     require_own_updates,
     require_real,
     require_single_momentum,
@@ -55,7 +56,7 @@ _attached: weakref.WeakKeyDictionary[nn.Module, tuple[weakref.ref[Caller], Schem
 def attach(
     model: nn.Module,
     scheme: Scheme | str,
-    optimizer: torch.optim.Optimizer | None = None,
+    optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None = None,
     *,
     grad_scaler: torch.amp.GradScaler | None = None,
     timeout: float | None = 60.0,
@@ -73,7 +74,8 @@ def attach(
             LocalSteps also a plain module, which starts from rank 0's weights.
         scheme: a scheme, or its text form such as `"dgc:rate=0.01"`.
         optimizer: the model's; checked, now and in every round, for a momentum on top of the scheme's, not changed.
-            LocalSteps count its steps and need it.
+            LocalSteps count its steps and need it. A list if there are several, which under LocalSteps must step
+            equally often.
         grad_scaler: the one that scales the loss, so that what is kept between steps is in unscaled units.
         timeout: seconds after which a rank that waits for another in the model's process group gives up; None leaves
             the group's as it is. Longer than anything that one rank does while the others wait, such as a checkpoint.
@@ -101,7 +103,8 @@ def attach(
     """
     if isinstance(scheme, str):
         scheme = parse_scheme(scheme)
-    require_types(scheme, optimizer, grad_scaler, timeout)
+    require_types(scheme, grad_scaler, timeout)
+    optimizers = all_of(optimizer)
     model = require_module(model) if isinstance(scheme, LocalSteps) else require_ddp(model)
     module: nn.Module = model.module if isinstance(model, DistributedDataParallel) else model
     _require_unattached(model, module)
@@ -112,24 +115,23 @@ def attach(
     policy = Policy(check_every, on_difference, default if on_nonfinite is None else on_nonfinite, buffers_every)
     take_buffers(model, scheme, buffers_every)
     require_real(model, scheme)
-    if optimizer is not None:
-        require_optimizer_of(dict(trained(model)), optimizer)
-        require_single_momentum(scheme, optimizer)
+    require_optimizers_of(dict(trained(model)), optimizers)
+    for own in optimizers:
+        require_single_momentum(scheme, own)
     if isinstance(scheme, LocalSteps):
-        require_local_steps(model, optimizer, grad_scaler, scheme.start_steps)
+        require_local_steps(model, optimizers, grad_scaler, scheme.start_steps)
     transport = Transport(group_of(model), trained(model)[0][1].device)
     if timeout is not None:
         transport.set_timeout(timeout)
     transport.meet("lgc.attach")
     require_agreement(transport, "attach", describe(model, scheme, asdict(policy), transport.world_size))
     if transport.rank == 0:
-        advise(model, scheme, optimizer)
+        advise(model, scheme, optimizers)
     caller: LocalRounds | Buckets
     if isinstance(scheme, LocalSteps):
-        assert optimizer is not None  # required above
-        caller = LocalRounds(model, scheme, transport, policy, optimizer, grad_scaler)
+        caller = LocalRounds(model, scheme, transport, policy, optimizers, grad_scaler)
     elif is_collected(scheme):
-        caller = CollectedBuckets(require_ddp(model), scheme, transport, policy, optimizer, grad_scaler)
+        caller = CollectedBuckets(require_ddp(model), scheme, transport, policy, optimizers, grad_scaler)
     else:
         caller = ReducedBuckets(require_ddp(model), scheme, transport, policy)
     if isinstance(model, DistributedDataParallel):
@@ -158,6 +160,7 @@ class Handle:
         parameters: number of trained parameters N.
         synchronizer: the rounds, of the first fragment under local steps; None for the schemes that reduce bucket by
             bucket (dense, fp16, bf16, powersgd).
+        is_detached: whether `detach` has been called, after which there is no state any more.
     """
 
     def __init__(
@@ -169,7 +172,7 @@ class Handle:
         self._caller = caller
         self._model = weakref.ref(model)  # which keeps the caller
         self._broadcasts_buffers = broadcasts_buffers
-        self._is_detached = False
+        self.is_detached = False
         self.synchronizer: Synchronizer | None = caller.synchronizer
 
     def __deepcopy__(self, _: object) -> Detached:
@@ -204,18 +207,21 @@ class Handle:
         """
         self._caller.finish()
 
-    def use_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
+    def use_optimizer(self, optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer]) -> None:
         """Go on with another optimizer than the one given to `attach`, such as a new one for every stage of training.
 
         Raises:
             TypeError, ValueError: as `attach` does; nothing has been changed then.
         """
         self._require_attached("use_optimizer()")
-        require_types(self.scheme, optimizer, None, None)
-        require_single_momentum(self.scheme, optimizer)
-        if isinstance(self.scheme, LocalSteps):
-            require_own_updates(optimizer)
-        self._caller.use_optimizer(optimizer)
+        optimizers = all_of(optimizer)
+        if not optimizers:
+            raise TypeError("use_optimizer(optimizer=...) must be an optimizer, or a list of them, got none.")
+        for each in optimizers:
+            require_single_momentum(self.scheme, each)
+            if isinstance(self.scheme, LocalSteps):
+                require_own_updates(each)
+        self._caller.use_optimizers(optimizers)
 
     def detach(self) -> None:
         """Leave a DDP model to DDP, which exchanges everything from now on, and any other to itself; a collective.
@@ -241,10 +247,10 @@ class Handle:
             _attached.pop(model, None)
         done, self._caller, self.synchronizer = self._caller, Caller(), None
         self._caller.step, self._caller.phase = done.step, done.phase
-        self._is_detached = True
+        self.is_detached = True
 
     def _require_attached(self, what: str) -> None:
-        if self._is_detached:
+        if self.is_detached:
             raise RuntimeError(f"lgc: handle.{what} after handle.detach(): nothing is attached any more.")
 
     @property

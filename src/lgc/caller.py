@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
@@ -59,8 +60,8 @@ class Caller:
     def finish(self) -> None:
         """Exchange what this rank has moved since the last round; nothing, where every step is exchanged."""
 
-    def use_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
-        """Go on with another optimizer; nothing, where none is looked at."""
+    def use_optimizers(self, optimizers: Sequence[torch.optim.Optimizer]) -> None:
+        """Go on with other optimizers; nothing, where none is looked at."""
 
     def detach(self) -> None:
         """Have the same on all ranks, and remove every hook but DDP's own, which stays; a collective."""

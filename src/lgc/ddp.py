@@ -6,7 +6,7 @@ import logging
 import math
 import weakref
 from abc import abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -25,7 +25,7 @@ from lgc.comm.transport import Transport, clock
 from lgc.gradients import all_zero
 from lgc.optimizers import end_watch, parameters_of, watch_steps
 from lgc.phase import Phase
-from lgc.requirements import left_out, require_frozen, require_optimizer_of, require_single_momentum, trained
+from lgc.requirements import left_out, require_frozen, require_optimizers_of, require_single_momentum, trained
 from lgc.schemes import Dense, PowerSGD, RoundScheme, Scheme
 from lgc.schemes.powersgd import PowerSGDHook
 from lgc.synchronizer import Policy, Synchronizer
@@ -198,13 +198,12 @@ class CollectedBuckets(Buckets):
         scheme: RoundScheme,
         transport: Transport,
         policy: Policy,
-        optimizer: torch.optim.Optimizer | None,
+        optimizers: Sequence[torch.optim.Optimizer],
         grad_scaler: torch.amp.GradScaler | None,
     ) -> None:
         super().__init__(ddp, transport, policy)
         self._scheme = scheme
-        self._optimizer = optimizer
-        self._optimized = None if optimizer is None else parameters_of(optimizer)
+        self._optimizers = optimizers
         self._grad_scaler = grad_scaler
         self._parameters = dict(trained(ddp))
         self._names = {id(parameter): name for name, parameter in self._parameters.items()}
@@ -222,15 +221,15 @@ class CollectedBuckets(Buckets):
         self._norm: float | None = None  # of the last mean, until a step is made with it
         self._has_told_of_norm = not (scheme.corrected_momentum or scheme.makes_adams_step)
 
-    def use_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
-        require_optimizer_of(self._parameters, optimizer)
-        self._optimizer, self._optimized = optimizer, parameters_of(optimizer)
+    def use_optimizers(self, optimizers: Sequence[torch.optim.Optimizer]) -> None:
+        require_optimizers_of(self._parameters, optimizers)
+        self._optimizers = optimizers
 
     def _before_step(self, optimizer: torch.optim.Optimizer) -> None:
         super()._before_step(optimizer)
         self._awaits_step = False
         self._notice_changed_mean(optimizer)
-        if optimizer is not self._optimizer:  # which rounds look at
+        if optimizer not in self._optimizers:  # which rounds look at
             with self._transport.announcing():
                 require_single_momentum(self._scheme, optimizer)
 
@@ -260,8 +259,8 @@ class CollectedBuckets(Buckets):
         with self._transport.announcing():
             require_frozen(self._left_out)
             self._require_fresh_gradients()
-            if self._optimizer is not None:  # a scheduler or load_state_dict may have given it momentum since attach
-                require_single_momentum(self._scheme, self._optimizer)
+            for optimizer in self._optimizers:  # a scheduler or load_state_dict may have given it momentum since attach
+                require_single_momentum(self._scheme, optimizer)
         self._notice_lost_mean()
         self.phase = self.synchronizer.phase(self.step)
         gradients = {name: gradient for bucket in pending for name, gradient in bucket.gradients}
@@ -304,11 +303,11 @@ class CollectedBuckets(Buckets):
 
     def _find_stale_gradient(self) -> str | None:
         """A parameter whose gradient still has the last mean, if any; zeroes those that another optimizer has."""
-        stale = None
+        stale, optimized = None, parameters_of(*self._optimizers)
         for name, parameter in self._parameters.items():
             if parameter.grad is None or not parameter.requires_grad:
                 continue
-            if self._optimized is not None and id(parameter) not in self._optimized:
+            if self._optimizers and id(parameter) not in optimized:
                 parameter.grad.zero_()
             elif stale is None and bool(parameter.grad.any()):
                 stale = name

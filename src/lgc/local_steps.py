@@ -6,7 +6,7 @@ import contextlib
 import logging
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future as Task
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -28,7 +28,7 @@ from lgc.ddp import CollectedBuckets
 from lgc.fragments import Fragment, fragmented
 from lgc.gradients import OptimizedGradients, all_zero
 from lgc.optimizers import end_watch, share_scale, share_state, watch_steps
-from lgc.requirements import require_optimizer_of, trained
+from lgc.requirements import require_optimizers_of, trained
 from lgc.rounds.schedule import FOREVER, Schedule
 from lgc.schemes import Dense, LocalSteps
 from lgc.synchronizer import Policy, Synchronizer, require_same_form
@@ -75,7 +75,7 @@ class LocalRounds(Caller):
         scheme: how often, and how.
         transport: between the ranks.
         policy: what is done when something is wrong.
-        optimizer: whose steps are counted, and which keeps this.
+        optimizers: whose steps are counted, and which keep this. One step is one of each.
         grad_scaler: whose skipped steps are counted too.
     """
 
@@ -87,7 +87,7 @@ class LocalRounds(Caller):
         scheme: LocalSteps,
         transport: Transport,
         policy: Policy,
-        optimizer: Optimizer,
+        optimizers: Sequence[Optimizer],
         grad_scaler: torch.amp.GradScaler | None,
     ) -> None:
         ddp = model if isinstance(model, DistributedDataParallel) else None
@@ -98,7 +98,7 @@ class LocalRounds(Caller):
         self._module = module
         self._ddp = weakref.ref(model)  # whose hook keeps this
         self._policy = policy
-        self._optimizer = optimizer
+        self._optimizers = optimizers
         self._grad_scaler = grad_scaler if grad_scaler is not None and grad_scaler.is_enabled() else None
         self._parameters = dict(trained(model))
         active = [each for each in module.parameters() if each.requires_grad]
@@ -115,14 +115,15 @@ class LocalRounds(Caller):
         self._fragments = [Fragment(group, scheme, self._round_transport, policy) for group in groups]
         self.synchronizer = self._fragments[0].synchronizer
         self.phase = self._start.phase if self._start else self.synchronizer.phase(0)
-        self._in_step = False  # between the optimizer's two hooks
+        self._in_step = False  # between an optimizer's two hooks
+        self._stepped: list[Optimizer] = []  # since the last step that was counted
         self._last_round = scheme.start_steps  # the step of the last round
         self._launched: Launched | None = None
         self._own: dict[Tensor, Tensor] | None = None  # what `anchored` has put aside
         self._replaced = False  # the weights are not those of this anchor
         self._warned = False
         self._step_hooks: list[RemovableHandle] = []
-        self.use_optimizer(optimizer)
+        self.use_optimizers(optimizers)
         self._steps_of_others = 0  # since the last one that counts
         watch_steps(module, self._parameters.values(), self._before_any_step)
         if self._grad_scaler is not None:
@@ -134,26 +135,31 @@ class LocalRounds(Caller):
             self._module_hooks.append(each.register_state_dict_pre_hook(_on_state_dict))
             self._module_hooks.append(each.register_load_state_dict_post_hook(_on_load_state_dict))
 
-    def use_optimizer(self, optimizer: Optimizer) -> None:
-        require_optimizer_of(self._parameters, optimizer)
+    def use_optimizers(self, optimizers: Sequence[Optimizer]) -> None:
+        require_optimizers_of(self._parameters, optimizers)
         for hook in self._step_hooks:
             hook.remove()
-        self._optimizer = optimizer
+        self._optimizers = optimizers
+        self._stepped.clear()
         if isinstance(self._start, CollectedBuckets):
-            self._start.use_optimizer(optimizer)
+            self._start.use_optimizers(optimizers)
         self._step_hooks = [
-            optimizer.register_step_pre_hook(lambda _, args, kwargs: self._before_step(args, kwargs)),
-            optimizer.register_step_post_hook(lambda *_: self._after_step()),
+            hook
+            for each in optimizers
+            for hook in (
+                each.register_step_pre_hook(self._before_step),
+                each.register_step_post_hook(lambda optimizer, *_: self._after_step(optimizer)),
+            )
         ]
 
     def _before_any_step(self, optimizer: Optimizer) -> None:
-        self._steps_of_others = 0 if optimizer is self._optimizer else self._steps_of_others + 1
+        self._steps_of_others = 0 if optimizer in self._optimizers else self._steps_of_others + 1
         if self._steps_of_others > max(self._scheme.every, FEW_STEPS):
             raise RuntimeError(
                 f"lgc: {type(optimizer).__name__} has made {self._steps_of_others - 1} steps with this model's "
-                f"parameters, and the {type(self._optimizer).__name__} given to attach none meanwhile, whose steps are "
-                "those that local steps count: no round would bring the ranks together. When you replace an optimizer, "
-                "call handle.use_optimizer(optimizer) on every rank."
+                f"parameters, and the {type(self._optimizers[0]).__name__} given to attach none meanwhile, whose steps "
+                "are those that local steps count: no round would bring the ranks together. When you replace an "
+                "optimizer, call handle.use_optimizer(optimizer) on every rank."
             )
 
     def _make_start(
@@ -164,7 +170,7 @@ class LocalRounds(Caller):
         if ddp is None:
             start = OptimizedGradients(self._parameters, exchange, transport, self._policy)
         else:
-            start = CollectedBuckets(ddp, exchange, transport, self._policy, self._optimizer, grad_scaler)
+            start = CollectedBuckets(ddp, exchange, transport, self._policy, self._optimizers, grad_scaler)
         if not isinstance(exchange, Dense):
             start.synchronizer.aggregator.schedule = Schedule(1.0, warmup_steps=FOREVER)
         start.phase = start.synchronizer.phase(0)
@@ -201,9 +207,16 @@ class LocalRounds(Caller):
         future.set_result(bucket.buffer())
         return future
 
-    def _before_step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         with self._transport.announcing(*OF_ALL_RANKS):
             self._require_own_weights("optimizer.step()")
+            if optimizer in self._stepped and not self._in_step:
+                waiting = next(each for each in self._optimizers if each not in self._stepped)
+                raise RuntimeError(
+                    f"lgc: the {type(optimizer).__name__} makes two steps, and the {type(waiting).__name__} given to "
+                    "attach beside it none: under local steps all of them must step equally often. Give attach the one "
+                    "that steps least often."
+                )
             if self._replaced:
                 raise RuntimeError(
                     "lgc: the model's weights were loaded after local steps had begun, which would count as what this "
@@ -219,7 +232,7 @@ class LocalRounds(Caller):
                         "local steps cannot exchange them; use start_steps=0, or wrap the model in DDP."
                     )
                 self._start.exchange_gradients()
-            if self.step == self._scheme.start_steps and not self._in_step:
+            if self.step == self._scheme.start_steps and not (self._in_step or self._stepped):
                 self._begin()
         self._in_step = True
 
@@ -244,10 +257,14 @@ class LocalRounds(Caller):
         self._round_transport.begin(self.phase, steps=0)
         return self._round_transport.open_round(self.step, finite=True, vote=vote).votes
 
-    def _after_step(self) -> None:
+    def _after_step(self, optimizer: Optimizer) -> None:
         if not self._in_step:  # of a class that calls its base class's step, for which torch runs the hooks as well
             return
         self._in_step = False
+        self._stepped.append(optimizer)
+        if len(self._stepped) < len(self._optimizers):
+            return
+        self._stepped.clear()
         self.step += 1
         period = self._scheme.period
         if not self._has_begun:
@@ -262,9 +279,9 @@ class LocalRounds(Caller):
 
     def count_skipped_step(self, optimizer: Optimizer, since: int) -> None:
         """Count a step that a GradScaler has not made: it found infinities, and only on this rank."""
-        if optimizer is self._optimizer and self.step == since:
-            self._before_step((), {})
-            self._after_step()
+        if optimizer in self._optimizers and optimizer not in self._stepped and self.step == since:
+            self._before_step(optimizer, (), {})
+            self._after_step(optimizer)
 
     def _round(self, fragment: Fragment) -> None:
         started, communicated = clock(self._transport.device), self._transport.seconds
@@ -368,7 +385,7 @@ class LocalRounds(Caller):
         fragment.apply(result.result().mean, weights if finite else None)
         self._buffers.apply(result.result().buffers, buffers)
         if not finite:
-            for tensor in _tensors_of(self._optimizer):
+            for tensor in _tensors_of(self._optimizers):
                 torch.nan_to_num_(tensor, 0.0, 0.0, 0.0)
 
     def _unfrozen(self) -> Exception | None:
@@ -432,7 +449,8 @@ class LocalRounds(Caller):
         with self._transport.announcing(*OF_ALL_RANKS, ValueError):
             if self._has_begun and isinstance(self._ddp(), DistributedDataParallel):
                 # DDP's replicas stay equal only if their optimizers' steps are.
-                share_state(self._optimizer, self._transport)
+                for optimizer in self._optimizers:
+                    share_state(optimizer, self._transport)
                 if self._grad_scaler is not None:
                     share_scale(self._grad_scaler, self._transport)
         if isinstance(self._start, CollectedBuckets):
@@ -558,8 +576,8 @@ def _copies(tensors: Mapping[str, Tensor], device: torch.device | None = None) -
     return {name: each.to(device, copy=True) for name, each in tensors.items()}
 
 
-def _tensors_of(optimizer: Optimizer) -> Iterator[Tensor]:
-    for of_parameter in optimizer.state.values():
+def _tensors_of(optimizers: Sequence[Optimizer]) -> Iterator[Tensor]:
+    for of_parameter in (each for optimizer in optimizers for each in optimizer.state.values()):
         for value in of_parameter.values():
             if isinstance(value, Tensor) and value.is_floating_point():
                 yield value

@@ -19,9 +19,9 @@ _Watch = tuple[set[int], "weakref.WeakMethod[Callable[[Optimizer], None]]"]  # i
 _watches: weakref.WeakKeyDictionary[nn.Module, _Watch] = weakref.WeakKeyDictionary()
 
 
-def parameters_of(optimizer: Optimizer) -> set[int]:
-    """The ids of all parameters that an optimizer has."""
-    return {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+def parameters_of(*optimizers: Optimizer) -> set[int]:
+    """The ids of all parameters that some optimizers have."""
+    return {id(parameter) for each in optimizers for group in each.param_groups for parameter in group["params"]}
 
 
 def watch_steps(model: nn.Module, parameters: Iterable[Tensor], before: Callable[[Optimizer], None]) -> None:

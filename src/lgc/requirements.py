@@ -6,7 +6,7 @@ import logging
 import sys
 import warnings
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TypeGuard
 
 import torch
@@ -27,12 +27,20 @@ ADAPTIVE = {"betas", "alpha", "rho", "lr_decay", "etas", "beta2_decay", "decay_r
 _in_buckets: weakref.WeakKeyDictionary[DistributedDataParallel, set[int]] = weakref.WeakKeyDictionary()
 
 
-def require_types(scheme: object, optimizer: object, grad_scaler: object, timeout: float | None) -> None:
+def all_of(optimizer: object) -> tuple[torch.optim.Optimizer, ...]:
+    """The optimizers given to `attach`, none, one or several; raises TypeError for anything else."""
+    given = () if optimizer is None else tuple(optimizer) if isinstance(optimizer, list | tuple) else (optimizer,)
+    for each in given:
+        if not isinstance(each, torch.optim.Optimizer):
+            kind = type(each).__name__
+            raise TypeError(f"attach(optimizer=...) must be an optimizer, a list of them, or None, got {kind}.")
+    return tuple(dict.fromkeys(given))
+
+
+def require_types(scheme: object, grad_scaler: object, timeout: float | None) -> None:
     """Raise TypeError or ValueError if an argument of `attach` is not what it must be."""
     if not isinstance(scheme, Scheme):
         raise TypeError(f"attach(scheme=...) must be a scheme, such as lgc.DGC(), or its text form, got {scheme!r}.")
-    if not isinstance(optimizer, torch.optim.Optimizer | None):
-        raise TypeError(f"attach(optimizer=...) must be an optimizer or None, got {type(optimizer).__name__}.")
     if not isinstance(grad_scaler, torch.amp.GradScaler | None):
         raise TypeError(f"attach(grad_scaler=...) must be a GradScaler or None, got {grad_scaler!r}.")
     number = isinstance(timeout, int | float) and not isinstance(timeout, bool)
@@ -155,24 +163,32 @@ def require_real(model: nn.Module, scheme: Scheme) -> None:
         )
 
 
-def require_optimizer_of(parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
-    """Raise ValueError if the optimizer is of another model."""
-    if parameters_of(optimizer).isdisjoint(map(id, parameters.values())):
-        raise ValueError(
-            "attach(optimizer=...) has none of the model's parameters; make it from this model's parameters(), after "
-            "the model is on its device."
-        )
+def require_optimizers_of(parameters: Mapping[str, nn.Parameter], optimizers: Iterable[torch.optim.Optimizer]) -> None:
+    """Raise ValueError if an optimizer is of another model."""
+    for optimizer in optimizers:
+        if parameters_of(optimizer).isdisjoint(map(id, parameters.values())):
+            raise ValueError(
+                "attach(optimizer=...) has none of the model's parameters; make it from this model's parameters(), "
+                "after the model is on its device."
+            )
 
 
 def require_local_steps(
-    model: nn.Module, optimizer: torch.optim.Optimizer | None, grad_scaler: object, start_steps: int
+    model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], grad_scaler: object, start_steps: int
 ) -> None:
     """Raise if there is something that local steps cannot do; switch off what DDP sends at every step."""
-    if optimizer is None:
+    if not optimizers:
         raise ValueError("attach(optimizer=...) must be the model's under LocalSteps, which count its steps, got None.")
-    require_own_updates(optimizer)
+    for optimizer in optimizers:
+        require_own_updates(optimizer)
     require_independent(model)
     if not isinstance(model, DistributedDataParallel):
+        if start_steps and len(optimizers) > 1:
+            raise ValueError(
+                f"attach(optimizer=...) has {len(optimizers)} optimizers, and the start of local steps exchanges a "
+                "module's gradients before the first of them steps, when those for the next may not be there; use "
+                "LocalSteps(start_steps=0), or wrap the model in DistributedDataParallel."
+            )
         if start_steps and isinstance(grad_scaler, torch.amp.GradScaler) and grad_scaler.is_enabled():
             raise ValueError(
                 "attach(grad_scaler=...) decides on each rank alone whether a step is made, while the start of local "
@@ -249,7 +265,7 @@ def require_single_momentum(scheme: Scheme, optimizer: torch.optim.Optimizer) ->
             )
 
 
-def advise(model: nn.Module, scheme: Scheme, optimizer: torch.optim.Optimizer | None) -> None:
+def advise(model: nn.Module, scheme: Scheme, optimizers: Sequence[torch.optim.Optimizer]) -> None:
     """Warn of what is allowed and seldom meant: buffers broadcast at every step, a weight decay as beside momentum."""
     if (
         isinstance(model, DistributedDataParallel)
@@ -259,8 +275,8 @@ def advise(model: nn.Module, scheme: Scheme, optimizer: torch.optim.Optimizer | 
     ):
         warnings.warn(advice, stacklevel=3)
     local = isinstance(scheme, LocalSteps)
-    if (is_collected(scheme) or local) and optimizer is not None:
-        optimized = parameters_of(optimizer)
+    if (is_collected(scheme) or local) and optimizers:
+        optimized = parameters_of(*optimizers)
         others = [name for name, each in trained(model) if each.requires_grad and id(each) not in optimized]
         if others:
             logging.getLogger("lgc.advice").warning(
@@ -273,8 +289,8 @@ def advise(model: nn.Module, scheme: Scheme, optimizer: torch.optim.Optimizer | 
                 else "their gradients are zeroed before every backward pass, so what optimizes them must step after "
                 "each, without a momentum on top of the scheme's.",
             )
-    if scheme.corrected_momentum and optimizer is not None:
-        decay = max(group.get("weight_decay", 0) for group in optimizer.param_groups)
+    if scheme.corrected_momentum:
+        decay = max((group.get("weight_decay", 0) for each in optimizers for group in each.param_groups), default=0)
         if decay:
             logging.getLogger("lgc.advice").warning(
                 "weight_decay=%g under %s, which has the momentum, does what weight_decay=%.3g does beside momentum=%g "
