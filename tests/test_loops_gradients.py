@@ -18,6 +18,7 @@ from cases import cases
 from ddp_models import seeded
 from ranks import Ranks
 from torch import Tensor, nn
+from torch.distributed._composable.replicate import replicate
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
@@ -552,6 +553,10 @@ def detach_alone(rank: int, _: int) -> None:
     do_alone(rank, lambda handle, _: handle.detach())
 
 
+def attach_a_replicate(_: int, __: int) -> None:
+    lgc.attach(replicate(nn.Linear(2, 2)), SCHEMES["local"], torch.optim.SGD([torch.zeros(1)]))
+
+
 def attach_in_data_parallel(_: int, __: int) -> None:
     lgc.attach(nn.DataParallel(nn.Linear(2, 2)), "dgc")
 
@@ -575,10 +580,11 @@ def attach_twice(_: int, __: int) -> None:
         (save_alone, [0, 1], "now there is rank 0 in lgc.checkpoint, rank 1 in a round of training"),
         (detach_alone, [0, 1], "now there is rank 0 in handle.detach, rank 1 in a round of training"),
         (attach_in_data_parallel, [0, 1], "one process for all devices; start a process for each, with torchrun"),
+        (attach_a_replicate, [0, 1], "is of replicate(), which keeps its DDP to itself"),
         (attach_adafactor, [0, 1], "the Adafactor would make another one of it. Train with SGD without momentum"),
         (attach_twice, [0, 1], "already has the scheme dgc; call handle.detach() on every rank to attach another."),
     ],
-    ids=["state", "step", "summary", "checkpoint", "detach", "data-parallel", "adafactor", "twice"],
+    ids=["state", "step", "summary", "checkpoint", "detach", "data-parallel", "replicate", "adafactor", "twice"],
 )
 def test_a_refusal_names_the_way_out(
     ranks: RankFactory, function: Callable[..., None], failing: list[int], words: str

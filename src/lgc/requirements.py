@@ -77,6 +77,11 @@ def require_module(model: nn.Module) -> nn.Module:
             "attach(model=...) is sharded (FSDP), and a rank then never has the whole gradient; lgc needs "
             "torch.nn.parallel.DistributedDataParallel."
         )
+    if any(kind.__module__ == "torch.distributed._composable.replicate" for kind in type(model).__mro__):
+        raise TypeError(
+            "attach(model=...) is of replicate(), which keeps its DDP to itself; make it "
+            "torch.nn.parallel.DistributedDataParallel(model) instead."
+        )
     if isinstance(model, nn.DataParallel):
         raise TypeError(
             "attach(model=...) is in DataParallel, which has one process for all devices; start a process for each, "
