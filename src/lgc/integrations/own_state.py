@@ -1,0 +1,66 @@
+"""State that each rank has of its own, in the folder `lgc` of a framework's checkpoint, which has rank 0's."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+
+from lgc import Handle, LocalSteps, checkpoint
+
+FOLDER = "lgc"
+
+
+class Attached(NamedTuple):
+    """A scheme that a model trains under, and what else each rank has of its own then."""
+
+    handle: Handle
+    optimizer: torch.optim.Optimizer
+    grad_scaler: torch.amp.GradScaler | None
+
+    def state_dict(self) -> dict[str, Any]:
+        """What this rank has of its own: under local steps also its optimizer's moments and its scale."""
+        state: dict[str, Any] = {"handle": self.handle.state_dict()}
+        if isinstance(self.handle.scheme, LocalSteps):
+            state["optimizer"] = self.optimizer.state_dict()
+            state["grad_scaler"] = None if self.grad_scaler is None else self.grad_scaler.state_dict()
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from it, once the framework has loaded what it has of rank 0."""
+        if "optimizer" in state:
+            self.optimizer.load_state_dict(state["optimizer"])
+            if self.grad_scaler is not None and state["grad_scaler"] is not None:
+                self.grad_scaler.load_state_dict(state["grad_scaler"])
+        self.handle.load_state_dict(state["handle"])  # last, as it puts this rank's own weights back
+
+
+def save(folder: Path, state: Mapping[str, Any], *, step: int, group: dist.ProcessGroup) -> None:
+    """Write every rank's state, in place of what is there; a collective. Raises as `lgc.checkpoint.save` does."""
+    remove(folder, group=group)
+    checkpoint.save(folder, state, step=step, group=group, keep=1)
+
+
+def remove(folder: Path, *, group: dist.ProcessGroup) -> None:
+    """Remove what is there of an earlier checkpoint in the same place; not a collective, rank 0 does it."""
+    if dist.get_rank(group) == 0:
+        shutil.rmtree(folder, ignore_errors=True)  # if something stays, saving says on all ranks that it is there
+
+
+def load(folder: Path, *, group: dist.ProcessGroup) -> dict[str, Any]:
+    """Load this rank's state; a collective.
+
+    Raises:
+        CheckpointError: on every rank, if there is none, or as `lgc.checkpoint.load`.
+    """
+    found = checkpoint.available(folder, group=group)
+    if not found:
+        raise checkpoint.CheckpointError(
+            f"{folder} does not have every rank's state: this checkpoint was made without lgc, or not finished. Load "
+            "one of the others; to go on without what the ranks owed, load it before lgc is attached."
+        )
+    return checkpoint.load(found[0], group=group)
