@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import pytest
 import torch
+from launched import launched
 from ranks import Ranks
 from torch import Tensor, nn
 
@@ -19,20 +18,6 @@ RankFactory = Callable[[int], Ranks]
 
 LOCAL = "local:every=5:start_steps=1+quantized"
 DGC = "dgc:rate=0.1:momentum=0"
-
-
-@contextlib.contextmanager
-def launched(rank: int, world_size: int) -> Iterator[None]:
-    """What `accelerate launch` and torchrun tell a process; the frameworks' own state ends with it."""
-    from accelerate.state import AcceleratorState, GradientState
-
-    numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
-    with mock.patch.dict(os.environ, {name: str(number) for name, number in numbers.items()}):
-        try:
-            yield
-        finally:
-            AcceleratorState._reset_state(reset_partial_state=True)
-            GradientState._reset_state()
 
 
 class Training:
@@ -187,6 +172,6 @@ def test_what_is_not_plain_data_parallel_is_refused_by_name(ranks: RankFactory) 
     for bare, bare_local, fsdp, alone in ranks(2).run(refuse):
         assert bare == bare_local
         assert "must be what accelerator.prepare returned, a DistributedDataParallel model, got Sequential" in bare
-        assert "is of DistributedType.FSDP" in fsdp
+        assert "is set to DistributedType.FSDP" in fsdp
         assert "is not distributed (DistributedType.NO)" in alone
         assert "torchrun --nproc-per-node 2" in alone

@@ -64,13 +64,13 @@ def require_ddp(accelerator: Accelerator, model: nn.Module) -> None:
     kind = accelerator.distributed_type
     if kind == DistributedType.NO:
         raise ValueError(
-            "attach(accelerator=...) is not distributed (DistributedType.NO): there is nothing to exchange. Start "
-            "several processes, with `torchrun --nproc-per-node 2 script.py` or `accelerate launch --multi_gpu`."
+            "lgc: Accelerate is not distributed (DistributedType.NO): there is nothing to exchange. Start several "
+            "processes, with `torchrun --nproc-per-node 2 script.py` or `accelerate launch --multi_gpu script.py`."
         )
     if not kind.name.startswith("MULTI_"):
         raise ValueError(
-            f"attach(accelerator=...) is of DistributedType.{kind.name}, and a rank then does not have the whole model "
-            "or gradient; lgc needs plain DistributedDataParallel: DistributedType.MULTI_GPU or MULTI_CPU."
+            f"lgc: Accelerate is set to DistributedType.{kind.name}, where a rank does not have the whole gradient; "
+            "lgc needs plain DistributedDataParallel: DistributedType.MULTI_GPU or MULTI_CPU."
         )
     if not isinstance(getattr(model, "_orig_mod", model), DistributedDataParallel):  # out of torch.compile's wrapper
         raise TypeError(
