@@ -35,7 +35,9 @@ class Training:
         torch.manual_seed(0)
         self.net = nn.Sequential(nn.Linear(8, 16), nn.BatchNorm1d(16), nn.Dropout(0.2), nn.ReLU(), nn.Linear(16, 4))
         optimizer = torch.optim.AdamW(self.net.parameters(), lr=0.01)
-        self.model, self.optimizer = self.accelerator.prepare(self.net, optimizer)
+        scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 200)
+        prepared = self.accelerator.prepare(self.net, optimizer, scheduler)
+        self.model, self.optimizer, self.scheduler = prepared
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="DDP broadcasts")
             self.handle = attach(self.accelerator, self.model, self.optimizer, scheme)
@@ -49,16 +51,18 @@ class Training:
                 overflows = self.accelerator.scaler is not None and number == 9 and self.rank == 1
                 self.accelerator.backward(loss * float("inf") if overflows else loss)
                 self.optimizer.step()
+                self.scheduler.step()
                 self.optimizer.zero_grad()
         return self
 
     def own(self) -> dict[str, Tensor]:
-        """Copies of everything that this rank trains: weights, buffers, moments, and the scale."""
+        """Copies of everything that this rank trains: weights, buffers, moments, scale and rate."""
         tensors = {**dict(self.net.named_parameters()), **dict(self.net.named_buffers())}
         for index, state in enumerate(self.optimizer.optimizer.state.values()):
             tensors |= {f"{index} {name}": each for name, each in state.items()}
         if self.accelerator.scaler is not None:
             tensors["scale"] = torch.tensor(self.accelerator.scaler.get_scale())
+        tensors["rate"] = torch.tensor(self.scheduler.get_last_lr(), dtype=torch.float64)
         return {name: each.detach().clone() for name, each in tensors.items()}
 
     def anchor(self) -> dict[str, Tensor]:
@@ -108,6 +112,7 @@ def test_a_run_that_was_stopped_goes_on_bit_for_bit(
     assert ("0.weight" in differing(first, second)) == (scheme == LOCAL)  # it was stopped amid a round
     if arguments.get("scaled"):
         assert first["scale"] != second["scale"]
+        assert first["rate"] != second["rate"]
 
 
 def save_and_load(rank: int, world_size: int, folder: Path) -> list[str]:

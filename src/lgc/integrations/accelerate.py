@@ -95,6 +95,7 @@ class _Checkpoints:
 
     def __init__(self, accelerator: Accelerator) -> None:
         self.attached: list[Attached] = []
+        self._accelerator = accelerator
         self._folder = Path()
         self._save_state = accelerator.save_state
         self._load_state = accelerator.load_state
@@ -115,7 +116,7 @@ class _Checkpoints:
             saved = self._save_state(*args, **kwargs)
         if attached := self._still_attached():
             first = attached[0].handle
-            state = {"attached": [each.state_dict() for each in attached]}
+            state = {"attached": [each.state_dict(self._accelerator._schedulers) for each in attached]}
             own_state.save(self._folder, state, step=first.step, group=first.transport.group)
         return saved
 
@@ -131,7 +132,7 @@ class _Checkpoints:
                     "here; attach the same models, in the same order."
                 )
             for each, state in zip(attached, states, strict=True):
-                each.load_state_dict(state)
+                each.load_state_dict(state, self._accelerator._schedulers)
 
     def save_model(self, *args: Any, **kwargs: Any) -> None:
         """As Accelerator.save_model."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,20 +22,28 @@ class Attached(NamedTuple):
     optimizer: torch.optim.Optimizer
     grad_scaler: torch.amp.GradScaler | None
 
-    def state_dict(self) -> dict[str, Any]:
-        """What this rank has of its own: under local steps also its optimizer's moments and its scale."""
+    def state_dict(self, schedulers: Sequence[Any] = ()) -> dict[str, Any]:
+        """What this rank has of its own: under local steps also its optimizer's moments, its scale, and schedules.
+
+        Args:
+            schedulers: of the learning rate, which make no step where a GradScaler has skipped the optimizer's.
+        """
         state: dict[str, Any] = {"handle": self.handle.state_dict()}
         if isinstance(self.handle.scheme, LocalSteps):
             state["optimizer"] = self.optimizer.state_dict()
-            state["grad_scaler"] = None if self.grad_scaler is None else self.grad_scaler.state_dict()
+            if self.grad_scaler is not None:
+                state["grad_scaler"] = self.grad_scaler.state_dict()
+                state["schedulers"] = [each.state_dict() for each in schedulers]
         return state
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any], schedulers: Sequence[Any] = ()) -> None:
         """Go on from it, once the framework has loaded what it has of rank 0."""
         if "optimizer" in state:
             self.optimizer.load_state_dict(state["optimizer"])
-            if self.grad_scaler is not None and state["grad_scaler"] is not None:
-                self.grad_scaler.load_state_dict(state["grad_scaler"])
+        if self.grad_scaler is not None and "grad_scaler" in state:
+            self.grad_scaler.load_state_dict(state["grad_scaler"])
+            for scheduler, each in zip(schedulers, state["schedulers"], strict=True):
+                scheduler.load_state_dict(each)
         self.handle.load_state_dict(state["handle"])  # last, as it puts this rank's own weights back
 
 

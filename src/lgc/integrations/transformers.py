@@ -108,7 +108,8 @@ class LGCCallback(TrainerCallback):  # type: ignore[misc]  # a framework without
         self._with_anchor(self._save_model)(output_dir, _internal_call=_internal_call)
         if _internal_call and output_dir is not None and not self._trainer.args.save_only_model and self._attached:
             step, group = self._trainer.state.global_step, self._attached.handle.transport.group
-            own_state.save(Path(output_dir) / own_state.FOLDER, self._attached.state_dict(), step=step, group=group)
+            state = self._attached.state_dict([self._trainer.lr_scheduler])
+            own_state.save(Path(output_dir) / own_state.FOLDER, state, step=step, group=group)
 
     def load_best_model(self) -> None:
         """As Trainer._load_best_model, of which a round afterwards would make something else."""
@@ -134,7 +135,8 @@ class LGCCallback(TrainerCallback):  # type: ignore[misc]  # a framework without
         assert self._attached is not None
         folder = path / own_state.FOLDER
         if folder.is_dir():
-            self._attached.load_state_dict(own_state.load(folder, group=self._attached.handle.transport.group))
+            state = own_state.load(folder, group=self._attached.handle.transport.group)
+            self._attached.load_state_dict(state, [self._trainer.lr_scheduler])
         elif self._trainer.is_world_process_zero():
             logger.warning("%s was made without lgc, whose scheme begins at its step 0 here.", path)
 
