@@ -151,6 +151,7 @@ def test_what_all_ranks_share_is_saved_and_every_rank_learns_what_is_missing(
             "would save rank 0's state alone; leave it out: save_state and load_state have every rank's" in registered
         )
         assert "state/lgc does not have every rank's state" in missing
+        assert "to go on without what the ranks owed, call load_state before attach" in missing
 
 
 def refuse(rank: int, world_size: int) -> list[str]:

@@ -125,7 +125,8 @@ class _Checkpoints:
         with self._anchored():  # in place of this rank's own weights, which come back last
             self._load_state(*args, **kwargs)
         if attached := self._still_attached():
-            states = own_state.load(self._folder, group=attached[0].handle.transport.group)["attached"]
+            group, without = attached[0].handle.transport.group, "call load_state before attach"
+            states = own_state.load(self._folder, group=group, without=without)["attached"]
             if len(states) != len(attached):
                 raise ValueError(
                     f"{self._folder} has the state of {len(states)} attached schemes, and {len(attached)} are attached "

@@ -59,8 +59,13 @@ def remove(folder: Path, *, group: dist.ProcessGroup) -> None:
         shutil.rmtree(folder, ignore_errors=True)  # if something stays, saving says on all ranks that it is there
 
 
-def load(folder: Path, *, group: dist.ProcessGroup) -> dict[str, Any]:
+def load(folder: Path, *, group: dist.ProcessGroup, without: str) -> dict[str, Any]:
     """Load this rank's state; a collective.
+
+    Args:
+        folder: that `save` was given.
+        group: the ranks.
+        without: what to do to go on without it.
 
     Raises:
         CheckpointError: on every rank, if there is none, or as `lgc.checkpoint.load`.
@@ -69,6 +74,6 @@ def load(folder: Path, *, group: dist.ProcessGroup) -> dict[str, Any]:
     if not found:
         raise checkpoint.CheckpointError(
             f"{folder} does not have every rank's state: this checkpoint was made without lgc, or not finished. Load "
-            "one of the others; to go on without what the ranks owed, load it before lgc is attached."
+            f"another one; to go on without what the ranks owed, {without}."
         )
     return checkpoint.load(found[0], group=group)

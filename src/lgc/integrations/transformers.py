@@ -135,7 +135,8 @@ class LGCCallback(TrainerCallback):  # type: ignore[misc]  # a framework without
         assert self._attached is not None
         folder = path / own_state.FOLDER
         if folder.is_dir():
-            state = own_state.load(folder, group=self._attached.handle.transport.group)
+            group = self._attached.handle.transport.group
+            state = own_state.load(folder, group=group, without="remove this folder")
             self._attached.load_state_dict(state, [self._trainer.lr_scheduler])
         elif self._trainer.is_world_process_zero():
             logger.warning("%s was made without lgc, whose scheme begins at its step 0 here.", path)
