@@ -115,6 +115,44 @@ def test_a_run_that_was_stopped_goes_on_bit_for_bit(
         assert first["rate"] != second["rate"]
 
 
+def go_on_with_two(rank: int, world_size: int, folder: Path) -> list[str]:
+    """What differs after a stop between two models of one accelerator, each under a scheme of its own."""
+    from lgc.integrations.accelerate import attach
+
+    class Two(Training):
+        def __init__(self) -> None:
+            super().__init__(rank, DGC)
+            other = nn.Linear(8, 2)
+            optimizer = torch.optim.AdamW(other.parameters(), lr=0.01)
+            self.second, self.second_optimizer = self.accelerator.prepare(other, optimizer)
+            attach(self.accelerator, self.second, self.second_optimizer, LOCAL)
+
+        def train(self, numbers: range) -> Training:
+            for number in numbers:
+                super().train(range(number, number + 1))
+                x = torch.randn(4, 8, generator=torch.Generator().manual_seed(100 * number + self.rank))
+                self.accelerator.backward(self.second(x).square().mean())
+                self.second_optimizer.step()
+                self.second_optimizer.zero_grad()
+            return self
+
+        def own(self) -> dict[str, Tensor]:
+            return super().own() | {f"second {name}": each.clone() for name, each in self.second.state_dict().items()}
+
+    with launched(rank, world_size), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="between rounds model.state_dict")  # this rank's own is meant
+        first = Two().train(range(8))
+        first.accelerator.save_state(str(folder))
+        without_stop = first.train(range(8, 14)).own()
+        second = Two()
+        second.accelerator.load_state(str(folder))
+        return differing(without_stop, second.train(range(8, 14)).own())
+
+
+def test_each_of_several_models_goes_on_under_its_scheme(ranks: RankFactory, tmp_path: Path) -> None:
+    assert ranks(2).run(go_on_with_two, tmp_path) == [[], []]
+
+
 def save_and_load(rank: int, world_size: int, folder: Path) -> list[str]:
     from safetensors.torch import load_file
 
