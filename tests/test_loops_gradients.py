@@ -329,7 +329,9 @@ def train_another_wrapper(rank: int, _: int, scheme: str, accumulates: bool) -> 
 
 
 @every_hook
-def test_a_model_that_is_attached_and_not_trained_is_noticed_at_the_first_step(ranks: RankFactory, scheme: str) -> None:
+def test_a_model_that_is_attached_and_not_trained_is_noticed_at_the_second_step(
+    ranks: RankFactory, scheme: str
+) -> None:
     said, nothing = ranks(2).run(train_another_wrapper, scheme, False)
     assert nothing == []
     assert len(said) == 1

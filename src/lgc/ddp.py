@@ -71,20 +71,20 @@ class Buckets(Caller):
         hooks = [accumulator.register_prehook(self._before_accumulating) for accumulator in accumulators]
         self._remove_hooks = weakref.finalize(ddp, _remove, hooks)  # the module may be trained on without DDP
         self._left_out = left_out(ddp)
-        self._has_told = False  # of steps without a round
+        self._steps_without_round = 0  # at the start; the first may be one whose closure has yet to make the gradients
         watch_steps(ddp, (parameter for _, parameter in trained(ddp)), self._before_step)
 
     def _before_step(self, optimizer: torch.optim.Optimizer) -> None:
         """An optimizer is about to make a step with some of the parameters."""
-        if self.step == 0 and not self._has_told and self._transport.rank == 0:
+        self._steps_without_round += self.step == 0
+        if self.step == 0 and self._steps_without_round == 2 and self._transport.rank == 0:
             logger.warning(
-                "%s makes a step, and no gradient has come from the DDP model given to attach: is another wrapper of "
-                "its module trained? Of a framework, attach to what it trains, such as trainer.model_wrapped, "
-                "trainer.strategy.model or what accelerator.prepare returned. Accumulation under no_sync() ends with a "
-                "backward pass outside it.",
+                "%s makes its second step, and no gradient has come from the DDP model given to attach: is another "
+                "wrapper of its module trained? Of a framework, attach to what it trains, such as "
+                "trainer.model_wrapped, trainer.strategy.model or what accelerator.prepare returned. Accumulation "
+                "under no_sync() ends with a backward pass outside it.",
                 type(optimizer).__name__,
             )
-        self._has_told = True
 
     def _before_accumulating(self, _: object) -> None:
         if not self.has_begun:
@@ -328,6 +328,7 @@ class CollectedBuckets(Buckets):
         left, self._norm = self._norm, None
         if (
             left is None
+            or self.has_begun  # it accumulates again: the next round is within this step, in its closure
             or not 0 < left < math.inf
             or not parameters_of(optimizer).issuperset(map(id, self._parameters.values()))
         ):
