@@ -9,14 +9,26 @@ checkpoint. `DIR` must be one folder for all ranks (one machine or a shared file
 
 from lgc.checkpoint.files import CheckpointError, RefusedError
 from lgc.checkpoint.state import reshard
-from lgc.checkpoint.together import available, latest, load, load_rank, resume, save, set_aside
+from lgc.checkpoint.together import (
+    available,
+    gather,
+    latest,
+    load,
+    load_gathered,
+    load_rank,
+    resume,
+    save,
+    set_aside,
+)
 
 __all__ = [
     "CheckpointError",
     "RefusedError",
     "available",
+    "gather",
     "latest",
     "load",
+    "load_gathered",
     "load_rank",
     "reshard",
     "resume",

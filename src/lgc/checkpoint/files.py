@@ -13,10 +13,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import safetensors
-import safetensors.torch
 import torch
 
-from lgc.checkpoint.state import State, from_json, to_json
+from lgc.checkpoint.state import State, from_bytes, to_bytes
 from lgc.version import __version__
 
 SCHEMA = 2
@@ -74,12 +73,11 @@ def prepare(path: Path) -> None:
 
 def write_rank(path: Path, rank: int, state: State) -> dict[str, Any]:
     """Write one rank's file; its `Entry` as a JSON object."""
-    text, tensors = to_json(state)
+    data, tensors = to_bytes(state)
     forms = {
         name: {"dtype": str(tensor.dtype).removeprefix("torch."), "shape": list(tensor.shape)}
         for name, tensor in tensors.items()
     }
-    data = safetensors.torch.save(tensors, {"state": text})
     _write_file(path / _file_name(rank), data)
     return Entry(_file_name(rank), len(data), hashlib.sha256(data).hexdigest(), forms)._asdict()
 
@@ -172,13 +170,9 @@ def read_rank(path: Path, entry: Entry) -> dict[str, Any]:
     digest = hashlib.sha256(data).hexdigest()
     _require(file, "sha256", entry.sha256, digest, digest == entry.sha256)
     try:
-        tensors = safetensors.torch.load(data)
-        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-        state = from_json(header["__metadata__"]["state"], tensors)
-    except (safetensors.SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise RefusedError(f"{file} cannot be understood: {error!r}.") from error
-    _require(file, "state", "an object", type(state).__name__, isinstance(state, dict))
-    return dict(state)
+        return from_bytes(data)
+    except ValueError as error:
+        raise RefusedError(f"{file} {error}") from error
 
 
 def _file_name(rank: int) -> str:

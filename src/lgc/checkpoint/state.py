@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterable, Mapping
 from fractions import Fraction
 from typing import Any
 
+import safetensors
+import safetensors.torch
 import torch
 from torch import Tensor
 
@@ -40,6 +42,25 @@ def to_json(state: State) -> tuple[str, dict[str, Tensor]]:
 def from_json(text: str, tensors: Mapping[str, Tensor]) -> Any:
     """Put together what `to_json` was given; ValueError, KeyError, TypeError or RecursionError if there is nothing."""
     return _decode(json.loads(text, parse_constant=_refuse_constant), tensors)
+
+
+def to_bytes(state: State) -> tuple[bytes, dict[str, Tensor]]:
+    """Make a state one run of bytes, a safetensors file's, and give the tensors in it; TypeError as `to_json`."""
+    text, tensors = to_json(state)
+    return safetensors.torch.save(tensors, {"state": text}), tensors
+
+
+def from_bytes(data: bytes) -> dict[str, Any]:
+    """Put together what `to_bytes` was given; ValueError if there is nothing that can be understood."""
+    try:
+        tensors = safetensors.torch.load(data)
+        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+        state = from_json(header["__metadata__"]["state"], tensors)
+    except (safetensors.SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError(f"cannot be understood: {error!r}.") from error
+    if not isinstance(state, dict):
+        raise ValueError(f"must be an object, got {type(state).__name__}.")
+    return state
 
 
 def _encode(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
@@ -129,6 +150,22 @@ def reshard(states: Iterable[State], *, rank: int, world_size: int) -> dict[str,
         "wire": json.dumps(_deal_counts(wires, rank, world_size)),
         "aggregator": aggregator,
     }
+
+
+def of_rank(read: Callable[[int], State], saved: int, *, rank: int, world_size: int) -> dict[str, Any]:
+    """Make the state of one rank out of `world_size` from those of the `saved` ranks, of which `read` gives one.
+
+    At the world size of the saved ones it is that rank's. At another one, the state of a handle is resharded, wherever
+    in the nested state it is, and everything else is that of the saved rank `rank % saved`.
+    """
+    state = read(rank % saved)
+    if saved == world_size:
+        return dict(state)
+
+    def resharded(keys: Keys) -> dict[str, Any]:
+        return reshard((at(read(old), keys) for old in range(saved)), rank=rank, world_size=world_size)
+
+    return dict(with_handles(state, resharded))
 
 
 def with_handles(value: Any, replacement: Callable[[Keys], Any], keys: Keys = ()) -> Any:

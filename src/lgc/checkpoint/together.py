@@ -6,19 +6,23 @@ import contextlib
 import hashlib
 import itertools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from lgc.checkpoint import files
 from lgc.checkpoint.files import CheckpointError, RefusedError
-from lgc.checkpoint.state import Keys, State, at, reshard, scheme_of, with_handles
+from lgc.checkpoint.state import State, from_bytes, of_rank, scheme_of, to_bytes
 from lgc.comm.transport import SERVER, Transport
 
 logger = logging.getLogger("lgc")
+
+PART = 2**26  # bytes that are gathered at a time, which may be on a GPU meanwhile
 
 
 def save(directory: Path | str, state: State, *, step: int, group: dist.ProcessGroup, keep: int = 2) -> Path:
@@ -189,14 +193,67 @@ def load_rank(path: Path, *, rank: int, world_size: int) -> dict[str, Any]:
     if not 0 <= rank < world_size:
         raise ValueError(f"checkpoint.load_rank(rank=...) must be in 0 .. {world_size - 1}, got {rank}.")
     entries = files.read_manifest(path)
-    state = files.read_rank(path, entries[rank % len(entries)])
-    if len(entries) == world_size:
-        return state
+    return of_rank(lambda saved: files.read_rank(path, entries[saved]), len(entries), rank=rank, world_size=world_size)
 
-    def resharded(keys: Keys) -> dict[str, Any]:
-        return reshard((at(files.read_rank(path, entry), keys) for entry in entries), rank=rank, world_size=world_size)
 
-    return dict(with_handles(state, resharded))
+def gather(state: State, *, group: dist.ProcessGroup) -> list[Tensor] | None:
+    """Bring the state of every rank to rank 0, for a checkpoint that one process writes; a collective.
+
+    Args:
+        state: this rank's, as for `save`.
+        group: the ranks whose states belong together; the handle's.
+
+    Returns:
+        The states by rank, each as one uint8 tensor on the CPU, for `load_gathered`; None on the other ranks.
+
+    Raises:
+        CheckpointError: on every rank, if the state of one has something that has no form in a file.
+    """
+    transport = _meeting(group)
+    own = bytearray()
+
+    def pack() -> int:
+        own.extend(to_bytes(state)[0])
+        return len(own)
+
+    lengths = _together(transport, "checkpoint.gather", pack)
+    parts: list[list[Tensor]] = [[] for _ in lengths]
+    for start in range(0, max(lengths), PART):
+        size = min(PART, max(lengths) - start)
+        part = torch.frombuffer(own[start : start + size].ljust(size, b"\0"), dtype=torch.uint8)
+        gathered = transport.gather(part, "checkpoint")
+        for rank, piece in enumerate([] if gathered is None else gathered):
+            parts[rank].append(piece[: lengths[rank] - start])
+    return [torch.cat(pieces) for pieces in parts] if transport.rank == SERVER else None
+
+
+def load_gathered(states: Sequence[Tensor], *, group: dist.ProcessGroup) -> dict[str, Any]:
+    """Load this rank's state from those that `gather` has brought to rank 0, and all ranks have read; a collective.
+
+    On another number of ranks as `load_rank`.
+
+    Raises:
+        RefusedError: on every rank, naming each rank that refused, and what is wrong.
+    """
+    transport = _meeting(group)
+    state: dict[str, Any] = {}
+
+    def unpack(saved: int) -> dict[str, Any]:
+        try:
+            data = states[saved]
+            if not isinstance(data, Tensor) or data.dtype != torch.uint8:
+                raise ValueError(f"must be a tensor of bytes, got {data!r:.100}.")
+            return from_bytes(data.cpu().numpy().tobytes())
+        except ValueError as error:
+            raise RefusedError(f"the state of rank {saved} {error}") from error
+
+    def read() -> None:
+        if not isinstance(states, list | tuple) or not states:
+            raise RefusedError(f"load_gathered(states=...) must be the states of all ranks, got {states!r:.100}.")
+        state.update(of_rank(unpack, len(states), rank=transport.rank, world_size=transport.world_size))
+
+    _together(transport, "checkpoint.load_gathered", read)
+    return state
 
 
 def _meeting(group: dist.ProcessGroup) -> Transport:
