@@ -34,7 +34,7 @@ SCHEMES = {
     "local-overlap": "local:every=4:start_steps=0:overlap=true+dense",
     "local-start": "local:every=4:start_steps=20+dense",
 }
-every_scheme = pytest.mark.parametrize("scheme", SCHEMES.values(), ids=SCHEMES)
+every_scheme = cases("scheme", SCHEMES, in_suite=["dense", "dgc", "local", "local-overlap"])
 
 
 class Training:
@@ -86,7 +86,7 @@ def detach_and_go_on(rank: int, _: int, scheme: str) -> tuple[Tensor, Tensor, Te
 def test_what_was_detached_trains_as_plain_ddp_from_the_same_state_on_all_ranks(
     ranks: RankFactory, scheme: str
 ) -> None:
-    results = ranks(2).run(detach_and_go_on, scheme)
+    results = ranks(2).run(detach_and_go_on, SCHEMES[scheme])
     for alike, after, plain, unchanged in results:
         assert torch.equal(alike, results[0][0])
         assert torch.equal(after, results[0][1])
@@ -237,7 +237,7 @@ def let_go(rank: int, _: int, scheme: str) -> list[str]:
 
 @every_scheme
 def test_nothing_of_a_scheme_stays_after_it_is_detached(ranks: RankFactory, scheme: str) -> None:
-    assert ranks(2).run(let_go, scheme) == [[]] * 2
+    assert ranks(2).run(let_go, SCHEMES[scheme]) == [[]] * 2
 
 
 def detach_at_different_steps(rank: int, _: int) -> str:

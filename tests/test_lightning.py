@@ -15,6 +15,7 @@ from unittest import mock
 
 import pytest
 import torch
+from cases import cases
 from ranks import Ranks
 from runs import ENVIRONMENT, LIMIT_S, TORCHRUN
 from torch import Tensor
@@ -107,7 +108,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+@cases("case", CASES, in_suite=["dgc-sgd-accumulated", "local-fp16"])
 def test_a_run_that_was_stopped_amid_a_round_goes_on_bit_for_bit(ranks: RankFactory, tmp_path: Path, case: str) -> None:
     first, second = ranks(2).run(stop_and_go_on, tmp_path, *CASES[case], limit_s=LIMIT_S)
     for run in (first, second):
