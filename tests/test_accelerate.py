@@ -10,7 +10,7 @@ from unittest import mock
 
 import pytest
 import torch
-from launched import launched
+from launched import launched_by_accelerate
 from ranks import Ranks
 from torch import Tensor, nn
 
@@ -81,7 +81,7 @@ def go_on(
     """What differs after a stop, what this rank had at the stop, the anchor then, and the weights that were saved."""
     from safetensors.torch import load_file
 
-    with launched(rank, world_size):
+    with launched_by_accelerate(rank, world_size):
         first = Training(rank, scheme, **arguments).train(range(3))
         first.accelerator.save_state(str(folder))
         first.train(range(3, 14))
@@ -139,7 +139,7 @@ def go_on_with_two(rank: int, world_size: int, folder: Path) -> list[str]:
         def own(self) -> dict[str, Tensor]:
             return super().own() | {f"second {name}": each.clone() for name, each in self.second.state_dict().items()}
 
-    with launched(rank, world_size), warnings.catch_warnings():
+    with launched_by_accelerate(rank, world_size), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="between rounds model.state_dict")  # this rank's own is meant
         first = Two().train(range(8))
         first.accelerator.save_state(str(folder))
@@ -158,7 +158,7 @@ def save_and_load(rank: int, world_size: int, folder: Path) -> list[str]:
 
     import lgc
 
-    with launched(rank, world_size):
+    with launched_by_accelerate(rank, world_size):
         training = Training(rank, LOCAL, mixed_precision="bf16").train(range(5))
         accelerator = training.accelerator
         accelerator.save_model(training.model, folder / "model")
@@ -202,7 +202,7 @@ def refuse(rank: int, world_size: int) -> list[str]:
             attach(training.accelerator, model, training.optimizer, scheme)
         return str(raised.value)
 
-    with launched(rank, world_size):
+    with launched_by_accelerate(rank, world_size):
         training = Training(rank, "dense")
         messages = [message(TypeError, training.net), message(TypeError, training.net, LOCAL)]
         with mock.patch.object(type(training.accelerator), "distributed_type", DistributedType.FSDP):

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
-from unittest import mock
 
 import pytest
 import torch
 from cases import cases
+from launched import launched
 from ranks import Ranks
 from runs import ENVIRONMENT, LIMIT_S, TORCHRUN
 from torch import Tensor
@@ -50,19 +49,15 @@ def job() -> Any:
 
 
 @contextlib.contextmanager
-def launched(rank: int, world_size: int) -> Iterator[list[str]]:
-    """What torchrun tells a process; the warnings that lgc logs."""
-    numbers = {"RANK": rank, "LOCAL_RANK": rank, "GROUP_RANK": 0, "WORLD_SIZE": world_size}
-    numbers |= {"LOCAL_WORLD_SIZE": world_size, "MASTER_PORT": 0}
-    of_torchrun = {"MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_RUN_ID": "1"}
+def watched(rank: int, world_size: int) -> Iterator[list[str]]:
+    """A rank that torchrun has started; the warnings that lgc logs."""
     said: list[str] = []
     handler = logging.Handler(logging.WARNING)
     handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
     logger = logging.getLogger("lgc")
     logger.addHandler(handler)
-    environment = {name: str(number) for name, number in numbers.items()} | of_torchrun
     try:
-        with mock.patch.dict(os.environ, environment), warnings.catch_warnings():
+        with launched(rank, world_size), warnings.catch_warnings():
             for message in OF_LIGHTNING:
                 warnings.filterwarnings("ignore", message=message)
             yield said
@@ -87,7 +82,7 @@ class Stopped(NamedTuple):
 
 
 def stop_and_go_on(rank: int, world_size: int, folder: Path, scheme: str, options: dict[str, Any]) -> Stopped:
-    with launched(rank, world_size) as said:
+    with watched(rank, world_size) as said:
         whole = job().Training(folder, scheme, **options).fit(10, save_every=6)
         path = folder / "saved-step=6.ckpt"
         stopped = job().Training(folder, scheme, **options).fit(10, ckpt_path=path, weights_only=True)
@@ -128,7 +123,7 @@ def test_a_run_that_was_stopped_amid_a_round_goes_on_bit_for_bit(ranks: RankFact
 
 
 def go_on_with_fewer(rank: int, world_size: int, folder: Path) -> tuple[int, Weights]:
-    with launched(rank, world_size):
+    with watched(rank, world_size):
         training = (
             job()
             .Training(folder, LOCAL)
@@ -160,7 +155,7 @@ class Validated(NamedTuple):
 
 
 def validate(rank: int, world_size: int, folder: Path) -> Validated:
-    with launched(rank, world_size):
+    with watched(rank, world_size):
         training = job().Training(folder, LOCAL).fit(20, validate_every=3, monitor=True)
         module = training.module
         best = training.checkpoint.best_model_path
@@ -199,7 +194,7 @@ class Fits(NamedTuple):
 
 
 def fit_again(rank: int, world_size: int, folder: Path, scheme: str) -> Fits:
-    with launched(rank, world_size) as said:
+    with watched(rank, world_size) as said:
         training = job().Training(folder, scheme, buffers_every=None if scheme == LOCAL else 2)
         summaries = [training.fit(6, logs=True).callback.wire_summary]
         logged = job().logged_in(folder) if rank == 0 else {}
@@ -231,7 +226,7 @@ def test_fit_can_be_called_again_with_the_same_callback_and_with_another(
 
 def be_refused(rank: int, world_size: int, folder: Path) -> dict[str, str]:
     messages = {}
-    with launched(rank, world_size):
+    with watched(rank, world_size):
         for name, options in job().REFUSED.items():
             with pytest.raises((TypeError, ValueError)) as error:
                 job().Training(folder, **options).fit(2)
@@ -256,7 +251,7 @@ def test_what_would_train_wrongly_is_refused_by_name_on_every_rank(ranks: RankFa
 
 
 def go_on_without_state(rank: int, world_size: int, folder: Path) -> list[str]:
-    with launched(rank, world_size) as said:
+    with watched(rank, world_size) as said:
         job().Training(folder, None).fit(3, save_every=3)
         job().Training(folder, DGC, buffers_every=2).fit(4, ckpt_path=folder / "saved-step=3.ckpt")
     return said
@@ -271,7 +266,7 @@ def test_a_checkpoint_of_a_run_without_the_callback_is_said_to_have_no_state(
 
 
 def fail_in_validation(rank: int, world_size: int, folder: Path) -> list[Any]:
-    with launched(rank, world_size):
+    with watched(rank, world_size):
         training = job().Training(folder, LOCAL)
         training.module.fails_at = 6
         with pytest.raises(RuntimeError, match="validation has failed"):

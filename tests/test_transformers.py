@@ -11,7 +11,7 @@ from unittest import mock
 
 import pytest
 import torch
-from launched import launched
+from launched import launched_by_accelerate
 from ranks import Ranks
 from torch import Tensor
 
@@ -101,7 +101,7 @@ def stop_and_resume(
 ) -> tuple[list[str], dict[str, Tensor]]:
     """What differs between a run that was stopped and one that was not, and what this rank had at the checkpoint."""
     arguments = arguments | {"save_strategy": "steps", "save_steps": 5, "save_total_limit": 1}
-    with launched(rank, world_size):
+    with launched_by_accelerate(rank, world_size):
         whole, _, recorder = make(folder / "whole", scheme, **arguments)
         whole.train()
         stopped, *_ = make(folder / "stopped", scheme, stop_at=8, **arguments)
@@ -132,7 +132,7 @@ def test_a_training_that_was_stopped_goes_on_bit_for_bit(
 def decide(rank: int, world_size: int, folder: Path) -> tuple[list[float], dict[str, Tensor], list[dict[str, Any]]]:
     from transformers import EarlyStoppingCallback
 
-    with launched(rank, world_size):
+    with launched_by_accelerate(rank, world_size):
         evaluated: dict[str, Any] = {
             "eval_strategy": "steps",
             "eval_steps": 2,
@@ -179,7 +179,7 @@ def refuse(rank: int, world_size: int, folder: Path) -> list[str]:
             trainer.train()
         return str(raised.value)
 
-    with launched(rank, world_size):
+    with launched_by_accelerate(rank, world_size):
         if world_size == 1:
             with mock.patch.dict(os.environ):
                 del os.environ["LOCAL_RANK"], os.environ["WORLD_SIZE"]  # started as a plain script

@@ -22,7 +22,7 @@ from lgc.local_steps import LocalRounds
 from lgc.phase import Phase
 from lgc.requirements import (
     advise,
-    all_of,
+    as_optimizers,
     describe,
     group_of,
     is_collected,
@@ -104,27 +104,27 @@ def attach(
     if isinstance(scheme, str):
         scheme = parse_scheme(scheme)
     require_types(scheme, grad_scaler, timeout)
-    optimizers = all_of(optimizer)
+    optimizers = as_optimizers(optimizer)
     model = require_module(model) if isinstance(scheme, LocalSteps) else require_ddp(model)
     module: nn.Module = model.module if isinstance(model, DistributedDataParallel) else model
     _require_unattached(model, module)
     require_exchangeable(model)
-    broadcasts_buffers = isinstance(model, DistributedDataParallel) and model.broadcast_buffers
     skips = grad_scaler is not None and grad_scaler.is_enabled()
     default: OnNonfinite = "propagate" if skips else "raise"
     policy = Policy(check_every, on_difference, default if on_nonfinite is None else on_nonfinite, buffers_every)
-    take_buffers(model, scheme, buffers_every)
     require_real(model, scheme)
     require_optimizers_of(dict(trained(model)), optimizers)
     for own in optimizers:
         require_single_momentum(scheme, own)
     if isinstance(scheme, LocalSteps):
-        require_local_steps(model, optimizers, grad_scaler, scheme.start_steps)
+        require_local_steps(model, optimizers, grad_scaler, scheme.start_steps, buffers_every)
     transport = Transport(group_of(model), trained(model)[0][1].device)
     if timeout is not None:
         transport.set_timeout(timeout)
     transport.meet("lgc.attach")
     require_agreement(transport, "attach", describe(model, scheme, asdict(policy), transport.world_size))
+    broadcasts_buffers = isinstance(model, DistributedDataParallel) and model.broadcast_buffers
+    take_buffers(model, scheme, buffers_every)
     if transport.rank == 0:
         advise(model, scheme, optimizers)
     caller: LocalRounds | Buckets
@@ -214,7 +214,7 @@ class Handle:
             TypeError, ValueError: as `attach` does; nothing has been changed then.
         """
         self._require_attached("use_optimizer()")
-        optimizers = all_of(optimizer)
+        optimizers = as_optimizers(optimizer)
         if not optimizers:
             raise TypeError("use_optimizer(optimizer=...) must be an optimizer, or a list of them, got none.")
         for each in optimizers:
@@ -287,14 +287,15 @@ class Handle:
         The keys are those of the `wire` part of a run's summary.json, see docs/usage.md.
 
         Args:
-            of_all: False for the bytes of this rank alone, for which no other has to call.
+            of_all: False for the bytes of this rank alone, for which no other has to call, and which lack those of a
+                round that is under way.
 
         Raises:
             RankError: on every rank, if another one is in a round or another collective of lgc.
         """
-        self._caller.settle()
         if not of_all:
             return summarise([self.wire], self.parameters, self.transport.world_size)
+        self._caller.settle()
         uncounted = Transport(self.transport.group, self.transport.device)
         uncounted.meet("handle.wire_summary")
         wires = uncounted.all_gather_json(self.wire.to_json(), "counts")

@@ -219,7 +219,7 @@ class CollectedBuckets(Buckets):
         self._awaits_step: bool | None = None  # whether no step has been made with the last mean; None before any
         self._lost_means = 0
         self._norm: float | None = None  # of the last mean, until a step is made with it
-        self._has_told_of_norm = not (scheme.corrected_momentum or scheme.makes_adams_step)
+        self._looks_at_norm = bool(scheme.corrected_momentum or scheme.makes_adams_step)
 
     def use_optimizers(self, optimizers: Sequence[torch.optim.Optimizer]) -> None:
         require_optimizers_of(self._parameters, optimizers)
@@ -287,7 +287,7 @@ class CollectedBuckets(Buckets):
         if self._unused_possible:
             self._deliver_to_unused(means, {name: view for bucket in pending for name, view in bucket.gradients})
         self._delivered = True
-        if not self._has_told_of_norm:
+        if self._looks_at_norm:
             self._norm = float(get_total_norm(means.values()))
         if self._awaits_step is not None:
             self._awaits_step = self.synchronizer.was_finite
@@ -338,7 +338,7 @@ class CollectedBuckets(Buckets):
         exponent = math.log2(now / left) if 0 < now < math.inf else 0.0
         if abs(exponent - round(exponent)) < SAME_NORM:  # a GradScaler's scales are powers of two
             return
-        self._has_told_of_norm = True
+        self._looks_at_norm = False  # it is said once
         if self._transport.rank == 0:
             logger.warning(
                 "step %d: the gradients have norm %.3g at the %s's step, and the round left them with %.3g. Under %s, "

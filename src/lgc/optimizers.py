@@ -14,7 +14,12 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from lgc.comm.transport import Transport
 
+NUMBER = "number"  # in an optimizer's state, beside tensors of these types
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+DTYPES = {str(dtype): dtype for dtype in (*FLOATS, torch.int64, torch.int32, torch.uint8, torch.bool)}
+
 _Watch = tuple[set[int], "weakref.WeakMethod[Callable[[Optimizer], None]]"]  # ids of parameters, and what is called
+
 
 _watches: weakref.WeakKeyDictionary[nn.Module, _Watch] = weakref.WeakKeyDictionary()
 
@@ -65,7 +70,8 @@ def share_state(optimizer: Optimizer, transport: Transport) -> None:
     as of a count of steps, what the first of these ranks has.
 
     Raises:
-        ValueError: on every rank, for a state that is neither a tensor nor a number; nothing has been changed then.
+        ValueError: on every rank, for a state that is neither a tensor nor a number, or of another form on another
+            rank; nothing has been changed then.
     """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     own = [{name: _form(value) for name, value in optimizer.state.get(each, {}).items()} for each in parameters]
@@ -76,19 +82,21 @@ def share_state(optimizer: Optimizer, transport: Transport) -> None:
         for name in dict.fromkeys(name for forms in ranks for name in forms[number])
     ]
     for _, name, forms in entries:
-        strange = [form["type"] for form in forms.values() if "type" in form]
-        if strange:
+        kinds = {form["kind"] for form in forms.values()}
+        shapes = {tuple(form.get("shape", ())) for form in forms.values()}
+        if len(kinds) > 1 or len(shapes) > 1 or not kinds <= {NUMBER, *DTYPES}:
             raise ValueError(
-                f"lgc: the {type(optimizer).__name__} has {name!r} in its state, a {strange[0]}, which differs between "
-                "the ranks; make a new optimizer instead, and give it to handle.use_optimizer() before."
+                f"lgc: the {type(optimizer).__name__} has {name!r} in its state, of which the ranks "
+                f"({', '.join(kinds)}) have no mean; make a new optimizer instead, and give it to "
+                "handle.use_optimizer() before."
             )
     for parameter, name, forms in entries:
         state, source = optimizer.state[parameter], min(forms)
         form = forms[source]
-        if "value" in form:
+        if form["kind"] == NUMBER:
             state[name] = form["value"]
             continue
-        shape, dtype = form["shape"], getattr(torch, form["dtype"])
+        shape, dtype = form["shape"], DTYPES[form["kind"]]
         if name not in state:
             device = parameter.device if form["beside"] else torch.device("cpu")
             state[name] = torch.zeros(shape, dtype=dtype, device=device)
@@ -101,9 +109,8 @@ def share_state(optimizer: Optimizer, transport: Transport) -> None:
 
 def _form(value: object) -> dict[str, Any]:
     if isinstance(value, Tensor):
-        beside = value.device.type != "cpu"
-        return {"shape": list(value.shape), "dtype": str(value.dtype).removeprefix("torch."), "beside": beside}
-    return {"value": value} if isinstance(value, int | float | None) else {"type": type(value).__name__}
+        return {"kind": str(value.dtype), "shape": list(value.shape), "beside": value.device.type != "cpu"}
+    return {"kind": NUMBER, "value": value} if isinstance(value, int | float | None) else {"kind": type(value).__name__}
 
 
 def share_scale(grad_scaler: torch.amp.GradScaler, transport: Transport) -> None:

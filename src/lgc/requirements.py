@@ -27,7 +27,7 @@ ADAPTIVE = {"betas", "alpha", "rho", "lr_decay", "etas", "beta2_decay", "decay_r
 _in_buckets: weakref.WeakKeyDictionary[DistributedDataParallel, set[int]] = weakref.WeakKeyDictionary()
 
 
-def all_of(optimizer: object) -> tuple[torch.optim.Optimizer, ...]:
+def as_optimizers(optimizer: object) -> tuple[torch.optim.Optimizer, ...]:
     """The optimizers given to `attach`, none, one or several; raises TypeError for anything else."""
     given = () if optimizer is None else tuple(optimizer) if isinstance(optimizer, list | tuple) else (optimizer,)
     for each in given:
@@ -179,9 +179,18 @@ def require_optimizers_of(parameters: Mapping[str, nn.Parameter], optimizers: It
 
 
 def require_local_steps(
-    model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], grad_scaler: object, start_steps: int
+    model: nn.Module,
+    optimizers: Sequence[torch.optim.Optimizer],
+    grad_scaler: object,
+    start_steps: int,
+    buffers_every: int | None,
 ) -> None:
-    """Raise if there is something that local steps cannot do; switch off what DDP sends at every step."""
+    """Raise if there is something that local steps cannot do."""
+    if buffers_every is not None:
+        raise ValueError(
+            "attach(buffers_every=...) is for schemes that exchange every step; LocalSteps bring buffers together at "
+            "every round, so leave it out."
+        )
     if not optimizers:
         raise ValueError("attach(optimizer=...) must be the model's under LocalSteps, which count its steps, got None.")
     for optimizer in optimizers:
@@ -200,10 +209,6 @@ def require_local_steps(
                 "steps exchanges gradients; use LocalSteps(start_steps=0), or wrap the model in "
                 "DistributedDataParallel."
             )
-        return
-    if model.broadcast_buffers and any(True for _ in model.module.buffers()):
-        model.broadcast_buffers = False
-        logging.getLogger("lgc").info("DDP's broadcast_buffers is off: buffers are brought together at every round.")
 
 
 def require_own_updates(optimizer: torch.optim.Optimizer) -> None:
@@ -216,19 +221,12 @@ def require_own_updates(optimizer: torch.optim.Optimizer) -> None:
 
 
 def take_buffers(model: nn.Module, scheme: Scheme, every: int | None) -> None:
-    """Switch DDP's broadcast of buffers off where they are brought together every so many rounds.
-
-    Raises:
-        ValueError: under local steps, whose rounds have them anyway.
-    """
-    if every is None:
+    """Switch DDP's broadcast of buffers off where rounds bring them together: the local ones, or every so many."""
+    local = isinstance(scheme, LocalSteps)
+    if not isinstance(model, DistributedDataParallel) or not (local or every):
         return
-    if isinstance(scheme, LocalSteps):
-        raise ValueError(
-            "attach(buffers_every=...) is for schemes that exchange every step; LocalSteps bring buffers together at "
-            "every round, so leave it out."
-        )
-    assert isinstance(model, DistributedDataParallel)  # as all other schemes need it
+    if local and model.broadcast_buffers and any(True for _ in model.module.buffers()):
+        logging.getLogger("lgc").info("DDP's broadcast_buffers is off: buffers are brought together at every round.")
     model.broadcast_buffers = False
 
 

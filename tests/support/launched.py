@@ -1,4 +1,4 @@
-"""A rank as a launcher of Hugging Face's frameworks starts it."""
+"""A rank as a launcher starts it, for frameworks that read torchrun's variables."""
 
 from __future__ import annotations
 
@@ -10,11 +10,20 @@ from unittest import mock
 
 @contextlib.contextmanager
 def launched(rank: int, world_size: int) -> Iterator[None]:
-    """What `accelerate launch` and torchrun tell a process; the frameworks' own state ends with it."""
+    """What torchrun tells a process, for as long as the `with` block lasts."""
+    numbers = {"RANK": rank, "LOCAL_RANK": rank, "GROUP_RANK": 0, "WORLD_SIZE": world_size}
+    numbers |= {"LOCAL_WORLD_SIZE": world_size, "MASTER_PORT": 0}
+    of_torchrun = {"MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_RUN_ID": "1"}
+    with mock.patch.dict(os.environ, {name: str(number) for name, number in numbers.items()} | of_torchrun):
+        yield
+
+
+@contextlib.contextmanager
+def launched_by_accelerate(rank: int, world_size: int) -> Iterator[None]:
+    """The same, and the state that Accelerate keeps of its process ends with it."""
     from accelerate.state import AcceleratorState, GradientState
 
-    numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
-    with mock.patch.dict(os.environ, {name: str(number) for name, number in numbers.items()}):
+    with launched(rank, world_size):
         try:
             yield
         finally:

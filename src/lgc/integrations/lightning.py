@@ -20,7 +20,6 @@ from torch import Tensor
 
 import lgc
 from lgc import Handle, LocalSteps, Phase, Scheme, parse_scheme
-from lgc.comm.traffic import summarise
 from lgc.integrations.own_state import Attached
 
 logger = logging.getLogger("lgc")
@@ -106,9 +105,8 @@ class LGCCallback(Callback):
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """Log the phase (0 dense to 3 compressed), the ratio of this rank so far, and the scheme's metrics."""
         assert self.handle is not None
-        so_far = summarise([self.handle.wire], self.handle.parameters, self.handle.transport.world_size)
-        phase = float(list(Phase).index(self.handle.phase))
-        values = _numbers({"phase": phase, "ratio": so_far["ratio"], **self.handle.metrics})
+        phase, ratio = list(Phase).index(self.handle.phase), self.handle.wire_summary(of_all=False)["ratio"]
+        values = _numbers({"phase": phase, "ratio": ratio, **self.handle.metrics})
         pl_module.log_dict({f"{KEY}/{name}": value for name, value in values.items()})
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
