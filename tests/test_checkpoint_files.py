@@ -192,7 +192,7 @@ def test_a_step_that_would_not_be_the_newest_is_refused(step: int, tmp_path: Pat
     ("arguments", "message"), [({"step": -1}, "step=.*got -1"), ({"step": 1, "keep": 0}, "keep=.*got 0")]
 )
 def test_wrong_arguments_are_refused(
-    arguments: dict[str, int], message: str, tmp_path: Path, alone: dist.ProcessGroup
+    arguments: dict[str, Any], message: str, tmp_path: Path, alone: dist.ProcessGroup
 ) -> None:
     with pytest.raises(ValueError, match=message):
         checkpoint.save(tmp_path, {}, group=alone, **arguments)
@@ -439,17 +439,36 @@ def test_ranks_at_different_steps_write_nothing(ranks: RankFactory, tmp_path: Pa
     assert checkpoint.load_rank(tmp_path / "step-0000000001", rank=1, world_size=2) == {"rank": 1}
 
 
-def save_to_own_folder(rank: int, world_size: int, directory: Path) -> None:
+def save_to_own_folder(rank: int, world_size: int, directory: Path, shared: bool, there: bool = False) -> None:
     assert dist.group.WORLD is not None
-    (directory / str(rank) / "step-0000000001").mkdir(parents=True)
-    checkpoint.save(directory / str(rank), {"rank": rank}, step=1, group=dist.group.WORLD)
+    if there:
+        (directory / str(rank) / "step-0000000001").mkdir(parents=True)
+    checkpoint.save(directory / str(rank), {"rank": rank}, step=1, group=dist.group.WORLD, shared=shared)
 
 
-def test_ranks_that_do_not_share_the_folder_are_told(ranks: RankFactory, tmp_path: Path) -> None:
-    for failure in ranks(2).exceptions(save_to_own_folder, tmp_path):
+@pytest.mark.parametrize(
+    ("there", "reason"),
+    [
+        (False, "1/step-0000000001, which rank 0 has made, is not there"),
+        (True, "0/step-0000000001/rank-0001.safetensors cannot be read: No such file"),
+    ],
+)
+def test_ranks_that_do_not_share_the_folder_are_told(
+    ranks: RankFactory, there: bool, reason: str, tmp_path: Path
+) -> None:
+    for failure in ranks(2).exceptions(save_to_own_folder, tmp_path, True, there):
         assert isinstance(failure, CheckpointError)
-        assert f"{tmp_path}/0/step-0000000001/rank-0001.safetensors cannot be read: No such file" in str(failure)
+        assert f"{tmp_path}/{reason}" in str(failure)
     assert checkpoint.latest(tmp_path / "0") is None
+
+
+def test_folders_of_each_rank_are_a_checkpoint_once_they_are_one(ranks: RankFactory, tmp_path: Path) -> None:
+    ranks(2).run(save_to_own_folder, tmp_path, False)
+    assert checkpoint.latest(tmp_path / "0") is None
+    shutil.copytree(tmp_path / "1", tmp_path / "0", dirs_exist_ok=True)
+    path = checkpoint.latest(tmp_path / "0")
+    assert path is not None
+    assert [checkpoint.load_rank(path, rank=rank, world_size=2) for rank in (0, 1)] == [{"rank": 0}, {"rank": 1}]
 
 
 def load_damaged(rank: int, world_size: int, directory: Path) -> None:

@@ -4,7 +4,8 @@
     DIR/step-0000001200/manifest.json           schema, versions, and per file its size, sha256 and tensors
 
 Every file is written under a temporary name, synced and renamed. A folder without a valid manifest is not a
-checkpoint. `DIR` must be one folder for all ranks (one machine or a shared file system). Nothing is pickled.
+checkpoint. `DIR` must be one folder for all ranks (one machine or a shared file system), or become one before it is
+read. Nothing is pickled.
 """
 
 from lgc.checkpoint.files import CheckpointError, RefusedError

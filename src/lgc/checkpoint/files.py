@@ -73,6 +73,11 @@ def prepare(path: Path) -> None:
 
 def write_rank(path: Path, rank: int, state: State) -> dict[str, Any]:
     """Write one rank's file; its `Entry` as a JSON object."""
+    if not path.is_dir():
+        raise CheckpointError(
+            f"{path}, which rank 0 has made, is not there: checkpoint.save(directory=...) must be one folder for all "
+            "ranks; where each has its own, of which something else makes one, give shared=False."
+        )
     data, tensors = to_bytes(state)
     forms = {
         name: {"dtype": str(tensor.dtype).removeprefix("torch."), "shape": list(tensor.shape)}
@@ -82,9 +87,9 @@ def write_rank(path: Path, rank: int, state: State) -> dict[str, Any]:
     return Entry(_file_name(rank), len(data), hashlib.sha256(data).hexdigest(), forms)._asdict()
 
 
-def publish(path: Path, step: int, files: list[dict[str, Any]], scheme: str | None) -> None:
-    """Write the manifest; the checkpoint exists from here on."""
-    for file in files:
+def publish(path: Path, step: int, files: list[dict[str, Any]], scheme: str | None, *, shared: bool) -> None:
+    """Write the manifest; the checkpoint exists from here on, or once the ranks' folders, not `shared`, are one."""
+    for file in files if shared else []:
         _require_size(path, Entry(**file))  # seen from here: all ranks wrote to the same folder
     content = {
         "schema": SCHEMA,
@@ -110,7 +115,7 @@ def remove_old(directory: Path, keep: int) -> None:
     """Remove the complete checkpoints beyond `keep`, and whatever older is not complete."""
     kept = _complete(directory)[:keep]
     for path in _step_folders(directory):
-        if path.name < kept[0].name and path not in kept:
+        if kept and path.name < kept[0].name and path not in kept:
             remove(path)
 
 

@@ -25,16 +25,26 @@ logger = logging.getLogger("lgc")
 PART = 2**26  # bytes that are gathered at a time, which may be on a GPU meanwhile
 
 
-def save(directory: Path | str, state: State, *, step: int, group: dist.ProcessGroup, keep: int = 2) -> Path:
+def save(
+    directory: Path | str,
+    state: State,
+    *,
+    step: int,
+    group: dist.ProcessGroup,
+    keep: int = 2,
+    shared: bool = True,
+) -> Path:
     """Write every rank's state as the checkpoint of `step`; a collective.
 
     Args:
-        directory: holds the checkpoints of one run; the same folder for all ranks.
+        directory: holds the checkpoints of one run; the same folder for all ranks, unless `shared` is False.
         state: this rank's; nested dicts (keys str or int), lists and tuples of tensors, numbers, strings, booleans
             and None, such as the `state_dict()` of a handle, a module and an optimizer.
         step: at least 0, and above that of every checkpoint that is there.
         group: the ranks that save; the handle's.
         keep: how many complete checkpoints stay, at least 1; older ones are removed once this one is complete.
+        shared: False where `directory` is another one on each rank, and empty, and something else makes one folder of
+            them, as Ray Train does; that one has the checkpoint, and older ones are left to whoever makes it.
 
     Returns:
         The folder of the checkpoint.
@@ -54,12 +64,13 @@ def save(directory: Path | str, state: State, *, step: int, group: dist.ProcessG
     steps = together(lambda: step)
     if len(set(steps)) != 1:
         raise CheckpointError(f"checkpoint.save(step=...) must be the same on every rank, got {steps} (by rank).")
-    together(lambda: files.prepare(path), only=SERVER)
+    makers = SERVER if shared else None
+    together(lambda: files.prepare(path), only=makers)
     try:
         entries = together(lambda: files.write_rank(path, transport.rank, state))
-        together(lambda: files.publish(path, step, entries, scheme_of(state)), only=SERVER)
+        together(lambda: files.publish(path, step, entries, scheme_of(state), shared=shared), only=SERVER)
     except CheckpointError:
-        if transport.rank == SERVER:
+        if makers in (None, transport.rank):
             with contextlib.suppress(OSError):
                 files.remove(path)
         raise
