@@ -19,6 +19,7 @@ import torch
 from local_runs import Net, Run, batch, differ, exact
 from ranks import Ranks
 from torch import Tensor, nn
+from torch.optim.optimizer import _global_optimizer_pre_hooks
 
 import lgc
 from lgc.buffers import Buffers
@@ -222,6 +223,39 @@ def test_finish_notices_that_another_optimizer_has_made_the_steps(ranks: RankFac
     for error in ranks(2).exceptions(step_by_another):
         assert isinstance(error, ReplicaError)
         assert "rows.weight" in str(error)
+
+
+def change_weights_after_the_last_round(
+    rank: int, _: int, overlap: bool
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    run = Run(exact(2, overlap=overlap)).train(rank, range(4))
+    run.handle.finish()
+    shared = copies(run.net)
+    with torch.no_grad():
+        for parameter in run.net.parameters():
+            parameter.mul_(1 + rank)  # as Lookahead, a projection, or an optimizer's eval() may
+    run.handle.finish()
+    return shared, copies(run.net)
+
+
+@pytest.mark.parametrize("overlap", [False, True], ids=["waiting", "overlap"])
+def test_finish_exchanges_what_has_changed_after_the_last_round_too(ranks: RankFactory, overlap: bool) -> None:
+    results = ranks(2).run(change_weights_after_the_last_round, overlap)
+    assert not differ([after for _, after in results])
+    for shared, after in results:
+        for name in dict(Net().named_parameters()):
+            torch.testing.assert_close(after[name], 1.5 * shared[name])
+
+
+def hooks_of_steps(_: int, __: int) -> list[bool]:
+    optimizer = Run(exact()).optimizer
+    hooks = [*optimizer._optimizer_step_pre_hooks.values(), *optimizer._optimizer_step_post_hooks.values()]
+    return [getattr(hook, "_torchdynamo_disable", False) for hook in (*hooks, *_global_optimizer_pre_hooks.values())]
+
+
+def test_a_compiled_step_leaves_the_hooks_as_they_are(ranks: RankFactory) -> None:
+    """`torch.compile(optimizer.step)` would trace rounds, and fail; to compile one here would take half a minute."""
+    assert ranks(1).run(hooks_of_steps) == [[True] * 3]
 
 
 def alternate(rank: int, _: int, every: int, overlap: bool) -> list[dict[str, Tensor]]:

@@ -409,13 +409,15 @@ def test_anchors_of_ranks_that_have_not_moved_are_compared(ranks: RankFactory) -
         assert "anchor of 0.bias on rank 1" in str(failure)
 
 
-def train_sharpness_aware(rank: int, _: int, scheme: str | None) -> Tensor:
+def train_sharpness_aware(rank: int, _: int, scheme: str | None, **policy: Any) -> Tensor:
     ddp = network()
     optimizer = sgd(ddp)
     if scheme is not None:
-        lgc.attach(ddp, scheme, optimizer, check_every=1)
+        lgc.attach(ddp, scheme, optimizer, check_every=1, **policy)
     for step in range(5):
         x = inputs(rank, step)
+        if policy and rank and step == 2:
+            ddp.module[0].weight.data += 1
         optimizer.zero_grad()
         with ddp.no_sync():
             ddp(x).square().mean().backward()
@@ -447,6 +449,16 @@ def test_weights_that_are_perturbed_while_gradients_are_exchanged_are_the_same_w
     plain = ranks(2).run(train_sharpness_aware, None)
     for result in ranks(2).run(train_sharpness_aware, scheme):
         torch.testing.assert_close(result, plain[0], rtol=1e-4, atol=1e-6)
+
+
+def disturb_and_synchronise(rank: int, _: int) -> None:
+    train_sharpness_aware(rank, _, SCHEMES["dgc"], on_difference="synchronise")
+
+
+def test_weights_that_are_perturbed_cannot_be_synchronised(ranks: RankFactory) -> None:
+    for error in ranks(2).exceptions(disturb_and_synchronise):
+        assert "step 2: the ranks are no longer the same: parameter 0.weight on rank 1" in str(error)
+        assert "changed since the backward pass began, as SAM does" in str(error)
 
 
 def compare_none(rank: int, _: int) -> list[str]:
@@ -563,6 +575,19 @@ def attach_in_data_parallel(_: int, __: int) -> None:
     lgc.attach(nn.DataParallel(nn.Linear(2, 2)), "dgc")
 
 
+def attach_around_ddp(_: int, __: int) -> None:
+    container = nn.Sequential(network())
+    lgc.attach(container, SCHEMES["local"], sgd(container))
+
+
+def attach_lazy(_: int, __: int) -> None:
+    lgc.attach(nn.Sequential(nn.LazyLinear(2)), SCHEMES["local"], torch.optim.SGD([torch.zeros(1)]))
+
+
+def attach_frozen(_: int, __: int) -> None:
+    lgc.attach(nn.Linear(2, 2).requires_grad_(False), SCHEMES["local"], torch.optim.SGD([torch.zeros(1)]))
+
+
 def attach_adafactor(_: int, __: int) -> None:
     ddp = network()
     lgc.attach(ddp, "dgc:momentum=0:second_moment=0.95", torch.optim.Adafactor(ddp.parameters()))
@@ -583,10 +608,26 @@ def attach_twice(_: int, __: int) -> None:
         (detach_alone, [0, 1], "now there is rank 0 in handle.detach, rank 1 in a round of training"),
         (attach_in_data_parallel, [0, 1], "one process for all devices; start a process for each, with torchrun"),
         (attach_a_replicate, [0, 1], "is of replicate(), which keeps its DDP to itself"),
+        (attach_around_ddp, [0, 1], "has DistributedDataParallel inside (0), which communicates at every step"),
+        (attach_lazy, [0, 1], "has 0.weight without values yet; call a lazy module once"),
+        (attach_frozen, [0, 1], "has no parameter that requires gradients; attach before freezing"),
         (attach_adafactor, [0, 1], "the Adafactor would make another one of it. Train with SGD without momentum"),
         (attach_twice, [0, 1], "already has the scheme dgc; call handle.detach() on every rank to attach another."),
     ],
-    ids=["state", "step", "summary", "checkpoint", "detach", "data-parallel", "replicate", "adafactor", "twice"],
+    ids=[
+        "state",
+        "step",
+        "summary",
+        "checkpoint",
+        "detach",
+        "data-parallel",
+        "replicate",
+        "around-ddp",
+        "lazy",
+        "frozen",
+        "adafactor",
+        "twice",
+    ],
 )
 def test_a_refusal_names_the_way_out(
     ranks: RankFactory, function: Callable[..., None], failing: list[int], words: str

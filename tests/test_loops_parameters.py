@@ -5,6 +5,7 @@ A scheme's whole story is one run of the ranks, and every test looks at a part o
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import warnings
 import weakref
@@ -231,8 +232,36 @@ def buffers(rank: int, scheme: Any) -> dict[str, Any]:
     }
 
 
+def ddp_of(net: Net) -> DistributedDataParallel:
+    ddp = DistributedDataParallel(net, **UNUSED)
+    ddp.broadcast_buffers = False
+    return ddp
+
+
+def replace_a_module(rank: int, scheme: Any, *, detached: bool) -> tuple[str, dict[str, Tensor]]:
+    """A head for a new task, as in fine-tuning, or new rows of an embedding."""
+    loop = Loop(rank, scheme, **UNUSED).train(3)
+    if detached:
+        loop.handle.detach()
+    torch.manual_seed(1)
+    loop.net.left = nn.Linear(8, 8)
+    loop.optimizer = torch.optim.SGD(loop.net.parameters(), lr=0.05)
+    if detached:
+        loop.model = loop.net if isinstance(scheme, lgc.LocalSteps) else ddp_of(loop.net)
+        loop.handle = lgc.attach(loop.model, scheme, loop.optimizer)
+    else:
+        loop.handle.use_optimizer(loop.optimizer)
+    message = message_of(lambda: loop.train(4))
+    if detached:
+        loop.handle.finish()
+    return message, loop.weights()
+
+
 def freeze_elsewhere(rank: int, _: int) -> dict[str, Any]:
     found: dict[str, Any] = {"before attach": freeze_before_attach(rank), "rebuilt": rebuild_the_optimizer(rank)}
+    for name in ("dense", "dgc", "local"):
+        for detached in (False, True):
+            found[f"{name} replaced {detached}"] = replace_a_module(rank, ALL[name], detached=detached)
     for scheme in ("dense", "dgc"):
         for before in (False, True):
             found[f"{scheme} {before}"] = unfreeze_what_ddp_left_out(rank, scheme, before_attach=before)
@@ -327,8 +356,42 @@ def test_what_ddp_left_out_and_is_trained_later_is_refused_by_name(
 ) -> None:
     for each in frozen:
         message = each[f"{scheme} {before_attach}"]
-        assert "left.weight is trained now and was frozen when DistributedDataParallel was made" in message
+        assert "left.weight is trained now and was frozen, or not in the model, when DistributedDataPara" in message
         assert "freeze after" in message
+
+
+@pytest.mark.parametrize("scheme", ["dense", "dgc", "local"])
+def test_what_replaces_a_parameter_is_refused_by_name_and_joins_where_it_is_attached_anew(
+    frozen: Found, scheme: str
+) -> None:
+    for each in frozen:
+        message, _ = each[f"{scheme} replaced False"]
+        assert "left.weight is trained now and was frozen, or not in the model" in message
+        assert "To replace parameters, call handle.detach() before" in message
+        message, weights = each[f"{scheme} replaced True"]
+        assert message == "no error"
+        assert same(weights, frozen[0][f"{scheme} replaced True"][1])
+
+
+def average_frozen_weights(rank: int, _: int, anchored: bool) -> dict[str, Tensor]:
+    """A teacher that is in the model, frozen, and a moving average of it, as in BYOL."""
+    loop = Loop(rank, ALL["local"], before_attach=lambda net: net.right.requires_grad_(False))
+    for _step in range(6):
+        loop.train(1)
+        with loop.handle.anchored() if anchored else contextlib.nullcontext(), torch.no_grad():
+            for name, each in loop.net.right.named_parameters():
+                each.data = each.data.lerp(loop.net.left.get_parameter(name), 0.5)
+    loop.handle.finish()
+    return loop.weights()
+
+
+def test_frozen_weights_that_each_rank_averages_by_itself_are_named_and_belong_to_the_anchor(
+    ranks: RankFactory,
+) -> None:
+    assert same(*ranks(2).run(average_frozen_weights, True))
+    for error in ranks(2).exceptions(average_frozen_weights, False):
+        assert "round 0: the ranks are no longer the same: frozen right.weight on rank 1" in str(error)
+        assert "moving average of weights between the rounds of local steps, which belongs within" in str(error)
 
 
 def test_an_optimizer_that_is_rebuilt_after_freezing_goes_on_without_what_is_frozen(frozen: Found) -> None:

@@ -25,7 +25,7 @@ from lgc.comm.transport import Transport, clock
 from lgc.gradients import all_zero
 from lgc.optimizers import end_watch, parameters_of, watch_steps
 from lgc.phase import Phase
-from lgc.requirements import left_out, require_frozen, require_optimizers_of, require_single_momentum, trained
+from lgc.requirements import frozen, require_exchanged, require_optimizers_of, require_single_momentum, trained
 from lgc.schemes import Dense, PowerSGD, RoundScheme, Scheme
 from lgc.schemes.powersgd import PowerSGDHook
 from lgc.synchronizer import Policy, Synchronizer
@@ -70,7 +70,7 @@ class Buckets(Caller):
         accumulators = [_accumulator(parameter) for _, parameter in trained(ddp)]  # which DDP keeps
         hooks = [accumulator.register_prehook(self._before_accumulating) for accumulator in accumulators]
         self._remove_hooks = weakref.finalize(ddp, _remove, hooks)  # the module may be trained on without DDP
-        self._left_out = left_out(ddp)
+        self._replicas = {f"parameter {name}": parameter for name, parameter in trained(ddp)} | frozen(ddp)
         self._steps_without_round = 0  # at the start; the first may be one whose closure has yet to make the gradients
         watch_steps(ddp, (parameter for _, parameter in trained(ddp)), self._before_step)
 
@@ -96,6 +96,10 @@ class Buckets(Caller):
         self._remove_hooks()
         if (ddp := self._ddp()) is not None:
             end_watch(ddp)
+
+    def _require_all_exchanged(self) -> None:
+        if (ddp := self._ddp()) is not None:
+            require_exchanged(ddp)
 
     @abstractmethod
     def begin(self) -> None:
@@ -153,7 +157,6 @@ class ReducedBuckets(Buckets):
         super().__init__(ddp, transport, policy)
         self._scheme = scheme
         self._power_sgd = PowerSGDHook(scheme, transport) if isinstance(scheme, PowerSGD) else None
-        self._replicas = {f"parameter {name}": parameter for name, parameter in trained(ddp)}
         self._check = ReplicaCheck(transport, policy.check_every, policy.on_difference)
 
     def begin(self) -> None:
@@ -163,7 +166,7 @@ class ReducedBuckets(Buckets):
         buffer = bucket.buffer()
         if bucket.index() == 0:
             with self._transport.announcing():
-                require_frozen(self._left_out)
+                self._require_all_exchanged()
             self.phase = self._power_sgd.phase if self._power_sgd else Phase.DENSE
             self._transport.begin(self.phase)
         if bucket.is_last():
@@ -213,8 +216,7 @@ class CollectedBuckets(Buckets):
         self._pending: list[_Pending] = []
         self._delivered = False  # the last mean, which is in the gradients until they are zeroed
         self._stale: str | None = None  # a parameter whose gradient had it still when a backward pass began
-        replicas = {f"parameter {name}": parameter for name, parameter in self._parameters.items()}
-        self.synchronizer = Synchronizer(scheme, self._parameters, transport, policy, replicas)
+        self.synchronizer = Synchronizer(scheme, self._parameters, transport, policy, self._replicas)
         self.phase = self.synchronizer.phase(0)
         self._awaits_step: bool | None = None  # whether no step has been made with the last mean; None before any
         self._lost_means = 0
@@ -257,7 +259,7 @@ class CollectedBuckets(Buckets):
 
     def _synchronize(self, pending: list[_Pending]) -> dict[str, Tensor]:
         with self._transport.announcing():
-            require_frozen(self._left_out)
+            self._require_all_exchanged()
             self._require_fresh_gradients()
             for optimizer in self._optimizers:  # a scheduler or load_state_dict may have given it momentum since attach
                 require_single_momentum(self._scheme, optimizer)

@@ -17,6 +17,13 @@ from lgc.synchronizer import Policy, Synchronizer
 class Fragment:
     """Parameters that are exchanged together: their anchor, and the outer optimizer that moves it.
 
+    Args:
+        parameters: by name.
+        scheme: how they are exchanged.
+        transport: between the ranks.
+        policy: what is done when something is wrong.
+        replicas: what else all ranks must have the same of, by name.
+
     Attributes:
         anchor: where all ranks were after the last round, by name, float32 or wider.
         momentum: of the outer optimizer, like the anchor; empty if it has none.
@@ -25,7 +32,12 @@ class Fragment:
     """
 
     def __init__(
-        self, parameters: Mapping[str, nn.Parameter], scheme: LocalSteps, transport: Transport, policy: Policy
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        scheme: LocalSteps,
+        transport: Transport,
+        policy: Policy,
+        replicas: Mapping[str, Tensor],
     ) -> None:
         self.parameters = dict(parameters)
         self.anchor = {name: _wide(parameter) for name, parameter in parameters.items()}
@@ -34,8 +46,8 @@ class Fragment:
         self.momentum = {name: torch.zeros_like(tensor) for name, tensor in moved.items()}
         self.rounds = 0
         self.step = scheme.start_steps
-        replicas = {f"anchor of {name}": tensor for name, tensor in self.anchor.items()}
-        self.synchronizer = Synchronizer(scheme.exchange, self.anchor, transport, policy, replicas)
+        replicas = {f"anchor of {name}": tensor for name, tensor in self.anchor.items()} | dict(replicas)
+        self.synchronizer = Synchronizer(scheme.exchange, self.anchor, transport, policy, replicas, unit="round")
         aggregator = self.synchronizer.aggregator
         aggregator.feedback.decay = scheme.decay
         if isinstance(scheme.exchange, Dense):

@@ -27,8 +27,8 @@ from lgc.comm.transport import RankError, Transport, clock
 from lgc.ddp import CollectedBuckets
 from lgc.fragments import Fragment, fragmented
 from lgc.gradients import OptimizedGradients, all_zero
-from lgc.optimizers import end_watch, share_scale, share_state, watch_steps
-from lgc.requirements import require_optimizers_of, trained
+from lgc.optimizers import end_watch, share_scale, share_state, uncompiled, watch_steps
+from lgc.requirements import frozen, require_optimizers_of, trained
 from lgc.rounds.schedule import FOREVER, Schedule
 from lgc.schemes import Dense, LocalSteps
 from lgc.synchronizer import Policy, Synchronizer, require_same_form
@@ -112,7 +112,10 @@ class LocalRounds(Caller):
         self._start = self._make_start(ddp, transport, grad_scaler) if scheme.start_steps else None
         self._buffers = Buffers(module)
         groups = fragmented(self._parameters, scheme.fragments)
-        self._fragments = [Fragment(group, scheme, self._round_transport, policy) for group in groups]
+        self._fragments = [
+            Fragment(group, scheme, self._round_transport, policy, {} if number else frozen(model))
+            for number, group in enumerate(groups)
+        ]
         self.synchronizer = self._fragments[0].synchronizer
         self.phase = self._start.phase if self._start else self.synchronizer.phase(0)
         self._in_step = False  # between an optimizer's two hooks
@@ -147,8 +150,8 @@ class LocalRounds(Caller):
             hook
             for each in optimizers
             for hook in (
-                each.register_step_pre_hook(self._before_step),
-                each.register_step_post_hook(lambda optimizer, *_: self._after_step(optimizer)),
+                each.register_step_pre_hook(uncompiled(self._before_step)),
+                each.register_step_post_hook(uncompiled(lambda optimizer, *_: self._after_step(optimizer))),
             )
         ]
 
@@ -296,6 +299,7 @@ class LocalRounds(Caller):
 
     def _launch(self, fragment: Fragment, *, wait: bool) -> None:
         """Begin a round with what this rank has moved."""
+        fragment.synchronizer.look(fragment.rounds)
         distance = fragment.moved()
         finite = all(bool(each.isfinite().all()) for each in distance.values())
         buffers = self._buffers.current()
@@ -397,7 +401,8 @@ class LocalRounds(Caller):
         return RuntimeError(
             f"{names[0]} is trained now and was frozen, or not in the model, when attach was called (parameters like "
             f"it: {len(names)}); no round would exchange it. Attach when all that will ever be trained is in the model "
-            "and requires gradients, and freeze after."
+            "and requires gradients, and freeze after. To replace parameters, call handle.detach() before, and make "
+            "the optimizer, and attach, anew after."
         )
 
     @contextlib.contextmanager
@@ -433,16 +438,22 @@ class LocalRounds(Caller):
         self._require_own_weights("handle.finish()")
         with self._transport.announcing(*OF_ALL_RANKS):
             self._complete()
-            self._call_roll()
+            votes = self._call_roll(vote=self._has_begun and self._has_moved_since())
             if not self._has_begun:  # the weights are the same, unless something else than this optimizer moves them
                 weights = {f"parameter {name}": parameter for name, parameter in self._parameters.items()}
                 ReplicaCheck(self._transport, 1, self._policy.on_difference).run(self.step, weights)
                 self._combine_buffers()
                 return
             for fragment in self._fragments:
-                if fragment.step < self.step:
+                if fragment.step < self.step or any(votes):
                     self._launch(fragment, wait=True)
                     self._complete()
+
+    def _has_moved_since(self) -> bool:
+        """Whether a loop has changed what was just brought together, as Lookahead may after a step."""
+        done = [fragment.moved() for fragment in self._fragments if fragment.step == self.step]
+        moved = any(len(all_zero(each)) < len(each) for each in done)
+        return moved or (bool(done) and any(self._buffers.states(self._buffers.current())))
 
     def detach(self) -> None:
         self.finish()

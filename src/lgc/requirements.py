@@ -11,7 +11,7 @@ from typing import TypeGuard
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from lgc.caller import Detached
@@ -112,7 +112,7 @@ def require_exchangeable(model: nn.Module) -> None:
             "allows one; make DDP anew without it, and use autocast for mixed precision."
         )
     if isinstance(model, DistributedDataParallel):
-        require_frozen(left_out(model))
+        require_exchanged(model)
         frozen = [name for name, parameter in trained(model) if not parameter.requires_grad]
         if frozen and not model.find_unused_parameters:
             raise ValueError(
@@ -120,8 +120,17 @@ def require_exchangeable(model: nn.Module) -> None:
                 f"gradient (parameters like it: {len(frozen)}); make DDP after freezing, or, if it will be trained "
                 "again, with find_unused_parameters=True."
             )
-    if len({parameter.device for _, parameter in trained(model)}) != 1:
+    devices = {parameter.device for _, parameter in trained(model)}
+    if not devices:
+        raise ValueError("attach(model=...) has no parameter that requires gradients; attach before freezing.")
+    if len(devices) > 1:
         raise ValueError("attach(model=...) must have its trained parameters on one device; move them before DDP.")
+    shapeless = [name for name, each in model.named_parameters() if nn.parameter.is_lazy(each) or each.is_meta]
+    if shapeless:
+        raise ValueError(
+            f"attach(model=...) has {shapeless[0]} without values yet; call a lazy module once, and give one on the "
+            "meta device its weights, before attach and before the optimizer is made."
+        )
     if any(isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.sparse for module in model.modules()):
         raise ValueError("attach(model=...) has an embedding with sparse=True; make it with sparse=False.")
 
@@ -130,15 +139,21 @@ def trained(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
     """The parameters that require gradients, by name; of a DDP model, those that did when DDP was made."""
     if not isinstance(model, DistributedDataParallel):
         return [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    exchanged = _exchanged(model)
+    return [(name, each) for name, each in model.module.named_parameters() if id(each) in exchanged]
+
+
+def _exchanged(model: DistributedDataParallel) -> set[int]:
+    """The ids of the parameters that DDP exchanges, which it keeps."""
     if model not in _in_buckets:
         buckets = model.reducer._get_zeros_like_grad_buckets()
         _in_buckets[model] = {id(parameter) for bucket in buckets for parameter in bucket.parameters()}
-    return [(name, each) for name, each in model.module.named_parameters() if id(each) in _in_buckets[model]]
+    return _in_buckets[model]
 
 
 def left_out(model: DistributedDataParallel) -> dict[str, nn.Parameter]:
-    """The parameters that were frozen when DDP was made, which it does not exchange, by name."""
-    exchanged = {id(parameter) for _, parameter in trained(model)}
+    """The parameters that DDP does not exchange, and was not told to ignore, by name: frozen, or new in the model."""
+    exchanged = _exchanged(model)
     # To be ignored, a parameter of the root module must have been named with a dot before.
     return {
         name: parameter
@@ -147,14 +162,26 @@ def left_out(model: DistributedDataParallel) -> dict[str, nn.Parameter]:
     }
 
 
-def require_frozen(parameters: Mapping[str, nn.Parameter]) -> None:
-    """Raise RuntimeError if one of the parameters that DDP has left out is trained now."""
-    names = [name for name, parameter in parameters.items() if parameter.requires_grad]
+def frozen(model: nn.Module) -> dict[str, Tensor]:
+    """The parameters that are not exchanged, which all ranks have alike: by name, but for those of a type of their own,
+    as quantised ones are."""
+    if isinstance(model, DistributedDataParallel):
+        parameters = left_out(model)
+    else:
+        parameters = {name: each for name, each in model.named_parameters() if not each.requires_grad}
+    return {f"frozen {name}": each for name, each in parameters.items() if type(each.data) is Tensor}
+
+
+def require_exchanged(model: DistributedDataParallel) -> None:
+    """Raise RuntimeError if a parameter that DDP has left out is trained now."""
+    names = [name for name, parameter in left_out(model).items() if parameter.requires_grad]
     if names:
         raise RuntimeError(
-            f"lgc: {names[0]} is trained now and was frozen when DistributedDataParallel was made, which does not "
-            f"exchange its gradient (parameters like it: {len(names)}). Make DDP, and attach, while all that will ever "
-            "be trained requires gradients, with find_unused_parameters=True, and freeze after; or make them anew."
+            f"lgc: {names[0]} is trained now and was frozen, or not in the model, when DistributedDataParallel was "
+            f"made, which does not exchange its gradient (parameters like it: {len(names)}). Make DDP, and attach, "
+            "while all that will ever be trained requires gradients, with find_unused_parameters=True, and freeze "
+            "after. To replace parameters, call handle.detach() before, and make DDP and the optimizer, and attach, "
+            "anew after."
         )
 
 
@@ -232,6 +259,13 @@ def take_buffers(model: nn.Module, scheme: Scheme, every: int | None) -> None:
 
 def require_independent(model: nn.Module) -> None:
     """Raise ValueError if the model communicates at every step by itself, which local steps do not."""
+    module = model.module if isinstance(model, DistributedDataParallel) else model
+    wrapped = [name for name, each in module.named_modules() if isinstance(each, DistributedDataParallel)]
+    if wrapped:
+        raise ValueError(
+            f"attach(model=...) has DistributedDataParallel inside ({wrapped[0]}), which communicates at every step; "
+            "under LocalSteps give attach the modules without it."
+        )
     synchronised = [name for name, module in model.named_modules() if isinstance(module, nn.SyncBatchNorm)]
     if synchronised:
         raise ValueError(

@@ -63,6 +63,7 @@ class Synchronizer:
         transport: between the ranks.
         policy: what is done when something is wrong.
         replicas: what all ranks must have the same of, by name; compared at the policy's interval.
+        unit: what a step is called in messages.
 
     Raises:
         TypeError, ValueError: a wrong argument.
@@ -81,6 +82,8 @@ class Synchronizer:
         transport: Transport,
         policy: Policy | None = None,
         replicas: Mapping[str, Tensor] | None = None,
+        *,
+        unit: str = "step",
     ) -> None:
         method = parse_scheme(scheme) if isinstance(scheme, str) else scheme
         if not isinstance(method, RoundScheme):
@@ -98,7 +101,7 @@ class Synchronizer:
         self.aggregator = method.build(method.layout(tensors.items()), transport, device=device)
         self.observers: list[Observer] = []
         self._replicas = replicas or {}
-        self._check = ReplicaCheck(transport, self.policy.check_every, self.policy.on_difference)
+        self._check = ReplicaCheck(transport, self.policy.check_every, self.policy.on_difference, unit)
         self._flat = torch.zeros(self.aggregator.layout.size, dtype=torch.float32, device=device)
         self.was_finite = True
 

@@ -86,12 +86,14 @@ class ReplicaCheck:
         transport: between the ranks.
         every: steps from one comparison to the next; 0 is never.
         on_difference: "raise" ReplicaError, or "synchronise" with a warning.
+        unit: what a step is called in messages.
     """
 
-    def __init__(self, transport: Transport, every: int, on_difference: OnDifference) -> None:
+    def __init__(self, transport: Transport, every: int, on_difference: OnDifference, unit: str = "step") -> None:
         self._transport = transport
         self._every = every
         self._on_difference = on_difference
+        self._unit = unit
         self._looked: dict[str, Tensor] = {}  # digests of what is compared next
         self._without_ranks = 0  # comparisons in a row
 
@@ -119,20 +121,29 @@ class ReplicaCheck:
         self._without_ranks = 0 if ranks else self._without_ranks + 1
         if self._without_ranks == BLIND_CHECKS and self._transport.rank == 0:
             logger.warning(
-                "step %d: at the last %d checks no rank could be compared, as no backward pass has been seen to give "
+                "%s %d: at the last %d checks no rank could be compared, as no backward pass has been seen to give "
                 "gradients to the parameters; compare them yourself, as nothing else would show that ranks differ.",
+                self._unit,
                 step,
                 BLIND_CHECKS,
             )
         if not differences:
             return
         found = "; ".join(f"{name} on rank {', '.join(map(str, each.ranks))}" for name, each in differences.items())
-        message = f"lgc: step {step}: the ranks are no longer the same: {found}"
+        message = f"lgc: {self._unit} {step}: the ranks are no longer the same: {found}"
         if self._on_difference == "raise":
             raise ReplicaError(
                 f"{message}. Something changes them on each rank alone, such as an optimizer that steps within the "
-                'backward pass, before the exchange. attach(on_difference="synchronise") takes those of most ranks, '
-                "with a warning."
+                "backward pass, before the exchange, or a moving average of weights between the rounds of local steps, "
+                'which belongs within handle.anchored(). attach(on_difference="synchronise") takes those of most '
+                "ranks, with a warning."
+            )
+        disturbed = any(not torch.equal(each, digest(replicas[name])) for name, each in looked.items())
+        if bool(self._transport.all_gather(torch.tensor(disturbed, device="cpu"), "replica check").any()):
+            raise ReplicaError(
+                f"{message}. They have been changed since the backward pass began, as SAM does between its two, so "
+                'that those of another rank cannot be taken: attach(on_difference="synchronise") is for loops that '
+                "leave them as they are. Go on from a checkpoint."
             )
         if self._transport.rank == 0:
             logger.warning("%s; taking those of the others.", message)
