@@ -56,6 +56,7 @@ def synthetic(
         accumulator=values(records, 2, workers, 4000),  # type: ignore[arg-type]
         own=own,
         shared=values(records, workers, entries),  # type: ignore[arg-type]
+        momentum=np.zeros((records, 4000), dtype=np.float32),
         sent=[(where, np.ones(len(where), dtype=np.float32)) for where in places],
         seconds={"training": 1.0, "recording": 0.0},
         warmup_end=0,
@@ -136,6 +137,7 @@ def test_measured_information_is_that_of_the_values(correlation: float, generato
     signs = 1 + disagree * math.log2(disagree) + (1 - disagree) * math.log2(1 - disagree)
     layers = [row for row in rows if row["kind"] == "layer"]
     assert np.mean([row["sign_mutual_information"] for row in layers]) == pytest.approx(signs, abs=0.01)
+    assert np.mean([row["sign_agreement"] for row in layers]) == pytest.approx(1 - disagree, abs=0.01)
 
 
 def test_entropy_of_normal_values_is_their_rate_at_one_per_cent_error(generator: np.random.Generator) -> None:
@@ -207,6 +209,18 @@ def test_recorded_accumulators_are_the_gradients_where_all_is_sent(
     assert not np.array_equal(recording.gradient[:, :, 0], recording.gradient[:, :, 1])
 
 
+def test_outer_momentum_is_recorded_as_all_ranks_hold_it(ranks: Callable[[int], Ranks], tmp_path: Path) -> None:
+    """It is 0.5 times itself plus the mean of what the ranks have moved, since everything is sent."""
+    ranks(2).run(record_small, "local:every=1:start_steps=0:outer_momentum=0.5+topk:values=float32:rate=1", tmp_path)
+    recording = Recording.load(tmp_path / RECORDING)
+    expected: Floats = np.zeros(len(recording.coordinates))
+    for where, values in recording.sent[:6]:
+        expected = 0.5 * expected + np.bincount(where, values, minlength=len(recording.coordinates))
+    assert recording.momentum[1] == pytest.approx(expected, rel=1e-4, abs=1e-7)
+    accumulator = next(row for row in measure_redundancy(recording) if row["quantity"] == "accumulator")
+    assert 0 < accumulator["momentum_pearson"] < 1
+
+
 def test_command_writes_recording_rows_and_page(tmp_path: Path) -> None:
     out = tmp_path / "run"
     options = ["--recipe=digits", "--workers=2", "--batch-size=16", "--every=3", "--steps=13", "--samples=256"]
@@ -239,6 +253,7 @@ def test_command_writes_recording_rows_and_page(tmp_path: Path) -> None:
         (["--every=50", "--steps=60"], "--every 50 leaves fewer than 2 records in 60 rounds"),
         (["--every=20", "--steps=60", "--scheme=dgc:warmup_steps=30"], "in 60 rounds, of which 30 are the warm-up"),
         (["--every=5", "--steps=60", "--scheme=local:every=6:start_steps=0+topk"], "2 records in 10 rounds"),
+        (["--scheme=local:fragments=2+topk"], "must have overlap=False and fragments=1"),
         (["--data=/nowhere"], "digits"),
     ],
 )

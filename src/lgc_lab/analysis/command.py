@@ -67,6 +67,11 @@ def analyze(workers: int, every: int, samples: int, timeout: float, out: Path, o
                 f"analyze: scheme must be {TopK.name}, dgc or {ScaleCom.name}, or local steps with one of them, got "
                 f"{scheme}."
             )
+        if isinstance(scheme, LocalSteps) and (scheme.overlap or scheme.fragments > 1):
+            raise ValueError(
+                "analyze: local steps must have overlap=False and fragments=1, so that a round is of the whole model, "
+                f"got {scheme}."
+            )
         if exchange.rate == 1:
             raise ValueError("analyze: the scheme's rate must be below 1, else there are no indices to look at.")
     with options.reported_errors():

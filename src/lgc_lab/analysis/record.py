@@ -21,6 +21,7 @@ from lgc.comm.transport import SERVER, Transport, clock
 from lgc.rounds.aggregator import Aggregator, Round
 from lgc.rounds.layout import POOL, Layout
 from lgc.rounds.selection import Region
+from lgc.schemes import LocalSteps
 from lgc_lab.training.loop import Training
 from lgc_lab.training.settings import Settings
 
@@ -43,7 +44,8 @@ class Recording:
     """Record of one training run: T recorded steps, K workers, M sampled coordinates, k selected ones.
 
     `gradient` and `accumulator` are g and v before sending, of the step before and of the recorded one. `sent` is by
-    step from `warmup_end` on: where something was sent, and the mean that everyone got of it.
+    step from `warmup_end` on: where something was sent, and the mean that everyone got of it. Without an outer
+    momentum, `momentum` is the mean of the step before.
     """
 
     settings: dict[str, Any]  # what was recorded
@@ -54,6 +56,7 @@ class Recording:
     accumulator: NDArray[np.float32]  # (T, 2, K, M)
     own: NDArray[np.int64]  # every worker's own top-k of v at the final rate, ascending: (T, K, k)
     shared: NDArray[np.float32]  # every worker's v at the indices of the leader: (T, K, k)
+    momentum: NDArray[np.float32]  # the outer optimizer's, which all know, before the recorded step: (T, M)
     sent: list[tuple[NDArray[np.int64], NDArray[np.float32]]]
     seconds: dict[str, float]  # of training, and of recording beside it
     warmup_end: int  # the first step at the final rate
@@ -85,7 +88,16 @@ class Recording:
 class Recorder:
     """Observes one rank's rounds. Rank 0 is sent the samples; what it gathers counts as analysis, not as training."""
 
-    def __init__(self, aggregator: Aggregator, transport: Transport, *, every: int, samples: int, seed: int) -> None:
+    def __init__(
+        self,
+        aggregator: Aggregator,
+        transport: Transport,
+        *,
+        every: int,
+        samples: int,
+        seed: int,
+        outer_momentum: float,
+    ) -> None:
         self.aggregator = aggregator
         self.transport = transport
         self.every = every
@@ -99,8 +111,10 @@ class Recorder:
         self.coordinates = torch.cat(coordinates).to(aggregator.feedback.residual.device)
         self.seconds = 0.0
         self.steps: list[int] = []
+        self.outer_momentum = outer_momentum
         self._before: Tensor | None = None
-        self._kept: dict[str, list[Tensor]] = {"samples": [], "own": [], "shared": []}
+        self._momentum = torch.zeros(len(self.coordinates), device=self.coordinates.device)
+        self._kept: dict[str, list[Tensor]] = {"samples": [], "own": [], "shared": [], "momentum": []}
         self._sent: list[tuple[Tensor, Tensor]] = []
 
     def before_round(self, step: int, gradient: Tensor) -> None:
@@ -118,6 +132,7 @@ class Recorder:
     def after_round(self, step: int, result: Round) -> None:
         """Keep what a round has given."""
         started = clock(result.mean.device)
+        self._momentum.mul_(self.outer_momentum).add_(result.mean[self.coordinates])
         if self.transport.rank == SERVER and step >= self.aggregator.schedule.warmup_end:
             where = result.mean.nonzero().flatten()
             self._sent.append((where.to(torch.int32).cpu(), result.mean[where].cpu()))
@@ -134,6 +149,7 @@ class Recorder:
             "accumulator": accumulator.contiguous(),
             "own": torch.stack(self._kept["own"]),
             "shared": torch.stack(self._kept["shared"]),
+            "momentum": torch.stack(self._kept["momentum"]),
             "sent_count": torch.tensor([len(where) for where, _ in self._sent], dtype=torch.int64),
             "sent_where": torch.cat([torch.empty(0, dtype=torch.int32), *(where for where, _ in self._sent)]),
             "sent_values": torch.cat([torch.empty(0), *(values for _, values in self._sent)]),
@@ -156,6 +172,7 @@ class Recorder:
             gathered = self.transport.gather(tensor, name)
             if gathered is not None:
                 self._kept[name].append(gathered.cpu())
+        self._kept["momentum"].append(self._momentum.to("cpu", copy=True))
         self.steps.append(step)
 
 
@@ -164,7 +181,15 @@ def record(settings: Settings, out: Path, every: int, samples: int, device: torc
     run = Training(settings, device)
     synchronizer, transport = run.handle.synchronizer, Transport(run.group, device)
     assert synchronizer is not None  # schemes that can be recorded have rounds
-    recorder = Recorder(synchronizer.aggregator, transport, every=every, samples=samples, seed=settings.seed)
+    scheme = settings.resolve_scheme()
+    recorder = Recorder(
+        synchronizer.aggregator,
+        transport,
+        every=every,
+        samples=samples,
+        seed=settings.seed,
+        outer_momentum=scheme.outer[1] if isinstance(scheme, LocalSteps) else 0.0,
+    )
     synchronizer.observers.append(recorder)
     started = time.perf_counter()
     hidden = transport.rank != SERVER

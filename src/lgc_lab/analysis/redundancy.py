@@ -53,11 +53,15 @@ def measure_redundancy(recording: Recording, seed: int = 0) -> Iterator[Row]:
         where = {"step": step, "warmup": step < recording.warmup_end}
         for quantity in ("gradient", "accumulator"):
             samples = np.split(getattr(recording, quantity)[record], starts, axis=2)
-            for layer, (before, now), places in zip(recording.layers, samples, coordinates, strict=True):
+            momenta = np.split(recording.momentum[record], starts)
+            for layer, (before, now), momentum, places in zip(
+                recording.layers, samples, momenta, coordinates, strict=True
+            ):
                 if all(map(has_variety, [*before, *now])):
                     row = {"kind": "layer", "quantity": quantity, "layer": layer.name, "size": layer.size}
                     unscaled = divide_by_scale(now, layer, places)
-                    yield where | row | layer_row(now, before, unscaled, generator)
+                    known = {"momentum_pearson": float(np.mean([pearson(x, momentum) for x in now]))}
+                    yield where | row | known | layer_row(now, before, unscaled, generator)
         yield where | {"kind": "shared"} | shared_row(recording, record, generator)
         if step >= recording.warmup_end:
             yield where | {"kind": "index"} | indices.costs(record)
@@ -115,6 +119,7 @@ def layer_row(now: Samples, before: Samples, unscaled: Samples | None, generator
             row |= mutual_information("unscaled", kraskov, unscaled[firsts], unscaled[seconds])
         row["pearson"] = float(np.mean([pearson(x, y) for x, y in combinations(now, 2)]))
         row["pearson_error"] = math.sqrt(1 / (now.shape[1] * (workers // 2)))
+        row["sign_agreement"] = float(np.mean([(x > 0) == (y > 0) for x, y in combinations(now, 2)]))
     if workers > 3:
         halves = now[: workers // 2].mean(axis=0), now[workers - workers // 2 :].mean(axis=0)
         row |= {"pooled_pearson": pearson(*halves)}
