@@ -769,6 +769,32 @@ def test_attach_refuses_on_every_rank_and_says_what_to_do(
             assert word in str(failure)
 
 
+def attach_with_arguments_of_rank_one(rank: int, world_size: int, given: str, names: tuple[str, ...]) -> None:
+    ddp = build("convolutional")
+    arguments: dict[str, Any] = {
+        "optimizer": torch.optim.SGD(ddp.parameters(), lr=0.1),
+        "grad_scaler": torch.amp.GradScaler("cpu"),
+        "buffers_every": 0,
+    }
+    lgc.attach(ddp, given, **{name: arguments[name] for name in names if rank == 1})
+
+
+@pytest.mark.parametrize(
+    ("scheme", "names", "words"),
+    [
+        ("dgc", ("optimizer",), "attach: the ranks differ in optimizer: rank 0: [], rank 1: ['SGD']."),
+        ("dgc", ("grad_scaler",), "attach: the ranks differ in grad_scaler: rank 0: False, rank 1: True."),
+        ("dgc", ("buffers_every",), "attach(buffers_every=...) must be an integer of at least 1, or None, got 0."),
+        ("local", ("optimizer",), "attach(optimizer=...) must be the model's under LocalSteps"),
+    ],
+)
+def test_what_only_one_rank_is_given_is_named_on_every_rank(
+    ranks: RankFactory, scheme: str, names: tuple[str, ...], words: str
+) -> None:
+    for failure in ranks(2).exceptions(attach_with_arguments_of_rank_one, scheme, names):
+        assert words in str(failure)
+
+
 class Pair(nn.Module):
     """Two layers of one shape, in either order."""
 

@@ -335,9 +335,67 @@ def test_a_model_that_is_attached_and_not_trained_is_noticed_at_the_second_step(
     said, nothing = ranks(2).run(train_another_wrapper, scheme, False)
     assert nothing == []
     assert len(said) == 1
-    assert "no gradient has come from the DDP model given to attach" in said[0]
+    assert "step 0: SGD has made its last 2 steps without a round, as no gradient has come from the DDP" in said[0]
     assert "trainer.model_wrapped" in said[0]
     assert ranks(2).run(train_another_wrapper, scheme, True) == [[], []]
+
+
+def go_on_without_ddp(rank: int, _: int, scheme: str) -> list[str]:
+    ddp, optimizer, _handle = attached(scheme)
+    train(rank, ddp, optimizer, range(2))
+    with warnings_logged() as said:
+        train(rank, ddp.module, optimizer, range(2, 30))
+    return said
+
+
+@every_hook
+def test_a_model_whose_module_goes_on_without_ddp_is_noticed_once(ranks: RankFactory, scheme: str) -> None:
+    said, nothing = ranks(2).run(go_on_without_ddp, scheme)
+    assert nothing == []
+    assert ["step 2: SGD has made its last 20 steps without a round" in text for text in said] == [True]
+
+
+def step_each_parameter(rank: int, _: int, scheme: str) -> list[str]:
+    """Many optimizers, of which one is given to `attach`, step after each backward pass."""
+    net = nn.Sequential(*(nn.Linear(8, 8) for _ in range(12)))
+    ddp = DistributedDataParallel(net)
+    optimizers = [torch.optim.SGD([parameter], lr=0.1) for parameter in ddp.parameters()]
+    lgc.attach(ddp, scheme, optimizers[0])
+    with warnings_logged() as said:
+        for step in range(4):
+            ddp.zero_grad()
+            ddp(inputs(rank, step)).square().mean().backward()
+            for optimizer in optimizers:
+                optimizer.step()
+    return [text for text in said if "the optimizer given to attach does not have" not in text]
+
+
+@every_scheme
+def test_optimizers_of_single_parameters_are_not_mistaken_for_steps_without_rounds(
+    ranks: RankFactory, scheme: str
+) -> None:
+    assert ranks(2).run(step_each_parameter, scheme) == [[], []]
+
+
+def step_by_closures(rank: int, _: int) -> list[str]:
+    ddp = network()
+    optimizer = torch.optim.LBFGS(ddp.parameters(), max_iter=3)
+    lgc.attach(ddp, "topk:rate=0.5", optimizer)
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss: Tensor = ddp(inputs(rank, 0)).square().mean()
+        loss.backward()
+        return loss
+
+    with warnings_logged() as said:
+        for _step in range(3):
+            optimizer.step(closure)
+    return said
+
+
+def test_means_that_a_closure_gives_its_optimizer_are_not_lost(ranks: RankFactory) -> None:
+    assert ranks(2).run(step_by_closures) == [[], []]
 
 
 def throw_means_away(rank: int, _: int, loop: str) -> list[str]:

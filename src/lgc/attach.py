@@ -22,6 +22,7 @@ from lgc.local_steps import LocalRounds
 from lgc.phase import Phase
 from lgc.requirements import (
     advise,
+    announcing,
     as_optimizers,
     describe,
     group_of,
@@ -96,33 +97,37 @@ def attach(
     Raises:
         TypeError: the model is not a DistributedDataParallel model, nor a plain module for LocalSteps.
         ValueError: a wrong argument, momentum applied twice, or something that DDP is set to and lgc cannot do.
-        RuntimeError: already attached, or (on every rank) the ranks differ in scheme, model or version.
+        RuntimeError: already attached, or (on every rank) the ranks differ in scheme, arguments, model or version.
+        RankError: another rank has raised one of these; its message is in this one's.
 
     The backward pass then raises, on every rank, ReplicaError when replicas differ and, with schemes that compress,
     RankError when a rank has failed and FloatingPointError for a non-finite gradient.
     """
-    if isinstance(scheme, str):
-        scheme = parse_scheme(scheme)
-    require_types(scheme, grad_scaler, timeout)
-    optimizers = as_optimizers(optimizer)
-    model = require_module(model) if isinstance(scheme, LocalSteps) else require_ddp(model)
-    module: nn.Module = model.module if isinstance(model, DistributedDataParallel) else model
-    _require_unattached(model, module)
-    require_exchangeable(model)
-    skips = grad_scaler is not None and grad_scaler.is_enabled()
-    default: OnNonfinite = "propagate" if skips else "raise"
-    policy = Policy(check_every, on_difference, default if on_nonfinite is None else on_nonfinite, buffers_every)
-    require_real(model, scheme)
-    require_optimizers_of(dict(trained(model)), optimizers)
-    for own in optimizers:
-        require_single_momentum(scheme, own)
-    if isinstance(scheme, LocalSteps):
-        require_local_steps(model, optimizers, grad_scaler, scheme.start_steps, buffers_every)
+    model = require_module(model)
+    with announcing(model):  # the others may wait in attach, where this rank has been given something else
+        if isinstance(scheme, str):
+            scheme = parse_scheme(scheme)
+        require_types(scheme, grad_scaler, timeout)
+        optimizers = as_optimizers(optimizer)
+        model = model if isinstance(scheme, LocalSteps) else require_ddp(model)
+        module: nn.Module = model.module if isinstance(model, DistributedDataParallel) else model
+        _require_unattached(model, module)
+        require_exchangeable(model)
+        skips = grad_scaler is not None and grad_scaler.is_enabled()
+        default: OnNonfinite = "propagate" if skips else "raise"
+        policy = Policy(check_every, on_difference, default if on_nonfinite is None else on_nonfinite, buffers_every)
+        require_real(model, scheme)
+        require_optimizers_of(dict(trained(model)), optimizers)
+        for own in optimizers:
+            require_single_momentum(scheme, own)
+        if isinstance(scheme, LocalSteps):
+            require_local_steps(model, optimizers, grad_scaler, scheme.start_steps, buffers_every)
     transport = Transport(group_of(model), trained(model)[0][1].device)
     if timeout is not None:
         transport.set_timeout(timeout)
     transport.meet("lgc.attach")
-    require_agreement(transport, "attach", describe(model, scheme, asdict(policy), transport.world_size))
+    given = {"optimizer": [type(each).__name__ for each in optimizers], "grad_scaler": skips, **asdict(policy)}
+    require_agreement(transport, "attach", describe(model, scheme, given, transport.world_size))
     broadcasts_buffers = isinstance(model, DistributedDataParallel) and model.broadcast_buffers
     take_buffers(model, scheme, buffers_every)
     if transport.rank == 0:

@@ -23,7 +23,7 @@ from lgc.caller import Caller, Detached, RoundTime
 from lgc.comm.replicas import ReplicaCheck
 from lgc.comm.transport import Transport, clock
 from lgc.gradients import all_zero
-from lgc.optimizers import end_watch, parameters_of, watch_steps
+from lgc.optimizers import FEW_STEPS, Streak, end_watch, is_within_step, parameters_of, watch_steps
 from lgc.phase import Phase
 from lgc.requirements import frozen, require_exchanged, require_optimizers_of, require_single_momentum, trained
 from lgc.schemes import Dense, PowerSGD, RoundScheme, Scheme
@@ -71,20 +71,27 @@ class Buckets(Caller):
         hooks = [accumulator.register_prehook(self._before_accumulating) for accumulator in accumulators]
         self._remove_hooks = weakref.finalize(ddp, _remove, hooks)  # the module may be trained on without DDP
         self._replicas = {f"parameter {name}": parameter for name, parameter in trained(ddp)} | frozen(ddp)
-        self._steps_without_round = 0  # at the start; the first may be one whose closure has yet to make the gradients
+        self._steps_without_round = Streak()
+        self._looks_for_rounds = True
         watch_steps(ddp, (parameter for _, parameter in trained(ddp)), self._before_step)
 
     def _before_step(self, optimizer: torch.optim.Optimizer) -> None:
         """An optimizer is about to make a step with some of the parameters."""
-        self._steps_without_round += self.step == 0
-        if self.step == 0 and self._steps_without_round == 2 and self._transport.rank == 0:
-            logger.warning(
-                "%s makes its second step, and no gradient has come from the DDP model given to attach: is another "
-                "wrapper of its module trained? Of a framework, attach to what it trains, such as "
-                "trainer.model_wrapped, trainer.strategy.model or what accelerator.prepare returned. Accumulation "
-                "under no_sync() ends with a backward pass outside it.",
-                type(optimizer).__name__,
-            )
+        steps = self._steps_without_round.add(optimizer)
+        # The first one may be one whose closure has yet to make the gradients.
+        if self._looks_for_rounds and steps == (FEW_STEPS if self.step else 2):
+            self._looks_for_rounds = False  # it is said once
+            if self._transport.rank == 0:
+                logger.warning(
+                    "step %d: %s has made its last %d steps without a round, as no gradient has come from the DDP "
+                    "model given to attach: ranks may drift apart. Is its module trained without it, or in "
+                    "another wrapper, or has it another dtype since DDP was made? Of a framework, attach to what it "
+                    "trains, such as trainer.model_wrapped, trainer.strategy.model or what accelerator.prepare "
+                    "returned. Accumulation under no_sync() ends with a backward pass outside it.",
+                    self.step,
+                    type(optimizer).__name__,
+                    steps,
+                )
 
     def _before_accumulating(self, _: object) -> None:
         if not self.has_begun:
@@ -121,6 +128,7 @@ class Buckets(Caller):
     def _end_round(self) -> None:
         self.step += 1
         self.has_begun = False
+        self._steps_without_round.end()
         if self._buffers_every and self.step % self._buffers_every == 0:
             self.finish()
 
@@ -292,7 +300,7 @@ class CollectedBuckets(Buckets):
         if self._looks_at_norm:
             self._norm = float(get_total_norm(means.values()))
         if self._awaits_step is not None:
-            self._awaits_step = self.synchronizer.was_finite
+            self._awaits_step = self.synchronizer.was_finite and not is_within_step()
 
     def _deliver_to_unused(self, means: dict[str, Tensor], views: dict[str, Tensor]) -> None:
         # Of a parameter that no rank used DDP leaves `.grad` as it was, and with it what a rank without inputs owed.

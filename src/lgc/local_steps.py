@@ -27,7 +27,7 @@ from lgc.comm.transport import RankError, Transport, clock
 from lgc.ddp import CollectedBuckets
 from lgc.fragments import Fragment, fragmented
 from lgc.gradients import OptimizedGradients, all_zero
-from lgc.optimizers import end_watch, share_scale, share_state, uncompiled, watch_steps
+from lgc.optimizers import FEW_STEPS, Streak, end_watch, share_scale, share_state, uncompiled, watch_steps
 from lgc.requirements import frozen, require_optimizers_of, trained
 from lgc.rounds.schedule import FOREVER, Schedule
 from lgc.schemes import Dense, LocalSteps
@@ -36,7 +36,6 @@ from lgc.synchronizer import Policy, Synchronizer, require_same_form
 logger = logging.getLogger("lgc")
 
 Start = CollectedBuckets | OptimizedGradients
-FEW_STEPS = 20  # that another optimizer may make between two of the one that counts
 OF_ALL_RANKS = (RankError, ReplicaError, FloatingPointError)  # errors that every rank raises by itself
 
 _callers: weakref.WeakKeyDictionary[nn.Module, weakref.ref[LocalRounds]] = weakref.WeakKeyDictionary()
@@ -127,7 +126,7 @@ class LocalRounds(Caller):
         self._warned = False
         self._step_hooks: list[RemovableHandle] = []
         self.use_optimizers(optimizers)
-        self._steps_of_others = 0  # since the last one that counts
+        self._steps_of_another = Streak()  # since the last one that counts
         watch_steps(module, self._parameters.values(), self._before_any_step)
         if self._grad_scaler is not None:
             scaled = partial(_make_scaled_step, self, self._grad_scaler.step)
@@ -156,10 +155,11 @@ class LocalRounds(Caller):
         ]
 
     def _before_any_step(self, optimizer: Optimizer) -> None:
-        self._steps_of_others = 0 if optimizer in self._optimizers else self._steps_of_others + 1
-        if self._steps_of_others > max(self._scheme.every, FEW_STEPS):
+        if optimizer in self._optimizers:
+            self._steps_of_another.end()
+        elif (steps := self._steps_of_another.add(optimizer)) > max(self._scheme.every, FEW_STEPS):
             raise RuntimeError(
-                f"lgc: {type(optimizer).__name__} has made {self._steps_of_others - 1} steps with this model's "
+                f"lgc: {type(optimizer).__name__} has made {steps - 1} steps with this model's "
                 f"parameters, and the {type(self._optimizers[0]).__name__} given to attach none meanwhile, whose steps "
                 "are those that local steps count: no round would bring the ranks together. When you replace an "
                 "optimizer, call handle.use_optimizer(optimizer) on every rank."

@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from lgc.comm.transport import Transport
 
+FEW_STEPS = 20  # of one optimizer, in which what should come with each of them may fail to come
 NUMBER = "number"  # in an optimizer's state, beside tensors of these types
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 DTYPES = {str(dtype): dtype for dtype in (*FLOATS, torch.int64, torch.int32, torch.uint8, torch.bool)}
@@ -22,6 +23,25 @@ _Watch = tuple[set[int], "weakref.WeakMethod[Callable[[Optimizer], None]]"]  # i
 
 
 _watches: weakref.WeakKeyDictionary[nn.Module, _Watch] = weakref.WeakKeyDictionary()
+_within_steps: weakref.WeakSet[Optimizer] = weakref.WeakSet()
+
+
+class Streak:
+    """Counts the steps of one optimizer, the first that makes one, until something ends them."""
+
+    _of: weakref.ref[Optimizer] | None = None
+    _steps = 0
+
+    def add(self, optimizer: Optimizer) -> int:
+        """Count a step, if it is of that optimizer; the number of its steps."""
+        if self._of is None:
+            self._of = weakref.ref(optimizer)
+        self._steps += self._of() is optimizer
+        return self._steps
+
+    def end(self) -> None:
+        """Begin anew."""
+        self._of, self._steps = None, 0
 
 
 def parameters_of(*optimizers: Optimizer) -> set[int]:
@@ -56,11 +76,18 @@ def end_watch(model: nn.Module) -> None:
 def _look_at_every_step() -> None:
     # Once and for good: torch fails if a hook is removed while it calls them, as collecting a model then would.
     register_optimizer_step_pre_hook(uncompiled(_look))
+    register_optimizer_step_post_hook(uncompiled(lambda optimizer, *_: _within_steps.discard(optimizer)))
+
+
+def is_within_step() -> bool:
+    """Whether an optimizer is making a step, whose closure may make several backward passes."""
+    return len(_within_steps) > 0
 
 
 def _look(optimizer: Optimizer, _: Any, __: Any) -> None:
     if not _watches:
         return
+    _within_steps.add(optimizer)
     own = parameters_of(optimizer)
     for watched, method in list(_watches.values()):
         call = method()

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import sys
 import warnings
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import TypeGuard
 
 import torch
@@ -15,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from lgc.caller import Detached
-from lgc.comm.transport import LEAST_TIMEOUT, MOST_TIMEOUT
+from lgc.comm.transport import LEAST_TIMEOUT, MOST_TIMEOUT, Transport
 from lgc.hook import Hook
 from lgc.optimizers import parameters_of
 from lgc.schemes import Dense, LocalSteps, RoundScheme, Scheme
@@ -33,7 +35,10 @@ def as_optimizers(optimizer: object) -> tuple[torch.optim.Optimizer, ...]:
     for each in given:
         if not isinstance(each, torch.optim.Optimizer):
             kind = type(each).__name__
-            raise TypeError(f"attach(optimizer=...) must be an optimizer, a list of them, or None, got {kind}.")
+            raise TypeError(
+                f"attach(optimizer=...) must be an optimizer, a list of them, or None, got {kind}; of a wrapper that "
+                "is no torch.optim.Optimizer, give the optimizer inside."
+            )
     return tuple(dict.fromkeys(given))
 
 
@@ -90,6 +95,12 @@ def require_module(model: nn.Module) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise TypeError(f"attach(model=...) must be a module, in DistributedDataParallel, got {type(model).__name__}.")
     return model
+
+
+def announcing(model: nn.Module) -> AbstractContextManager[None]:
+    """Leave an error of this rank where others of its process group, if it has one, find it."""
+    has_group = isinstance(model, DistributedDataParallel) or dist.group.WORLD is not None
+    return Transport(group_of(model)).announcing() if has_group else contextlib.nullcontext()
 
 
 def group_of(model: nn.Module) -> dist.ProcessGroup:
@@ -368,9 +379,9 @@ def _advice_on_buffers(model: nn.Module) -> str:
     return advice
 
 
-def describe(model: nn.Module, scheme: Scheme, policy: Mapping[str, object], world_size: int) -> dict[str, object]:
+def describe(model: nn.Module, scheme: Scheme, given: Mapping[str, object], world_size: int) -> dict[str, object]:
     """Describe everything that must be the same on all ranks, as flat JSON."""
     arguments = {f"{scheme.name}.{name}": text for name, text in scheme.arguments().items()}
     shapes = {f"parameter {name}": [*tensor.shape, str(tensor.dtype)] for name, tensor in trained(model)}
     versions = {"lgc version": __version__, "torch version": torch.__version__}
-    return {**versions, "world size": world_size, "scheme": scheme.name, **arguments, **policy, **shapes}
+    return {**versions, "world size": world_size, "scheme": scheme.name, **arguments, **given, **shapes}

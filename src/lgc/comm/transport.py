@@ -65,6 +65,9 @@ class Opening(NamedTuple):
     lengths: list[tuple[int, int]]
 
 
+_announced_here: set[str] = set()  # the keys of this process's errors in the store
+
+
 class RankError(RuntimeError):
     """A rank could not take part in a round, or does not answer; raised on every rank, with what is known of it."""
 
@@ -85,13 +88,14 @@ class Transport:
     """
 
     def __init__(self, group: dist.ProcessGroup, device: torch.device | None = None) -> None:
+        if not dist.is_initialized():
+            raise RuntimeError("lgc: the process group is gone; what needs it comes before destroy_process_group().")
         self.group = group
         self.device = _staging_device(group, device)
         self.rank = dist.get_rank(group)
         self.world_size = dist.get_world_size(group)
         self.wire = Wire()
         self.seconds = 0.0
-        self._has_announced = False
         if self.device.type == "cpu":
             _release_at_exit()
         self.begin(SETUP, steps=0)
@@ -110,7 +114,7 @@ class Transport:
     def announce(self, error: Exception) -> None:
         """Leave this rank's error where the others find it when their collectives fail."""
         text = _message(error).decode(errors="ignore")
-        self._has_announced = True
+        _announced_here.add(self._error_key(self.rank))
         _within(ANNOUNCEMENT_WAIT_S, lambda: self._store().set(self._error_key(self.rank), text))
 
     @contextlib.contextmanager
@@ -175,9 +179,9 @@ class Transport:
                 "and make as many steps: where one has fewer batches, stop all ranks with it, or use DDP's join() if "
                 "every step is exchanged."
             )
-        if self._has_announced:  # and yet all go on: it is no reason for a later failure
-            self._has_announced = False
-            _within(ANNOUNCEMENT_WAIT_S, lambda: self._store().delete_key(self._error_key(self.rank)))
+        if (key := self._error_key(self.rank)) in _announced_here:  # and yet all go on: no reason for a later failure
+            _announced_here.remove(key)
+            _within(ANNOUNCEMENT_WAIT_S, lambda: self._store().delete_key(key))
         return Opening(
             [bool(row[1] & 1) for row in rows], [bool(row[1] & 2) for row in rows], [(row[2], row[3]) for row in rows]
         )
@@ -379,8 +383,9 @@ class Transport:
 
     def _lost(self, error: RuntimeError) -> str:
         return (
-            f"rank {self.rank}: an exchange with the other ranks has failed: {error}. If no rank has failed, one was "
-            "waited for too long: give attach a timeout= longer than what one rank does alone, such as an evaluation."
+            f"rank {self.rank}: an exchange with the other ranks has failed: {error}. If no rank has failed, one has "
+            "left out a backward pass or a call that the others make, or ended before them; or it was waited for too "
+            "long: give attach a timeout= longer than what one rank does alone, such as an evaluation."
         )
 
     def _announced(self) -> str | None:
