@@ -237,6 +237,7 @@ def be_refused(rank: int, world_size: int, folder: Path) -> dict[str, str]:
 REFUSED = {
     "strategy": "TypeError: LGCCallback needs DDP, and this trainer has SingleDeviceStrategy",
     "clipping": "give the scheme clip_norm=0.5, which clips each rank's gradient before",
+    "averaging": "ValueError: LGCCallback: WeightAveraging averages the weights of every step, which under local steps",
     "two optimizers": "ValueError: LGCCallback needs one optimizer, and configure_optimizers of Gan returns SGD, Adam",
     "argument": "TypeError: got an unexpected keyword argument 'tiemout'",
     "optimizer": "TypeError: multiple values for argument 'optimizer'",

@@ -25,6 +25,14 @@ class StoppedError(Exception):
     """Raised amid training, as by a user who interrupts it."""
 
 
+class Noting(torch.optim.SGD):
+    """An optimizer whose state has no mean."""
+
+    def step(self, *_: Any) -> None:  # type: ignore[override]
+        for parameter in self.param_groups[0]["params"]:
+            self.state[parameter]["note"] = "made a step"
+
+
 class Recorder:
     """What a rank sees in training: the anchor at every checkpoint and the losses of evaluations."""
 
@@ -191,6 +199,14 @@ def refuse(rank: int, world_size: int, folder: Path) -> list[str]:
             warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")  # dynamo's
             compiled.train()
         assert callback.handle.step == 2
+        noting, callback, _ = make(folder, LOCAL, max_steps=2)
+        noting.optimizer = Noting(noting.model.parameters())
+        noting.train()
+        assert callback.handle.is_detached
+        assert not noting.optimizer.optimizer.state  # or another training would begin with what this rank alone has
+        noting.remove_callback(callback)
+        with pytest.raises(ValueError, match=r"not added to it, .*: trainer\.add_callback\(callback\)"):
+            noting.train()
         return [message("dgc:rate=0.1", optim="sgd"), message(LOCAL, ddp_find_unused_parameters=True)]
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint, WeightAveraging
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.strategies import SingleDeviceStrategy
@@ -133,7 +133,10 @@ class Training:
         **of_fit: Any,
     ) -> Training:
         self.module.clear()
-        callbacks: list[Callback] = [Probe()] if self.callback is None else [self.callback, Probe()]
+        of_trainer = dict(self._of_trainer)
+        callbacks: list[Callback] = [*of_trainer.pop("callbacks", []), Probe()]
+        if self.callback is not None:
+            callbacks.insert(0, self.callback)
         if save_every:
             callbacks.append(
                 ModelCheckpoint(self.folder, "saved-{step}", save_top_k=-1, every_n_train_steps=save_every)
@@ -145,7 +148,6 @@ class Training:
             )
             stopping = EarlyStopping("val_loss", patience=1, min_delta=0.05)
             callbacks = [stopping, *callbacks, self.checkpoint, self.weights_only]
-        of_trainer = dict(self._of_trainer)
         if of_trainer.get("precision") == "16-mixed":  # which Lightning has for GPUs only
             del of_trainer["precision"]
             scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
@@ -172,6 +174,7 @@ class Training:
 REFUSED: dict[str, dict[str, Any]] = {
     "strategy": {"scheme": "dgc", "strategy": SingleDeviceStrategy(torch.device("cpu")), "devices": 1},
     "clipping": {"scheme": "dgc", "gradient_clip_val": 0.5},
+    "averaging": {"scheme": "local", "callbacks": [WeightAveraging()]},
     "two optimizers": {"scheme": "dgc:momentum=0", "module": Gan()},
     "argument": {"scheme": "dgc", "tiemout": 5},
     "optimizer": {"scheme": "dgc", "optimizer": None},

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
@@ -64,12 +65,14 @@ class LGCCallback(Callback):
 
         Raises:
             TypeError: its strategy is not DDP.
-            ValueError: it clips gradients after a scheme whose momentum acts before.
+            ValueError: it clips gradients after a scheme whose momentum acts before, or has a callback that averages
+                this rank's own weights.
         """
         if stage != TrainerFn.FITTING:
             return
         require_ddp(trainer)
         require_no_clipping(trainer, self.scheme)
+        require_no_averaging(trainer, self.scheme)
         if self.handle is not None:  # of a fit that has failed
             self.handle.detach()
         self.handle = self._attached = self._last = self._loaded = self.wire_summary = None
@@ -180,6 +183,18 @@ def require_no_clipping(trainer: Trainer, scheme: Scheme) -> None:
             f"LGCCallback: Trainer(gradient_clip_val={trainer.gradient_clip_val}) clips what a round gives, and the "
             f"momentum of {scheme} acts before the round: it harms training. Leave it out, and give the scheme "
             f"clip_norm={trainer.gradient_clip_val}, which clips each rank's gradient before."
+        )
+
+
+def require_no_averaging(trainer: Trainer, scheme: Scheme) -> None:
+    """Raise ValueError if a callback of Lightning's averages weights that are this rank's own between rounds."""
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    averaging = [each for each in callbacks if isinstance(each, StochasticWeightAveraging | WeightAveraging)]
+    if averaging and isinstance(scheme, LocalSteps):
+        raise ValueError(
+            f"LGCCallback: {type(averaging[0]).__name__} averages the weights of every step, which under local steps "
+            "are each rank's own: every rank would end with an average of its own. Leave it out, and update an "
+            "AveragedModel within `with callback.handle.anchored():` in a callback of your own, once a round."
         )
 
 

@@ -38,8 +38,8 @@ class LGCCallback(TrainerCallback):  # type: ignore[misc]  # a framework without
     Attributes:
         handle: of this `train()`, or the last one, after which it is detached; None before the first.
 
-    `train()` raises, on every rank, ValueError if it is not distributed, or not by DistributedDataParallel, if the
-    Trainer is set to what the scheme cannot do, and what `lgc.attach` raises.
+    `train()` raises, on every rank, ValueError if the callback has not been added, if the Trainer is not distributed,
+    not by DistributedDataParallel, or set to what the scheme cannot do, and what `lgc.attach` raises.
     """
 
     def __init__(self, trainer: Trainer, scheme: Scheme | str, **attach_arguments: Any) -> None:
@@ -88,14 +88,15 @@ class LGCCallback(TrainerCallback):  # type: ignore[misc]  # a framework without
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Leave the model to whoever trains it next; a collective."""
         self._finish()
-        try:
-            self._detach()
-        except ValueError as error:  # moments without a mean, which only another training would need
-            if state.is_world_process_zero:
-                logger.warning("%s", error)
+        self._detach()
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """As Trainer.train."""
+        if self not in self._trainer.callback_handler.callbacks:
+            raise ValueError(
+                f"LGCCallback was made for this {type(self._trainer).__name__} and not added to it, so that nothing "
+                "would be attached: trainer.add_callback(callback)."
+            )
         if self.handle is not None and not self.handle.is_detached:  # the last training was broken off
             self._detach()
         if resume_from_checkpoint is True:
@@ -155,7 +156,14 @@ class LGCCallback(TrainerCallback):  # type: ignore[misc]  # a framework without
 
     def _detach(self) -> None:
         assert self.handle is not None
-        self.handle.detach()
+        assert self._attached is not None
+        try:
+            self.handle.detach()
+        except ValueError as error:  # moments without a mean, which only another training would need
+            if self._trainer.is_world_process_zero():
+                logger.warning("%s Its state is dropped: another train() begins without.", error)
+            self._attached.optimizer.state.clear()
+            self.handle.detach()
         self._attached = None
 
     def _with_anchor(self, method: Callable[..., Any]) -> Callable[..., Any]:
