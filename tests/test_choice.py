@@ -551,6 +551,11 @@ def test_what_is_wrong_on_one_rank_is_named_on_all(
         assert everywhere or error is last or isinstance(error, RankError)
 
 
+def test_what_is_no_group_is_refused() -> None:
+    with pytest.raises(TypeError, match=r"choose\(group=\.\.\.\) must be a process group or None, got 'gloo'"):
+        lgc.choose(torch.nn.Linear(2, 2), lambda model: model(torch.ones(2)).sum(), ["bf16"], group="gloo")  # type: ignore[arg-type]
+
+
 def test_a_candidate_that_the_model_cannot_have_is_named_on_all(ranks: RankFactory) -> None:
     for wrong, named in {
         "roles": "nowhere*",

@@ -314,6 +314,22 @@ def test_clipping_after_a_momentum_that_acted_before_is_noticed_once(ranks: Rank
     assert ranks(2).run(change_the_mean, "dgc:rate=0.1:momentum=0", loop) == [[], []]
 
 
+def attach_where_gradients_are_off(rank: int, _: int, scheme: str, mode: Any) -> Tensor:
+    ddp = network()
+    optimizer = sgd(ddp)
+    with mode():
+        lgc.attach(ddp, scheme, optimizer)
+    return train(rank, ddp, optimizer, range(3))
+
+
+@every_scheme
+def test_attach_does_not_mind_where_gradients_are_off(ranks: RankFactory, scheme: str) -> None:
+    modes = contextlib.nullcontext, torch.no_grad, torch.inference_mode
+    usual, *others = (ranks(2).run(attach_where_gradients_are_off, scheme, mode) for mode in modes)
+    for other in others:
+        assert all(torch.equal(each, expected) for each, expected in zip(other, usual, strict=True))
+
+
 def train_another_wrapper(rank: int, _: int, scheme: str, accumulates: bool) -> list[str]:
     ddp, optimizer, _handle = attached(scheme)
     trained = ddp if accumulates else DistributedDataParallel(ddp.module)
@@ -646,6 +662,19 @@ def attach_frozen(_: int, __: int) -> None:
     lgc.attach(nn.Linear(2, 2).requires_grad_(False), SCHEMES["local"], torch.optim.SGD([torch.zeros(1)]))
 
 
+def attach_lbfgs(_: int, __: int) -> None:
+    ddp = network()
+    lgc.attach(ddp, SCHEMES["local"], torch.optim.LBFGS(ddp.parameters()))
+
+
+def start_with_a_sparse_gradient(_: int, __: int) -> None:
+    net = nn.Linear(2, 2)
+    optimizer = sgd(net)
+    lgc.attach(net, SCHEMES["local"], optimizer)
+    net.weight.grad = torch.eye(2).to_sparse()
+    optimizer.step()
+
+
 def attach_adafactor(_: int, __: int) -> None:
     ddp = network()
     lgc.attach(ddp, "dgc:momentum=0:second_moment=0.95", torch.optim.Adafactor(ddp.parameters()))
@@ -669,6 +698,8 @@ def attach_twice(_: int, __: int) -> None:
         (attach_around_ddp, [0, 1], "has DistributedDataParallel inside (0), which communicates at every step"),
         (attach_lazy, [0, 1], "has 0.weight without values yet; call a lazy module once"),
         (attach_frozen, [0, 1], "has no parameter that requires gradients; attach before freezing"),
+        (attach_lbfgs, [0, 1], "under LocalSteps use another optimizer, such as torch.optim.AdamW, or a scheme that"),
+        (start_with_a_sparse_gradient, [0, 1], "the gradient of 'weight' is sparse; make it with sparse=False"),
         (attach_adafactor, [0, 1], "the Adafactor would make another one of it. Train with SGD without momentum"),
         (attach_twice, [0, 1], "already has the scheme dgc; call handle.detach() on every rank to attach another."),
     ],
@@ -683,6 +714,8 @@ def attach_twice(_: int, __: int) -> None:
         "around-ddp",
         "lazy",
         "frozen",
+        "l-bfgs",
+        "sparse",
         "adafactor",
         "twice",
     ],

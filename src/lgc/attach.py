@@ -54,6 +54,7 @@ STATE_HINTS = {
 _attached: weakref.WeakKeyDictionary[nn.Module, tuple[weakref.ref[Caller], Scheme]] = weakref.WeakKeyDictionary()
 
 
+@torch.inference_mode(mode=False)
 def attach(
     model: nn.Module,
     scheme: Scheme | str,

@@ -38,7 +38,16 @@ class OptimizedGradients(Caller):
 
         A gradient that is zero throughout is none, and neither is that of a frozen parameter: it rests on this rank.
         Where the mean is zero throughout, no rank's optimizer touches the parameter.
+
+        Raises:
+            ValueError: a gradient is sparse.
         """
+        for name, parameter in self._parameters.items():
+            if parameter.grad is not None and parameter.grad.layout != torch.strided:
+                raise ValueError(
+                    f"lgc: the gradient of {name!r} is sparse; make it with sparse=False, or leave out the start of "
+                    "local steps, start_steps=0."
+                )
         gradients = {
             name: parameter.grad
             if parameter.requires_grad and parameter.grad is not None

@@ -250,7 +250,13 @@ def require_local_steps(
 
 
 def require_own_updates(optimizer: torch.optim.Optimizer) -> None:
-    """Raise ValueError if an optimizer communicates at every step, which local steps do not."""
+    """Raise ValueError if an optimizer communicates at every step, or counts on nobody else's moving the weights."""
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise ValueError(
+            "attach(optimizer=...) is an LBFGS, which takes what rounds move the weights by for a step of its own, and "
+            "its idea of the curvature is wrong from then on; under LocalSteps use another optimizer, such as "
+            "torch.optim.AdamW, or a scheme that exchanges every gradient."
+        )
     if any(kind.__name__ == "ZeroRedundancyOptimizer" for kind in type(optimizer).__mro__):
         raise ValueError(
             "attach(optimizer=...) is a ZeroRedundancyOptimizer, which sends every rank's updates to the others at "
@@ -321,7 +327,7 @@ def advise(model: nn.Module, scheme: Scheme, optimizers: Sequence[torch.optim.Op
         and not isinstance(scheme, Dense | LocalSteps)
         and (advice := _advice_on_buffers(model.module))
     ):
-        warnings.warn(advice, stacklevel=3)
+        warnings.warn(advice, stacklevel=4)
     local = isinstance(scheme, LocalSteps)
     if (is_collected(scheme) or local) and optimizers:
         optimized = parameters_of(*optimizers)

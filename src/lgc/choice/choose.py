@@ -121,6 +121,8 @@ def _place_of(model: nn.Module, group: dist.ProcessGroup | None) -> tuple[dist.P
         if group is not None:
             raise ValueError("choose(group=...) must be None with a DistributedDataParallel model, which has its own.")
         group = model.process_group
+    if not isinstance(group, dist.ProcessGroup | None):
+        raise TypeError(f"choose(group=...) must be a process group or None, got {group!r}.")
     group = group or dist.group.WORLD
     if group is None:
         raise ValueError("choose(group=...) must be a process group, got None and there is no default one.")
@@ -207,7 +209,8 @@ def _require_gradients(ddp: DistributedDataParallel, make_loss: Callable[[nn.Mod
             raise ValueError("choose(make_loss=...) must call the model that it is given, not another one.")
         if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
             raise ValueError(
-                f"choose(make_loss=...) must return a tensor of one number, with a gradient, got {loss!r}."
+                f"choose(make_loss=...) must return a tensor of one number, with a gradient, got {loss!r}; call choose "
+                "where gradients are enabled, as the training step is."
             )
         if not bool(loss.isfinite()):
             raise ValueError(f"choose(make_loss=...) must return a finite loss, got {loss.item()}.")
