@@ -146,6 +146,12 @@ def test_power_sgd_refuses_several_buckets_on_every_rank(ranks: RankFactory) -> 
         assert "bucket_cap_mb" in str(exception)
 
 
+def test_power_sgd_refuses_a_search_for_unused_parameters_on_every_rank(ranks: RankFactory) -> None:
+    for exception in ranks(2).exceptions(train, "wide", "powersgd:rank=1", 1, {"find_unused_parameters": True}):
+        assert isinstance(exception, ValueError)
+        assert "find_unused_parameters=True, with which torch's PowerSGD hook aborts" in str(exception)
+
+
 def train_then_resume(rank: int, world_size: int) -> tuple[int, list[str]]:
     scheme = lgc.PowerSGD(start_steps=2)
     first, second = (build("wide", **ONE_BUCKET) for _ in range(2))

@@ -164,7 +164,9 @@ class ReducedBuckets(Buckets):
     def __init__(self, ddp: DistributedDataParallel, scheme: Scheme, transport: Transport, policy: Policy) -> None:
         super().__init__(ddp, transport, policy)
         self._scheme = scheme
-        self._power_sgd = PowerSGDHook(scheme, transport) if isinstance(scheme, PowerSGD) else None
+        self._power_sgd = None
+        if isinstance(scheme, PowerSGD):
+            self._power_sgd = PowerSGDHook(scheme, transport, finds_unused=ddp.find_unused_parameters)
         self._check = ReplicaCheck(transport, policy.check_every, policy.on_difference)
 
     def begin(self) -> None:

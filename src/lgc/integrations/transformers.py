@@ -12,7 +12,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer_utils import get_last_checkpoint
 
 import lgc
-from lgc import Handle, LocalSteps, Scheme, parse_scheme
+from lgc import Handle, LocalSteps, PowerSGD, Scheme, parse_scheme
 from lgc.integrations import own_state
 from lgc.integrations.accelerate import inner_optimizer, require_ddp
 from lgc.integrations.own_state import Attached
@@ -30,8 +30,8 @@ class LGCCallback(TrainerCallback):  # type: ignore[misc]  # a framework without
     share, and training ends with a round. The ratios and bytes of all ranks are the last that is logged.
 
     Args:
-        trainer: that the callback is added to. Under local steps its DDP does not look for unused parameters, which
-            would communicate at every step, unless `ddp_find_unused_parameters` was set.
+        trainer: that the callback is added to. Under local steps and PowerSGD its DDP does not look for unused
+            parameters, which would communicate at every step, unless `ddp_find_unused_parameters` was set.
         scheme: as for `lgc.attach`.
         attach_arguments: the others of `lgc.attach`. `timeout` is None here: that of `ddp_timeout`.
 
@@ -50,7 +50,7 @@ class LGCCallback(TrainerCallback):  # type: ignore[misc]  # a framework without
         self._arguments = {"timeout": None, **attach_arguments}
         self._resumed: Path | None = None
         self._has_finished = False
-        if isinstance(self._scheme, LocalSteps) and trainer.args.ddp_find_unused_parameters is None:
+        if isinstance(self._scheme, LocalSteps | PowerSGD) and trainer.args.ddp_find_unused_parameters is None:
             trainer.args.ddp_find_unused_parameters = False
             trainer.accelerator.ddp_handler.find_unused_parameters = False
         self._train = trainer.train

@@ -24,7 +24,8 @@ class PowerSGD(Scheme):
     """Low-rank factors of the larger weights by torch's own hook, with its error feedback and warm start.
 
     On gloo that hook hangs with more than one bucket, so build the model as `DistributedDataParallel(model,
-    bucket_cap_mb=...)` with room for all gradients; else the first backward pass raises. The optimizer keeps its
+    bucket_cap_mb=...)` with room for all gradients; else the first backward pass raises. With `find_unused_parameters`
+    it aborts the process on gloo, and `attach` raises. The optimizer keeps its
     momentum. `Handle.state_dict()` does not save the hook's state: a resumed run starts again with `start_steps`
     uncompressed steps, an empty residual and new random factors. A NaN stays in the hook's residual for ever.
     Source: Vogels et al., NeurIPS 2019, arXiv 1905.13727.
@@ -48,9 +49,17 @@ class PowerSGDHook:
 
     torch performs the collectives; the bytes are computed from the shapes of what it sends: content `values` is the
     uncompressed start, `factors` are P, Q and the tensors that are not worth factors.
+
+    Raises:
+        ValueError: on gloo, if DDP finds unused parameters, of which it tells the others amid the hook's collectives.
     """
 
-    def __init__(self, scheme: PowerSGD, transport: Transport) -> None:
+    def __init__(self, scheme: PowerSGD, transport: Transport, *, finds_unused: bool = False) -> None:
+        if finds_unused and transport.device.type == "cpu":
+            raise ValueError(
+                "attach(model=...) has find_unused_parameters=True, with which torch's PowerSGD hook aborts the "
+                "process on gloo: DDP's own exchange comes amid the hook's. Build the model without it."
+            )
         self._transport = transport
         self._state = PowerSGDState(
             process_group=transport.group,
