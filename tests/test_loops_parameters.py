@@ -391,7 +391,24 @@ def test_frozen_weights_that_each_rank_averages_by_itself_are_named_and_belong_t
     assert same(*ranks(2).run(average_frozen_weights, True))
     for error in ranks(2).exceptions(average_frozen_weights, False):
         assert "round 0: the ranks are no longer the same: frozen right.weight on rank 1" in str(error)
-        assert "moving average of weights between the rounds of local steps, which belongs within" in str(error)
+        assert "a moving average that is kept in a frozen parameter: make it a buffer" in str(error)
+        assert "or move it within handle.anchored()" in str(error)
+
+
+def keep_a_codebook_frozen(rank: int, _: int) -> None:
+    """A codebook in a frozen parameter, which no broadcast of buffers reaches, and each rank moves by its own data."""
+    net = Codebook()
+    codes = net.codes
+    del net.codes
+    net.codes = nn.Parameter(codes, requires_grad=False)  # type: ignore[assignment]
+    ddp = DistributedDataParallel(net)
+    lgc.attach(ddp, SCHEMES["dgc"], buffers_every=2)
+    ddp(torch.full((4, 4), 1.0 + rank)).sum().backward()
+
+
+def test_a_codebook_in_a_frozen_parameter_is_named(ranks: RankFactory) -> None:
+    for error in ranks(2).exceptions(keep_a_codebook_frozen):
+        assert "step 0: the ranks are no longer the same: frozen codes on rank 1" in str(error)
 
 
 def test_an_optimizer_that_is_rebuilt_after_freezing_goes_on_without_what_is_frozen(frozen: Found) -> None:
