@@ -400,7 +400,7 @@ def keep_a_codebook_frozen(rank: int, _: int) -> None:
     net = Codebook()
     codes = net.codes
     del net.codes
-    net.codes = nn.Parameter(codes, requires_grad=False)  # type: ignore[assignment]
+    net.codes = nn.Parameter(codes, requires_grad=False)
     ddp = DistributedDataParallel(net)
     lgc.attach(ddp, SCHEMES["dgc"], buffers_every=2)
     ddp(torch.full((4, 4), 1.0 + rank)).sum().backward()
