@@ -137,6 +137,22 @@ def test_a_training_that_was_stopped_goes_on_bit_for_bit(
     assert bool(differing(first, second)) == (scheme == LOCAL)  # it was amid a round
 
 
+def go_on(rank: int, world_size: int, folder: Path, steps: int) -> tuple[int, dict[str, Tensor]]:
+    with launched_by_accelerate(rank, world_size):
+        trainer, callback, _ = make(folder, LOCAL, max_steps=steps, save_strategy="steps", save_steps=6)
+        trainer.train(resume_from_checkpoint=True if world_size == 3 else None)
+        return callback.handle.step, weights(trainer)
+
+
+@pytest.mark.exhaustive
+def test_another_number_of_ranks_goes_on(ranks: RankFactory, tmp_path: Path) -> None:
+    ranks(2).run(go_on, tmp_path, 6)
+    (step, first), *others = ranks(3).run(go_on, tmp_path, 11)
+    assert step == 11
+    for _, other in others:
+        assert differing(first, other) == []
+
+
 def decide(rank: int, world_size: int, folder: Path) -> tuple[list[float], dict[str, Tensor], list[dict[str, Any]]]:
     from transformers import EarlyStoppingCallback
 
