@@ -123,7 +123,7 @@ def attach_a_word(_: int, __: int) -> None:
     [
         (step_unequally, "the SGD makes two steps, and the Adam given to attach beside it none"),
         (attach_two_to_a_module, "use LocalSteps(start_steps=0), or wrap the model in DistributedDataParallel"),
-        (attach_a_word, "attach(optimizer=...) must be an optimizer, a list of them, or None, got str."),
+        (attach_a_word, "attach(optimizer=...) must be an optimizer, a list of them, or None, got str; of a wrapper"),
     ],
     ids=["unequal", "module", "type"],
 )
@@ -369,6 +369,17 @@ def test_a_model_whose_module_goes_on_without_ddp_is_noticed_once(ranks: RankFac
     said, nothing = ranks(2).run(go_on_without_ddp, scheme)
     assert nothing == []
     assert ["step 2: SGD has made its last 20 steps without a round" in text for text in said] == [True]
+
+
+def go_on_by_local_steps(rank: int, _: int) -> list[str]:
+    ddp, optimizer, _handle = attached(SCHEMES["local"])
+    with warnings_logged() as said:
+        train(rank, ddp, optimizer, range(30))
+    return said
+
+
+def test_local_steps_after_an_exchanged_start_are_not_mistaken_for_steps_without_rounds(ranks: RankFactory) -> None:
+    assert ranks(2).run(go_on_by_local_steps) == [[], []]
 
 
 def step_each_parameter(rank: int, _: int, scheme: str) -> list[str]:

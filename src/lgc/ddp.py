@@ -57,9 +57,11 @@ class Buckets(Caller):
     Attributes:
         has_begun: whether a backward pass has reached the parameters since the last round, synchronised or not. Only
             under `join()`, once this rank's inputs have run out, is there a round without one.
+        rounds: how many it makes; the steps after them are not its own.
     """
 
     has_begun = False
+    rounds = math.inf
 
     def __init__(self, ddp: DistributedDataParallel, transport: Transport, policy: Policy) -> None:
         self._ddp = weakref.ref(ddp)
@@ -77,6 +79,8 @@ class Buckets(Caller):
 
     def _before_step(self, optimizer: torch.optim.Optimizer) -> None:
         """An optimizer is about to make a step with some of the parameters."""
+        if self.step >= self.rounds:
+            return
         steps = self._steps_without_round.add(optimizer)
         # The first one may be one whose closure has yet to make the gradients.
         if self._looks_for_rounds and steps == (FEW_STEPS if self.step else 2):
@@ -239,6 +243,8 @@ class CollectedBuckets(Buckets):
 
     def _before_step(self, optimizer: torch.optim.Optimizer) -> None:
         super()._before_step(optimizer)
+        if self.step >= self.rounds:
+            return
         self._awaits_step = False
         self._notice_changed_mean(optimizer)
         if optimizer not in self._optimizers:  # which rounds look at

@@ -174,6 +174,7 @@ class LocalRounds(Caller):
             start = OptimizedGradients(self._parameters, exchange, transport, self._policy)
         else:
             start = CollectedBuckets(ddp, exchange, transport, self._policy, self._optimizers, grad_scaler)
+            start.rounds = self._scheme.start_steps
         if not isinstance(exchange, Dense):
             start.synchronizer.aggregator.schedule = Schedule(1.0, warmup_steps=FOREVER)
         start.phase = start.synchronizer.phase(0)
@@ -438,7 +439,8 @@ class LocalRounds(Caller):
         self._require_own_weights("handle.finish()")
         with self._transport.announcing(*OF_ALL_RANKS):
             self._complete()
-            votes = self._call_roll(vote=self._has_begun and self._has_moved_since())
+            moved = self._has_begun and not self._replaced and self._has_moved_since()
+            votes = self._call_roll(vote=moved)
             if not self._has_begun:  # the weights are the same, unless something else than this optimizer moves them
                 weights = {f"parameter {name}": parameter for name, parameter in self._parameters.items()}
                 ReplicaCheck(self._transport, 1, self._policy.on_difference).run(self.step, weights)
