@@ -235,7 +235,12 @@ def change_weights_after_the_last_round(
         for parameter in run.net.parameters():
             parameter.mul_(1 + rank)  # as Lookahead, a projection, or an optimizer's eval() may
     run.handle.finish()
-    return shared, copies(run.net)
+    after = copies(run.net)
+    best = {name: each + 1 for name, each in run.net.state_dict().items()}
+    run.net.load_state_dict(best)
+    run.handle.detach()
+    assert not differ([best, copies(run.net)])  # what was loaded is not what a rank has moved
+    return shared, after
 
 
 @pytest.mark.parametrize("overlap", [False, True], ids=["waiting", "overlap"])

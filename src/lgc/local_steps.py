@@ -431,6 +431,7 @@ class LocalRounds(Caller):
         """Exchange what has been moved since the last round, at any step, the same on every rank; a collective.
 
         All ranks have the same weights then. Nothing that an exchange has not sent is lost: it stays in the residual.
+        Weights that were loaded after the last round, as of the best model, stay as they are.
 
         Raises:
             RankError: on every rank, if the ranks are at different steps.
