@@ -73,9 +73,9 @@ def measured(folder: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
 
 
 def children_of(parent: int) -> list[int]:
-    """The processes that a process has started, in the order of their ids."""
+    """The processes that a process has started, the newest last, whose id may be the smallest."""
     text = Path(f"/proc/{parent}/task/{parent}/children").read_text()
-    return sorted(int(pid) for pid in text.split())
+    return [int(pid) for pid in text.split()]
 
 
 def forked_ranks() -> list[int]:
