@@ -25,6 +25,8 @@ SCHEMES = LEARNED | {
     "local-overlap": f"{LOCAL}:overlap=True+quantized",
 }
 
+CHECKPOINT_EVERY = 2
+
 
 def phases_of(scheme: str) -> list[str]:
     """The phase of every step."""
@@ -36,7 +38,8 @@ def phases_of(scheme: str) -> list[str]:
 
 def arguments(scheme: str, out: Path, *, timeout: float, steps: int = len(PHASES) * PHASE_STEPS) -> list[str]:
     """Of `lgc` for a short run, the folder last."""
-    size = ["--batch-size", "8", "--steps", str(steps), "--limit-test", "64", "--checkpoint-every", "2"]
+    size = ["--batch-size", "8", "--steps", str(steps), "--limit-test", "64"]
+    size += ["--checkpoint-every", str(CHECKPOINT_EVERY)]
     run = ["train", "--recipe", SMALL, *size, "--scheme", scheme, "--timeout", str(timeout)]
     return [*run, "--out", str(out)]
 
