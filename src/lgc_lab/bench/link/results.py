@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -9,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from lgc.choice.cost import parse_rate
+from lgc.choice.cost import Link, parse_rate
 from lgc.phase import Phase
 from lgc.schemes import Dense
 from lgc_lab.folder import read_objects
@@ -191,5 +192,14 @@ def _samples(cells: Sequence[Cell], quantity: str) -> NDArray[np.float64]:
 
 
 def bits_per_second(rate: str) -> float | None:
-    """Read a rate such as "100mbit"; None where the link is not limited."""
-    return None if rate in (UNSHAPED, LOOPBACK) else parse_rate("link", rate)
+    """Read a rate such as "100mbit", or "100mbit/20ms" with a delay; None where the link is not limited."""
+    bandwidth = rate.partition("/")[0]
+    return None if bandwidth in (UNSHAPED, LOOPBACK) else parse_rate("link", bandwidth)
+
+
+def link_of(rate: str) -> Link:
+    """Read a rate as `bits_per_second` does, as the link that it is."""
+    bandwidth, _, latency = rate.partition("/")
+    limited = bits_per_second(rate) is not None
+    link = Link.parse(bandwidth if limited else "1gbit", latency or "0ms")
+    return link if limited else Link(math.inf, link.latency)
