@@ -67,7 +67,7 @@ class Question(NamedTuple):
     multiple=True,
     help="Of each rank's link (kbit, mbit, gbit); several give a table each.  [measured under torchrun, else 100mbit]",
 )
-@click.option("--latency", default="0ms", help="Of a message (us, ms, s).")
+@click.option("--latency", default="0ms", help="Of a message, about what ping shows (us, ms, s).")
 @click.option("--schemes", default=SCHEMES, help="To choose from, beside dense.")
 @options.batch_size
 @options.data
@@ -290,7 +290,7 @@ def _as_text(name: str, link: Link, profile: Profile, rows: Sequence[Prediction]
         table.append((label, _bytes(row.sent_bytes), *seconds, f"{row.speedup:.2f} x", ahead, loss))
     title = f"{profile.world_size} ranks, {name}: {link}"
     if name != MEASURED:
-        title += "; what the latency adds is predicted, not validated" if link.latency else " (--latency sets it)"
+        title += "" if link.latency else " (--latency sets it)"
     return "\n\n".join([title, aligned(table), *_advice(rows, labels, profile)])
 
 

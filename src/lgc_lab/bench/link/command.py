@@ -15,7 +15,7 @@ import click
 from lgc.comm.transport import MOST_TIMEOUT
 from lgc_lab import options
 from lgc_lab.bench.link.measure import Measurement, machine, measure_links
-from lgc_lab.bench.link.results import LOOPBACK, RESULTS, Results, bits_per_second, link_of
+from lgc_lab.bench.link.results import LOOPBACK, RESULTS, Results, bits_per_second, delay_of
 from lgc_lab.bench.link.target import TimeToTarget, format_times, times_to_target
 from lgc_lab.folder import OtherRunError, occupied, require_same, write_whole
 from lgc_lab.launch.network import Network, NetworkError, temporary_network
@@ -126,7 +126,7 @@ def _write_picture(results: Results, times: Sequence[TimeToTarget], target: floa
     """Time a step, and to the target if there is one, against the speed of the link without delays, as SVG."""
     from lgc_lab.report.figures import Curves, draw_against_links  # here, because most commands need no matplotlib
 
-    rates = [rate for rate in results.rates if not link_of(rate).latency] or results.rates
+    rates = [rate for rate in results.rates if not delay_of(rate)] or results.rates
     ms: Curves = {name: [1e3 * results.lasting(rate, name).step for rate in rates] for name in results.schemes}
     panels = {"ms a step": ms}
     if times:

@@ -28,7 +28,16 @@ from lgc.phase import Phase
 from lgc.rounds.schedule import Schedule
 from lgc.schemes import LGCScheme, LocalSteps, PowerSGD, Scheme, SparseScheme, require_different
 from lgc.version import __version__
-from lgc_lab.bench.link.results import COMPUTE, LOOPBACK, RESULTS, Cell, bits_per_second, link_of, step_seconds
+from lgc_lab.bench.link.results import (
+    COMPUTE,
+    LOOPBACK,
+    RESULTS,
+    Cell,
+    bits_per_second,
+    delay_of,
+    link_of,
+    step_seconds,
+)
 from lgc_lab.folder import write_json
 from lgc_lab.launch.network import Network, read_counters
 from lgc_lab.launch.ranks import preload, start_ranks
@@ -151,7 +160,7 @@ def _measure_cells(
         with ExitStack() as stack:
             if network is not None and is_first:
                 network.shape(bits_per_second(rate))
-                stack.enter_context(network.delayed(link_of(rate).latency))
+                stack.enter_context(network.delayed(delay_of(rate)))
             for repeat, (text, arm) in product(range(wanted.repeats), arms.items()):
                 for cell in meter.cells(rate, repeat, text, arm):
                     cells.append(cell)

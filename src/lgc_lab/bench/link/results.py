@@ -19,6 +19,7 @@ from lgc_lab.terminal import aligned
 
 RESULTS = "results.json"
 UNSHAPED = "unshaped"
+DELAYS_OF_MESSAGE = 2
 LOOPBACK = "loopback"
 COMPUTE = "compute"  # the arm that exchanges nothing
 
@@ -197,9 +198,14 @@ def bits_per_second(rate: str) -> float | None:
     return None if bandwidth in (UNSHAPED, LOOPBACK) else parse_rate("link", bandwidth)
 
 
+def delay_of(rate: str) -> float:
+    """Read how many seconds later a packet arrives on a link such as "100mbit/20ms"; 0 where it has no delay."""
+    return Link.parse("1gbit", rate.partition("/")[2] or "0ms").latency
+
+
 def link_of(rate: str) -> Link:
-    """Read a rate as `bits_per_second` does, as the link that it is."""
-    bandwidth, _, latency = rate.partition("/")
-    limited = bits_per_second(rate) is not None
-    link = Link.parse(bandwidth if limited else "1gbit", latency or "0ms")
-    return link if limited else Link(math.inf, link.latency)
+    """Make the link of a rate. Under gloo a message takes two delays: its receiver says that it is ready before."""
+    latency = DELAYS_OF_MESSAGE * delay_of(rate)
+    if bits_per_second(rate) is None:
+        return Link(math.inf, latency)
+    return Link(Link.parse(rate.partition("/")[0]).bandwidth, latency)
