@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -165,6 +166,45 @@ def test_a_run_of_sites_goes_on_from_its_state_with_the_same_bits(
     for uninterrupted, resumed in ranks(4).run(interrupted, scheme, inside, stop):
         assert uninterrupted[1:] == resumed[1:]
         assert not differ([uninterrupted[0], resumed[0]])
+
+
+def save(rank: int, world_size: int, folder: Path, inside: Inside, steps: int) -> tuple[dict[str, Tensor], ...]:
+    """What all share at the end of it, and the weights of a run that goes on."""
+    where = Place(rank, world_size, 2)
+    run = SiteRun(where, lgc.LocalSteps(every=4, start_steps=2), inside, adam=True).train(range(steps))
+    lgc.checkpoint.save(folder, run.state(), step=steps, group=where.everyone)
+    with run.handle.anchored():
+        shared = run.weights()
+    run.train(range(steps, 13)).handle.finish()
+    return shared, run.weights()
+
+
+def resume(rank: int, world_size: int, folder: Path, inside: Inside) -> tuple[dict[str, Tensor], ...]:
+    where = Place(rank, world_size, 2)
+    run = SiteRun(where, lgc.LocalSteps(every=4, start_steps=2), inside, adam=True)
+    if inside == "fsdp":
+        with pytest.raises(lgc.checkpoint.CheckpointError, match=r"a shard of model/rows.weight: give load\(mesh="):
+            lgc.checkpoint.resume(folder, group=where.everyone)
+    state = lgc.checkpoint.resume(folder, group=where.everyone, mesh=where.mesh["shard"])
+    assert state is not None
+    run.load(state)
+    with run.handle.anchored():
+        shared = run.weights()
+    run.train(range(run.handle.step, 13)).handle.finish()
+    return shared, run.weights()
+
+
+@every_inside
+def test_files_of_all_ranks_bring_a_run_back_and_one_of_another_number_of_sites(
+    ranks: RankFactory, inside: Inside, tmp_path: Path
+) -> None:
+    saved, resumed = ranks(4).run(save, tmp_path, inside, 8), ranks(4).run(resume, tmp_path, inside)
+    for before, after in zip(saved, resumed, strict=True):
+        assert not differ([before[0], after[0]])
+        assert not differ([before[1], after[1]])
+    alone = ranks(2).run(resume, tmp_path, inside)
+    assert not differ([saved[0][0], *(shared for shared, _ in alone)])
+    assert not differ([weights for _, weights in alone])
 
 
 def look_at_the_anchor(rank: int, world_size: int, inside: Inside) -> list[dict[str, Tensor]]:

@@ -6,6 +6,7 @@ import copy
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
@@ -48,10 +49,13 @@ class Place:
     """Where a rank is: ranks 0 and 1 are the first site of two, and so on.
 
     Attributes:
+        everyone: the group of all ranks.
         mesh: sites times ranks of a site.
     """
 
     def __init__(self, rank: int, world_size: int, places: int) -> None:
+        assert dist.group.WORLD is not None
+        self.everyone = dist.group.WORLD
         self.places = places
         self.site, self.place = divmod(rank, places)
         self.mesh = init_device_mesh("cpu", (world_size // places, places), mesh_dim_names=("site", "shard"))
