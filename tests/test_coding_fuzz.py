@@ -14,6 +14,7 @@ import torch
 
 from lgc.coding import (
     BFloat16,
+    DeadZone,
     Float16,
     Float32,
     IndexCoder,
@@ -53,7 +54,7 @@ def targets(generator: np.random.Generator) -> Iterator[Target]:
         yield Target(repr(coder), coder.encode(indices, SIZES).numpy().tobytes(), partial(check_indices, coder))
     values = torch.from_numpy(generator.standard_t(3, sum(COUNTS)).astype(np.float32))
     quantisers = (Uniform(3), Uniform(8), Uniform(4, block=16), LloydMax(1), LloydMax(), LloydMax(3, block=16))
-    for codec in (Float32(), Float16(), BFloat16(), Sign(), *quantisers):
+    for codec in (Float32(), Float16(), BFloat16(), Sign(), DeadZone(0.5), *quantisers):
         yield Target(repr(codec), codec.encode(values, COUNTS).numpy().tobytes(), partial(check_values, codec))
     mostly = torch.from_numpy((generator.random(ZEROS_COUNT) < np.linspace(-1, 2, ZEROS_COUNT)).astype(np.float32))
     yield Target("zeros", encode_zeros(mostly).numpy().tobytes(), check_zeros)
@@ -117,10 +118,10 @@ def fuzz(count: int, seed: int) -> Counter[str]:
 
 
 def test_broken_bytes_are_refused_or_are_a_code() -> None:
-    assert len(fuzz(5_000, seed=0)) == 15  # three coders, ten codecs, zeros, the payload
+    assert len(fuzz(5_000, seed=0)) == 16  # three coders, eleven codecs, zeros, the payload
 
 
 @pytest.mark.exhaustive
 def test_many_broken_bytes_are_refused_or_are_a_code() -> None:
     count, seed = int(os.environ.get("FUZZ_COUNT", "1000000")), int(os.environ.get("FUZZ_SEED", "1"))
-    assert len(fuzz(count, seed)) == 15
+    assert len(fuzz(count, seed)) == 16

@@ -46,6 +46,7 @@ CODECS: dict[str, Any] = {
     "uniform2": lgc.Uniform(2),
     "uniform4x256": lgc.Uniform(4, 256),
     **{f"lloyd{bits}": lgc.LloydMax(bits) for bits in (1, 2, 4, 8)},
+    "deadzone": lgc.DeadZone(),
 }
 
 HOST = torch.device("cpu")

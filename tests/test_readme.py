@@ -24,9 +24,10 @@ def document_id(path: Path) -> str:
     return str(path.relative_to(ROOT))
 
 
-def be_rank(rank: int, script: Path, port: int) -> None:
-    """Run a script in its folder as one of two ranks that torchrun could have started; rank 0's output is kept."""
-    launched = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": port}
+def be_rank(rank: int, script: Path, port: int, world_size: int) -> None:
+    """Run a script in its folder as one of the ranks that torchrun could have started; rank 0's output is kept."""
+    launched = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
+    launched["MASTER_PORT"] = port
     os.environ |= {name: str(value) for name, value in launched.items()}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_USE_AGENT_STORE": "True", "GLOO_SOCKET_IFNAME": "lo"}
     os.chdir(script.parent)
@@ -34,13 +35,14 @@ def be_rank(rank: int, script: Path, port: int) -> None:
         runpy.run_path(script.name, run_name="__main__")
 
 
-def run_forked(script: str, folder: Path) -> str:
-    """What it prints on two ranks, as torchrun would start them, but forked with torch imported."""
+def run_forked(script: str, folder: Path, world_size: int = 2) -> str:
+    """What it prints on its ranks, as torchrun would start them, but forked with torch imported."""
     folder.mkdir(exist_ok=True)
     (folder / "script.py").write_text(script)
     start_fork_server()
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    mp.start_processes(be_rank, (folder / "script.py", store.port), nprocs=2, start_method="forkserver")
+    arguments = (folder / "script.py", store.port, world_size)
+    mp.start_processes(be_rank, arguments, nprocs=world_size, start_method="forkserver")
     return (folder / "output-0").read_text().strip()
 
 
@@ -78,6 +80,19 @@ assert torch.equal(weights, of_rank_0) and bool(weights.isfinite().all())
 def test_the_examples_of_loops_leave_the_same_model_on_every_rank(tmp_path: Path) -> None:
     beginning, *examples = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "loops.md").read_text(), re.DOTALL)
     run_forked("".join([beginning, *(example + SAME_ON_ALL_RANKS for example in examples)]), tmp_path)
+
+
+def test_the_scripts_of_sites_train_and_go_on_with_another_number_of_sites(tmp_path: Path) -> None:
+    _, ddp, fsdp, distributed = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "sites.md").read_text(), re.DOTALL)
+    begin, end = 'dist.init_process_group("gloo")\n', "dist.destroy_process_group()"
+    both = ddp.replace(end, "") + fsdp.replace(begin, "").replace(end, distributed + end)
+    first, second = run_forked(both, tmp_path, 4).splitlines()
+    printed = re.fullmatch(r"loss (.*), (.*) bytes between the sites, (.*) inside", first)
+    assert printed, first
+    assert float(printed[1]) < 0.5  # of three classes, log(3) = 1.1 before training
+    assert 0 < int(printed[2]) < int(printed[3])
+    assert second.startswith("steps 0 to 50")
+    assert run_forked(fsdp, tmp_path, 2).startswith("steps 50 to 100")
 
 
 def test_the_readme_has_at_most_120_lines() -> None:

@@ -7,7 +7,7 @@ from lgc import checkpoint
 from lgc.attach import Handle, attach
 from lgc.choice.choose import choose
 from lgc.choice.cost import Link
-from lgc.coding import BFloat16, Float16, Float32, LloydMax, RangeCoder, RawIndices, Rice, Sign, Uniform
+from lgc.coding import BFloat16, DeadZone, Float16, Float32, LloydMax, RangeCoder, RawIndices, Rice, Sign, Uniform
 from lgc.comm.traffic import Traffic, Wire
 from lgc.phase import Phase
 from lgc.rounds.layout import Role
@@ -34,6 +34,7 @@ __all__ = [
     "DGC",
     "SCHEMES",
     "BFloat16",
+    "DeadZone",
     "Dense",
     "DenseBF16",
     "DenseFP16",

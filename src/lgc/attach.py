@@ -9,11 +9,13 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.parallel import DistributedDataParallel
 
 from lgc.caller import Caller, Detached, RoundTime
-from lgc.comm.replicas import OnDifference, require_agreement
+from lgc.comm.replicas import OnDifference
 from lgc.comm.traffic import Wire, summarise, wire_from_json
 from lgc.comm.transport import Transport
 from lgc.ddp import Buckets, CollectedBuckets, ReducedBuckets
@@ -35,11 +37,13 @@ from lgc.requirements import (
     require_own_updates,
     require_real,
     require_single_momentum,
+    require_sites,
     require_types,
     take_buffers,
     trained,
 )
 from lgc.schemes import LocalSteps, Scheme, parse_scheme
+from lgc.sites import MEMBER, Site, site_of
 from lgc.synchronizer import OnNonfinite, Policy, Synchronizer
 
 STATE_VERSION = 4
@@ -66,6 +70,7 @@ def attach(
     on_difference: OnDifference = "raise",
     on_nonfinite: OnNonfinite | None = None,
     buffers_every: int | None = None,
+    between: dist.ProcessGroup | DeviceMesh | None = None,
 ) -> Handle:
     """Exchange this model's gradients by `scheme` from now on. A collective: all ranks call it.
 
@@ -91,6 +96,10 @@ def attach(
         buffers_every: bring what the ranks have changed of their buffers together every so many rounds, counted, and
             switch off that DDP broadcasts rank 0's at every forward pass: floats become their mean, integers their
             maximum. None leaves them to DDP; under LocalSteps every round does it.
+        between: for LocalSteps, the group, or the dimension of a mesh, that joins this rank to those at its place in
+            other sites. Inside a site the model is in DDP over the site's own group, or after
+            `fully_shard(model, mesh=...)`, and between the sites travels one coded copy. A plain module is a site of
+            one rank. See docs/sites.md.
 
     Returns:
         A handle to the phase, the byte counts and the state. The model keeps it alive.
@@ -104,16 +113,18 @@ def attach(
     The backward pass then raises, on every rank, ReplicaError when replicas differ and, with schemes that compress,
     RankError when a rank has failed and FloatingPointError for a non-finite gradient.
     """
-    model = require_module(model)
+    model = require_module(model, shards=between is not None)
     with announcing(model):  # the others may wait in attach, where this rank has been given something else
-        if isinstance(scheme, str):
-            scheme = parse_scheme(scheme)
+        scheme = parse_scheme(scheme) if isinstance(scheme, str) else scheme
         require_types(scheme, grad_scaler, timeout)
+        require_sites(between, scheme, on_difference)
+        site, group = site_of(model, between)
+    with announcing(model) if group is None else site.announcing(Transport(group)):
         optimizers = as_optimizers(optimizer)
         model = model if isinstance(scheme, LocalSteps) else require_ddp(model)
         module: nn.Module = model.module if isinstance(model, DistributedDataParallel) else model
         _require_unattached(model, module)
-        require_exchangeable(model)
+        require_exchangeable(model, between=group)
         skips = grad_scaler is not None and grad_scaler.is_enabled()
         default: OnNonfinite = "propagate" if skips else "raise"
         policy = Policy(check_every, on_difference, default if on_nonfinite is None else on_nonfinite, buffers_every)
@@ -122,29 +133,41 @@ def attach(
         for own in optimizers:
             require_single_momentum(scheme, own)
         if isinstance(scheme, LocalSteps):
-            require_local_steps(model, optimizers, grad_scaler, scheme.start_steps, buffers_every)
-    transport = Transport(group_of(model), trained(model)[0][1].device)
+            require_local_steps(model, optimizers, grad_scaler, scheme.start_steps, buffers_every, site=site)
+    device = trained(model)[0][1].device
+    transport = Transport(group or group_of(model), device, member="rank" if group is None else MEMBER)
     if timeout is not None:
         transport.set_timeout(timeout)
-    transport.meet("lgc.attach")
     given = {"optimizer": [type(each).__name__ for each in optimizers], "grad_scaler": skips, **asdict(policy)}
-    require_agreement(transport, "attach", describe(model, scheme, given, transport.world_size))
+    site.join(transport, describe(model, scheme, given, transport.world_size), dict(trained(model)), timeout)
     broadcasts_buffers = isinstance(model, DistributedDataParallel) and model.broadcast_buffers
-    take_buffers(model, scheme, buffers_every)
-    if transport.rank == 0:
+    if group is None:
+        take_buffers(model, scheme, buffers_every)
+    if transport.rank == site.place == 0:
         advise(model, scheme, optimizers)
-    caller: LocalRounds | Buckets
-    if isinstance(scheme, LocalSteps):
-        caller = LocalRounds(model, scheme, transport, policy, optimizers, grad_scaler)
-    elif is_collected(scheme):
-        caller = CollectedBuckets(require_ddp(model), scheme, transport, policy, optimizers, grad_scaler)
-    else:
-        caller = ReducedBuckets(require_ddp(model), scheme, transport, policy)
-    if isinstance(model, DistributedDataParallel):
+    caller = _caller(model, scheme, site, transport, policy, optimizers, grad_scaler)
+    if isinstance(model, DistributedDataParallel) and site.inside is None:
         hook_of(model).caller = caller
     for each in (model, module) if isinstance(scheme, LocalSteps) else (model,):
         _attached[each] = weakref.ref(caller), scheme
-    return Handle(scheme, transport, caller, model, broadcasts_buffers=broadcasts_buffers)
+    return Handle(scheme, site, transport, caller, model, broadcasts_buffers=broadcasts_buffers)
+
+
+def _caller(
+    model: nn.Module,
+    scheme: Scheme,
+    site: Site,
+    transport: Transport,
+    policy: Policy,
+    optimizers: Sequence[torch.optim.Optimizer],
+    grad_scaler: torch.amp.GradScaler | None,
+) -> LocalRounds | Buckets:
+    """The caller that makes the rounds of a scheme."""
+    if isinstance(scheme, LocalSteps):
+        return LocalRounds(model, scheme, site, transport, policy, optimizers, grad_scaler)
+    if is_collected(scheme):
+        return CollectedBuckets(require_ddp(model), scheme, transport, policy, optimizers, grad_scaler)
+    return ReducedBuckets(require_ddp(model), scheme, transport, policy)
 
 
 def _require_unattached(*modules: nn.Module) -> None:
@@ -162,7 +185,8 @@ class Handle:
 
     Attributes:
         scheme: as attached.
-        transport: between the ranks, with the byte counts.
+        site: this rank's; of one rank unless `attach` was given `between`.
+        transport: between the ranks, or the sites, with the byte counts.
         parameters: number of trained parameters N.
         synchronizer: the rounds, of the first fragment under local steps; None for the schemes that reduce bucket by
             bucket (dense, fp16, bf16, powersgd).
@@ -170,9 +194,17 @@ class Handle:
     """
 
     def __init__(
-        self, scheme: Scheme, transport: Transport, caller: Caller, model: nn.Module, *, broadcasts_buffers: bool
+        self,
+        scheme: Scheme,
+        site: Site,
+        transport: Transport,
+        caller: Caller,
+        model: nn.Module,
+        *,
+        broadcasts_buffers: bool,
     ) -> None:
         self.scheme = scheme
+        self.site = site
         self.transport = transport
         self.parameters = sum(parameter.numel() for _, parameter in trained(model))
         self._caller = caller
@@ -234,7 +266,8 @@ class Handle:
 
         Another scheme can be attached then. What a scheme owed, and its momentum, are lost. Local steps make a last
         round, and the inner optimizer goes on with the mean of the ranks' moments, the GradScaler with the smallest
-        scale, as DDP's replicas stay equal only if their steps are. `wire_summary` stays what it was.
+        scale, as DDP's replicas stay equal only if their steps are. Sites are left to themselves. `wire_summary` stays
+        what it was.
 
         Raises:
             RuntimeError: if it has been detached before.
@@ -242,12 +275,13 @@ class Handle:
                 been detached then.
         """
         self._require_attached("detach()")
-        self.transport.meet("handle.detach")
+        self.site.meet(self.transport, "handle.detach")
         self._caller.detach()
         model = self._model()
         if isinstance(model, DistributedDataParallel):
-            hook_of(model).caller = None
-            model.broadcast_buffers = self._broadcasts_buffers
+            if self.site.inside is None:
+                hook_of(model).caller = None
+                model.broadcast_buffers = self._broadcasts_buffers
             _attached.pop(model.module, None)
         if model is not None:
             _attached.pop(model, None)
@@ -290,7 +324,9 @@ class Handle:
     def wire_summary(self, *, of_all: bool = True) -> dict[str, object]:
         """Bytes of all ranks together, and the ratios against float32 all-reduce; a collective, not counted.
 
-        The keys are those of the `wire` part of a run's summary.json, see docs/usage.md.
+        The keys are those of the `wire` part of a run's summary.json, see docs/usage.md. With sites it is what
+        travels between them, against all-reduce of one copy a site, and `inside` what lgc adds to the traffic of DDP or
+        FSDP.
 
         Args:
             of_all: False for the bytes of this rank alone, for which no other has to call, and which lack those of a
@@ -299,13 +335,20 @@ class Handle:
         Raises:
             RankError: on every rank, if another one is in a round or another collective of lgc.
         """
-        if not of_all:
-            return summarise([self.wire], self.parameters, self.transport.world_size)
-        self._caller.settle()
-        uncounted = Transport(self.transport.group, self.transport.device)
-        uncounted.meet("handle.wire_summary")
-        wires = uncounted.all_gather_json(self.wire.to_json(), "counts")
-        return summarise([wire_from_json(wire) for wire in wires], self.parameters, self.transport.world_size)
+        if of_all:
+            self._caller.settle()
+        inside = None if self.site.inside is None else self.site.inside.wire.to_json()
+        rows = [[self.wire.to_json(), inside]]
+        if of_all:
+            uncounted, site = self.transport.uncounted(), self.site.uncounted()
+            site.meet(uncounted, "handle.wire_summary")
+            rows = site.of_all(uncounted, rows[0], "counts")
+        parameters, sites = self.parameters / self.site.places, self.transport.world_size
+        summary = summarise([wire_from_json(wire) for wire, _ in rows], parameters, sites)
+        if inside is not None:
+            counts = summarise([wire_from_json(wire) for _, wire in rows], parameters, sites)
+            summary["inside"] = {name: counts[name] for name in ("sent_bytes", "received_bytes", "phases")}
+        return summary
 
     def state_dict(self) -> dict[str, Any]:
         """This rank's state, to be saved by every rank: tensors by parameter name, numbers and strings only.
@@ -315,6 +358,9 @@ class Handle:
         """
         self._require_attached("state_dict()")
         aggregator = self._caller.state_dict()  # first: it waits for a round that is under way, whose bytes count
+        place = {}
+        if self.site.inside is not None:
+            place = {"place": self.site.place, "places": self.site.places, "inside": self.site.inside.wire.to_json()}
         return {
             "version": STATE_VERSION,
             "scheme": str(self.scheme),
@@ -323,6 +369,7 @@ class Handle:
             "step": self.step,
             "phase": str(self.phase),
             "wire": self.wire.to_json(),
+            **place,
             "aggregator": aggregator,
         }
 
@@ -339,15 +386,32 @@ class Handle:
             ValueError: naming the first field that does not fit; nothing has been changed then. Ranks that wait for
                 this one meanwhile learn of it.
         """
-        with self.transport.announcing():
+        with self.site.announcing(self.transport):
             self._load(state, step)
 
     def _load(self, state: Mapping[str, Any], expected: int | None) -> None:
+        resharded = "resharded_from" in state
+        with self.site.together(self.step, "handle.load_state_dict"):
+            step, phase, wires = self._checked(state, expected)
+            if resharded and self.synchronizer and self.step:
+                raise ValueError(
+                    f"state_dict: resharded, goes into a new handle only, this one is at step {self.step}."
+                )
+            self._caller.require_form(state.get("aggregator"), resharded=resharded)
+        self._caller.load_state_dict(state.get("aggregator"), step, resharded=resharded)
+        self._caller.step = step
+        self._caller.phase = phase
+        self.wire.phases = wires[0].phases
+        if self.site.inside is not None:
+            self.site.inside.wire.phases = wires[1].phases
+
+    def _checked(self, state: Mapping[str, Any], expected: int | None) -> tuple[int, Phase, list[Wire]]:
+        """The step, the phase and the byte counts in a state of this rank; raises ValueError as `load_state_dict`."""
         here = self.state_dict()
-        for key in ("version", "scheme", "world_size", "rank"):
-            if state.get(key) != here[key]:
+        for key in ("version", "scheme", "world_size", "rank", "places", "place"):
+            if state.get(key) != here.get(key):
                 hint = STATE_HINTS.get(key, "")
-                raise ValueError(f"state_dict: {key} was {state.get(key)!r}, here it is {here[key]!r}{hint}.")
+                raise ValueError(f"state_dict: {key} was {state.get(key)!r}, here it is {here.get(key)!r}{hint}.")
         step = state.get("step")
         if type(step) is not int or step < 0:
             raise ValueError(f"state_dict: step must be an integer of at least 0, got {step!r}.")
@@ -360,11 +424,4 @@ class Handle:
         phase = state.get("phase")
         if phase not in list(Phase):
             raise ValueError(f"state_dict: phase must be one of {', '.join(Phase)}, got {phase!r}.")
-        wire = wire_from_json(state.get("wire"))
-        resharded = "resharded_from" in state
-        if resharded and self.synchronizer and self.step:
-            raise ValueError(f"state_dict: resharded, goes into a new handle only, this one is at step {self.step}.")
-        self._caller.load_state_dict(state.get("aggregator"), step, resharded=resharded)
-        self._caller.step = step
-        self._caller.phase = Phase(phase)
-        self.wire.phases = wire.phases
+        return step, Phase(phase), [wire_from_json(state[key]) for key in ("wire", "inside") if key in here]

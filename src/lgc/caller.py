@@ -73,8 +73,11 @@ class Caller:
         """This rank's state in three parts, see `Aggregator.state_dict`; empty where there is none."""
         return self.synchronizer.state_dict() if self.synchronizer else {}
 
+    def require_form(self, state: Any, *, resharded: bool) -> None:
+        """Raise ValueError if a state has another form than this one's, where that is looked at before it is loaded."""
+
     def load_state_dict(self, state: Any, step: int, *, resharded: bool) -> None:
-        """Go on from a state before `step`; see `Synchronizer.load_state_dict`."""
+        """Go on from a state before `step`, after `require_form`; see `Synchronizer.load_state_dict`."""
         if self.synchronizer:
             self.synchronizer.load_state_dict(state, step, resharded=resharded)
         else:

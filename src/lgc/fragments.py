@@ -11,16 +11,20 @@ from lgc.comm.transport import Transport
 from lgc.gradients import all_zero
 from lgc.rounds.schedule import Schedule
 from lgc.schemes import Dense, LocalSteps
+from lgc.sites import Site
 from lgc.synchronizer import Policy, Synchronizer
 
 
 class Fragment:
     """Parameters that are exchanged together: their anchor, and the outer optimizer that moves it.
 
+    What is by name here is of this rank's part of the parameters, which is all of them in a site of one rank.
+
     Args:
         parameters: by name.
         scheme: how they are exchanged.
-        transport: between the ranks.
+        site: whose ranks have the parameters together.
+        transport: between the sites.
         policy: what is done when something is wrong.
         replicas: what else all ranks must have the same of, by name.
 
@@ -35,12 +39,14 @@ class Fragment:
         self,
         parameters: Mapping[str, nn.Parameter],
         scheme: LocalSteps,
+        site: Site,
         transport: Transport,
         policy: Policy,
         replicas: Mapping[str, Tensor],
     ) -> None:
         self.parameters = dict(parameters)
-        self.anchor = {name: _wide(parameter) for name, parameter in parameters.items()}
+        self.site = site
+        self.anchor = {name: _wide(part) for name, part in self.part().items()}
         self._outer_lr, self._outer_momentum = scheme.outer
         moved = self.anchor if self._outer_momentum else {}
         self.momentum = {name: torch.zeros_like(tensor) for name, tensor in moved.items()}
@@ -53,38 +59,43 @@ class Fragment:
         if isinstance(scheme.exchange, Dense):
             aggregator.schedule = Schedule(1.0)  # rounds are what compresses
 
+    def part(self) -> dict[str, Tensor]:
+        """This rank's own weights, by name."""
+        return self.site.part(self.parameters)
+
     @torch.no_grad()
     def begin(self) -> None:
         """Take the weights, which are the same on all ranks, as the anchor."""
-        for name, parameter in self.parameters.items():
-            self.anchor[name].copy_(parameter)
+        for name, own in self.part().items():
+            self.anchor[name].copy_(own)
 
     @torch.no_grad()
     def moved(self) -> dict[str, Tensor]:
         """What this rank has moved since the last round, `anchor - weights`, by name."""
         return {
-            name: self.anchor[name].to(own.dtype) - own.to(self.anchor[name].dtype)
-            for name, own in self.parameters.items()
+            name: self.anchor[name].to(own.dtype) - own.to(self.anchor[name].dtype) for name, own in self.part().items()
         }
 
     def weights(self) -> dict[str, Tensor]:
         """Copies of this rank's own weights, by name."""
-        return {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
+        return {name: own.clone() for name, own in self.part().items()}
 
     @torch.no_grad()
     def apply(self, mean: Mapping[str, Tensor], before: Mapping[str, Tensor] | None) -> None:
-        """Move the anchor by the mean, and the weights to it.
+        """Move the anchor by the mean, and the weights to it; a collective inside the site.
 
         Args:
             mean: of what was moved, by name.
             before: the weights when the round began: what they have moved since then is kept. None keeps nothing.
         """
-        unmoved = set(all_zero(mean))
-        for name, parameter in self.parameters.items():
+        unmoved = self.site.common(all_zero(mean), mean)
+        weights = {}
+        for name, own in self.part().items():
             anchor = self.anchor[name]
             if name not in unmoved:  # the outer momentum alone does not move what no rank has
-                anchor.sub_(self._outer_step(name, mean[name], rests=not parameter.requires_grad))
-            parameter.copy_(anchor if before is None else anchor + (parameter.to(anchor.dtype) - before[name]))
+                anchor.sub_(self._outer_step(name, mean[name], rests=not self.parameters[name].requires_grad))
+            weights[name] = anchor if before is None else anchor + (own.to(anchor.dtype) - before[name])
+        self.site.fill(self.parameters, weights)
 
     def _outer_step(self, name: str, d: Tensor, *, rests: bool) -> Tensor:
         """What the anchor moves by, given the mean d; what is frozen takes d itself, and comes to rest."""

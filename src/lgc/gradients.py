@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from lgc.caller import Caller
 from lgc.comm.transport import Transport
 from lgc.schemes import RoundScheme
+from lgc.sites import Site
 from lgc.synchronizer import Policy, Synchronizer
 
 
@@ -19,22 +20,30 @@ class OptimizedGradients(Caller):
     Args:
         parameters: by name.
         scheme: how.
-        transport: between the ranks.
+        site: whose ranks have the parameters together, and the same gradients of them.
+        transport: between the sites.
         policy: what is done when something is wrong.
     """
 
     synchronizer: Synchronizer
 
     def __init__(
-        self, parameters: Mapping[str, nn.Parameter], scheme: RoundScheme, transport: Transport, policy: Policy
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        scheme: RoundScheme,
+        site: Site,
+        transport: Transport,
+        policy: Policy,
     ) -> None:
         self._parameters = parameters
-        replicas = {f"parameter {name}": parameter for name, parameter in parameters.items()}
-        self.synchronizer = Synchronizer(scheme, parameters, transport, policy, replicas)
+        self._site = site
+        self._transport = transport
+        self._replicas = self._parts_of_parameters()
+        self.synchronizer = Synchronizer(scheme, site.part(parameters), transport, policy, self._replicas)
 
     @torch.no_grad()
     def exchange_gradients(self) -> None:
-        """Replace every gradient by its mean over the ranks; a collective.
+        """Replace every gradient by its mean over the sites; a collective.
 
         A gradient that is zero throughout is none, and neither is that of a frozen parameter: it rests on this rank.
         Where the mean is zero throughout, no rank's optimizer touches the parameter.
@@ -48,22 +57,42 @@ class OptimizedGradients(Caller):
                     f"lgc: the gradient of {name!r} is sparse; make it with sparse=False, or leave out the start of "
                     "local steps, start_steps=0."
                 )
-        gradients = {
-            name: parameter.grad
-            if parameter.requires_grad and parameter.grad is not None
-            else torch.zeros_like(parameter)
+        gradients = self._site.part(
+            {
+                name: parameter.grad
+                if parameter.requires_grad and parameter.grad is not None
+                else torch.zeros_like(parameter)
+                for name, parameter in self._parameters.items()
+            }
+        )
+        self._site.begin(self.synchronizer.phase(self.step))
+        gradients = self._agreed(gradients)
+        self._replicas |= self._parts_of_parameters()
+        with self._site.together(self.step):
+            means = self.synchronizer.synchronize(gradients, self.step, resting=all_zero(gradients))
+        unmoved = self._site.common(all_zero(means), means)
+        filled = {  # those of None are what another rank used, or what feedback still owed
+            name: torch.empty_like(parameter) if parameter.grad is None else parameter.grad
             for name, parameter in self._parameters.items()
         }
-        means = self.synchronizer.synchronize(gradients, self.step, resting=all_zero(gradients))
-        unmoved = set(all_zero(means))
+        self._site.fill(filled, means)
         for name, parameter in self._parameters.items():
-            if name in unmoved or not parameter.requires_grad:
-                parameter.grad = None
-            elif parameter.grad is None:  # what another rank used, or what feedback still owed
-                parameter.grad = means[name].to(parameter.dtype, copy=True)
-            else:
-                parameter.grad.copy_(means[name])
+            parameter.grad = filled[name] if parameter.requires_grad and name not in unmoved else None
         self.step += 1
+
+    def _agreed(self, gradients: dict[str, Tensor]) -> dict[str, Tensor]:
+        """This rank's part, but NaN throughout where that of another rank of its site is not finite.
+
+        A round takes in all parts of a site's gradients, or none.
+        """
+        if self._site.inside is None:
+            return gradients
+        finite = all(bool(each.isfinite().all()) for each in gradients.values())
+        finite, _ = self._site.agree(self._transport, self.step, finite=finite)
+        return gradients if finite else {name: torch.full_like(each, torch.nan) for name, each in gradients.items()}
+
+    def _parts_of_parameters(self) -> dict[str, Tensor]:
+        return {f"parameter {name}": part for name, part in self._site.part(self._parameters).items()}
 
 
 def all_zero(tensors: Mapping[str, Tensor]) -> list[str]:

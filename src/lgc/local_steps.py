@@ -9,6 +9,7 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future as Task
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -31,6 +32,7 @@ from lgc.optimizers import FEW_STEPS, Streak, end_watch, share_scale, share_stat
 from lgc.requirements import frozen, require_optimizers_of, trained
 from lgc.rounds.schedule import FOREVER, Schedule
 from lgc.schemes import Dense, LocalSteps
+from lgc.sites import Site
 from lgc.synchronizer import Policy, Synchronizer, require_same_form
 
 logger = logging.getLogger("lgc")
@@ -42,10 +44,12 @@ _callers: weakref.WeakKeyDictionary[nn.Module, weakref.ref[LocalRounds]] = weakr
 
 
 class Result(NamedTuple):
-    """What a round gave: the mean of what was moved, and the buffers that some rank had changed, by name."""
+    """What a round gave: the mean of what was moved, and the buffers that some rank had changed, by name; and whether
+    the weights of this rank's site were finite."""
 
     mean: dict[str, Tensor]
     buffers: dict[str, Tensor]
+    finite: bool
 
 
 class Launched(NamedTuple):
@@ -55,14 +59,12 @@ class Launched(NamedTuple):
         fragment: that is exchanged.
         weights: this rank's when it began, where they go on moving.
         buffers: the same.
-        finite: whether the weights were.
         result: of the round, once it is done.
     """
 
     fragment: Fragment
     weights: dict[str, Tensor] | None
     buffers: dict[str, Tensor]
-    finite: bool
     result: Task[Result]
 
 
@@ -70,9 +72,10 @@ class LocalRounds(Caller):
     """Counts the optimizer's steps, and makes a round whenever one is due.
 
     Args:
-        model: in DDP or not.
+        model: in DDP or not. DDP is taken over, unless it makes the mean gradient of a site.
         scheme: how often, and how.
-        transport: between the ranks.
+        site: whose ranks have the model together.
+        transport: between the sites.
         policy: what is done when something is wrong.
         optimizers: whose steps are counted, and which keep this. One step is one of each.
         grad_scaler: whose skipped steps are counted too.
@@ -84,15 +87,17 @@ class LocalRounds(Caller):
         self,
         model: nn.Module,
         scheme: LocalSteps,
+        site: Site,
         transport: Transport,
         policy: Policy,
         optimizers: Sequence[Optimizer],
         grad_scaler: torch.amp.GradScaler | None,
     ) -> None:
-        ddp = model if isinstance(model, DistributedDataParallel) else None
-        module: nn.Module = model if ddp is None else ddp.module
+        ddp = model if isinstance(model, DistributedDataParallel) and site.inside is None else None
+        module: nn.Module = model.module if isinstance(model, DistributedDataParallel) else model
+        site.rest(module)
         if ddp is None:
-            _copy({each: transport.broadcast(each.detach(), "weights", source=0) for each in _state_of(module)})
+            site.take_first(_state_of(module), transport)
         self._scheme = scheme
         self._module = module
         self._ddp = weakref.ref(model)  # whose hook keeps this
@@ -102,17 +107,20 @@ class LocalRounds(Caller):
         self._parameters = dict(trained(model))
         active = [each for each in module.parameters() if each.requires_grad]
         self._trainable = {id(each) for each in (*active, *self._parameters.values())}
+        self._site = site
         self._transport = transport
         self._round_transport = transport
         self._executor: ThreadPoolExecutor | None = None
         if scheme.overlap:  # the model's own group stays free for what the loop does meanwhile
             self._round_transport = transport.of_new_group()
+            self._site = site.of_new_group()
             self._executor = ThreadPoolExecutor(1, "lgc")
         self._start = self._make_start(ddp, transport, grad_scaler) if scheme.start_steps else None
         self._buffers = Buffers(module)
         groups = fragmented(self._parameters, scheme.fragments)
+        rest = self._site.part(frozen(model))
         self._fragments = [
-            Fragment(group, scheme, self._round_transport, policy, {} if number else frozen(model))
+            Fragment(group, scheme, self._site, self._round_transport, policy, {} if number else rest)
             for number, group in enumerate(groups)
         ]
         self.synchronizer = self._fragments[0].synchronizer
@@ -171,7 +179,7 @@ class LocalRounds(Caller):
         exchange = self._scheme.start_exchange
         start: Start
         if ddp is None:
-            start = OptimizedGradients(self._parameters, exchange, transport, self._policy)
+            start = OptimizedGradients(self._parameters, exchange, self._site, transport, self._policy)
         else:
             start = CollectedBuckets(ddp, exchange, transport, self._policy, self._optimizers, grad_scaler)
             start.rounds = self._scheme.start_steps
@@ -197,12 +205,7 @@ class LocalRounds(Caller):
 
     def exchange(self, bucket: dist.GradBucket) -> Future[Tensor]:
         """Exchange one of DDP's buckets during the start, and leave it this rank's own from then on: its hook."""
-        ddp = self._ddp()
-        if isinstance(ddp, DistributedDataParallel) and ddp._join_config.enable:
-            raise RuntimeError(
-                "lgc: local steps count the steps of all ranks, which join() lets differ; leave join() out, and give "
-                "every rank the same number of batches, or stop all ranks at the shortest and call handle.finish()."
-            )
+        self._refuse_join()
         if self._is_starting:
             assert isinstance(self._start, CollectedBuckets)
             return self._start.exchange(bucket)
@@ -211,9 +214,18 @@ class LocalRounds(Caller):
         future.set_result(bucket.buffer())
         return future
 
+    def _refuse_join(self) -> None:
+        ddp = self._ddp()
+        if isinstance(ddp, DistributedDataParallel) and ddp._join_config.enable:
+            raise RuntimeError(
+                "lgc: local steps count the steps of all ranks, which join() lets differ; leave join() out, and give "
+                "every rank the same number of batches, or stop all ranks at the shortest and call handle.finish()."
+            )
+
     def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        with self._transport.announcing(*OF_ALL_RANKS):
+        with self._announcing():
             self._require_own_weights("optimizer.step()")
+            self._refuse_join()
             if optimizer in self._stepped and not self._in_step:
                 waiting = next(each for each in self._optimizers if each not in self._stepped)
                 raise RuntimeError(
@@ -244,6 +256,9 @@ class LocalRounds(Caller):
         if self._own is not None:
             raise RuntimeError(f"lgc: {what} within anchored(), whose end would undo it; leave it before.")
 
+    def _announcing(self, *known: type[Exception]) -> AbstractContextManager[None]:
+        return self._site.announcing(self._transport, *OF_ALL_RANKS, *known)
+
     def _begin(self) -> None:
         """Take the weights, which are the same on all ranks, as the anchor, and bring the buffers together."""
         for fragment in self._fragments:
@@ -260,11 +275,15 @@ class LocalRounds(Caller):
         buffers = self._buffers.current()
         states = self._buffers.states(buffers)
         if states and any(self._call_roll(vote=any(states))):
-            self._buffers.apply(self._buffers.combine(buffers, states, self._transport), buffers)
+            with self._site.together(self.step):
+                combined = self._site.combine(self._buffers, buffers, states, self._transport)
+            self._buffers.apply(combined, buffers)
 
     def _call_roll(self, *, vote: bool = False) -> list[bool]:
-        """The votes of all ranks, which must be at the same step; a collective, which meets rounds that others open."""
+        """The votes of all sites, which must be at the same step; a collective, which meets rounds that others open."""
         self._round_transport.begin(self.phase, steps=0)
+        self._site.begin(self.phase, steps=0)
+        _, vote = self._site.agree(self._round_transport, self.step, vote=vote)
         return self._round_transport.open_round(self.step, finite=True, vote=vote).votes
 
     def _after_step(self, optimizer: Optimizer) -> None:
@@ -295,7 +314,7 @@ class LocalRounds(Caller):
 
     def _round(self, fragment: Fragment) -> None:
         started, communicated = clock(self._transport.device), self._transport.seconds
-        with self._transport.announcing(*OF_ALL_RANKS):
+        with self._announcing():
             self._complete()
             self._launch(fragment, wait=self._executor is None)
             if self._executor is None:
@@ -306,6 +325,7 @@ class LocalRounds(Caller):
 
     def _launch(self, fragment: Fragment, *, wait: bool) -> None:
         """Begin a round with what this rank has moved."""
+        self._site.rest(self._module)
         fragment.synchronizer.look(fragment.rounds)
         distance = fragment.moved()
         finite = all(bool(each.isfinite().all()) for each in distance.values())
@@ -333,7 +353,7 @@ class LocalRounds(Caller):
             result.set_result(exchange())
         else:
             result = self._executor.submit(exchange)
-        self._launched = Launched(fragment, weights, buffers, finite, result)
+        self._launched = Launched(fragment, weights, buffers, result)
 
     def _exchange(
         self,
@@ -349,35 +369,41 @@ class LocalRounds(Caller):
         error: Exception | None,
     ) -> Result:
         """Make a fragment's round; a collective. All ranks first say which step they are at, and if they are finite."""
-        transport = self._round_transport
-        with transport.announcing(*OF_ALL_RANKS):
-            transport.begin(fragment.synchronizer.phase(number), steps=steps - 1)  # the round itself counts as one
+        transport, phase = self._round_transport, fragment.synchronizer.phase(number)
+        with self._site.announcing(transport, *OF_ALL_RANKS):
+            transport.begin(phase, steps=steps - 1)  # the round itself counts as one
+            self._site.begin(phase, steps=steps)
             states = self._buffers.states(buffers) if fragment is self._fragments[0] else []
-            opening = transport.open_round(step, finite=finite, vote=any(states), error=error)
+            finite, vote = self._site.agree(transport, step, finite=finite, vote=any(states), error=error)
+            opening = transport.open_round(step, finite=finite, vote=vote)
             self._report_nonfinite(opening.finite, step)
             scale = len(opening.finite) / opening.finite.count(True)
             if not finite:
                 distance = {name: torch.zeros_like(each) for name, each in distance.items()}
             elif scale != 1:
                 distance = {name: each * scale for name, each in distance.items()}
-            mean = fragment.synchronizer.synchronize(distance, number, resting=resting)
-            fragment.synchronizer.aggregator.feedback.release()  # but for the mean, until it has been applied
-            combined = self._buffers.combine(buffers, states, transport) if any(opening.votes) else {}
-            return Result(mean, combined)
+            with self._site.together(step):
+                mean = fragment.synchronizer.synchronize(distance, number, resting=resting)
+                fragment.synchronizer.aggregator.feedback.release()  # but for the mean, until it has been applied
+                changed = any(opening.votes)
+                combined = self._site.combine(self._buffers, buffers, states, transport) if changed else {}
+            return Result(mean, combined, finite)
 
     def _report_nonfinite(self, finite: list[bool], step: int) -> None:
         ranks = ", ".join(str(rank) for rank, each in enumerate(finite) if not each)
         if not ranks:
             return
-        message = f"step {step}: the weights are not finite on rank {ranks}"
+        member = self._transport.member
+        message = f"step {step}: the weights are not finite on {member} {ranks}"
         if not any(finite):
             raise FloatingPointError(f"lgc: {message}, so there is no mean; go on from a checkpoint.")
         if self._policy.on_nonfinite == "raise":
             raise FloatingPointError(
                 f"lgc: {message}. No state has changed; go on from a checkpoint, or attach with "
-                'on_nonfinite="propagate": such a rank then counts for nothing in the round and goes on from the mean.'
+                f'on_nonfinite="propagate": such a {member} then counts for nothing in the round and goes on from the '
+                "mean."
             )
-        if self._transport.rank == 0:
+        if self._transport.rank == self._site.place == 0:
             logger.warning("%s; it goes on from the mean of the others.", message)
 
     def settle(self) -> None:
@@ -392,11 +418,13 @@ class LocalRounds(Caller):
         self.settle()
         if self._launched is None:
             return
-        fragment, weights, buffers, finite, result = self._launched
+        fragment, weights, buffers, task = self._launched
         self._launched = None
-        fragment.apply(result.result().mean, weights if finite else None)
-        self._buffers.apply(result.result().buffers, buffers)
-        if not finite:
+        result = task.result()
+        self._site.rest(self._module)
+        fragment.apply(result.mean, weights if result.finite else None)
+        self._buffers.apply(result.buffers, buffers)
+        if not result.finite:
             for tensor in _tensors_of(self._optimizers):
                 torch.nan_to_num_(tensor, 0.0, 0.0, 0.0)
 
@@ -422,15 +450,19 @@ class LocalRounds(Caller):
         if self._own is not None or not self._has_begun:
             yield
             return
-        shared: dict[Tensor, Tensor] = {}
+        if self._site.inside is not None:
+            self.settle()
+            self._site.agree(self._transport, self.step, operation="handle.anchored")
+        self._site.rest(self._module)
+        buffers = {own: self._buffers.shared[name] for name, own in self._buffers.current().items()}
+        self._own = {own: own.detach().clone() for own in (*self._parameters.values(), *buffers)}
         for fragment in self._fragments:
-            shared |= {parameter: fragment.anchor[name] for name, parameter in fragment.parameters.items()}
-        shared |= {own: self._buffers.shared[name] for name, own in self._buffers.current().items()}
-        self._own = {own: own.detach().clone() for own in shared}
-        _copy(shared)
+            self._site.fill(fragment.parameters, fragment.anchor)
+        _copy(buffers)
         try:
             yield
         finally:
+            self._site.rest(self._module)
             _copy(self._own)
             self._own = None
 
@@ -445,13 +477,15 @@ class LocalRounds(Caller):
             ReplicaError: on every rank, if the ranks' weights differ and no step of the optimizer was a local one.
         """
         self._require_own_weights("handle.finish()")
-        with self._transport.announcing(*OF_ALL_RANKS):
+        with self._announcing():
             self._complete()
+            self._site.rest(self._module)
             moved = self._has_begun and not self._replaced and self._has_moved_since()
             votes = self._call_roll(vote=moved)
             if not self._has_begun:  # the weights are the same, unless something else than this optimizer moves them
-                weights = {f"parameter {name}": parameter for name, parameter in self._parameters.items()}
-                ReplicaCheck(self._transport, 1, self._policy.on_difference).run(self.step, weights)
+                weights = {f"parameter {name}": own for name, own in self._site.part(self._parameters).items()}
+                with self._site.together(self.step):
+                    ReplicaCheck(self._transport, 1, self._policy.on_difference).run(self.step, weights)
                 self._combine_buffers()
                 return
             for fragment in self._fragments:
@@ -467,8 +501,8 @@ class LocalRounds(Caller):
 
     def detach(self) -> None:
         self.finish()
-        with self._transport.announcing(*OF_ALL_RANKS, ValueError):
-            if self._has_begun and isinstance(self._ddp(), DistributedDataParallel):
+        with self._announcing(ValueError):
+            if self._has_begun and self._site.inside is None and isinstance(self._ddp(), DistributedDataParallel):
                 # DDP's replicas stay equal only if their optimizers' steps are.
                 for optimizer in self._optimizers:
                     share_state(optimizer, self._transport)
@@ -498,7 +532,7 @@ class LocalRounds(Caller):
         numbered = {str(number): fragment for number, fragment in enumerate(self._fragments)}
         anchor = {name: each.clone() for part in self._fragments for name, each in part.anchor.items()}
         per_rank |= {
-            "weights": {name: self._of_this_rank(each) for name, each in self._parameters.items()},
+            "weights": {name: own for fragment in self._fragments for name, own in self._own_part(fragment).items()},
             "buffers": {name: self._of_this_rank(each) for name, each in self._buffers.current().items()},
         }
         replicated |= {
@@ -511,8 +545,10 @@ class LocalRounds(Caller):
         }
         if self._executor:  # the same keys at every step
             launched = self._launched
-            given = Result({}, {}) if launched is None else launched.result.result()
+            given = Result({}, {}, True) if launched is None else launched.result.result()
             weights, buffers = ({}, {}) if launched is None else (launched.weights or {}, launched.buffers)
+            if not given.finite:  # of this rank's part they may be
+                weights = {name: torch.full_like(each, torch.nan) for name, each in weights.items()}
             per_rank["before"] = {"weights": per_rank["weights"] | weights, "buffers": per_rank["buffers"] | buffers}
             replicated["under_way"] = {
                 "fragment": 0 if launched is None else self._fragments.index(launched.fragment) + 1,
@@ -521,20 +557,22 @@ class LocalRounds(Caller):
             }
         return {"per_rank": per_rank, "replicated": replicated, "server": {}}
 
+    def require_form(self, state: Any, *, resharded: bool) -> None:
+        self._require_own_weights("handle.load_state_dict()")
+        here = self.state_dict()
+        require_same_form(here, {**state, "server": {}} if resharded else state, "aggregator")
+
     def load_state_dict(self, state: Any, step: int, *, resharded: bool) -> None:
         """Go on from a state before `step`. On another number of ranks, a rank starts from the mean of the weights and
         residuals that its share of the old ranks had, so that the mean of what is owed stays."""
-        self._require_own_weights("handle.load_state_dict()")
-        here = self.state_dict()
-        if resharded:
-            state = {**state, "server": {}}
-        require_same_form(here, state, "aggregator")
+        self._site.rest(self._module)
         self._launched = None
         for name, synchronizer in self._synchronizers().items():
             part = {"per_rank": state["per_rank"][name], "replicated": state["replicated"][name], "server": {}}
             synchronizer.load_state_dict(part, step, resharded=resharded)
         per_rank, replicated = state["per_rank"], state["replicated"]
-        _copy({each: per_rank["weights"][name] for name, each in self._parameters.items()})
+        for fragment in self._fragments:
+            self._site.fill(fragment.parameters, per_rank["weights"])
         _copy({each: per_rank["buffers"][name] for name, each in self._buffers.current().items()})
         _copy({each: replicated["buffers"][name] for name, each in self._buffers.shared.items()})
         for number, fragment in enumerate(self._fragments):
@@ -557,9 +595,9 @@ class LocalRounds(Caller):
         weights = _copies({name: before["weights"][name] for name in names}, device)
         mean = _copies({name: given["mean"][name] for name in names}, device)
         result: Task[Result] = Task()
-        result.set_result(Result(mean, _copies(given["buffers"], device) if of_first else {}))
         finite = all(bool(each.isfinite().all()) for each in weights.values())
-        self._launched = Launched(fragment, weights, _copies(before["buffers"], device), finite, result)
+        result.set_result(Result(mean, _copies(given["buffers"], device) if of_first else {}, finite))
+        self._launched = Launched(fragment, weights, _copies(before["buffers"], device), result)
 
     def warn_of_own_weights(self) -> None:
         """Warn, once, that the model has weights of this rank alone."""
@@ -579,6 +617,10 @@ class LocalRounds(Caller):
     def _synchronizers(self) -> dict[str, Synchronizer]:
         rounds = {f"round {number}": fragment.synchronizer for number, fragment in enumerate(self._fragments)}
         return rounds | ({"start": self._start.synchronizer} if self._start else {})
+
+    def _own_part(self, fragment: Fragment) -> dict[str, Tensor]:
+        own = {name: (self._own or {}).get(each, each) for name, each in fragment.parameters.items()}
+        return {name: part.detach().clone() for name, part in self._site.part(own).items()}
 
     def _of_this_rank(self, tensor: Tensor) -> Tensor:
         return (self._own or {}).get(tensor, tensor).detach().clone()

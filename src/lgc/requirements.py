@@ -21,10 +21,16 @@ from lgc.comm.transport import LEAST_TIMEOUT, MOST_TIMEOUT, Transport
 from lgc.hook import Hook
 from lgc.optimizers import parameters_of
 from lgc.schemes import Dense, LocalSteps, RoundScheme, Scheme
+from lgc.sites import Site, is_sharded
 from lgc.version import __version__
 
 # What Adam, RMSprop, Adadelta, Adagrad, Rprop, torch's and transformers' Adafactor have in their groups.
 ADAPTIVE = {"betas", "alpha", "rho", "lr_decay", "etas", "beta2_decay", "decay_rate"}
+
+SHARDS = (
+    "lgc takes torch.nn.parallel.DistributedDataParallel or, with LocalSteps between sites and "
+    "fully_shard(model, mesh=mesh['shard']) inside each, lgc.attach(..., between=mesh['site']): see docs/sites.md."
+)
 
 _in_buckets: weakref.WeakKeyDictionary[DistributedDataParallel, set[int]] = weakref.WeakKeyDictionary()
 
@@ -73,15 +79,21 @@ def require_ddp(model: nn.Module) -> DistributedDataParallel:
     return model
 
 
-def require_module(model: nn.Module) -> nn.Module:
-    """The model, out of torch.compile's wrapper; raises TypeError if it is none, or sharded, or spread over devices."""
+def require_module(model: nn.Module, *, shards: bool = False) -> nn.Module:
+    """The model, out of torch.compile's wrapper; raises TypeError if it is none, or sharded, or spread over devices.
+
+    Args:
+        model: as given to `attach`.
+        shards: whether one after `fully_shard` will do.
+    """
     model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper
     fsdp = sys.modules.get("torch.distributed.fsdp")  # slow to import, and loaded if the model is of it
-    if fsdp is not None and isinstance(model, fsdp.FullyShardedDataParallel | fsdp.FSDPModule):
+    if fsdp is not None and isinstance(model, fsdp.FullyShardedDataParallel):
         raise TypeError(
-            "attach(model=...) is sharded (FSDP), and a rank then never has the whole gradient; lgc needs "
-            "torch.nn.parallel.DistributedDataParallel."
+            f"attach(model=...) is in FullyShardedDataParallel (FSDP), whose shards have no parameters' names; {SHARDS}"
         )
+    if not shards and isinstance(model, nn.Module) and any(map(is_sharded, model.parameters())):
+        raise TypeError(f"attach(model=...) is sharded (FSDP), and a rank then never has the whole gradient; {SHARDS}")
     if any(kind.__module__ == "torch.distributed._composable.replicate" for kind in type(model).__mro__):
         raise TypeError(
             "attach(model=...) is of replicate(), which keeps its DDP to itself; make it "
@@ -112,11 +124,22 @@ def group_of(model: nn.Module) -> dist.ProcessGroup:
     return dist.group.WORLD
 
 
-def require_exchangeable(model: nn.Module) -> None:
-    """Raise if DDP is set to something, or the model has something, that lgc cannot do."""
-    if isinstance(model, DistributedDataParallel) and (
-        any(not isinstance(state, Detached | Hook) for _, state in model._comm_hooks)  # a copied model has the former
-        or model.mixed_precision is not None
+def require_exchangeable(model: nn.Module, *, between: dist.ProcessGroup | None = None) -> None:
+    """Raise if DDP is set to something, or the model has something, that lgc cannot do.
+
+    Args:
+        model: in DDP or not.
+        between: the group that joins sites, inside of which DDP may do as it is told.
+    """
+    if (
+        between is None
+        and isinstance(model, DistributedDataParallel)
+        and (
+            any(
+                not isinstance(state, Detached | Hook) for _, state in model._comm_hooks
+            )  # a copied model has the former
+            or model.mixed_precision is not None
+        )
     ):
         raise RuntimeError(
             "attach: this model already has a communication hook (register_comm_hook or mixed_precision=), and DDP "
@@ -216,12 +239,30 @@ def require_optimizers_of(parameters: Mapping[str, nn.Parameter], optimizers: It
             )
 
 
+def require_sites(between: object, scheme: Scheme, on_difference: str) -> None:
+    """Raise ValueError if there are to be sites, and something that is not done between them."""
+    if between is None:
+        return
+    if not isinstance(scheme, LocalSteps):
+        raise ValueError(
+            f"attach(between=...) is for local steps between sites, and {scheme.name} exchanges every step; use "
+            "lgc.LocalSteps(), or leave between out, with the model in DistributedDataParallel over all."
+        )
+    if on_difference != "raise":
+        raise ValueError(
+            f"attach(on_difference={on_difference!r}) would set this rank's part of the weights, and not what "
+            "the others of its site have of it; with between= leave it out, and go on from a checkpoint."
+        )
+
+
 def require_local_steps(
     model: nn.Module,
     optimizers: Sequence[torch.optim.Optimizer],
     grad_scaler: object,
     start_steps: int,
     buffers_every: int | None,
+    *,
+    site: Site,
 ) -> None:
     """Raise if there is something that local steps cannot do."""
     if buffers_every is not None:
@@ -233,8 +274,8 @@ def require_local_steps(
         raise ValueError("attach(optimizer=...) must be the model's under LocalSteps, which count its steps, got None.")
     for optimizer in optimizers:
         require_own_updates(optimizer)
-    require_independent(model)
-    if not isinstance(model, DistributedDataParallel):
+    require_independent(model, None if site.inside is None else site.inside.group)
+    if not isinstance(model, DistributedDataParallel) or site.inside is not None:
         if start_steps and len(optimizers) > 1:
             raise ValueError(
                 f"attach(optimizer=...) has {len(optimizers)} optimizers, and the start of local steps exchanges a "
@@ -274,8 +315,8 @@ def take_buffers(model: nn.Module, scheme: Scheme, every: int | None) -> None:
     model.broadcast_buffers = False
 
 
-def require_independent(model: nn.Module) -> None:
-    """Raise ValueError if the model communicates at every step by itself, which local steps do not."""
+def require_independent(model: nn.Module, inside: dist.ProcessGroup | None = None) -> None:
+    """Raise ValueError if the model communicates at every step by itself, but with the ranks of its site, if any."""
     module = model.module if isinstance(model, DistributedDataParallel) else model
     wrapped = [name for name, each in module.named_modules() if isinstance(each, DistributedDataParallel)]
     if wrapped:
@@ -283,13 +324,18 @@ def require_independent(model: nn.Module) -> None:
             f"attach(model=...) has DistributedDataParallel inside ({wrapped[0]}), which communicates at every step; "
             "under LocalSteps give attach the modules without it."
         )
-    synchronised = [name for name, module in model.named_modules() if isinstance(module, nn.SyncBatchNorm)]
+    synchronised = [
+        name
+        for name, each in model.named_modules()
+        if isinstance(each, nn.SyncBatchNorm) and (inside is None or each.process_group is not inside)
+    ]
     if synchronised:
         raise ValueError(
             f"attach(model=...) has SyncBatchNorm ({synchronised[0]}), which communicates at every step; under "
-            "LocalSteps use BatchNorm, whose statistics are averaged at every round."
+            "LocalSteps use BatchNorm, whose statistics are averaged at every round, or inside a site give it the "
+            "site's process_group."
         )
-    if isinstance(model, DistributedDataParallel) and model.find_unused_parameters:
+    if inside is None and isinstance(model, DistributedDataParallel) and model.find_unused_parameters:
         raise ValueError(
             "attach(model=...) has find_unused_parameters=True, for which DDP communicates at every step; give attach "
             "the module without DDP, model.module, which under LocalSteps needs none."

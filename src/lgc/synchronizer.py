@@ -92,8 +92,7 @@ class Synchronizer:
         if not tensors:
             raise ValueError("Synchronizer(tensors=...) must have at least one tensor, got none.")
         shapes = {f"tensor {name}": str(list(tensor.shape)) for name, tensor in tensors.items()}
-        uncounted = Transport(transport.group, transport.device)
-        require_agreement(uncounted, "Synchronizer", {"scheme": method.name} | method.arguments() | shapes)
+        require_agreement(transport.uncounted(), "Synchronizer", {"scheme": method.name} | method.arguments() | shapes)
         self.policy = policy or Policy()
         self.transport = transport
         device = next(iter(tensors.values())).device
@@ -178,7 +177,7 @@ class Synchronizer:
         return layout.by_name(result.mean if scale in (None, 1.0) else result.mean * scale)
 
     def _report_nonfinite(self, ranks: tuple[int, ...], step: int, *, warn: bool) -> None:
-        message = f"step {step}: the gradient is not finite on rank {', '.join(map(str, ranks))}"
+        message = f"step {step}: the gradient is not finite on {self.transport.member} {', '.join(map(str, ranks))}"
         if ranks and self.policy.on_nonfinite == "raise":
             raise FloatingPointError(
                 f"lgc: {message}. No state has changed; DDP cannot run this model again: go on from a checkpoint. To "

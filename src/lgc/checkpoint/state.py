@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
@@ -12,8 +13,10 @@ import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 
 from lgc.comm.transport import SERVER
+from lgc.sites import is_sharded
 
 State = Mapping[str, Any]
 Keys = tuple[Any, ...]
@@ -29,11 +32,59 @@ DTYPES = {  # that have a file format
 }
 
 
+@dataclass(frozen=True)
+class Shard:
+    """A shard of a DTensor, as read from a checkpoint: what its rank held of it, and of what it is a part.
+
+    Attributes:
+        local: what the rank held.
+        shape, stride: of the whole.
+        dim: along which the whole is sharded.
+        place, places: the rank's among those of the mesh, and their number.
+    """
+
+    local: Tensor
+    shape: list[int]
+    stride: list[int]
+    dim: int
+    place: int
+    places: int
+
+    def on(self, mesh: DeviceMesh) -> Tensor:
+        """The DTensor on a mesh of one dimension, of as many ranks; ValueError if this rank has another place there."""
+        from torch.distributed import tensor  # slow to import, and whoever has a DTensor has done so
+
+        if (mesh.ndim, mesh.size()) != (1, self.places) or mesh.get_local_rank() != self.place:
+            raise ValueError(f"is of place {self.place} of {self.places}, and the mesh is {mesh}")
+        placements, local = [tensor.Shard(self.dim)], self.local.to(mesh.device_type)
+        size = {"shape": torch.Size(self.shape), "stride": tuple(self.stride)}
+        sharded: Tensor = tensor.DTensor.from_local(local, mesh, placements, run_check=False, **size)  # type: ignore[arg-type]
+        return sharded
+
+
+def placed(value: Any, mesh: DeviceMesh | None, keys: Keys = ()) -> Any:
+    """A nested state with DTensors on `mesh` in place of shards; ValueError, naming the first, where there is none."""
+    if isinstance(value, Shard):
+        where = "/".join(map(str, keys))
+        if mesh is None:
+            raise ValueError(f"has a shard of {where}: give load(mesh=...) the mesh that the model is sharded over")
+        try:
+            return value.on(mesh)
+        except ValueError as error:
+            raise ValueError(f"{where} {error}") from None
+    if isinstance(value, Mapping):
+        return {key: placed(item, mesh, (*keys, key)) for key, item in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(placed(item, mesh, (*keys, index)) for index, item in enumerate(value))
+    return value
+
+
 def to_json(state: State) -> tuple[str, dict[str, Tensor]]:
     """Split a state into JSON text and tensors by their path in it: contiguous, on the CPU, with storage of their own.
 
-    Lists are lists and dicts with string keys are objects; {"$tensor": name}, {"$float": "nan"}, {"$tuple": [...]} and
-    {"$dict": [[key, value], ...]} are what JSON does not have. Raises TypeError, naming the part that has no such form.
+    Lists are lists and dicts with string keys are objects; {"$tensor": name}, {"$shard": {"local": {"$tensor": name},
+    "shape": ...}} (see `Shard`), {"$float": "nan"}, {"$tuple": [...]} and {"$dict": [[key, value], ...]} are what JSON
+    does not have. Raises TypeError, naming the part that has no such form.
     """
     tensors: dict[str, Tensor] = {}
     return json.dumps(_encode(state, "", tensors), allow_nan=False), tensors
@@ -65,11 +116,7 @@ def from_bytes(data: bytes) -> dict[str, Any]:
 
 def _encode(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
     if isinstance(value, Tensor):
-        if value.dtype not in DTYPES or value.layout is not torch.strided:
-            raise TypeError(f"state[{name!r}] is a {value.layout} tensor of {value.dtype}, which has no file format.")
-        plain = value.detach().resolve_conj().resolve_neg().cpu()
-        tensors[name] = plain.clone(memory_format=torch.contiguous_format)
-        return {"$tensor": name}
+        return _encode_tensor(value, name, tensors)
     if value is None or type(value) in (bool, int, str):
         return value
     if type(value) is float:
@@ -90,6 +137,22 @@ def _encode(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
     raise TypeError(f"state[{name!r}] is a {type(value).__name__}, which has no file format.")
 
 
+def _encode_tensor(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
+    if is_sharded(value):
+        mesh, placements = value.device_mesh, value.placements
+        if mesh.ndim != 1 or not placements[0].is_shard():
+            raise TypeError(f"state[{name!r}] is a DTensor placed as {placements} on {mesh}, which has no file format.")
+        local = _encode_tensor(value.detach().to_local(), name, tensors)
+        place = {"place": mesh.get_local_rank(), "places": mesh.size()}
+        whole = {"shape": list(value.shape), "stride": list(value.stride()), "dim": placements[0].dim}
+        return {"$shard": {"local": local, **whole, **place}}
+    if value.dtype not in DTYPES or value.layout is not torch.strided:
+        raise TypeError(f"state[{name!r}] is a {value.layout} tensor of {value.dtype}, which has no file format.")
+    plain = value.detach().resolve_conj().resolve_neg().cpu()
+    tensors[name] = plain.clone(memory_format=torch.contiguous_format)
+    return {"$tensor": name}
+
+
 def _decode(value: Any, tensors: Mapping[str, Tensor]) -> Any:
     if isinstance(value, list):
         return [_decode(item, tensors) for item in value]
@@ -100,6 +163,8 @@ def _decode(value: Any, tensors: Mapping[str, Tensor]) -> Any:
     ((kind, content),) = value.items()
     if kind == "$tensor":
         return tensors[content]
+    if kind == "$shard":
+        return Shard(**_decode(content, tensors))
     if kind == "$float" and content in ("nan", "inf", "-inf"):
         return float(content)
     if kind == "$tuple":
@@ -116,6 +181,9 @@ def _refuse_constant(text: str) -> None:
 def reshard(states: Iterable[State], *, rank: int, world_size: int) -> dict[str, Any]:
     """Make the state of a handle at another world size, from its states on all K ranks, in order of rank.
 
+    With sites of R ranks, which are in order too, one after the other, it is of another number of sites: the peers at
+    each place take over from those before them. R stays.
+
     New rank j of K' takes over the old ranks' share [j / K', (j + 1) / K') of [0, 1), on which old rank i is
     [i / K, (i + 1) / K): its residual and momentum are the old ranks' averages, weighted by their part in it. That
     keeps their mean over the ranks, and with it the update that is still owed. Replicated state is old rank 0's, and
@@ -125,29 +193,42 @@ def reshard(states: Iterable[State], *, rank: int, world_size: int) -> dict[str,
         ValueError: if the states are not those of all old ranks, in order.
     """
     totals: dict[str, Any] = {}
-    wires: list[Any] = []
-    first: State | None = None
-    for old_rank, state in enumerate(states):
-        if state["rank"] != old_rank:
-            found = f"{state['rank']} in place of {old_rank}"
+    peers: list[State] = []
+    places = number = 1
+    for number, state in enumerate(states, 1):
+        places = state.get("places", 1)
+        old_site, old_place = divmod(number - 1, places)
+        site, place = divmod(rank, places)
+        if (state["rank"], state.get("place", 0)) != (old_site, old_place):
+            found = f"{state['rank']} in place of {old_site}"
+            if places > 1:
+                found = (
+                    f"place {state['place']} of site {state['rank']} in that of place {old_place} of site {old_site}"
+                )
             raise ValueError(f"reshard(states=...) must be in order of rank, got {found}.")
-        first = first or state
-        wires.append(json.loads(state["wire"]))
-        weight = _overlap(old_rank, state["world_size"], rank, world_size)
-        if weight:
-            _accumulate(totals, state["aggregator"].get("per_rank", {}), float(weight))
-    if first is None or len(wires) != first["world_size"]:
-        raise ValueError(f"reshard(states=...) must have the state of every rank, got {len(wires)}.")
-    aggregator = dict(first["aggregator"])
+        if old_place == place:
+            weight = _overlap(old_site, state["world_size"], site, world_size // places)
+            if weight:
+                _accumulate(totals, state["aggregator"].get("per_rank", {}), float(weight))
+            peers.append({**state, "aggregator": state["aggregator"] if not peers else {}})
+    if not peers or number != peers[0]["world_size"] * places:
+        raise ValueError(f"reshard(states=...) must have the state of every rank, got {number if peers else 0}.")
+    if world_size % places:
+        raise ValueError(
+            f"reshard(world_size=...) must be a multiple of the {places} ranks of a site, got {world_size}."
+        )
+    site, sites = rank // places, world_size // places
+    aggregator = dict(peers[0]["aggregator"])
     if aggregator:
         aggregator["per_rank"] = _as_saved(totals, aggregator["per_rank"])
-        aggregator["server"] = aggregator["server"] if rank == SERVER else {}
+        aggregator["server"] = aggregator["server"] if site == SERVER else {}
+    counts = {name: [json.loads(state[name]) for state in peers] for name in ("wire", "inside") if name in peers[0]}
     return {
-        **first,
-        "rank": rank,
-        "world_size": world_size,
-        "resharded_from": first["world_size"],
-        "wire": json.dumps(_deal_counts(wires, rank, world_size)),
+        **peers[0],
+        "rank": site,
+        "world_size": sites,
+        "resharded_from": peers[0]["world_size"],
+        **{name: json.dumps(_deal_counts(wires, site, sites)) for name, wires in counts.items()},
         "aggregator": aggregator,
     }
 

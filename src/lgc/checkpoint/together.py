@@ -14,10 +14,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 
 from lgc.checkpoint import files
 from lgc.checkpoint.files import CheckpointError, RefusedError
-from lgc.checkpoint.state import State, from_bytes, of_rank, scheme_of, to_bytes
+from lgc.checkpoint.state import State, from_bytes, of_rank, placed, scheme_of, to_bytes
 from lgc.comm.transport import SERVER, Transport
 
 logger = logging.getLogger("lgc")
@@ -128,10 +129,13 @@ def set_aside(path: Path, *, group: dist.ProcessGroup) -> Path:
     return path.with_name(_together(_meeting(group), "checkpoint.set_aside", rename, only=SERVER)[SERVER])
 
 
-def resume(directory: Path | str, *, group: dist.ProcessGroup, step: int | None = None) -> dict[str, Any] | None:
+def resume(
+    directory: Path | str, *, group: dist.ProcessGroup, step: int | None = None, mesh: DeviceMesh | None = None
+) -> dict[str, Any] | None:
     """Load this rank's state from the newest checkpoint that is not refused, None if there is none; a collective.
 
-    With a step, where something else decides where training goes on, it is that of this step or an error.
+    With a step, where something else decides where training goes on, it is that of this step or an error. With a mesh,
+    DTensors come back on it; see `load`.
 
     Rank 0 logs which one it is, at level INFO. What is refused is set aside, with a warning: the run then goes on from
     an older checkpoint, and repeats the steps since. To have the last word on that, use `available`, `load` and
@@ -147,10 +151,10 @@ def resume(directory: Path | str, *, group: dist.ProcessGroup, step: int | None 
             raise CheckpointError(
                 f"checkpoint.resume(step=...): {directory} has no checkpoint of step {step}, it has {sorted(paths)}."
             )
-        return load(paths[step], group=group)
+        return load(paths[step], group=group, mesh=mesh)
     for path in available(directory, group=group):
         try:
-            state = load(path, group=group)
+            state = load(path, group=group, mesh=mesh)
         except RefusedError as error:
             aside = set_aside(path, group=group)
             if dist.get_rank(group) == 0:
@@ -166,10 +170,16 @@ def _step_of(path: Path) -> int:
     return int(path.name.removeprefix("step-"))
 
 
-def load(path: Path, *, group: dist.ProcessGroup) -> dict[str, Any]:
+def load(path: Path, *, group: dist.ProcessGroup, mesh: DeviceMesh | None = None) -> dict[str, Any]:
     """Load this rank's state from a checkpoint of these ranks, or of another number of ranks; a collective.
 
     As `load_rank`, but a file that one rank refuses is refused by all.
+
+    Args:
+        path: of the checkpoint.
+        group: the ranks that load.
+        mesh: that a model is sharded over, for states that have DTensors, of which a file has this rank's shards. It
+            has as many ranks as when they were saved.
 
     Raises:
         RefusedError: on every rank, naming each rank that refused, the file, and what is wrong with it.
@@ -180,7 +190,7 @@ def load(path: Path, *, group: dist.ProcessGroup) -> dict[str, Any]:
     state: dict[str, Any] = {}
 
     def read() -> str:
-        state.update(load_rank(path, rank=transport.rank, world_size=transport.world_size))
+        state.update(load_rank(path, rank=transport.rank, world_size=transport.world_size, mesh=mesh))
         return hashlib.sha256((path / files.MANIFEST).read_bytes()).hexdigest()
 
     manifests = _together(transport, "checkpoint.load", read)
@@ -189,7 +199,7 @@ def load(path: Path, *, group: dist.ProcessGroup) -> dict[str, Any]:
     return state
 
 
-def load_rank(path: Path, *, rank: int, world_size: int) -> dict[str, Any]:
+def load_rank(path: Path, *, rank: int, world_size: int, mesh: DeviceMesh | None = None) -> dict[str, Any]:
     """Load the state of one rank out of `world_size`, verified before anything of it is used.
 
     At the world size of the checkpoint it is what that rank saved, bit for bit: tensors are contiguous, on the CPU,
@@ -199,12 +209,17 @@ def load_rank(path: Path, *, rank: int, world_size: int) -> dict[str, Any]:
 
     Raises:
         RefusedError: naming the file and the field, what was expected and what is there.
-        CheckpointError: naming the file that could not be read or is of an older schema.
+        CheckpointError: naming the file that could not be read or is of an older schema, or the DTensor for which there
+            is no mesh, or another one.
     """
     if not 0 <= rank < world_size:
         raise ValueError(f"checkpoint.load_rank(rank=...) must be in 0 .. {world_size - 1}, got {rank}.")
     entries = files.read_manifest(path)
-    return of_rank(lambda saved: files.read_rank(path, entries[saved]), len(entries), rank=rank, world_size=world_size)
+    state = of_rank(lambda saved: files.read_rank(path, entries[saved]), len(entries), rank=rank, world_size=world_size)
+    try:
+        return dict(placed(state, mesh))
+    except ValueError as error:
+        raise CheckpointError(f"{path} {error}.") from None
 
 
 def gather(state: State, *, group: dist.ProcessGroup) -> list[Tensor] | None:
@@ -261,7 +276,8 @@ def load_gathered(states: Sequence[Tensor], *, group: dist.ProcessGroup) -> dict
     def read() -> None:
         if not isinstance(states, list | tuple) or not states:
             raise RefusedError(f"load_gathered(states=...) must be the states of all ranks, got {states!r:.100}.")
-        state.update(of_rank(unpack, len(states), rank=transport.rank, world_size=transport.world_size))
+        own = of_rank(unpack, len(states), rank=transport.rank, world_size=transport.world_size)
+        state.update(placed(own, None))
 
     _together(transport, "checkpoint.load_gathered", read)
     return state

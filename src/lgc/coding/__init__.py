@@ -1,6 +1,7 @@
 """Bytes for indices, values and payloads. Nothing here communicates."""
 
 from lgc.coding.bits import lane_width, lane_words, pack_lanes, unpack_lanes
+from lgc.coding.dead_zone import DeadZone
 from lgc.coding.indices import IndexCoder, RangeCoder, RawIndices, Rice
 from lgc.coding.payload import Kind, PayloadError, header_size, pack, size_limit, unpack
 from lgc.coding.values import BFloat16, Float16, Float32, LloydMax, Sign, Uniform, ValueCodec
@@ -8,6 +9,7 @@ from lgc.coding.zeros import decode_zeros, encode_zeros, zeros_bound
 
 __all__ = [
     "BFloat16",
+    "DeadZone",
     "Float16",
     "Float32",
     "IndexCoder",

@@ -1,4 +1,4 @@
-"""Codes for float32 values, of a length that is known but for zeros. See docs/wire.md for the bytes."""
+"""Codes for float32 values. See docs/wire.md for the bytes."""
 
 from __future__ import annotations
 
@@ -23,17 +23,18 @@ Floats = npt.NDArray[np.float32]
 class ValueCodec(ABC):
     """Codes float32 values, `counts[s]` of segment s. Zeros, also negative ones, are decoded as zeros.
 
-    The number of bytes follows from the counts alone, unless a codec has no number for zero and there is one: then the
-    places of the zeros come first, and the code of all others after them.
+    The number of bytes follows from the counts alone, but for `DeadZone`, and unless a codec has no number for zero and
+    there is one: then the places of the zeros come first, and the code of all others after them.
 
     The code is computed on the CPU, so the bytes do not depend on the device, and decoding uses only exactly rounded
     operations, so every rank decodes the same bits. What a codec loses is `values - decode(encode(values))`.
     """
 
     _has_zero: ClassVar[bool] = True  # whether `_decode` gives zero for what was zero
+    _has_fixed_size: ClassVar[bool] = True  # whether `_size` is the length of every code, and not of the longest
 
     def encode(self, values: Tensor, counts: Sequence[int]) -> Tensor:
-        """The code of `values`, a uint8 tensor of shape (size(counts),) on the CPU.
+        """The code of `values`, a uint8 tensor of shape (bytes,) on the CPU.
 
         Args:
             values: finite float32 values of shape (sum(counts),), on any device.
@@ -60,7 +61,7 @@ class ValueCodec(ABC):
         zeros = encode_zeros(values).numpy()
         if zeros.size:
             nonzero = array != 0
-            array, numbers = array[nonzero], _counts_of(nonzero, numbers)
+            array, numbers = array[nonzero], counts_of(nonzero, numbers)
         return tensor(np.concatenate([np.array([zeros.size > 0], np.uint8), zeros, self._encode(array, numbers)]))
 
     def decode(self, data: Tensor | bytes, counts: Sequence[int]) -> Tensor:
@@ -76,9 +77,12 @@ class ValueCodec(ABC):
             zero, array = split_zeros(array, int(numbers.sum()))
             if zero.any():
                 nonzero = ~zero
-                numbers = _counts_of(nonzero, numbers)
-        if array.size != self._size(numbers):
-            raise PayloadError("values", f"{self._size(numbers)} bytes", array.size)
+                numbers = counts_of(nonzero, numbers)
+        size = self._size(numbers)
+        if array.size > size or (self._has_fixed_size and array.size < size):
+            raise PayloadError(
+                "values", f"{size} bytes" if self._has_fixed_size else f"at most {size} bytes", array.size
+            )
         values = self._decode(array, numbers)
         if not np.isfinite(values).all():
             raise PayloadError("values", "finite", values[int(np.argmin(np.isfinite(values)))])
@@ -88,7 +92,7 @@ class ValueCodec(ABC):
         return torch.from_numpy(values)
 
     def size(self, counts: Sequence[int]) -> int:
-        """Length in bytes of the code of so many values, none of which is zero."""
+        """Length in bytes of the code of so many values, none of which is zero; the largest, if it depends on them."""
         numbers = self._check_counts(counts)
         return self._size(numbers) + int(not self._has_zero and numbers.sum() > 0)
 
@@ -175,7 +179,7 @@ class Sign(ValueCodec):
     def _decode(self, data: Octets, counts: Integers) -> Floats:
         filled = counts[counts > 0]
         total = int(filled.sum())
-        magnitudes = _scales(Float32()._decode(data[: 4 * filled.size], filled), "values.magnitudes")
+        magnitudes = require_scales(Float32()._decode(data[: 4 * filled.size], filled), "values.magnitudes")
         bits = data[4 * filled.size :]
         check_bits(bits, total, "values.signs")
         negative = np.unpackbits(bits, count=total, bitorder="little").view(np.bool_)
@@ -253,7 +257,7 @@ class Uniform(ValueCodec):
 
     def _decode(self, data: Octets, counts: Integers) -> Floats:
         groups = _groups(counts, self.block)
-        scales = _scales(Float32()._decode(data[: 4 * groups.size], groups), "values.scales").astype(np.float64)
+        scales = require_scales(Float32()._decode(data[: 4 * groups.size], groups), "values.scales").astype(np.float64)
         packed = data[4 * groups.size :]
         shifted = unpack_fixed(packed, int(groups.sum()), self.bits, "values.integers").astype(np.int64)
         if shifted.size and shifted.max() > 2 * self.levels:
@@ -326,7 +330,7 @@ class LloydMax(ValueCodec):
 
     def _decode(self, data: Octets, counts: Integers) -> Floats:
         groups = _groups(counts, self.block)
-        scales = _scales(self._scale._decode(data[: 2 * groups.size], groups), "values.scales")
+        scales = require_scales(self._scale._decode(data[: 2 * groups.size], groups), "values.scales")
         if scales.max(initial=0) > self._largest:
             raise PayloadError("values.scales", f"at most {self._largest}", scales.max())
         chosen = unpack_fixed(data[2 * groups.size :], int(groups.sum()), self.bits, "values.levels")
@@ -365,7 +369,7 @@ _LLOYD_MAX: Floats = np.float32(2**-13) * np.fromstring(
 )
 
 
-def _counts_of(chosen: npt.NDArray[np.bool_], counts: Integers) -> Integers:
+def counts_of(chosen: npt.NDArray[np.bool_], counts: Integers) -> Integers:
     """How many of every segment's values are chosen."""
     before = np.concatenate([[0], np.cumsum(chosen)])
     ends = np.cumsum(counts)
@@ -382,7 +386,7 @@ def _groups(counts: Integers, block: int | None) -> Integers:
     return groups
 
 
-def _scales(scales: Floats, field: str) -> Floats:
+def require_scales(scales: Floats, field: str) -> Floats:
     """The same, which are refused if no encoder writes them."""
     wrong = ~(np.isfinite(scales) & ~np.signbit(scales))
     if wrong.any():

@@ -40,12 +40,14 @@ def require_agreement(transport: Transport, what: str, description: Mapping[str,
     for key in dict.fromkeys(key for rank in ranks for key in rank):
         values = [rank.get(key, "missing") for rank in ranks]
         if any(value != values[0] for value in values):
-            by_rank = ", ".join(f"rank {rank}: {value}" for rank, value in enumerate(values))
-            raise RuntimeError(f"{what}: the ranks differ in {key}: {by_rank}.")
+            by_rank = ", ".join(f"{transport.member} {rank}: {value}" for rank, value in enumerate(values))
+            raise RuntimeError(f"{what}: the {transport.member}s differ in {key}: {by_rank}.")
     for position, keys in enumerate(zip(*ranks, strict=True)):
         if len(set(keys)) > 1:
-            by_rank = ", ".join(f"rank {rank}: {key}" for rank, key in enumerate(keys))
-            raise RuntimeError(f"{what}: the ranks differ in the order of parameters, at {position}: {by_rank}.")
+            by_rank = ", ".join(f"{transport.member} {rank}: {key}" for rank, key in enumerate(keys))
+            raise RuntimeError(
+                f"{what}: the {transport.member}s differ in the order of parameters, at {position}: {by_rank}."
+            )
 
 
 class Difference(NamedTuple):
@@ -129,8 +131,9 @@ class ReplicaCheck:
             )
         if not differences:
             return
-        found = "; ".join(f"{name} on rank {', '.join(map(str, each.ranks))}" for name, each in differences.items())
-        message = f"lgc: {self._unit} {step}: the ranks are no longer the same: {found}"
+        member = self._transport.member
+        found = "; ".join(f"{name} on {member} {', '.join(map(str, each.ranks))}" for name, each in differences.items())
+        message = f"lgc: {self._unit} {step}: the {member}s are no longer the same: {found}"
         if self._on_difference == "raise":
             raise ReplicaError(
                 f"{message}. Something changes them on each rank alone, such as an optimizer that steps within the "

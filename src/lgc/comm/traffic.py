@@ -71,20 +71,21 @@ def wire_from_json(text: object) -> Wire:
 class Baseline(NamedTuple):
     """Bytes of plain data-parallel training: ring all-reduce of float32 gradients."""
 
-    parameters: int
+    parameters: float
     world_size: int
 
-    def bytes(self, steps: int) -> int:
+    def bytes(self, steps: int) -> float:
         """Bytes sent and received by all ranks together."""
         return 4 * (self.world_size - 1) * self.upload(1) * steps
 
-    def upload(self, steps: int) -> int:
+    def upload(self, steps: int) -> float:
         """Bytes that one rank contributes."""
         return FLOAT32_BYTES * self.parameters * steps
 
 
-def summarise(ranks: list[Wire], parameters: int, world_size: int) -> dict[str, object]:
-    """Sums over these ranks of the world, and ratios against float32 ring all-reduce of the same steps.
+def summarise(ranks: list[Wire], parameters: float, world_size: int) -> dict[str, object]:
+    """Sums over these ranks, and ratios against float32 ring all-reduce of the same steps, by groups of `world_size`
+    ranks, of `parameters` each.
 
     `ratio` is for the whole run, setup included, `ratio_compressed_phase` for that phase alone; `paper` has the
     paper's way of counting, uploads averaged over the ranks. A ratio is None where nothing was sent or there was no
@@ -99,7 +100,7 @@ def summarise(ranks: list[Wire], parameters: int, world_size: int) -> dict[str, 
     def total(key: str, of: list[dict[str, object]]) -> int:
         return sum(value for phase in of if isinstance(value := phase[key], int))
 
-    def ratio(base: int, sent: int) -> float | None:
+    def ratio(base: float, sent: int) -> float | None:
         return base * len(ranks) / world_size / sent if base and sent else None
 
     def both(of: list[dict[str, object]]) -> int:

@@ -37,7 +37,10 @@ from lgc.comm.traffic import SETUP, Traffic, Wire
 
 SERVER = 0
 ROUND = "a round of training"
-OPERATIONS = (ROUND, "lgc.attach", "handle.wire_summary", "handle.detach", "lgc.checkpoint")
+OPERATIONS = (
+    *(ROUND, "lgc.attach", "handle.wire_summary", "handle.detach", "lgc.checkpoint"),
+    *("handle.anchored", "handle.load_state_dict"),
+)
 PAYLOADS = 2  # that the opening of a round announces
 JSON_LIMIT = 2**28  # bytes
 MESSAGE_LIMIT = 4096  # bytes of an error message
@@ -81,6 +84,7 @@ class Transport:
     Args:
         group: whose collectives.
         device: that this rank computes on; None is what the group is for.
+        member: what a rank of the group is called in messages.
 
     Attributes:
         device: where the collectives take tensors: the host under gloo, else this rank's GPU.
@@ -88,10 +92,11 @@ class Transport:
         seconds: that this rank has spent in collectives, waiting for other ranks included; but for asynchronous ones.
     """
 
-    def __init__(self, group: dist.ProcessGroup, device: torch.device | None = None) -> None:
+    def __init__(self, group: dist.ProcessGroup, device: torch.device | None = None, *, member: str = "rank") -> None:
         if not dist.is_initialized():
             raise RuntimeError("lgc: the process group is gone; what needs it comes before destroy_process_group().")
         self.group = group
+        self.member = member
         self.device = _staging_device(group, device)
         self.rank = dist.get_rank(group)
         self.world_size = dist.get_world_size(group)
@@ -106,7 +111,11 @@ class Transport:
         ranks = dist.get_process_group_ranks(self.group)
         timeout, backend = self.group._get_backend(self.device).options._timeout, dist.get_backend_config(self.group)
         group = dist.new_group(ranks, timeout, backend, use_local_synchronization=True)
-        return Transport(group, self.device)
+        return Transport(group, self.device, member=self.member)
+
+    def uncounted(self) -> Transport:
+        """Another one, of the same group, whose bytes nobody looks at."""
+        return Transport(self.group, self.device, member=self.member)
 
     def set_timeout(self, seconds: float) -> None:
         """How long a rank waits for another in any collective of the group before it gives up."""
@@ -167,18 +176,22 @@ class Transport:
             message_lengths = [row[2] if rank in failed else 0 for rank, row in enumerate(rows)]
             payload = torch.tensor(list(message), dtype=torch.uint8, device="cpu")
             messages = self.all_gather_bytes(payload, "errors", message_lengths, limit=MESSAGE_LIMIT)
-            texts = [f"rank {rank}: {bytes(messages[rank].tolist()).decode(errors='replace')}" for rank in failed]
+            texts = [
+                f"{self.member} {rank}: {bytes(messages[rank].tolist()).decode(errors='replace')}" for rank in failed
+            ]
             raise RankError(f"lgc: step {step}: {'; '.join(texts)}") from error
         operations = [OPERATIONS[row[1] >> 3] if 0 <= row[1] >> 3 < len(OPERATIONS) else "another" for row in rows]
         if set(operations) != {operation}:
-            texts = [f"rank {rank} in {each}" for rank, each in enumerate(operations)]
-            raise RankError(f"lgc: every rank must call the same collectives, and now there is {', '.join(texts)}.")
+            texts = [f"{self.member} {rank} in {each}" for rank, each in enumerate(operations)]
+            raise RankError(
+                f"lgc: every {self.member} must call the same collectives, and now there is {', '.join(texts)}."
+            )
         steps = [row[0] for row in rows]
         if set(steps) != {step}:
             raise RankError(
-                f"lgc: the ranks are at different steps: {steps} (by rank). All must go on from the same checkpoint "
-                "and make as many steps: where one has fewer batches, stop all ranks with it, or use DDP's join() if "
-                "every step is exchanged."
+                f"lgc: the {self.member}s are at different steps: {steps} (by {self.member}). All must go on from the "
+                "same checkpoint and make as many steps: where one has fewer batches, stop all ranks with it, or use "
+                "DDP's join() if every step is exchanged."
             )
         if (key := self._error_key(self.rank)) in _announced_here:  # and yet all go on: no reason for a later failure
             _announced_here.remove(key)
@@ -406,9 +419,9 @@ class Transport:
 
     def _lost(self, error: RuntimeError) -> str:
         return (
-            f"rank {self.rank}: an exchange with the other ranks has failed: {error}. If no rank has failed, one has "
-            "left out a backward pass or a call that the others make, or ended before them; or it was waited for too "
-            "long: give attach a timeout= longer than what one rank does alone, such as an evaluation."
+            f"{self.member} {self.rank}: an exchange with the other {self.member}s has failed: {error}. If no rank has "
+            "failed, one has left out a backward pass or a call that the others make, or ended before them; or it was "
+            "waited for too long: give attach a timeout= longer than what one rank does alone, such as an evaluation."
         )
 
     def _announced(self) -> str | None:
@@ -420,7 +433,7 @@ class Transport:
                 for rank in others:
                     if self._store().check([self._error_key(rank)]):
                         message = self._store().get(self._error_key(rank))[:MESSAGE_LIMIT]
-                        return f"rank {rank}: {message.decode(errors='replace')}"
+                        return f"{self.member} {rank}: {message.decode(errors='replace')}"
                 time.sleep(0.05)
             return None
 

@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args, get_origin
 
 from lgc.coding import (
     BFloat16,
+    DeadZone,
     Float16,
     Float32,
     IndexCoder,
@@ -29,6 +30,7 @@ VALUE_CODECS: dict[str, type[ValueCodec]] = {
     "sign": Sign,
 }
 QUANTISERS: dict[str, type[Uniform] | type[LloydMax]] = {"uniform": Uniform, "lloyd": LloydMax}
+DEAD_ZONE = "deadzone"
 
 
 class Default(float):
@@ -40,6 +42,8 @@ def to_text(value: object) -> str:
     if isinstance(value, Uniform | LloydMax):
         (name,) = [name for name, codec in QUANTISERS.items() if type(value) is codec]
         return f"{name}{value.bits}" + ("" if value.block == type(value).block else f"x{value.block}")
+    if isinstance(value, DeadZone):
+        return f"{DEAD_ZONE}{value.step}"
     for name, codec in (INDEX_CODERS | VALUE_CODECS).items():
         if type(value) is codec:
             return name
@@ -112,8 +116,11 @@ def _codec(where: str, text: str, codecs: Mapping[str, type[IndexCoder] | type[V
     if quantiser:
         name, *numbers = quantiser.groups()
         return QUANTISERS[name](*(int(number) for number in numbers if number is not None))
+    if of_values and re.fullmatch(rf"{DEAD_ZONE}\d+(\.\d+)?", text):
+        return DeadZone(float(text.removeprefix(DEAD_ZONE)))
     if text not in codecs:
-        options = ", ".join([*codecs, *(f"{name}BITS, {name}BITSxBLOCK" for name in QUANTISERS if of_values)])
+        quantisers = [f"{name}BITS, {name}BITSxBLOCK" for name in QUANTISERS] + [f"{DEAD_ZONE}STEP"]
+        options = ", ".join([*codecs, *(quantisers if of_values else [])])
         raise ValueError(f"{where} must be one of {options}, got {text!r}.")
     return codecs[text]()
 

@@ -1,0 +1,133 @@
+"""A code of less than two bits a value: most values are near zero, and are left out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, final
+
+import numpy as np
+import torch
+
+from lgc.coding.bits import Integers, check_bits, octet_count, pack_bits, unpack_bits
+from lgc.coding.indices import Rice
+from lgc.coding.payload import Octets, PayloadError
+from lgc.coding.values import BFloat16, Floats, ValueCodec, counts_of, require_scales
+
+LENGTH_BYTES = 4
+
+
+@final
+@dataclass(frozen=True)
+class DeadZone(ValueCodec):
+    """Multiples of a step, with a zone around zero that is twice as wide; zeros stay zeros.
+
+        x -> sign(x) (k + 3/8) f,  k = floor(|x| / s) from 1 to 15;  x -> 0 where |x| < s
+        s = step sqrt(mean x^2) of the segment, or max |x| if that is less
+        f = sum |x| (k + 3/8) / sum (k + 3/8)^2 over what is not left out, a bfloat16
+
+    f is the best factor, so no segment loses as much as it holds; the largest value is always sent. The larger the
+    step, the fewer bits: for Gaussian values 1.4 a value at a step of 1, 0.6 at 1.6. Which values reach k = 1, which of
+    these k = 2, and so on, are positions in `Rice` code, so the length depends on the values.
+
+    Source: Sullivan, Efficient Scalar Quantization of Exponential and Laplacian Random Variables, IEEE Trans.
+    Information Theory, 1996, for the zone and the offset of the levels.
+
+    Args:
+        step: in root mean squares, above 0 and at most 4.
+
+    Raises:
+        ValueError: if it is out of its range.
+    """
+
+    step: float = 1.6
+
+    _has_fixed_size = False
+    _levels: ClassVar[int] = 15
+    _offset: ClassVar[np.float32] = np.float32(0.375)
+    _factor: ClassVar[BFloat16] = BFloat16()
+    _largest: ClassVar[float] = 2.0**123  # of a factor: no product with 15.375 overflows
+
+    def __post_init__(self) -> None:
+        if isinstance(self.step, bool) or not isinstance(self.step, int | float) or not 0 < self.step <= 4:
+            raise ValueError(f"DeadZone(step=...) must be a number above 0 and at most 4, got {self.step!r}.")
+
+    def _encode(self, values: Floats, counts: Integers) -> Octets:
+        filled = counts[counts > 0]
+        starts = np.cumsum(filled) - filled
+        magnitudes = np.abs(values)
+        squares = np.add.reduceat(np.square(magnitudes, dtype=np.float64), starts) if filled.size else np.zeros(0)
+        greatest = np.maximum.reduceat(magnitudes, starts) if filled.size else np.zeros(0, np.float32)
+        steps = np.minimum(self.step * np.sqrt(squares / filled), greatest).astype(np.float32)
+        multiples = magnitudes / np.repeat(np.where(steps > 0, steps, np.float32(1)), filled)
+        levels = np.minimum(multiples, self._levels).astype(np.uint8)
+        sent = np.where(levels > 0, levels + self._offset, 0).astype(np.float64)
+        products = np.add.reduceat(sent * magnitudes, starts) if filled.size else np.zeros(0)
+        norms = np.add.reduceat(sent * sent, starts) if filled.size else np.zeros(0)
+        factors = np.minimum(products / np.where(norms > 0, norms, 1), self._largest).astype(np.float32)
+        negative = np.packbits(values[levels > 0] < 0, bitorder="little")
+        return np.concatenate([self._factor._encode(factors, filled), self._encode_levels(levels, counts), negative])
+
+    def _encode_levels(self, levels: Octets, counts: Integers) -> Octets:
+        parts = [np.zeros(0, np.uint8)]
+        level = 0
+        while levels.size and level < self._levels:
+            level += 1
+            reached = levels >= level
+            fewer = counts_of(reached, counts)
+            positions = Rice().encode(torch.from_numpy(np.flatnonzero(reached)), counts.tolist()).numpy()
+            length = np.array([positions.size], f"<u{LENGTH_BYTES}").view(np.uint8)
+            parts += [pack_bits(fewer, _widths(counts)), length, positions]
+            levels, counts = levels[reached], fewer
+        return np.concatenate(parts)
+
+    def _decode(self, data: Octets, counts: Integers) -> Floats:
+        filled = counts[counts > 0]
+        if data.size < 2 * filled.size:
+            raise PayloadError("values.factors", f"{2 * filled.size} bytes", data.size)
+        factors = require_scales(self._factor._decode(data[: 2 * filled.size], filled), "values.factors")
+        if factors.max(initial=0) > self._largest:
+            raise PayloadError("values.factors", f"at most {self._largest}", factors.max())
+        levels, negative = self._decode_levels(data[2 * filled.size :], counts)
+        sent = levels > 0
+        check_bits(negative, int(sent.sum()), "values.signs")
+        values = (levels[sent] + self._offset) * np.repeat(factors, filled)[sent]
+        signs = np.unpackbits(negative, count=values.size, bitorder="little").view(np.bool_)
+        decoded = np.zeros(levels.size, np.float32)
+        decoded[sent] = np.where(signs, -values, values)
+        return decoded
+
+    def _decode_levels(self, data: Octets, counts: Integers) -> tuple[Octets, Octets]:
+        """The level of every value, and the bytes that follow."""
+        levels = np.zeros(int(counts.sum()), np.uint8)
+        places = np.arange(levels.size)  # of the values that have reached the level before
+        level = 0
+        while places.size and level < self._levels:
+            level += 1
+            widths = _widths(counts)
+            end = octet_count(int(widths.sum()))
+            fewer = unpack_bits(data[:end], widths, "values.counts")
+            if (fewer > counts).any():
+                raise PayloadError("values.counts", "of values that are there", int(fewer.max()))
+            start = end + LENGTH_BYTES
+            length = data[end:start]
+            if length.size != LENGTH_BYTES:
+                raise PayloadError("values.levels", f"a length of {LENGTH_BYTES} bytes", length.size)
+            end = start + int(length.view(f"<u{LENGTH_BYTES}")[0])
+            if end > data.size:
+                raise PayloadError("values.levels", f"at most {data.size - start} bytes", end - start)
+            code = data[start:end].tobytes()
+            places = places[Rice().decode(code, counts.tolist(), fewer.tolist()).numpy()]
+            levels[places] = level
+            counts, data = fewer, data[end:]
+        return levels, data
+
+    def _size(self, counts: Integers) -> int:
+        """The largest possible length: a position takes at most 9/8 bits of every value that might be at one."""
+        header = octet_count(64 * counts.size) + LENGTH_BYTES + 8
+        total = int(counts.sum())
+        return 2 * counts.size + self._levels * (header + octet_count(9 * total // 8)) + octet_count(total)
+
+
+def _widths(counts: Integers) -> Integers:
+    """Bits of a number of up to so many values."""
+    return np.array([int(count).bit_length() for count in counts], np.int64)

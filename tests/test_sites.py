@@ -1,0 +1,419 @@
+"""Sites: ranks that hold one copy of the model between them, and take part in the rounds of local steps as one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from local_runs import differ, exact
+from ranks import Ranks
+from site_runs import Inside, Net, NetWithStatistics, Place, SiteRun, batch, whole
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+import lgc
+
+RankFactory = Callable[[int], Ranks]
+
+EXCHANGES = {
+    "dense": lgc.Dense(),
+    "quantized": lgc.Quantized(),
+    "two-stage": lgc.Quantized(reduction="two_stage"),
+    "topk": lgc.TopK(rate=0.1),
+    "scalecom": lgc.ScaleCom(rate=0.1, warmup_steps=2),
+}
+UNCODED = exact(start_steps=2, start=lgc.Float32())
+every_inside = pytest.mark.parametrize("inside", ["ddp", "fsdp"])
+
+
+def train(
+    rank: int, world_size: int, places: int, scheme: lgc.LocalSteps, inside: Inside, steps: int
+) -> tuple[dict[str, Tensor], list[float], dict[str, Any]]:
+    """Weights, losses and byte counts after a run that has been finished."""
+    run = SiteRun(Place(rank, world_size, places), scheme, inside).train(range(steps))
+    run.handle.finish()
+    return run.weights(), run.losses, run.handle.wire_summary()
+
+
+@every_inside
+def test_sites_train_as_single_ranks_with_all_of_a_sites_samples(ranks: RankFactory, inside: Inside) -> None:
+    of_sites, of_ranks = ranks(4).run(train, 2, UNCODED, inside, 9), ranks(2).run(train, 1, UNCODED, "plain", 9)
+    assert not differ([weights for weights, _, _ in of_sites])
+    for name, each in of_ranks[0][0].items():
+        torch.testing.assert_close(of_sites[0][0][name], each, rtol=1e-4, atol=1e-5)
+    for site in (0, 1):
+        for step, loss in enumerate(of_ranks[site][1]):
+            halves = [of_sites[2 * site + place][1][step] for place in (0, 1)]
+            assert sum(halves) / 2 == pytest.approx(loss, abs=1e-4)
+
+
+@pytest.mark.grid
+@every_inside
+@pytest.mark.parametrize("exchange", EXCHANGES.values(), ids=EXCHANGES)
+@pytest.mark.parametrize("arguments", [{}, {"overlap": True}, {"fragments": 2, "overlap": True}], ids=str)
+def test_all_ranks_of_all_sites_have_the_same_weights_at_the_end(
+    ranks: RankFactory, exchange: Any, arguments: dict[str, Any], inside: Inside
+) -> None:
+    scheme = lgc.LocalSteps(every=4, exchange=exchange, start_steps=2, **arguments)
+    results = ranks(4).run(train, 2, scheme, inside, 11)
+    assert not differ([weights for weights, _, _ in results])
+    torch.manual_seed(0)
+    assert torch.equal(results[0][0]["rows.weight"][16:], Net().rows.weight[16:])  # rows that no rank has seen
+
+
+class Wide(nn.Module):
+    """Larger, so that what a round sends is more than its headers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows = nn.Embedding(64, 128)
+        self.hidden = nn.Linear(128, 512)
+        self.out = nn.Linear(512, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.out(self.hidden(self.rows(x)).relu())
+        return logits
+
+
+def count(rank: int, world_size: int, places: int, inside: Inside) -> tuple[dict[str, Any], dict[str, Any]]:
+    scheme = lgc.LocalSteps(every=2, start_steps=1)
+    run = SiteRun(Place(rank, world_size, places), scheme, inside, net=Wide, check_every=0).train(range(5))
+    return run.handle.wire_summary(), run.handle.wire_summary(of_all=False)
+
+
+@every_inside
+def test_between_two_sites_travels_what_two_ranks_send_whatever_is_inside(ranks: RankFactory, inside: Inside) -> None:
+    (of_sites, own), *others = ranks(4).run(count, 2, inside)
+    of_ranks, _ = ranks(2).run(count, 1, "plain")[0]
+    assert all(summary == of_sites for summary, _ in others)
+    assert of_sites["sent_bytes"] == sum(each["sent_bytes"] for _, each in [(of_sites, own), *others])
+    phases = [phase["sent_bytes"] for phase in of_sites["phases"]]
+    assert phases == pytest.approx([phase["sent_bytes"] for phase in of_ranks["phases"]], rel=0.05)
+    assert of_sites["ratio_compressed_phase"] == pytest.approx(of_ranks["ratio_compressed_phase"], rel=0.05)
+    weights = 4 * sum(each.numel() for each in Wide().parameters())
+    inside_bytes = sum(phase["sent_bytes"] for phase in of_sites["inside"]["phases"] if phase["name"] != "setup")
+    rounds = 3  # of the start, and two
+    assert (inside_bytes >= rounds * 2 * weights) == (inside == "ddp")
+    assert "inside" not in of_ranks
+
+
+def alone(rank: int, world_size: int, scheme: lgc.LocalSteps, inside: Inside, between: bool) -> dict[str, Tensor]:
+    run = SiteRun(Place(rank, world_size, 1), scheme, inside, between=between).train(range(11))
+    run.handle.finish()
+    return run.weights()
+
+
+@pytest.mark.grid
+@pytest.mark.parametrize("exchange", EXCHANGES.values(), ids=EXCHANGES)
+@pytest.mark.parametrize("inside", ["plain", "ddp", "fsdp"])
+def test_one_rank_a_site_is_what_local_steps_are_without_sites(
+    ranks: RankFactory, inside: Inside, exchange: Any
+) -> None:
+    scheme = lgc.LocalSteps(every=4, exchange=exchange, start_steps=2)
+    without = ranks(2).run(alone, scheme, "plain", False)
+    for with_sites in ranks(2).run(alone, scheme, inside, True):
+        assert not differ([with_sites, without[0]])
+
+
+def one_site(rank: int, world_size: int, inside: Inside) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """A site that is alone, and the same training with what one rank's local steps do by hand."""
+    where = Place(rank, world_size, 2)
+    run = SiteRun(where, exact(outer_lr=0.7, outer_momentum=0.9), inside).train(range(8))
+    by_hand = SiteRun(where, lgc.LocalSteps(every=100, start_steps=0), inside)
+    anchor = by_hand.weights()
+    momentum = {name: torch.zeros_like(each) for name, each in anchor.items()}
+    for first in (0, 4):
+        by_hand.train(range(first, first + 4))
+        for name, each in by_hand.net.named_parameters():
+            moved = anchor[name] - whole(each)
+            momentum[name] = 0.9 * momentum[name] + moved
+            anchor[name] -= 0.7 * (moved + 0.9 * momentum[name])
+            with torch.no_grad():
+                target: Any = each
+                if inside == "fsdp":
+                    from torch.distributed.tensor import distribute_tensor
+
+                    target.copy_(distribute_tensor(anchor[name], target.device_mesh, target.placements))
+                else:
+                    target.copy_(anchor[name])
+    return run.weights(), by_hand.weights()
+
+
+@every_inside
+def test_one_site_alone_does_what_one_rank_does(ranks: RankFactory, inside: Inside) -> None:
+    for weights, by_hand in ranks(2).run(one_site, inside):
+        assert not differ([weights, by_hand])
+
+
+def interrupted(rank: int, world_size: int, scheme: lgc.LocalSteps, inside: Inside, stop: int) -> list[Any]:
+    where = Place(rank, world_size, 2)
+    whole_run = SiteRun(where, scheme, inside, adam=True).train(range(13))
+    first = SiteRun(where, scheme, inside, adam=True).train(range(stop))
+    second = SiteRun(where, scheme, inside, adam=True).load(first.state()).train(range(stop, 13))
+    return [(run.weights(), run.handle.wire, run.handle.step) for run in (whole_run, second)]
+
+
+@every_inside
+@pytest.mark.parametrize(("arguments", "stop"), [({}, 1), ({}, 8), ({"overlap": True}, 9)], ids=str)
+def test_a_run_of_sites_goes_on_from_its_state_with_the_same_bits(
+    ranks: RankFactory, inside: Inside, arguments: dict[str, Any], stop: int
+) -> None:
+    scheme = lgc.LocalSteps(every=4, start_steps=2, **arguments)
+    for uninterrupted, resumed in ranks(4).run(interrupted, scheme, inside, stop):
+        assert uninterrupted[1:] == resumed[1:]
+        assert not differ([uninterrupted[0], resumed[0]])
+
+
+def save(rank: int, world_size: int, folder: Path, inside: Inside, steps: int) -> tuple[dict[str, Tensor], ...]:
+    """What all share at the end of it, and the weights of a run that goes on."""
+    where = Place(rank, world_size, 2)
+    run = SiteRun(where, lgc.LocalSteps(every=4, start_steps=2), inside, adam=True).train(range(steps))
+    lgc.checkpoint.save(folder, run.state(), step=steps, group=where.everyone)
+    with run.handle.anchored():
+        shared = run.weights()
+    run.train(range(steps, 13)).handle.finish()
+    return shared, run.weights()
+
+
+def resume(rank: int, world_size: int, folder: Path, inside: Inside) -> tuple[dict[str, Tensor], ...]:
+    where = Place(rank, world_size, 2)
+    run = SiteRun(where, lgc.LocalSteps(every=4, start_steps=2), inside, adam=True)
+    if inside == "fsdp":
+        with pytest.raises(lgc.checkpoint.CheckpointError, match=r"a shard of model/rows.weight: give load\(mesh="):
+            lgc.checkpoint.resume(folder, group=where.everyone)
+    state = lgc.checkpoint.resume(folder, group=where.everyone, mesh=where.mesh["shard"])
+    assert state is not None
+    run.load(state)
+    with run.handle.anchored():
+        shared = run.weights()
+    run.train(range(run.handle.step, 13)).handle.finish()
+    return shared, run.weights()
+
+
+@every_inside
+def test_files_of_all_ranks_bring_a_run_back_and_one_of_another_number_of_sites(
+    ranks: RankFactory, inside: Inside, tmp_path: Path
+) -> None:
+    saved, resumed = ranks(4).run(save, tmp_path, inside, 8), ranks(4).run(resume, tmp_path, inside)
+    for before, after in zip(saved, resumed, strict=True):
+        assert not differ([before[0], after[0]])
+        assert not differ([before[1], after[1]])
+    alone = ranks(2).run(resume, tmp_path, inside)
+    assert not differ([saved[0][0], *(shared for shared, _ in alone)])
+    assert not differ([weights for _, weights in alone])
+
+
+def look_at_the_anchor(rank: int, world_size: int, inside: Inside) -> list[dict[str, Tensor]]:
+    run = SiteRun(Place(rank, world_size, 2), exact(), inside).train(range(4))
+    at_round, own = run.weights(), run.train(range(4, 6)).weights()
+    with run.handle.anchored():
+        anchored = run.weights()
+    return [at_round, anchored, own, run.weights()]
+
+
+@every_inside
+def test_anchored_shows_on_all_ranks_what_the_last_round_left(ranks: RankFactory, inside: Inside) -> None:
+    results = ranks(4).run(look_at_the_anchor, inside)
+    for at_round, anchored, own, after in results:
+        assert not differ([anchored, at_round])
+        assert not differ([own, after])
+    assert not differ([results[0][2], results[1][2]])
+    assert "hidden.weight" in differ([results[0][2], results[2][2]])
+
+
+def poison(rank: int, world_size: int, inside: Inside, on_nonfinite: Any, at: str) -> tuple[str, dict[str, Tensor]]:
+    run = SiteRun(Place(rank, world_size, 2), exact(start_steps=2), inside, on_nonfinite=on_nonfinite)
+    run.train(range(1 if at == "start" else 4))
+    if at == "start":
+        run.gradients(1)
+        if rank == 3:
+            gradient: Any = run.net.out.bias.grad
+            (gradient.to_local() if inside == "fsdp" else gradient)[-1] = torch.nan
+    elif rank == 3:
+        weight: Any = run.net.hidden.weight.detach()
+        (weight.to_local() if inside == "fsdp" else weight)[-1] = torch.nan
+    try:
+        if at == "start":
+            run.optimizer.step()
+        run.train(range(4, 6))
+    except FloatingPointError as error:
+        return str(error), {}
+    run.handle.finish()
+    return "", run.weights()
+
+
+@every_inside
+@pytest.mark.parametrize("at", ["start", "round"])
+def test_what_is_not_finite_on_one_rank_is_an_error_on_every_rank(ranks: RankFactory, inside: Inside, at: str) -> None:
+    for message, _ in ranks(4).run(poison, inside, "raise", at):
+        assert "not finite on site 1" in message
+
+
+@every_inside
+def test_or_its_site_counts_for_nothing_in_the_round_and_goes_on(ranks: RankFactory, inside: Inside) -> None:
+    results = ranks(4).run(poison, inside, "propagate", "round")
+    assert not differ([weights for _, weights in results])
+    assert all(each.isfinite().all() for each in results[0][1].values())
+
+
+def go_wrong(rank: int, world_size: int, what: str) -> None:
+    run = SiteRun(Place(rank, world_size, 2), exact(), "ddp").train(range(4))
+    if rank == 3 and what == "unfrozen":
+        run.net.late = nn.Parameter(torch.zeros(2))
+    if rank == 3 and what == "coding":
+        run.handle.synchronizer.aggregator.exchanges = None  # type: ignore[method-assign,union-attr]
+    if rank > 1 and what == "another step":
+        run.handle._caller.step += 1
+    run.train(range(4, 9)).handle.finish()
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ("unfrozen", "late is trained now"),
+        ("another step", "different steps"),
+        ("coding", "'NoneType' object is not callable"),
+    ],
+)
+def test_an_error_of_one_rank_reaches_its_site_and_its_peers(ranks: RankFactory, what: str, message: str) -> None:
+    for error in ranks(4).exceptions(go_wrong, what):
+        assert message in str(error)
+
+
+def keep_statistics(rank: int, world_size: int) -> tuple[dict[str, Tensor], int, float]:
+    where = Place(rank, world_size, 2)
+    run = SiteRun(where, exact(), "ddp", net=NetWithStatistics).train(range(10))
+    run.handle.finish()
+    sent = run.handle.wire.phases["compressed"].contents
+    return run.weights(), sent.get("buffers", 0), run.net.norm.running_mean.abs().sum().item()
+
+
+def test_buffers_are_brought_together_between_all_ranks_and_sent_once_a_site(ranks: RankFactory) -> None:
+    results = ranks(4).run(keep_statistics)
+    assert not differ([weights for weights, _, _ in results])
+    assert results[0][2] > 0
+    assert [sent > 0 for _, sent, _ in results] == [True, False, True, False]
+
+
+def freeze(rank: int, world_size: int) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+    run = SiteRun(Place(rank, world_size, 2), exact(outer_momentum=0.9), "fsdp")
+    run.train(range(6)).net.hidden.requires_grad_(False)
+    at_round = run.train(range(6, 8)).weights()["hidden.weight"]
+    weights = run.train(range(8, 16)).weights()
+    return weights, at_round, weights["hidden.weight"]
+
+
+def test_what_is_frozen_comes_together_at_the_next_round_and_rests(ranks: RankFactory) -> None:
+    results = ranks(4).run(freeze)
+    assert not differ([weights for weights, _, _ in results])
+    for _, at_round, at_end in results:
+        assert torch.equal(at_round, at_end)
+
+
+def clip_in_half_precision(rank: int, world_size: int) -> tuple[dict[str, Tensor], list[float], float]:
+    """A sharded run whose parameters stay gathered after a forward pass without a backward one."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    where = Place(rank, world_size, 2)
+    torch.manual_seed(0)
+    net: Any = Net()
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    fully_shard(net, mesh=where.mesh["shard"], mp_policy=policy, reshard_after_forward=False)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=0.01)
+    scheme = lgc.LocalSteps(every=2, start_steps=2)
+    handle = lgc.attach(net, scheme, optimizer, between=where.mesh["site"])
+    x, y = batch(where.site, where.place, 0)
+    losses, norm = [], 0.0
+    for _ in range(8):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(net(x).float(), y).backward()
+        norm = nn.utils.clip_grad_norm_(net.parameters(), 0.1).full_tensor().item()  # type: ignore[attr-defined]
+        optimizer.step()
+        with handle.anchored(), torch.no_grad():
+            losses.append(nn.functional.cross_entropy(net(x).float(), y).item())
+    handle.finish()
+    return {name: whole(each) for name, each in net.named_parameters()}, losses, norm
+
+
+def test_a_sharded_model_may_clip_and_compute_in_half_precision(ranks: RankFactory) -> None:
+    results = ranks(4).run(clip_in_half_precision)
+    assert not differ([weights for weights, _, _ in results])
+    for _, losses, norm in results:
+        assert losses[-1] < losses[0]
+        assert norm > 0
+        assert losses[2] != losses[4] != losses[6]  # what is seen within anchored() is that of the last round
+
+
+def detach(rank: int, world_size: int) -> list[dict[str, Tensor]]:
+    run = SiteRun(Place(rank, world_size, 2), exact(), "ddp").train(range(6))
+    run.handle.detach()
+    return [run.weights(), run.train(range(6, 8)).weights()]
+
+
+def test_after_detach_each_site_is_left_to_its_ddp(ranks: RankFactory) -> None:
+    results = ranks(4).run(detach)
+    assert not differ([at_once for at_once, _ in results])
+    assert not differ([later for _, later in results[:2]])
+    assert "out.weight" in differ([later for _, later in results[1:3]])
+
+
+def attach_what_cannot_be(rank: int, world_size: int, what: str) -> str:
+    where = Place(rank, world_size, 2)
+    net: Any = Net()
+    inside = where.mesh["shard"].get_group()
+    between: Any = where.mesh["site"].get_group()
+    scheme: Any = exact()
+    arguments: dict[str, Any] = {}
+    if what in ("without between", "two dimensions", "ignored"):
+        from torch.distributed.fsdp import fully_shard
+
+        ignored = {net.out.bias} if what == "ignored" else set()
+        mesh = where.mesh if what == "two dimensions" else where.mesh["shard"]
+        fully_shard(net, mesh=mesh, ignored_params=ignored)
+    else:
+        net = DistributedDataParallel(net, process_group=None if what == "all of DDP" else inside)
+    if what == "a scheme of every step":
+        scheme = lgc.DGC()
+    if what == "synchronise":
+        arguments = {"on_difference": "synchronise"}
+    if what == "a mesh of two dimensions":
+        between = where.mesh
+    if what == "another rank's group":
+        between = dist.GroupMember.NON_GROUP_MEMBER
+    if what == "crossed":
+        crossed = [dist.new_group(each) for each in ([0, 3], [1, 2])]
+        between = crossed[rank in (1, 2)]
+    if what == "uneven":
+        uneven = [dist.new_group(each) for each in ([0, 2], [1], [3])]
+        between = uneven[[0, 1, 0, 2][rank]]
+    if what != "without between":
+        arguments |= {"between": between}
+    try:
+        lgc.attach(net, scheme, torch.optim.SGD(net.parameters(), lr=0.1), **arguments)
+    except (ValueError, TypeError, RuntimeError) as error:
+        return str(error)
+    return "attached"
+
+
+REFUSED = {
+    "without between": "lgc.attach(..., between=mesh['site'])",
+    "two dimensions": "fully_shard(model, mesh=mesh['shard'])",
+    "ignored": "out.bias on every rank of the site",
+    "all of DDP": "and no other in common",
+    "a scheme of every step": "use lgc.LocalSteps()",
+    "synchronise": "go on from a checkpoint",
+    "a mesh of two dimensions": "must have one dimension",
+    "another rank's group": "that this rank is in",
+    "crossed": "the sites differ in place in its site",
+    "uneven": "differ in number of sites: rank 0: 2, rank 1: 1",
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_what_is_no_site_is_refused_by_name_on_every_rank(ranks: RankFactory, what: str) -> None:
+    for message in ranks(4).run(attach_what_cannot_be, what):
+        assert REFUSED[what] in message
