@@ -276,7 +276,7 @@ def go_wrong(rank: int, world_size: int, what: str) -> None:
 @pytest.mark.parametrize(
     ("what", "message"),
     [
-        ("unfrozen", "late is trained now"),
+        ("unfrozen", "lgc: step 8: site 1: RankError: lgc: step 8: rank 1: RuntimeError: late is trained now"),
         ("another step", "different steps"),
         ("coding", "'NoneType' object is not callable"),
     ],
