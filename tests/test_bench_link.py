@@ -110,6 +110,22 @@ def test_between_two_sites_a_round_sends_one_coded_copy_of_each() -> None:
 
 
 @needs_root
+def test_packets_are_delayed_and_nothing_is_left_of_what_delays_them() -> None:
+    with temporary_network(2) as network:
+        ping = f"ip netns exec {network.namespace(0)} {sys.executable} -c"
+        answer = [*ping.split(), f"import socket; print(socket.create_connection(('{network.address(1)}', 1)))"]
+        for seconds, delayed in [(0.1, True), (0.0, False)]:
+            with network.delayed(seconds):
+                started = time.perf_counter()
+                refused = subprocess.run(answer, capture_output=True, text=True)  # once the other side has said so
+                taken = time.perf_counter() - started
+            assert "ConnectionRefusedError" in refused.stderr
+            assert (taken > 4 * 0.1) == delayed  # there and back, for its address and for the connection
+        network.shape(None)
+    assert namespaces(os.getpid()) == []
+
+
+@needs_root
 def test_a_network_is_removed_when_the_block_raises() -> None:
     with pytest.raises(KeyboardInterrupt), temporary_network(2):
         raise KeyboardInterrupt

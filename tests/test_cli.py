@@ -88,6 +88,19 @@ def test_compare_writes_a_summary_of_every_run(compared: Path) -> None:
     }
 
 
+def test_the_parts_of_a_round_are_measured_beside_a_copy() -> None:
+    options = ["--parameters", "10000", "--repeats", "1", "--schemes", "dgc,quantized:reduction=two_stage"]
+    result = CliRunner().invoke(main, ["bench", "round", *options], catch_exceptions=False)
+    _, *rows = result.output.splitlines()
+    assert [row.split()[0] for row in rows] == ["dgc", "quantized:reduction=two_stage"]
+    for row in rows:
+        *parts, whole, _ = map(float, row.split()[1:])
+        assert whole == pytest.approx(sum(parts), abs=0.05)  # rounded
+    refused = CliRunner().invoke(main, ["bench", "round", "--schemes", "powersgd"])
+    assert refused.exit_code == 2
+    assert "bench round measures schemes with rounds of their own, and powersgd has none." in refused.output
+
+
 def test_a_run_of_local_steps_is_compared_like_the_others(compared: Path) -> None:
     folder = compared / LOCAL.replace(":", ",")
     summary = read(folder / "summary.json")

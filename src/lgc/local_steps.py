@@ -263,7 +263,13 @@ class LocalRounds(Caller):
         """Take the weights, which are the same on all ranks, as the anchor, and bring the buffers together."""
         for fragment in self._fragments:
             fragment.begin()
+        self._forget_start()
         self._combine_buffers()
+
+    def _forget_start(self) -> None:
+        """Give back the memory of what the start still owed, which nothing sends any more."""
+        if self._start is not None:
+            self._start.synchronizer.aggregator.feedback.forget()
 
     def _combine_buffers(self) -> None:
         buffers = self._buffers.current()
@@ -378,6 +384,7 @@ class LocalRounds(Caller):
                 distance = {name: each * scale for name, each in distance.items()}
             with self._site.together(step):
                 mean = fragment.synchronizer.synchronize(distance, number, resting=resting)
+                fragment.synchronizer.aggregator.feedback.release()  # but for the mean, until it has been applied
                 changed = any(opening.votes)
                 combined = self._site.combine(self._buffers, buffers, states, transport) if changed else {}
             return Result(mean, combined, finite)
@@ -573,6 +580,8 @@ class LocalRounds(Caller):
             _copy({each: replicated["outer_momentum"][name] for name, each in fragment.momentum.items()})
             fragment.rounds, fragment.step = replicated["rounds"][str(number)], replicated["round_steps"][str(number)]
         self._last_round = replicated["last_round"]
+        if step > self._scheme.start_steps:
+            self._forget_start()
         if isinstance(self._start, Caller):
             self._start.step = min(step, self._scheme.start_steps)
         self._replaced = self._in_step = False

@@ -7,7 +7,6 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, get_args
 
-import torch
 from torch import Tensor
 
 from lgc.comm.replicas import OnDifference, ReplicaCheck, ReplicaError, require_agreement
@@ -101,7 +100,6 @@ class Synchronizer:
         self.observers: list[Observer] = []
         self._replicas = replicas or {}
         self._check = ReplicaCheck(transport, self.policy.check_every, self.policy.on_difference, unit)
-        self._flat = torch.zeros(self.aggregator.layout.size, dtype=torch.float32, device=device)
         self.was_finite = True
 
     def phase(self, step: int) -> Phase:
@@ -153,23 +151,23 @@ class Synchronizer:
         counts: bool,
         resting: Collection[str],
     ) -> dict[str, Tensor]:
-        layout = self.aggregator.layout
+        layout, flat = self.aggregator.layout, self.aggregator.feedback.intake
         if tensors.keys() != layout.slices.keys():
             names = ", ".join(sorted(tensors.keys() ^ layout.slices.keys()))
             raise ValueError(f"synchronize(tensors=...) must be those this was made for, what differs is {names}.")
-        for name, view in layout.by_name(self._flat).items():
+        for name, view in layout.by_name(flat).items():
             if tensors[name].shape != view.shape or not tensors[name].is_floating_point():
                 found = f"{tuple(tensors[name].shape)} {tensors[name].dtype}"
                 raise ValueError(f"synchronize(tensors=...): {name} must be floats {tuple(view.shape)}, got {found}.")
             view.copy_(tensors[name])
         places = [layout.slices[name] for name in resting]
         for place in places:
-            self._flat[place] = 0
+            flat[place] = 0
         if scale not in (None, 1.0):
-            self._flat /= scale
+            flat /= scale
         for observer in self.observers:
-            observer.before_round(step, self._flat)
-        result = self.aggregator.aggregate(self._flat, step, places)
+            observer.before_round(step, flat)
+        result = self.aggregator.aggregate(flat, step, places)
         if self._check.is_due(step):  # once the opening has shown that it is for all ranks
             replicas = {**self._replicas, **self.aggregator.replicas()}
             self._check.run(step, replicas, counts=counts)

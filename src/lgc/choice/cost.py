@@ -69,10 +69,14 @@ class Collective:
         """Bytes that a rank sends of it, on average over the ranks and over the possible sources."""
         return self._counts(world_size)[2] * self.size
 
+    def messages(self, world_size: int) -> float:
+        """Messages of it that wait for each other, on average over the possible sources."""
+        return self._counts(world_size)[0]
+
     def time(self, link: Link, world_size: int) -> float:
         """Seconds from the arrival of the last rank on."""
-        messages, copies, _ = self._counts(world_size)
-        return max(self.seconds, messages * link.latency + copies * self.size / link.bandwidth)
+        copies = self._counts(world_size)[1]
+        return max(self.seconds, self.messages(world_size) * link.latency + copies * self.size / link.bandwidth)
 
     def _counts(self, world_size: int) -> tuple[float, float, float]:
         """Count messages in sequence, buffers in sequence, and how often a rank sends its buffer on average."""
@@ -81,7 +85,7 @@ class Collective:
         depth = math.ceil(math.log2(world_size))
         return {
             "all-reduce": (2 * others, 2 * share, 2 * share),  # ring
-            "all-gather": (others, others, others),  # ring
+            "all-gather": (min(others, 1), others, others),  # direct, to each the same
             "broadcast": (depth, depth, share),  # binomial tree
             "gather": (min(others, 1), others, share),  # direct, into one rank's link
             "all-to-all": (min(others, 1), share, share),  # direct, to each its part

@@ -5,14 +5,15 @@ Bytes are those of the buffers handed over, times what a rank sends and receives
 | collective   | sends                           | receives              | algorithm                      |
 |--------------|---------------------------------|-----------------------|--------------------------------|
 | all-reduce   | 2 (K-1)/K b                     | 2 (K-1)/K b           | ring                           |
-| all-gather   | (K-1) b                         | (K-1) b               | ring                           |
+| all-gather   | (K-1) b                         | (K-1) b               | direct                         |
 | broadcast    | b for each child in the tree    | b, the source nothing | binomial tree                  |
 | gather       | b, the destination nothing      | destination (K-1) b   | direct                         |
 | all-to-all   | what is for others              | what others have sent | direct                         |
 | relay        | as send to rank 0 and broadcast |                       | point-to-point, binomial tree  |
 
-These are gloo's algorithms; other backends may spread the same totals differently over the ranks. Framing of the
-network below (TCP, Ethernet) is not included.
+These are the algorithms under gloo, whose own all-gather is a ring: direct is every rank to every other at once, one
+message in sequence in place of K-1. Other backends may spread the same totals differently over the ranks. Framing of
+the network below (TCP, Ethernet) is not included.
 """
 
 from __future__ import annotations
@@ -212,6 +213,25 @@ class Transport:
         self.count_all_reduce(_bytes(tensor), content)
         return self._run(tensor.clone(), lambda buffer: dist.all_reduce(buffer, group=self.group))
 
+    def all_reduce_in_order(self, tensor: Tensor, content: str) -> Tensor:
+        """Sum in the order of the ranks, the same bits on each, in two messages in sequence where a ring has 2 (K-1).
+
+        Every rank adds up a part and sends the sum to all: as many bytes as `all_reduce`, but for padding. Backends
+        other than gloo have short ways of their own.
+        """
+        if self.device.type != "cpu" or self.world_size == 1:
+            return self.all_reduce(tensor, content)
+        flat = self._stage(tensor).flatten()
+        size = -(-flat.numel() // self.world_size)
+        parts = list(_padded(flat, size * self.world_size).split(size)) if size else [flat] * self.world_size
+        lengths = [size * flat.element_size()] * self.world_size
+        first, *others = self.all_to_all([part.view(torch.uint8) for part in parts], content, lengths)
+        total = first.view(flat.dtype).clone()
+        for part in others:
+            total += part.view(flat.dtype)
+        sums = self.all_to_all([total.view(torch.uint8)] * self.world_size, content, lengths)
+        return torch.cat(sums).view(flat.dtype)[: flat.numel()].view(tensor.shape).to(tensor.device)
+
     def all_reduce_async(self, tensor: Tensor, content: str) -> torch.futures.Future[Tensor]:
         """Sum over the ranks into `tensor`, in the background."""
         self.count_all_reduce(_bytes(tensor), content)
@@ -236,10 +256,13 @@ class Transport:
         others = (self.world_size - 1) * _bytes(tensor)
         self._count(content, sent=others, received=others, upload=_bytes(tensor))
         staged = self._stage(tensor)
-        gathered = [torch.empty_like(staged) for _ in range(self.world_size)]
+        gathered = staged.new_empty((self.world_size, *staged.shape))
         with self._timed():
-            dist.all_gather(gathered, staged, group=self.group)
-        return torch.stack(gathered).to(tensor.device)
+            if self.device.type == "cpu":
+                dist.all_to_all_single(gathered, staged.expand_as(gathered).contiguous(), group=self.group)
+            else:
+                dist.all_gather(list(gathered.unbind()), staged, group=self.group)
+        return gathered.to(tensor.device)
 
     def broadcast(self, tensor: Tensor, content: str, *, source: int) -> Tensor:
         """The tensor of rank `source`; the others pass one of the same shape and dtype to receive into."""

@@ -44,7 +44,6 @@ class Aggregator(ABC):
         self.schedule = schedule
         self.feedback = feedback
         self.metrics: dict[str, float] = {}
-        self._mean = torch.empty_like(feedback.residual)  # a new one each round costs as much as selecting from it
 
     @abstractmethod
     def exchanges(self, stage: Stage) -> Sequence[Exchange]:
@@ -58,10 +57,10 @@ class Aggregator(ABC):
         """End a round; a collective. No votes are given for one that was abandoned."""
 
     def aggregate(self, gradient: Tensor, step: int, resting: Sequence[slice] = ()) -> Round:
-        """Exchange this rank's gradient, shape (N,), which is not changed; a collective.
+        """Exchange this rank's gradient, shape (N,); a collective.
 
         Args:
-            gradient: zero where something is resting.
+            gradient: zero where something is resting. Not changed, unless it is in `feedback.intake`.
             step: of the round, counted from 0.
             resting: places that take no part on this rank, as they had no part in its backward pass: nothing of them is
                 sent, and what they are owed stays. Where all ranks have them, the mean is zero.
@@ -78,7 +77,7 @@ class Aggregator(ABC):
         nonfinite_ranks = tuple(rank for rank, finite in enumerate(opening.finite) if not finite)
         if nonfinite_ranks:
             self.finish(step, [])
-            return Round(self._mean.fill_(torch.nan), (), nonfinite_ranks)
+            return Round(self.feedback.spare.fill_(torch.nan), (), nonfinite_ranks)
         columns = iter(zip(*opening.lengths, strict=True))
         exchanged = []
         for exchange, payload in zip(exchanges, payloads, strict=True):
@@ -105,13 +104,14 @@ class Aggregator(ABC):
 
     def _close(self, exchanged: Sequence[Exchanged]) -> Round:
         """Settle what was sent, commit, and add up the mean."""
-        self._mean.zero_()
-        for mean, sent in exchanged:
-            self.feedback.settle(sent)
-            for where, values in mean:
-                self._mean[where] += values
+        for each in exchanged:
+            self.feedback.settle(each.sent)
         self.feedback.commit()
-        return Round(self._mean, tuple(each.sent for each in exchanged))
+        total = self.feedback.spare.zero_()  # a new one each round costs as much as selecting from it
+        for mean, _ in exchanged:
+            for where, values in mean:
+                total[where] += values
+        return Round(total, tuple(each.sent for each in exchanged))
 
     def replicas(self) -> dict[str, Tensor]:
         """Tensors that are the same on all ranks, by name."""
@@ -129,8 +129,7 @@ class Aggregator(ABC):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Set this rank's state; names, types and shapes have been checked against `state_dict()`."""
-        for name, buffer in self.feedback.buffers().items():
-            self.set_named(buffer, state["per_rank"][name])
+        self.feedback.load({name: self.flat(state["per_rank"][name]) for name in self.feedback.buffers()})
         self.feedback.updates = state["replicated"]["updates"]
         self.schedule.train_end = state["replicated"]["train_end"]
 
@@ -142,7 +141,9 @@ class Aggregator(ABC):
         """Copies of the parts of a flat vector, by parameter name."""
         return {name: tensor.clone() for name, tensor in self.layout.by_name(flat).items()}
 
-    def set_named(self, flat: Tensor, tensors: Mapping[str, Tensor]) -> None:
-        """Set a flat vector from its parts by parameter name."""
+    def flat(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """A new flat vector of its parts by parameter name."""
+        flat = torch.empty(self.layout.size, dtype=torch.float32, device=self.feedback.device)
         for name, view in self.layout.by_name(flat).items():
             view.copy_(tensors[name])
+        return flat

@@ -57,21 +57,25 @@ class DenseExchange(Exchange):
         transport: between the ranks.
         where: the region.
         dtype: in which it is summed; None is float32.
+        beside: whether it goes beside what is compressed: then few messages in sequence count.
     """
 
-    def __init__(self, transport: Transport, where: slice, dtype: torch.dtype | None = None) -> None:
-        self.transport = transport
+    def __init__(
+        self, transport: Transport, where: slice, dtype: torch.dtype | None = None, *, beside: bool = False
+    ) -> None:
         self.where = where
         self.dtype = dtype
+        self.world_size = transport.world_size
+        self.all_reduce = transport.all_reduce_in_order if beside else transport.all_reduce
 
     def exchange(self, v: Tensor, payload: Tensor | None, lengths: list[int], stage: Stage) -> Exchanged:
         sent = v[self.where].clone()
         if sent.numel() == 0:
             return Exchanged([], Piece(self.where, sent))
         if self.dtype is None:
-            mean = self.transport.all_reduce(sent, "values") / self.transport.world_size
+            mean = self.all_reduce(sent, "values") / self.world_size
         else:
-            mean = self.transport.all_reduce(sent.to(self.dtype) / self.transport.world_size, "values").float()
+            mean = self.all_reduce(sent.to(self.dtype) / self.world_size, "values").float()
         return Exchanged([Piece(self.where, mean)], Piece(self.where, sent))
 
 

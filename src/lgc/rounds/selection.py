@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from lgc.rounds.layout import Segment, entries
 
-LONG = 500_000  # from here on a pass with a threshold is faster than torch.topk of everything, on a CPU
-SAMPLES = 65_536
+LONG = 100_000  # from here on a pass with a threshold is faster than torch.topk of everything, on a CPU
+SAMPLES = 16_384
+PART = 65_536
 
 
 class Region:
@@ -74,18 +76,21 @@ class Region:
 
 def largest(values: Tensor, k: int) -> Tensor:
     """Indices of the `k` largest magnitudes, int64, ascending, shape (k,)."""
-    magnitudes = values.abs()
     if values.device.type == "cpu" and values.numel() >= LONG:
-        candidates = _likely_candidates(magnitudes, k)
+        candidates = _likely_candidates(values, k)
         if len(candidates) >= k:
-            return candidates[magnitudes[candidates].topk(k, sorted=False).indices].sort().values
-    return magnitudes.topk(k, sorted=False).indices.sort().values
+            return candidates[values[candidates].abs().topk(k, sorted=False).indices].sort().values
+    return values.abs().topk(k, sorted=False).indices.sort().values
 
 
-def _likely_candidates(magnitudes: Tensor, k: int) -> Tensor:
+def _likely_candidates(values: Tensor, k: int) -> Tensor:
     """Indices of all magnitudes above a threshold that somewhat more than `k` of them should pass, by a sample."""
-    sample = magnitudes[:: magnitudes.numel() // SAMPLES]
-    expected = k * len(sample) / magnitudes.numel()
+    sample = values[:: values.numel() // SAMPLES].abs()
+    expected = k * len(sample) / values.numel()
     passing = min(len(sample), math.ceil(1.2 * expected + 4 * math.sqrt(expected) + 8))
-    threshold = sample.topk(passing, sorted=False).values.min()
-    return (magnitudes >= threshold).nonzero().flatten()
+    threshold = sample.topk(passing, sorted=False).values.min().numpy()
+    parts = values.numpy()  # by parts that stay in the processor's cache: a new large tensor takes longer than the rest
+    found = [
+        np.flatnonzero(np.abs(parts[start : start + PART]) >= threshold) + start for start in range(0, len(parts), PART)
+    ]
+    return torch.from_numpy(np.concatenate(found))

@@ -161,6 +161,7 @@ class TwoStage(Exchange):
 
     def commit(self) -> None:
         self.owed = self._pending_owed
+        self._where, self._shares = slice(0), []
 
 
 def only(v: Tensor, where: slice | Tensor) -> Tensor:
@@ -203,9 +204,7 @@ class ReducingAggregator(Aggregator):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         super().load_state_dict(state)
         if isinstance(self.reduced, TwoStage):
-            flat = torch.zeros_like(self.feedback.residual)
-            self.set_named(flat, state["per_rank"]["server_residual"])
-            self.reduced.owed = flat[self.reduced.own.where].clone()
+            self.reduced.owed = self.flat(state["per_rank"]["server_residual"])[self.reduced.own.where].clone()
 
     def adapt_state(self, state: Mapping[str, Any], step: int) -> Mapping[str, Any]:
         """Add what the servers owed to the residuals: the shards of another number of ranks are others."""

@@ -191,7 +191,7 @@ class LGCAggregator(Aggregator):
         self.watch = Watch(autoencoder, optimizer, scheme.refresh, schedule, transport, self.metrics)
         shared = transport, Region(layout.shared), scheme.codecs
         self.everything = DenseExchange(transport, slice(0, layout.size))
-        self.first = DenseExchange(transport, layout.dense)
+        self.first = DenseExchange(transport, layout.dense, beside=True)
         self.own = OwnTopK(transport, Region(layout.own), scheme.codecs)
         self.compressed = learned(*shared, self.autoencoder, self.watch)
         self.others = {

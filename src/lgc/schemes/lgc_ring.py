@@ -80,6 +80,6 @@ class RingExchange(LearnedExchange):
         scale = self.autoencoder.latent_scale
         quantised = latent.quantise(z_k, scale)
         width = lane_width(2 * latent.levels, world_size)
-        words = self.transport.all_reduce(pack_lanes(quantised.flatten() + latent.levels, width), "latents")
+        words = self.transport.all_reduce_in_order(pack_lanes(quantised.flatten() + latent.levels, width), "latents")
         total = unpack_lanes(words, width, z_k.numel()).view_as(z_k) - world_size * latent.levels
         return latent.dequantise(total, scale, world_size), latent.dequantise(quantised, scale)

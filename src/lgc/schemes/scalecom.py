@@ -54,7 +54,7 @@ class SharedAggregator(Aggregator):
         self, layout: Layout, transport: Transport, schedule: Schedule, feedback: Feedback, codecs: Codecs
     ) -> None:
         super().__init__(layout, transport, schedule, feedback)
-        self.dense = DenseExchange(transport, layout.dense)
+        self.dense = DenseExchange(transport, layout.dense, beside=True)
         self.own = OwnTopK(transport, Region(layout.own), codecs)
         self.shared = SharedTopK(transport, Region(layout.shared), codecs)
 

@@ -82,7 +82,7 @@ class OwnAggregator(ReducingAggregator):
         self, layout: Layout, transport: Transport, schedule: Schedule, feedback: Feedback, own: Exchange
     ) -> None:
         super().__init__(layout, transport, schedule, feedback, own)
-        self.dense = DenseExchange(transport, layout.dense)
+        self.dense = DenseExchange(transport, layout.dense, beside=True)
 
     def exchanges(self, stage: Stage) -> Sequence[Exchange]:
         return [self.dense, self.reduced]

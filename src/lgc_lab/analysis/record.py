@@ -122,11 +122,13 @@ class Recorder:
         started = clock(gradient.device)
         before, self._before = self._before, None
         if (step + 1) % self.every == 0 or step % self.every == 0:
-            v = self.aggregator.feedback.accumulate(gradient)  # changes nothing, as the round does it again
-            samples = torch.stack([gradient[self.coordinates], v[self.coordinates]])
+            given = gradient.clone()
+            v = self.aggregator.feedback.accumulate(given)  # changes no state, as the round does it again
+            samples = torch.stack([given[self.coordinates], v[self.coordinates]])
             if step % self.every == 0 and before is not None:
                 self._record(step, torch.stack([before, samples]), v)
             self._before = samples
+            gradient.copy_(given)  # whose memory was taken
         self.seconds += clock(gradient.device) - started
 
     def after_round(self, step: int, result: Round) -> None:

@@ -79,7 +79,7 @@ class Network:
         """Limit every link to this rate in both directions, by a token bucket of 1 ms; None is no limit.
 
         The bucket is that small because a full one lets so many bytes pass at once: a small message would otherwise
-        cross the slowest link in no time. No latency is added, and up to half a second of traffic is queued.
+        cross the slowest link in no time. Up to half a second of traffic is queued.
         """
         discipline = "noqueue"
         if bits_per_second is not None:
@@ -88,6 +88,31 @@ class Network:
         for rank in range(self.world_size):
             for namespace, device in ((self.namespace(rank), INTERFACE), (self.bridge, f"port{rank}")):
                 _run(f"tc -n {namespace} qdisc replace dev {device} root {discipline}")
+
+    @contextmanager
+    def delayed(self, seconds: float) -> Iterator[None]:
+        """Have every packet arrive so much later, in the `with` block: a process forwards them in the bridge's place.
+
+        Connections outlive both ends of the block.
+        """
+        if not seconds:
+            yield
+            return
+        ports = [f"port{rank}" for rank in range(self.world_size)]
+        for port in ports:
+            _run(f"ip -n {self.bridge} link set dev {port} nomaster")
+        command = f"ip netns exec {self.bridge} {sys.executable} -m lgc_lab.launch.delay {seconds} {' '.join(ports)}"
+        with subprocess.Popen(
+            command.split(), env=_environment(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        ) as process:
+            assert process.stdout is not None
+            assert process.stdin is not None
+            if not process.stdout.readline():
+                raise NetworkError(f"{command}: it has ended at once.")
+            yield
+            process.stdin.close()  # which ends it, and so does the end of this process
+        for port in ports:
+            _run(f"ip -n {self.bridge} link set dev {port} master bridge")
 
     def _set_up(self) -> None:
         _run(f"ip netns add {self.bridge}")
@@ -151,10 +176,15 @@ def remove_stale() -> None:
 
 
 def _run(command: str) -> None:
-    env = os.environ | {"PATH": f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"}  # not on everybody's path
     try:
-        done = subprocess.run(command.split(), env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+        done = subprocess.run(
+            command.split(), env=_environment(), stdin=subprocess.DEVNULL, capture_output=True, text=True
+        )
     except OSError as error:
         raise NetworkError(f"{command}: {error}") from None
     if done.returncode != 0:
         raise NetworkError(f"{command}: {done.stderr.strip() or f'exit status {done.returncode}'}")
+
+
+def _environment() -> dict[str, str]:
+    return os.environ | {"PATH": f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"}  # not on everybody's path

@@ -25,7 +25,7 @@ from lgc.comm.transport import Transport
 from lgc.schemes import Dense, LocalSteps, PowerSGD, Scheme, SparseScheme, parse_scheme, require_different
 from lgc.schemes.powersgd import bucket_mb
 from lgc_lab import options
-from lgc_lab.bench.link.results import LOOPBACK, UNSHAPED, Results
+from lgc_lab.bench.link.results import Results, link_of
 from lgc_lab.folder import read_objects, write_json
 from lgc_lab.launch.ranks import place_under_torchrun, preload, process_group, start_ranks, under_torchrun
 from lgc_lab.plan.ladder import CONDITIONS, find_loss
@@ -67,7 +67,7 @@ class Question(NamedTuple):
     multiple=True,
     help="Of each rank's link (kbit, mbit, gbit); several give a table each.  [measured under torchrun, else 100mbit]",
 )
-@click.option("--latency", default="0ms", help="Of a message (us, ms, s).")
+@click.option("--latency", default="0ms", help="Of a message, about what ping shows (us, ms, s).")
 @click.option("--schemes", default=SCHEMES, help="To choose from, beside dense.")
 @options.batch_size
 @options.data
@@ -246,8 +246,7 @@ def _check(folder: Path) -> str:
     labels = _labels(question)
     blocks = []
     for rate in results.rates:
-        link = Link(math.inf) if rate in (UNSHAPED, LOOPBACK) else Link.parse(rate)
-        rows = [row for row in predict(profile, link) if row.scheme in labels]
+        rows = [row for row in predict(profile, link_of(rate)) if row.scheme in labels]
         measured = [results.lasting(rate, labels[row.scheme]).step for row in rows]
         table = [("scheme", "predicted", "measured", "error")]
         for row, seconds in zip(rows, measured, strict=True):
@@ -291,7 +290,7 @@ def _as_text(name: str, link: Link, profile: Profile, rows: Sequence[Prediction]
         table.append((label, _bytes(row.sent_bytes), *seconds, f"{row.speedup:.2f} x", ahead, loss))
     title = f"{profile.world_size} ranks, {name}: {link}"
     if name != MEASURED:
-        title += "; what the latency adds is predicted, not validated" if link.latency else " (--latency sets it)"
+        title += "" if link.latency else " (--latency sets it)"
     return "\n\n".join([title, aligned(table), *_advice(rows, labels, profile)])
 
 

@@ -15,7 +15,7 @@ import click
 from lgc.comm.transport import MOST_TIMEOUT
 from lgc_lab import options
 from lgc_lab.bench.link.measure import Measurement, machine, measure_links
-from lgc_lab.bench.link.results import LOOPBACK, RESULTS, Results, bits_per_second
+from lgc_lab.bench.link.results import LOOPBACK, RESULTS, Results, bits_per_second, delay_of
 from lgc_lab.bench.link.target import TimeToTarget, format_times, times_to_target
 from lgc_lab.folder import OtherRunError, occupied, require_same, write_whole
 from lgc_lab.launch.network import Network, NetworkError, temporary_network
@@ -32,7 +32,7 @@ SCHEMES = "dense,bf16,powersgd:rank=1,powersgd:rank=2,powersgd:rank=4,dgc,scalec
 @options.batch_size
 @click.option("--workers", "world_size", type=click.IntRange(2), default=4, help="Number of ranks.")
 @click.option("--schemes", default=SCHEMES, help="As for lgc compare.")
-@click.option("--rates", default="10mbit,100mbit,1gbit,unshaped", help="Of the links, in both directions.")
+@click.option("--rates", default="10mbit,100mbit,1gbit,unshaped", help="Of the links; 1gbit/20ms has a delay each way.")
 @click.option("--steps", type=click.IntRange(1), default=20, help="Measured at a time, at most.")
 @click.option("--warm-up", type=click.IntRange(1), default=2, help="Steps before these.")
 @click.option("--seconds", type=options.Finite(0.001), default=5.0, help="Measured at a time, at most.")
@@ -123,12 +123,14 @@ def _network(world_size: int, loopback: bool) -> Iterator[Network | None]:
 
 
 def _write_picture(results: Results, times: Sequence[TimeToTarget], target: float | None, path: Path) -> None:
-    """Time a step, and to the target if there is one, against the speed of the link, as SVG."""
+    """Time a step, and to the target if there is one, against the speed of the link without delays, as SVG."""
     from lgc_lab.report.figures import Curves, draw_against_links  # here, because most commands need no matplotlib
 
-    ms: Curves = {name: [1e3 * results.lasting(rate, name).step for rate in results.rates] for name in results.schemes}
+    rates = [rate for rate in results.rates if not delay_of(rate)] or results.rates
+    ms: Curves = {name: [1e3 * results.lasting(rate, name).step for rate in rates] for name in results.schemes}
     panels = {"ms a step": ms}
     if times:
-        panels[f"seconds to {target:g}"] = {each.scheme: each.seconds for each in times}
+        places = [results.rates.index(rate) for rate in rates]
+        panels[f"seconds to {target:g}"] = {each.scheme: [each.seconds[place] for place in places] for each in times}
     name = f"{results.configuration['recipe']} links"
-    write_whole(path, draw_against_links(name, [bits_per_second(rate) for rate in results.rates], panels))
+    write_whole(path, draw_against_links(name, [bits_per_second(rate) for rate in rates], panels))

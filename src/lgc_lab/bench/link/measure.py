@@ -11,10 +11,11 @@ import multiprocessing
 import os
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime, timedelta
 from functools import partial
-from itertools import pairwise
+from itertools import pairwise, product
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,12 +24,20 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lgc.choice.cost import parse_rate
 from lgc.phase import Phase
 from lgc.rounds.schedule import Schedule
 from lgc.schemes import LGCScheme, LocalSteps, PowerSGD, Scheme, SparseScheme, require_different
 from lgc.version import __version__
-from lgc_lab.bench.link.results import COMPUTE, LOOPBACK, RESULTS, UNSHAPED, Cell, bits_per_second, step_seconds
+from lgc_lab.bench.link.results import (
+    COMPUTE,
+    LOOPBACK,
+    RESULTS,
+    Cell,
+    bits_per_second,
+    delay_of,
+    link_of,
+    step_seconds,
+)
 from lgc_lab.folder import write_json
 from lgc_lab.launch.network import Network, read_counters
 from lgc_lab.launch.ranks import preload, start_ranks
@@ -53,7 +62,7 @@ class Measurement:
     batch_size: int | None
     world_size: int  # at least 2
     schemes: Sequence[str]  # text forms; lengths of phases are set to a few steps
-    rates: Sequence[str]  # of the links, such as "100mbit", or "unshaped"
+    rates: Sequence[str]  # of the links, such as "100mbit", "100mbit/20ms" with a delay, or "unshaped"
     steps: int  # at most so many a cell, at least 1
     warm_up: int  # steps of a cell before those that count
     seconds: float  # to stop a cell after; a step that takes longer counts although it is the first
@@ -61,8 +70,7 @@ class Measurement:
 
     def __post_init__(self) -> None:
         for text in self.rates:
-            if text != UNSHAPED:
-                parse_rate("link", text)
+            link_of(text)
         require_different(self.schemes, map(self.scheme, self.schemes))
         if len(set(self.rates)) < len(self.rates):
             raise ValueError(f"rates must differ, got {','.join(self.rates)}.")
@@ -149,10 +157,11 @@ def _measure_cells(
     rates = (LOOPBACK,) if network is None else wanted.rates
     measured = {cell.rate for cell in cells}
     for rate in [rate for rate in rates if rate not in measured]:
-        if network is not None and is_first:
-            network.shape(bits_per_second(rate))
-        for repeat in range(wanted.repeats):
-            for text, arm in arms.items():
+        with ExitStack() as stack:
+            if network is not None and is_first:
+                network.shape(bits_per_second(rate))
+                stack.enter_context(network.delayed(delay_of(rate)))
+            for repeat, (text, arm) in product(range(wanted.repeats), arms.items()):
                 for cell in meter.cells(rate, repeat, text, arm):
                     cells.append(cell)
                     step_ms = 1e3 * step_seconds([cell])

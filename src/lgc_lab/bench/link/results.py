@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -9,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from lgc.choice.cost import parse_rate
+from lgc.choice.cost import Link, parse_rate
 from lgc.phase import Phase
 from lgc.schemes import Dense
 from lgc_lab.folder import read_objects
@@ -18,6 +19,7 @@ from lgc_lab.terminal import aligned
 
 RESULTS = "results.json"
 UNSHAPED = "unshaped"
+DELAYS_OF_MESSAGE = 2
 LOOPBACK = "loopback"
 COMPUTE = "compute"  # the arm that exchanges nothing
 
@@ -191,5 +193,19 @@ def _samples(cells: Sequence[Cell], quantity: str) -> NDArray[np.float64]:
 
 
 def bits_per_second(rate: str) -> float | None:
-    """Read a rate such as "100mbit"; None where the link is not limited."""
-    return None if rate in (UNSHAPED, LOOPBACK) else parse_rate("link", rate)
+    """Read a rate such as "100mbit", or "100mbit/20ms" with a delay; None where the link is not limited."""
+    bandwidth = rate.partition("/")[0]
+    return None if bandwidth in (UNSHAPED, LOOPBACK) else parse_rate("link", bandwidth)
+
+
+def delay_of(rate: str) -> float:
+    """Read how many seconds later a packet arrives on a link such as "100mbit/20ms"; 0 where it has no delay."""
+    return Link.parse("1gbit", rate.partition("/")[2] or "0ms").latency
+
+
+def link_of(rate: str) -> Link:
+    """Make the link of a rate. Under gloo a message takes two delays: its receiver says that it is ready before."""
+    latency = DELAYS_OF_MESSAGE * delay_of(rate)
+    if bits_per_second(rate) is None:
+        return Link(math.inf, latency)
+    return Link(Link.parse(rate.partition("/")[0]).bandwidth, latency)

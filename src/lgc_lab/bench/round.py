@@ -1,0 +1,129 @@
+"""`lgc bench round`: what the parts of a round cost, beside a plain copy of as many numbers."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import fields, replace
+from statistics import median
+from typing import Any
+
+import click
+import torch
+import torch.distributed as dist
+
+import lgc
+from lgc.choice.rehearsal import Rehearsal
+from lgc.comm.transport import Transport
+from lgc.schemes import RoundScheme
+from lgc.synchronizer import Policy, Synchronizer
+from lgc_lab import options
+
+SCHEMES = "topk,dgc,scalecom,lgc-ring,quantized,quantized:reduction=two_stage"
+TENSORS = 10
+EARLY = ("warmup_steps", "dense_steps", "train_steps")
+UNCOUNTED = 2  # rounds before those that count
+PARTS = ("take in", "accumulate", "look", "prepare", "exchange", "settle", "commit", "rest", "round")
+ROW = "{:<32}" + "{:>11}" * len(PARTS) + "{:>12}"
+
+
+@click.command("round")
+@click.option("--schemes", default=SCHEMES, help="As for lgc compare.")
+@click.option("--parameters", default=10_000_000, type=click.IntRange(10_000), help="In ten square tensors.")
+@click.option("--workers", "world_size", default=4, type=click.IntRange(1), help="Ranks, of which only one is there.")
+@click.option("--threads", default=1, type=click.IntRange(1), help="Of this process.")
+@click.option("--repeats", default=9, type=click.IntRange(1), help="Rounds of every scheme, which take turns.")
+def bench_round(schemes: str, parameters: int, world_size: int, threads: int, repeats: int) -> None:
+    """Measure what a compressed round computes, by its parts.
+
+    One rank does the work of one of several, as in lgc plan, and sends nothing. Figures are times in units of a plain
+    copy of as many float32 numbers, made right before each round, and their medians, so that what else the machine does
+    hardly matters: "take in" copies the gradients, "accumulate" is u and v, "look" whether they are finite, "prepare"
+    selects and encodes, "exchange" decodes and averages, "settle" and "commit" are feedback, "rest" adds up the mean.
+    """
+    torch.set_num_threads(threads)
+    with options.usage_errors():
+        wanted = {text: _lasting(lgc.parse_scheme(text)) for text in options.split(schemes)}
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        for line in measure(wanted, parameters, world_size, repeats):
+            click.echo(line)
+    finally:
+        dist.destroy_process_group()
+
+
+def _lasting(scheme: object) -> RoundScheme:
+    """Leave out the phases before the last one."""
+    if not isinstance(scheme, RoundScheme):
+        raise ValueError(f"bench round measures schemes with rounds of their own, and {scheme} has none.")
+    return replace(scheme, **{item.name: 0 for item in fields(scheme) if item.name in EARLY})
+
+
+def measure(schemes: dict[str, RoundScheme], parameters: int, world_size: int, repeats: int) -> Iterator[str]:
+    """Yield the lines of the table."""
+    side = round((parameters / TENSORS) ** 0.5)
+    generator = torch.Generator().manual_seed(0)
+    gradients = {f"tensor {n}": torch.randn(side, side, generator=generator) for n in range(TENSORS)}
+    assert dist.group.WORLD is not None
+    rounds = {}
+    for text, scheme in schemes.items():
+        transport = Rehearsal(Transport(dist.group.WORLD), world_size)
+        rounds[text] = TimedRounds(Synchronizer(scheme, gradients, transport, Policy(check_every=0)), gradients)
+    source = torch.randn(TENSORS * side * side, generator=generator)
+    copy = torch.empty_like(source)
+    ratios: dict[str, list[dict[str, float]]] = defaultdict(list)
+    copies = []
+    for step in range(UNCOUNTED + repeats):
+        for text, each in rounds.items():
+            started = time.perf_counter()
+            copy.copy_(source)
+            copies.append(time.perf_counter() - started)
+            parts = each.make(step * world_size)  # which the rank that is there leads
+            if step >= UNCOUNTED:
+                ratios[text].append({part: seconds / copies[-1] for part, seconds in parts.items()})
+    yield ROW.format("in copies of all numbers", *PARTS, "round in ms")
+    for text, found in ratios.items():
+        figures = [median(one[part] for one in found) for part in PARTS]
+        yield ROW.format(text, *(f"{figure:.2f}" for figure in figures), f"{1e3 * figures[-1] * median(copies):.1f}")
+
+
+class TimedRounds:
+    """Rounds whose parts are timed, always with the same gradients."""
+
+    def __init__(self, synchronizer: Synchronizer, gradients: dict[str, torch.Tensor]) -> None:
+        self._synchronizer = synchronizer
+        self._gradients = gradients
+        self._seconds: dict[str, float] = {}
+        aggregator = synchronizer.aggregator
+        of_feedback = {"accumulate": "accumulate", "is_finite": "look", "settle": "settle", "commit": "commit"}
+        self._time(aggregator.feedback, of_feedback)
+        for exchange in aggregator.exchanges(aggregator.schedule.at(0)):
+            self._time(exchange, {"prepare": "prepare", "exchange": "exchange"})
+        self._time(aggregator, {"aggregate": "aggregate"})
+
+    def make(self, step: int) -> dict[str, float]:
+        """Seconds of the parts of one round."""
+        self._seconds = dict.fromkeys((*PARTS, "aggregate"), 0.0)
+        started = time.perf_counter()
+        self._synchronizer.synchronize(self._gradients, step)
+        seconds = self._seconds
+        seconds["round"] = time.perf_counter() - started
+        inner: Sequence[str] = ("accumulate", "look", "prepare", "exchange", "settle", "commit")
+        aggregated = seconds.pop("aggregate")
+        seconds["take in"] = seconds["round"] - aggregated
+        seconds["rest"] = aggregated - sum(seconds[part] for part in inner)
+        return seconds
+
+    def _time(self, of: object, parts: dict[str, str]) -> None:
+        for name, part in parts.items():
+            setattr(of, name, self._timed(getattr(of, name), part))
+
+    def _timed(self, method: Callable[..., Any], part: str) -> Callable[..., Any]:
+        def timed(*args: Any, **arguments: Any) -> Any:
+            started = time.perf_counter()
+            result = method(*args, **arguments)
+            self._seconds[part] += time.perf_counter() - started
+            return result
+
+        return timed
