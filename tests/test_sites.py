@@ -159,6 +159,7 @@ def interrupted(rank: int, world_size: int, scheme: lgc.LocalSteps, inside: Insi
     return [(run.weights(), run.handle.wire, run.handle.step) for run in (whole_run, second)]
 
 
+@pytest.mark.grid
 @every_inside
 @pytest.mark.parametrize(("arguments", "stop"), [({}, 1), ({}, 8), ({"overlap": True}, 9)], ids=str)
 def test_a_run_of_sites_goes_on_from_its_state_with_the_same_bits(
