@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import lgc
+from lgc.comm.transport import RankError
 
 RankFactory = Callable[[int], Ranks]
 
@@ -157,6 +159,7 @@ def interrupted(rank: int, world_size: int, scheme: lgc.LocalSteps, inside: Insi
     return [(run.weights(), run.handle.wire, run.handle.step) for run in (whole_run, second)]
 
 
+@pytest.mark.grid
 @every_inside
 @pytest.mark.parametrize(("arguments", "stop"), [({}, 1), ({}, 8), ({"overlap": True}, 9)], ids=str)
 def test_a_run_of_sites_goes_on_from_its_state_with_the_same_bits(
@@ -274,7 +277,7 @@ def go_wrong(rank: int, world_size: int, what: str) -> None:
 @pytest.mark.parametrize(
     ("what", "message"),
     [
-        ("unfrozen", "late is trained now"),
+        ("unfrozen", "lgc: step 8: site 1: RankError: lgc: step 8: rank 1: RuntimeError: late is trained now"),
         ("another step", "different steps"),
         ("coding", "'NoneType' object is not callable"),
     ],
@@ -417,3 +420,21 @@ REFUSED = {
 def test_what_is_no_site_is_refused_by_name_on_every_rank(ranks: RankFactory, what: str) -> None:
     for message in ranks(4).run(attach_what_cannot_be, what):
         assert REFUSED[what] in message
+
+
+def lose_a_rank(rank: int, world_size: int, fate: str) -> None:
+    run = SiteRun(Place(rank, world_size, 2), exact(), "ddp", timeout=2).train(range(5))
+    if rank == 3 and fate == "dies":
+        raise RuntimeError("died")
+    if rank == 3:
+        time.sleep(8)
+    run.train(range(5, 9))
+
+
+@pytest.mark.parametrize("fate", ["dies", pytest.param("hangs", marks=pytest.mark.exhaustive)])
+def test_a_rank_that_is_lost_inside_a_site_ends_all_of_them(ranks: RankFactory, fate: str) -> None:
+    *others, peer, _ = ranks(4).exceptions(lose_a_rank, fate)
+    assert isinstance(peer, RuntimeError)  # of DDP, which waits for it
+    for error in others:
+        assert isinstance(error, RankError)
+        assert "site 0: an exchange with the other sites has failed" in str(error)

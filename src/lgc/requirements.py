@@ -131,21 +131,15 @@ def require_exchangeable(model: nn.Module, *, between: dist.ProcessGroup | None 
         model: in DDP or not.
         between: the group that joins sites, inside of which DDP may do as it is told.
     """
-    if (
-        between is None
-        and isinstance(model, DistributedDataParallel)
-        and (
-            any(
-                not isinstance(state, Detached | Hook) for _, state in model._comm_hooks
-            )  # a copied model has the former
-            or model.mixed_precision is not None
-        )
-    ):
-        raise RuntimeError(
-            "attach: this model already has a communication hook (register_comm_hook or mixed_precision=), and DDP "
-            "allows one; make DDP anew without it, and use autocast for mixed precision."
-        )
     if isinstance(model, DistributedDataParallel):
+        hooks = [
+            state for _, state in model._comm_hooks if not isinstance(state, Detached | Hook)
+        ]  # a copy has the former
+        if (hooks and between is None) or model.mixed_precision is not None:
+            raise RuntimeError(
+                "attach: this model already has a communication hook (register_comm_hook or mixed_precision=), and DDP "
+                "allows one; make DDP anew without it, and use autocast for mixed precision."
+            )
         require_exchanged(model)
         frozen = [name for name, parameter in trained(model) if not parameter.requires_grad]
         if frozen and not model.find_unused_parameters:

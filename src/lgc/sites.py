@@ -7,7 +7,6 @@ import copy
 import functools
 import sys
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -226,14 +225,14 @@ class Site:
 class ReplicatedSite(Site):
     """A site whose ranks all have the whole model, as under DDP: each codes a slice, which are gathered inside after.
 
-    The slices are the parts of equal size, but for an element, of all tensors, flat and one after the other.
+    The slices are of all tensors, flat and one after the other, and of equal size but for the last.
     """
 
     def part(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        parts, before = {}, 0
-        edges = self._edges(tensors)
+        parts, before, length = {}, 0, self._length(tensors)
         for name, tensor in tensors.items():
-            start, stop = (min(max(edges[self.place + end] - before, 0), tensor.numel()) for end in (0, 1))
+            edges = (length * (self.place + end) - before for end in (0, 1))
+            start, stop = (min(max(edge, 0), tensor.numel()) for edge in edges)
             piece = tensor.detach().reshape(-1)[start:stop]
             cut = (stop - start, *[1] * (tensor.dim() - 1))  # a weight's has as many dimensions as a weight
             parts[name] = piece.view(cut if len(piece) < tensor.numel() else tensor.shape)
@@ -245,20 +244,18 @@ class ReplicatedSite(Site):
         if not tensors:
             return
         assert self.inside is not None
-        edges = self._edges(tensors)
-        sizes = [stop - start for start, stop in pairwise(edges)]
         dtype = functools.reduce(torch.promote_types, (parts[name].dtype for name in tensors))
         device = next(iter(tensors.values())).device
-        own = torch.zeros(max(sizes), dtype=dtype, device=device)
-        torch.cat([parts[name].to(device, dtype).flatten() for name in tensors], out=own[: sizes[self.place]])
-        rows = self.inside.all_gather(own, "parts")
-        whole = torch.cat([row[:size] for row, size in zip(rows, sizes, strict=True)])
-        for tensor, values in zip(tensors.values(), whole.split([t.numel() for t in tensors.values()]), strict=True):
-            tensor.copy_(values.view(tensor.shape))
+        own = torch.cat([parts[name].to(device, dtype).flatten() for name in tensors])
+        own = nn.functional.pad(own, (0, self._length(tensors) - own.numel()))
+        whole, before = self.inside.all_gather(own, "parts").view(-1), 0
+        for tensor in tensors.values():
+            tensor.copy_(whole[before : before + tensor.numel()].view(tensor.shape))
+            before += tensor.numel()
 
-    def _edges(self, tensors: Mapping[str, Tensor]) -> list[int]:
-        total = sum(tensor.numel() for tensor in tensors.values())
-        return [total * number // self.places for number in range(self.places + 1)]
+    def _length(self, tensors: Mapping[str, Tensor]) -> int:
+        """Number of elements of a slice of all of them."""
+        return -(-sum(tensor.numel() for tensor in tensors.values()) // self.places)
 
 
 class ShardedSite(Site):

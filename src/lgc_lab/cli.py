@@ -19,6 +19,7 @@ from lgc_lab.analysis.command import analyze
 from lgc_lab.bench.codec import codec
 from lgc_lab.bench.link.command import link
 from lgc_lab.bench.round import bench_round
+from lgc_lab.bench.sites import sites
 from lgc_lab.launch.ranks import under_torchrun
 from lgc_lab.plan.command import plan
 from lgc_lab.recipes import RECIPES
@@ -153,12 +154,14 @@ def bench() -> None:
     lgc bench codec    bits per index and per entry, time per million, of every coder
     lgc bench link     time and bytes a step of every scheme on links of several speeds
     lgc bench round    time of the parts of a compressed round, in copies of as many numbers
+    lgc bench sites    time and bytes a step of local steps between sites that have a fast network inside
     """
 
 
 bench.add_command(codec)
 bench.add_command(link)
 bench.add_command(bench_round)
+bench.add_command(sites)
 main.add_command(analyze)
 main.add_command(plan)
 

@@ -43,10 +43,16 @@ class Network:
     """Namespaces of ranks, each with one interface to a common bridge; made by `temporary_network`.
 
     A value that other processes may be given: theirs refers to the same network.
+
+    Attributes:
+        prefix: of the names of the namespaces.
+        world_size: number of namespaces of ranks.
+        ranks: that enter each of them, one after the other, and talk to each other unlimited.
     """
 
     prefix: str
     world_size: int
+    ranks: int = 1
 
     @property
     def bridge(self) -> str:
@@ -64,7 +70,7 @@ class Network:
     def enter(self, rank: int) -> str:
         """Move this thread, and those it starts from now on, into a rank's namespace; returns its interface's name."""
         libc = ctypes.CDLL(None, use_errno=True)
-        with open(NAMESPACES / self.namespace(rank)) as namespace:
+        with open(NAMESPACES / self.namespace(rank // self.ranks)) as namespace:
             if libc.setns(namespace.fileno(), CLONE_NEWNET) != 0:
                 raise NetworkError(f"setns {self.namespace(rank)}: {os.strerror(ctypes.get_errno())}")
         return INTERFACE
