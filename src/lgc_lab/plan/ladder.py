@@ -18,7 +18,7 @@ LOSSES: dict[str, float | None] = {  # by text form, which the recipe completes;
     "lgc-ps": None,
     "quantized": None,
     "local:every=20+dense": None,
-    "local:every=20+quantized": None,
+    "local:every=20+quantized": 0.057,
     "local:every=50+quantized": None,
     "local:every=100+quantized": None,
 }
