@@ -113,7 +113,7 @@ def test_when_packets_are_dropped_every_rank_ends_in_time_and_can_be_restarted(
     assert time.time() - happened["time"] < TIMEOUT_S + PATIENCE_S
     for rank, output in enumerate(outputs):
         assert ranks[rank].returncode == 1, output
-        assert f"lgc: rank {rank}: an exchange with the other ranks has failed" in output
+        assert f"lgc: as seen by rank {rank}, an exchange with the others has failed" in output
 
     ip("-n", namespaces[fault.rank], "link", "set", "lgc-link", "up")
     ranks = [start_rank(rank, name, 1, program) for rank, name in enumerate(namespaces)]

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
+from unittest import TestCase
 
 import pytest
 import torch
@@ -422,6 +424,22 @@ def test_what_is_no_site_is_refused_by_name_on_every_rank(ranks: RankFactory, wh
         assert REFUSED[what] in message
 
 
+def forget_sites(rank: int, world_size: int, what: str) -> None:
+    where = Place(rank, world_size, 2)
+    inside, between = (where.mesh[name].get_group() for name in ("shard", "site"))
+    forgotten = what == "between"
+    model = DistributedDataParallel(Net(), process_group=inside) if forgotten else Net()
+    optimizer, group = torch.optim.SGD(model.parameters(), lr=0.1), inside if forgotten else between
+    with TestCase().assertLogs("lgc.advice") if dist.get_rank(group) == 0 else nullcontext() as advice:
+        lgc.attach(model, exact(), optimizer, between=None if forgotten else between)
+    assert advice is None or "2 of the 4 ranks take local steps together" in advice.output[0]
+
+
+@pytest.mark.parametrize("what", ["between", "DDP"])
+def test_ranks_that_train_apart_from_the_others_are_told(ranks: RankFactory, what: str) -> None:
+    ranks(4).run(forget_sites, what)
+
+
 def lose_a_rank(rank: int, world_size: int, fate: str) -> None:
     run = SiteRun(Place(rank, world_size, 2), exact(), "ddp", timeout=2).train(range(5))
     if rank == 3 and fate == "dies":
@@ -437,4 +455,4 @@ def test_a_rank_that_is_lost_inside_a_site_ends_all_of_them(ranks: RankFactory, 
     assert isinstance(peer, RuntimeError)  # of DDP, which waits for it
     for error in others:
         assert isinstance(error, RankError)
-        assert "site 0: an exchange with the other sites has failed" in str(error)
+        assert "as seen by site 0, an exchange with the others has failed" in str(error)

@@ -359,8 +359,13 @@ def require_single_momentum(scheme: Scheme, optimizer: torch.optim.Optimizer) ->
             )
 
 
-def advise(model: nn.Module, scheme: Scheme, optimizers: Sequence[torch.optim.Optimizer]) -> None:
-    """Warn of what is allowed and seldom meant: buffers broadcast at every step, a weight decay as beside momentum."""
+def advise(model: nn.Module, scheme: Scheme, optimizers: Sequence[torch.optim.Optimizer], ranks: int) -> None:
+    """Warn of what is allowed and seldom meant: buffers broadcast at every step, a weight decay as beside momentum.
+
+    Args:
+        model, scheme, optimizers: as given to `attach`.
+        ranks: number of those that train this model together.
+    """
     if (
         isinstance(model, DistributedDataParallel)
         and model.broadcast_buffers
@@ -369,6 +374,14 @@ def advise(model: nn.Module, scheme: Scheme, optimizers: Sequence[torch.optim.Op
     ):
         warnings.warn(advice, stacklevel=4)
     local = isinstance(scheme, LocalSteps)
+    if local and ranks < dist.get_world_size():
+        logging.getLogger("lgc.advice").warning(
+            "%d of the %d ranks take local steps together, and the others without them. Where these are sites of one "
+            "run, join them by between=, with DDP or fully_shard inside each (docs/sites.md); where they are runs of "
+            "their own there is nothing to do.",
+            ranks,
+            dist.get_world_size(),
+        )
     if (is_collected(scheme) or local) and optimizers:
         optimized = parameters_of(*optimizers)
         others = [name for name, each in trained(model) if each.requires_grad and id(each) not in optimized]

@@ -55,7 +55,10 @@ class Shard:
         from torch.distributed import tensor  # slow to import, and whoever has a DTensor has done so
 
         if (mesh.ndim, mesh.size()) != (1, self.places) or mesh.get_local_rank() != self.place:
-            raise ValueError(f"is of place {self.place} of {self.places}, and the mesh is {mesh}")
+            raise ValueError(
+                f"is of place {self.place} of {self.places}, and the mesh is {mesh}; go on with as many ranks a site, "
+                "or from a whole model that was saved within anchored(): see docs/sites.md"
+            )
         placements, local = [tensor.Shard(self.dim)], self.local.to(mesh.device_type)
         size = {"shape": torch.Size(self.shape), "stride": tuple(self.stride)}
         sharded: Tensor = tensor.DTensor.from_local(local, mesh, placements, run_check=False, **size)  # type: ignore[arg-type]

@@ -190,8 +190,8 @@ class Transport:
         if set(steps) != {step}:
             raise RankError(
                 f"lgc: the {self.member}s are at different steps: {steps} (by {self.member}). All must go on from the "
-                "same checkpoint and make as many steps: where one has fewer batches, stop all ranks with it, or use "
-                "DDP's join() if every step is exchanged."
+                "same checkpoint and make as many steps: where one has fewer batches, stop all ranks with it, or, "
+                "if every step is exchanged, use DDP's join()."
             )
         if (key := self._error_key(self.rank)) in _announced_here:  # and yet all go on: no reason for a later failure
             _announced_here.remove(key)
@@ -419,7 +419,7 @@ class Transport:
 
     def _lost(self, error: RuntimeError) -> str:
         return (
-            f"{self.member} {self.rank}: an exchange with the other {self.member}s has failed: {error}. If no rank has "
+            f"as seen by {self.member} {self.rank}, an exchange with the others has failed: {error}. If no rank has "
             "failed, one has left out a backward pass or a call that the others make, or ended before them; or it was "
             "waited for too long: give attach a timeout= longer than what one rank does alone, such as an evaluation."
         )
