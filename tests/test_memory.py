@@ -28,7 +28,8 @@ def live_bytes() -> int:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # some objects warn when they are looked at
         tensors = [each for each in gc.get_objects() if type(each) in (Tensor, nn.Parameter)]
-    storages = {each.untyped_storage().data_ptr(): each.untyped_storage().nbytes() for each in tensors}
+    dense = [each for each in tensors if each.layout == torch.strided]
+    storages = {each.untyped_storage().data_ptr(): each.untyped_storage().nbytes() for each in dense}
     return sum(storages.values())
 
 

@@ -26,7 +26,7 @@ class Fragment:
         site: whose ranks have the parameters together.
         transport: between the sites.
         policy: what is done when something is wrong.
-        replicas: what else all ranks must have the same of, by name.
+        others: what else all ranks must have the same of, by name.
 
     Attributes:
         anchor: where all ranks were after the last round, by name, float32 or wider.
@@ -42,7 +42,7 @@ class Fragment:
         site: Site,
         transport: Transport,
         policy: Policy,
-        replicas: Mapping[str, Tensor],
+        others: Mapping[str, Tensor],
     ) -> None:
         self.parameters = dict(parameters)
         self.site = site
@@ -52,8 +52,9 @@ class Fragment:
         self.momentum = {name: torch.zeros_like(tensor) for name, tensor in moved.items()}
         self.rounds = 0
         self.step = scheme.start_steps
-        replicas = {f"anchor of {name}": tensor for name, tensor in self.anchor.items()} | dict(replicas)
-        self.synchronizer = Synchronizer(scheme.exchange, self.anchor, transport, policy, replicas, unit="round")
+        self._others = others
+        self._replicas = {f"anchor of {name}": tensor for name, tensor in self.anchor.items()} | site.part(others)
+        self.synchronizer = Synchronizer(scheme.exchange, self.anchor, transport, policy, self._replicas, unit="round")
         aggregator = self.synchronizer.aggregator
         aggregator.feedback.decay = scheme.decay
         if isinstance(scheme.exchange, Dense):
@@ -62,6 +63,11 @@ class Fragment:
     def part(self) -> dict[str, Tensor]:
         """This rank's own weights, by name."""
         return self.site.part(self.parameters)
+
+    def look(self) -> None:
+        """Take for the comparison what all ranks must have the same of, as it is now."""
+        self._replicas |= self.site.part(self._others)
+        self.synchronizer.look(self.rounds)
 
     @torch.no_grad()
     def begin(self) -> None:

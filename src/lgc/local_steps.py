@@ -118,7 +118,7 @@ class LocalRounds(Caller):
         self._start = self._make_start(ddp, transport, grad_scaler) if scheme.start_steps else None
         self._buffers = Buffers(module)
         groups = fragmented(self._parameters, scheme.fragments)
-        rest = self._site.part(frozen(model))
+        rest = frozen(model)
         self._fragments = [
             Fragment(group, scheme, self._site, self._round_transport, policy, {} if number else rest)
             for number, group in enumerate(groups)
@@ -326,7 +326,7 @@ class LocalRounds(Caller):
     def _launch(self, fragment: Fragment, *, wait: bool) -> None:
         """Begin a round with what this rank has moved."""
         self._site.rest(self._module)
-        fragment.synchronizer.look(fragment.rounds)
+        fragment.look()
         distance = fragment.moved()
         finite = all(bool(each.isfinite().all()) for each in distance.values())
         buffers = self._buffers.current()

@@ -189,5 +189,5 @@ class Feedback:
                 pending[name][where] = self._kept[name][where]
         if self.low_pass < 1:
             torch.lerp(self.residual, pending["residual"], self.low_pass, out=pending["residual"])
-        self._kept, self._pending = pending, self._kept
+        self._kept, self._pending = {name: pending[name] for name in self._kept}, self._kept  # in the same order
         self.updates += 1
