@@ -387,7 +387,16 @@ def hostile(path: Path, text: str) -> None:
     "text",
     ["", "[1]", "NaN", '{"a": NaN}', '{"a": {"$tensor": "/x"}}', '{"a": {"$tensor": []}}', '{"a": {"$eval": "1"}}',
      '{"a": {"$float": "1e9"}}', '{"a": {"$dict": [[[], 1]]}}', '{"a": {"$dict": 1}}', '{"a": {"$tuple": 1}}',
-     '{"a": {"$tuple": [], "b": 1}}', '{"a": ' + "[" * 5000 + "]" * 5000 + "}"],
+     '{"a": {"$tuple": [], "b": 1}}', '{"a": ' + "[" * 5000 + "]" * 5000 + "}", '{"a": {"$shard": 1}}',
+     *(f'{{"a": {{"$shard": {{"local": {local}, "shape": {shape}, "stride": [1], "dim": {dim}, {place}}}}}}}'
+       for local, shape, dim, place in (
+           ("1", "[12]", 0, '"place": 0, "places": 2'),
+           ('{"$tensor": "/w"}', '"x"', 0, '"place": 0, "places": 2'),
+           ('{"$tensor": "/w"}', "[-12]", 0, '"place": 0, "places": 2'),
+           ('{"$tensor": "/w"}', "[12]", 1, '"place": 0, "places": 2'),
+           ('{"$tensor": "/w"}', "[12]", 0, '"place": 2, "places": 2'),
+           ('{"$tensor": "/w"}', "[13]", 0, '"place": 0, "places": 2'),
+       ))],
 )  # fmt: skip
 def test_a_malformed_state_is_refused(text: str, two: list[Path]) -> None:
     hostile(two[0], text)

@@ -71,7 +71,7 @@ class OptimizedGradients(Caller):
         with self._site.together(self.step):
             means = self.synchronizer.synchronize(gradients, self.step, resting=all_zero(gradients))
         unmoved = self._site.common(all_zero(means), means)
-        filled = {  # those of None are what another rank used, or what feedback still owed
+        filled = {  # where this rank has none, it is what another used, or what feedback still owed
             name: torch.empty_like(parameter) if parameter.grad is None else parameter.grad
             for name, parameter in self._parameters.items()
         }

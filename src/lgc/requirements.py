@@ -132,10 +132,10 @@ def require_exchangeable(model: nn.Module, *, between: dist.ProcessGroup | None 
         between: the group that joins sites, inside of which DDP may do as it is told.
     """
     if isinstance(model, DistributedDataParallel):
-        hooks = [
-            state for _, state in model._comm_hooks if not isinstance(state, Detached | Hook)
-        ]  # a copy has the former
-        if (hooks and between is None) or model.mixed_precision is not None:
+        of_others = [
+            each for _, each in model._comm_hooks if not isinstance(each, Detached | Hook)
+        ]  # a copy has Detached
+        if (of_others and between is None) or model.mixed_precision is not None:
             raise RuntimeError(
                 "attach: this model already has a communication hook (register_comm_hook or mixed_precision=), and DDP "
                 "allows one; make DDP anew without it, and use autocast for mixed precision."

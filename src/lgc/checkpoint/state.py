@@ -50,6 +50,19 @@ class Shard:
     place: int
     places: int
 
+    def __post_init__(self) -> None:
+        numbers = (self.dim, self.place, self.places, *self.shape, *self.stride)
+        if not isinstance(self.local, Tensor) or any(type(each) is not int or each < 0 for each in numbers):
+            raise ValueError("a shard must have a tensor, and numbers of at least 0")
+        if not (self.dim < len(self.shape) == len(self.stride) and self.place < self.places):
+            raise ValueError(f"a shard must be a part of the whole, got {self.place} of {self.places}")
+        size = -(-self.shape[self.dim] // self.places)  # as torch cuts it
+        start = min(self.place * size, self.shape[self.dim])
+        shape = [*self.shape]
+        shape[self.dim] = min(size, self.shape[self.dim] - start)
+        if list(self.local.shape) != shape:
+            raise ValueError(f"shard {self.place} of {self.places} must be {shape}, got {list(self.local.shape)}")
+
     def on(self, mesh: DeviceMesh) -> Tensor:
         """The DTensor on a mesh of one dimension, of as many ranks; ValueError if this rank has another place there."""
         from torch.distributed import tensor  # slow to import, and whoever has a DTensor has done so

@@ -25,9 +25,10 @@ class DeadZone(ValueCodec):
         s = step sqrt(mean x^2) of the segment, or max |x| if that is less
         f = sum |x| (k + 3/8) / sum (k + 3/8)^2 over what is not left out, a bfloat16
 
-    f is the best factor, so no segment loses as much as it holds; the largest value is always sent. The larger the
-    step, the fewer bits: for Gaussian values 1.4 a value at a step of 1, 0.6 at 1.6. Which values reach k = 1, which of
-    these k = 2, and so on, are positions in `Rice` code, so the length depends on the values.
+    f is the best factor, and the largest value is always sent; so a segment loses less than it holds, unless f is too
+    small for a bfloat16. The larger the step, the fewer bits: for Gaussian values 1.4 a value at a step of 1, 0.6 at
+    1.6. Which values reach k = 1, which of these k = 2, and so on, are positions in `Rice` code, so the length depends
+    on the values.
 
     Source: Sullivan, Efficient Scalar Quantization of Exponential and Laplacian Random Variables, IEEE Trans.
     Information Theory, 1996, for the zone and the offset of the levels.
@@ -52,17 +53,18 @@ class DeadZone(ValueCodec):
             raise ValueError(f"DeadZone(step=...) must be a number above 0 and at most 4, got {self.step!r}.")
 
     def _encode(self, values: Floats, counts: Integers) -> Octets:
+        if not values.size:
+            return np.zeros(0, np.uint8)
         filled = counts[counts > 0]
         starts = np.cumsum(filled) - filled
         magnitudes = np.abs(values)
-        squares = np.add.reduceat(np.square(magnitudes, dtype=np.float64), starts) if filled.size else np.zeros(0)
-        greatest = np.maximum.reduceat(magnitudes, starts) if filled.size else np.zeros(0, np.float32)
+        squares = np.add.reduceat(np.square(magnitudes, dtype=np.float64), starts)
+        greatest = np.maximum.reduceat(magnitudes, starts)
         steps = np.minimum(self.step * np.sqrt(squares / filled), greatest).astype(np.float32)
         multiples = magnitudes / np.repeat(np.where(steps > 0, steps, np.float32(1)), filled)
         levels = np.minimum(multiples, self._levels).astype(np.uint8)
         sent = np.where(levels > 0, levels + self._offset, 0).astype(np.float64)
-        products = np.add.reduceat(sent * magnitudes, starts) if filled.size else np.zeros(0)
-        norms = np.add.reduceat(sent * sent, starts) if filled.size else np.zeros(0)
+        products, norms = np.add.reduceat(sent * magnitudes, starts), np.add.reduceat(sent * sent, starts)
         factors = np.minimum(products / np.where(norms > 0, norms, 1), self._largest).astype(np.float32)
         negative = np.packbits(values[levels > 0] < 0, bitorder="little")
         return np.concatenate([self._factor._encode(factors, filled), self._encode_levels(levels, counts), negative])

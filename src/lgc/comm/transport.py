@@ -38,8 +38,13 @@ from lgc.comm.traffic import SETUP, Traffic, Wire
 SERVER = 0
 ROUND = "a round of training"
 OPERATIONS = (
-    *(ROUND, "lgc.attach", "handle.wire_summary", "handle.detach", "lgc.checkpoint"),
-    *("handle.anchored", "handle.load_state_dict"),
+    ROUND,
+    "lgc.attach",
+    "handle.wire_summary",
+    "handle.detach",
+    "lgc.checkpoint",
+    "handle.anchored",
+    "handle.load_state_dict",
 )
 PAYLOADS = 2  # that the opening of a round announces
 JSON_LIMIT = 2**28  # bytes
