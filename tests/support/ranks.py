@@ -188,6 +188,7 @@ def _serve(connection: Connection, rank: int, port: int, stack_path: str) -> Non
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    os.environ["TORCH_DIST_INIT_BARRIER"] = "1"  # no rank fails and leaves while another still connects to it
     stack_file = open(stack_path, "w")  # noqa: SIM115 - open as long as the process lives
     faulthandler.register(signal.SIGUSR1, file=stack_file)
     store = dist.TCPStore("127.0.0.1", port, is_master=False)
