@@ -55,7 +55,7 @@ STATE_HINTS = {
 }
 
 # By model; under local steps by the module in DDP too. The caller, which has parameters, must not be kept from here.
-_attached: weakref.WeakKeyDictionary[nn.Module, tuple[weakref.ref[Caller], Scheme]] = weakref.WeakKeyDictionary()
+attached: weakref.WeakKeyDictionary[nn.Module, tuple[weakref.ref[Caller], Scheme]] = weakref.WeakKeyDictionary()
 
 
 @torch.inference_mode(mode=False)
@@ -123,7 +123,7 @@ def attach(
         optimizers = as_optimizers(optimizer)
         model = model if isinstance(scheme, LocalSteps) else require_ddp(model)
         module: nn.Module = model.module if isinstance(model, DistributedDataParallel) else model
-        _require_unattached(model, module)
+        require_unattached(model, module)
         require_exchangeable(model, between=group)
         skips = grad_scaler is not None and grad_scaler.is_enabled()
         default: OnNonfinite = "propagate" if skips else "raise"
@@ -149,7 +149,7 @@ def attach(
     if isinstance(model, DistributedDataParallel) and site.inside is None:
         hook_of(model).caller = caller
     for each in (model, module) if isinstance(scheme, LocalSteps) else (model,):
-        _attached[each] = weakref.ref(caller), scheme
+        attached[each] = weakref.ref(caller), scheme
     return Handle(scheme, site, transport, caller, model, broadcasts_buffers=broadcasts_buffers)
 
 
@@ -170,9 +170,9 @@ def _caller(
     return ReducedBuckets(require_ddp(model), scheme, transport, policy)
 
 
-def _require_unattached(*modules: nn.Module) -> None:
+def require_unattached(*modules: nn.Module) -> None:
     for module in modules:
-        caller, scheme = _attached.get(module, (lambda: None, None))
+        caller, scheme = attached.get(module, (lambda: None, None))
         if caller() is not None:
             raise RuntimeError(
                 f"attach: this model already has the scheme {scheme}; call handle.detach() on every rank to attach "
@@ -276,15 +276,18 @@ class Handle:
         """
         self._require_attached("detach()")
         self.site.meet(self.transport, "handle.detach")
+        self._end()
+
+    def _end(self) -> None:
         self._caller.detach()
         model = self._model()
         if isinstance(model, DistributedDataParallel):
             if self.site.inside is None:
                 hook_of(model).caller = None
                 model.broadcast_buffers = self._broadcasts_buffers
-            _attached.pop(model.module, None)
+            attached.pop(model.module, None)
         if model is not None:
-            _attached.pop(model, None)
+            attached.pop(model, None)
         done, self._caller, self.synchronizer = self._caller, Caller(), None
         self._caller.step, self._caller.phase = done.step, done.phase
         self.is_detached = True

@@ -295,16 +295,19 @@ class LocalRounds(Caller):
             return
         self._stepped.clear()
         self.step += 1
-        period = self._scheme.period
         if not self._has_begun:
             assert self._start is not None
             self.phase, self.round_time = self._start.phase, self._start.round_time
             return
-        number, place = divmod(self.step - self._scheme.start_steps - 1, period)
-        fragment = self._fragments[number % self._scheme.fragments]
+        fragment, is_due = self._next_round()
         self.phase = fragment.synchronizer.phase(fragment.rounds)
-        if place == period - 1:
+        if is_due:
             self._round(fragment)
+
+    def _next_round(self) -> tuple[Fragment, bool]:
+        """The fragment that is exchanged next, and whether that is now."""
+        number, place = divmod(self.step - self._scheme.start_steps - 1, self._scheme.period)
+        return self._fragments[number % self._scheme.fragments], place == self._scheme.period - 1
 
     def count_skipped_step(self, optimizer: Optimizer, since: int) -> None:
         """Count a step that a GradScaler has not made: it found infinities, and only on this rank."""

@@ -32,7 +32,7 @@ import torch.distributed as dist
 POOL_SIZE = 4
 COLLECTIVE_TIMEOUT_S = 30
 CALL_LIMIT_S = 90.0
-PRELOADED = ["torch._dynamo", "torch.nn.parallel", "lgc_lab.training.train", "sklearn.model_selection"]
+PRELOADED = ["torch._dynamo", "torch.nn.parallel", "lgc_lab.training.train", "sklearn.model_selection", "lgc.elastic"]
 
 # Emitted by torch itself, whatever the code under test does.
 TORCH_WARNINGS = (r"`torch\.jit\.script(_method)?` is deprecated", r".*set_float32_matmul_precision.*")

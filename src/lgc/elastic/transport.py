@@ -1,0 +1,257 @@
+"""Collectives of ranks that come and go."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import hashlib
+import json
+import logging
+import socket
+import time
+from collections.abc import Callable, Iterator, Mapping
+from datetime import timedelta
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torchft.process_group import ProcessGroupGloo
+
+from lgc.comm.replicas import require_agreement
+from lgc.comm.traffic import SETUP, Wire
+from lgc.comm.transport import Opening, RankError, Transport, _release_at_exit, clock
+from lgc.elastic.lighthouse import Lighthouse, Member
+
+logger = logging.getLogger("lgc")
+
+CHUNK = 2**26  # bytes of a state that are sent at once
+
+
+class LostError(RankError):
+    """A round that some rank could not make to its end; it is tried again with those that are left."""
+
+
+class Begun(NamedTuple):
+    """A round that has begun.
+
+    Attributes:
+        ranks: that take part, in order.
+        behind: those of them that were not where most are, and have taken a state from one that is.
+        counts: by rank, whether it brings anything to the round.
+    """
+
+    ranks: list[Member]
+    behind: list[int]
+    counts: list[bool]
+
+
+class ElasticTransport(Transport):
+    """Counted collectives of the ranks that are there: a new group whenever one has come, gone or failed.
+
+        ranks, healed = transport.begin_round(...)
+        payloads = transport.all_gather_bytes(payload, ...)
+        if transport.commit(): ...
+
+    Args:
+        lighthouse: finds out who is there.
+        description: what all ranks must have the same of, a flat JSON object.
+        address: of this machine, on which the others reach it, and on which alone this process listens.
+        port: of this rank's store; 0 is any that is free.
+        timeout: seconds in which a rank has to take part in a collective, or to receive the next part of a state.
+        connect_timeout: seconds in which the ranks of a new group have to connect.
+    """
+
+    def __init__(
+        self,
+        lighthouse: Lighthouse,
+        description: Mapping[str, object],
+        address: str,
+        port: int = 0,
+        *,
+        timeout: float,
+        connect_timeout: float,
+    ) -> None:
+        self.lighthouse = lighthouse
+        self.member = "rank"
+        self.device = torch.device("cpu")
+        self.wire = Wire()
+        self.seconds = 0.0
+        self.ranks: list[Member] = []
+        self._description = description
+        self._form = hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()[:16]
+        self._connect_timeout = timedelta(seconds=connect_timeout)
+        self._store_server, self._store_address = _listen(address, port)
+        self.group: Any = _Group(address, timedelta(seconds=timeout))
+        self.rank, self.world_size = 0, 1
+        self._identity = ""  # of the meeting whose ranks are connected
+        self.group.connect(dist.HashStore(), 0, 1)
+        _release_at_exit()
+        self.begin(SETUP, steps=0)
+
+    def uncounted(self) -> ElasticTransport:
+        other = copy.copy(self)
+        other.wire = Wire()
+        other.begin(SETUP, steps=0)
+        return other
+
+    def announce(self, error: Exception) -> None:
+        """Nothing: the others go on without a rank that fails."""
+
+    def open_round(self, step: int, *, error: Exception | None = None, **given: Any) -> Opening:
+        try:
+            return super().open_round(step, error=error, **given)
+        except LostError:
+            raise
+        except RankError as failure:
+            if error is not None:
+                raise
+            raise LostError(str(failure)) from failure  # of another rank, without which the others go on
+
+    def begin_round(
+        self,
+        rounds: int,
+        told: Mapping[str, Any],
+        state: Callable[[], bytes],
+        heal: Callable[[bytes], None],
+    ) -> Begun:
+        """Meet the ranks that are there, and bring those up to date that are not where most are; a collective.
+
+        Args:
+            rounds: that this rank has made.
+            told: what else it says: "form" is of what all ranks must have alike, "digest" of what they have alike after
+                `rounds` rounds.
+            state: what a rank needs to go on from where this one is.
+            heal: takes such a state of another rank.
+
+        Raises:
+            NoQuorumError: if they do not meet.
+            LostError: if a rank is lost meanwhile.
+            RuntimeError: if this rank has another form than most, naming the first field.
+        """
+        meeting = self.lighthouse.meet(
+            self._store_address, rounds, {**told, "form": self._form, "group": self._identity}
+        )
+        ranks = meeting.members
+        names = [each.name for each in ranks]
+        groups = {each.told["group"] for each in ranks}
+        if groups != {self._identity} or names != [each.name for each in self.ranks]:
+            self._connect(ranks, meeting.identity)
+        self.ranks = ranks
+        current = up_to_date(ranks)
+        behind = [rank for rank in range(len(ranks)) if rank not in current]
+        for place, rank in enumerate(behind):
+            donor = current[place % len(current)]
+            with self._timed():
+                if self.rank == donor:
+                    self._send(state(), rank)
+                elif self.rank == rank:
+                    heal(self._receive(donor, limit=2 * len(state()) + CHUNK))
+        counts = [rank in current and each.told["steps"] > 0 for rank, each in enumerate(ranks)]
+        return Begun(ranks, behind, counts)
+
+    def commit(self) -> bool:
+        """Whether the round counts: every rank has come to here with all that was sent; a collective.
+
+        Raises:
+            LostError: where this rank cannot know, as one was lost here. The others may have committed then.
+        """
+        self.all_gather(torch.ones(1, dtype=torch.uint8, device="cpu"), "commit")
+        return True
+
+    def disconnect(self) -> None:
+        """Have all ranks connect anew for the next round."""
+        self._identity = ""
+        self.group.shutdown()
+
+    def leave(self) -> None:
+        """Take part no longer."""
+        self.lighthouse.leave()
+        self.disconnect()
+
+    def _connect(self, ranks: list[Member], identity: str) -> None:
+        self.disconnect()
+        self.rank = [each.name for each in ranks].index(self.lighthouse.name)
+        self.world_size = len(ranks)
+        host, _, port = ranks[0].store.rpartition(":")
+        with self._timed():
+            store = dist.TCPStore(host, int(port), timeout=self._connect_timeout, wait_for_workers=False)
+            self.group.connect(dist.PrefixStore(identity, store), self.rank, self.world_size)
+        self._identity = identity
+        self._require_same_form(ranks)
+
+    def _require_same_form(self, ranks: list[Member]) -> None:
+        try:
+            require_agreement(self.uncounted(), "lgc.elastic.attach", self._description)
+        except LostError:
+            raise
+        except RuntimeError as error:
+            forms = [ranks[rank].told["form"] for rank in up_to_date(ranks)]
+            if ranks[self.rank].told["form"] != max(forms, key=forms.count):
+                self.leave()
+                raise
+            raise LostError(str(error)) from error
+
+    def _send(self, data: bytes, rank: int) -> None:
+        whole = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+        for part in (torch.tensor([len(data)], device="cpu"), *whole.split(CHUNK)):
+            self.group.send([part], rank, 0).wait()
+
+    def _receive(self, donor: int, *, limit: int) -> bytes:
+        length = torch.zeros(1, dtype=torch.int64, device="cpu")
+        self.group.recv([length], donor, 0).wait()
+        if not 0 < int(length) <= limit:
+            raise LostError(f"lgc: rank {donor} announces a state of {int(length)} bytes, and {limit} are possible.")
+        whole = torch.empty(int(length), dtype=torch.uint8, device="cpu")
+        for part in whole.split(CHUNK):
+            self.group.recv([part], donor, 0).wait()
+        return whole.numpy().tobytes()
+
+    @contextlib.contextmanager
+    def _timed(self) -> Iterator[None]:
+        started = clock(self.device)
+        try:
+            yield
+        except RankError:
+            raise
+        except RuntimeError as error:
+            raise LostError(f"lgc: a rank was lost amid a round, as seen by rank {self.rank}: {error}") from error
+        finally:
+            self.seconds += time.perf_counter() - started
+
+
+def up_to_date(ranks: list[Member]) -> list[int]:
+    """The ranks that have made the most rounds, and among them those that most agree with; the first of equals."""
+    newest = max(each.rounds for each in ranks)
+    digests = [each.told["digest"] for each in ranks if each.rounds == newest]
+    usual = max(digests, key=digests.count)
+    return [rank for rank, each in enumerate(ranks) if each.rounds == newest and each.told["digest"] == usual]
+
+
+class _Group(ProcessGroupGloo):  # type: ignore[misc]
+    """torchft's group, with sockets on one address alone."""
+
+    def __init__(self, address: str, timeout: timedelta) -> None:
+        super().__init__(timeout)
+        self._address = address
+        self._set_group_name("lgc.elastic")
+
+    def connect(self, store: dist.Store, rank: int, world_size: int) -> None:
+        """Be a group of the ranks that meet in a store."""
+        options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
+        options._timeout = self._timeout
+        options._devices = [dist.ProcessGroupGloo.create_device(hostname=self._address)]
+        group = dist.ProcessGroup(store, rank, world_size)
+        group._set_default_backend(dist.ProcessGroup.BackendType.GLOO)
+        backend = dist.ProcessGroupGloo(store, rank, world_size, options)
+        group._register_backend(torch.device("cpu"), dist.ProcessGroup.BackendType.GLOO, backend)
+        self._pg = group
+
+
+def _listen(address: str, port: int) -> tuple[dist.TCPStore, str]:
+    """A store that listens on one address, and where it is, as host:port."""
+    with contextlib.closing(socket.create_server((address, port))) as listening:
+        port = listening.getsockname()[1]
+        store = dist.TCPStore(
+            address, port, is_master=True, wait_for_workers=False, master_listen_fd=listening.detach()
+        )
+    return store, f"{address}:{port}"
