@@ -6,6 +6,7 @@ import hashlib
 import multiprocessing
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,7 +18,11 @@ from ranks import start_fork_server
 from torch import nn
 
 LIMIT_S = 60.0
-HEARTBEAT_TIMEOUT_MS = 500
+HEARTBEAT_TIMEOUT_MS = 1000
+JOIN_TIMEOUT_MS = 1500
+EVERY = 4
+SAMPLES = 512
+Told = Callable[[Any], bool]
 
 
 class Ended(NamedTuple):
@@ -32,43 +37,53 @@ class Process:
     Args:
         function: what it runs, `function(tell, *args)`; `tell` sends anything to the test.
         args: of it.
+
+    Attributes:
+        told: by it until now.
     """
 
     def __init__(self, function: Callable[..., None], *args: Any) -> None:
         start_fork_server()
         context = multiprocessing.get_context("forkserver")
-        self.connection, child = context.Pipe()
+        connection, child = context.Pipe()
         self.process = context.Process(target=_run, args=(child, function, *args), daemon=True)
         self.process.start()
         child.close()
         self.told: list[Any] = []
+        self._news = threading.Condition()
+        threading.Thread(target=self._listen, args=(connection,), daemon=True).start()
 
-    def wait_for(self, what: Callable[[Any], bool]) -> Any:
-        """The first that it tells from now on, or has not been waited for, that is so; its exception is raised."""
-        while True:
-            each = self.tell()
-            if isinstance(each, Ended):
-                raise each.exception or AssertionError(f"ended without having told it: {self.told[-3:]}")
-            if what(each):
-                return each
+    def _listen(self, connection: Connection) -> None:
+        while not (self.told and isinstance(self.told[-1], Ended)):
+            try:
+                each = connection.recv()
+            except (EOFError, OSError):
+                each = Ended(ProcessLookupError("was killed"))
+            with self._news:
+                self.told.append(each)
+                self._news.notify_all()
+
+    def wait_for(self, what: Told) -> Any:
+        """The first that it has told, or tells, that is so; if it ends before, its exception is raised."""
+        with self._news:
+            self._news.wait_for(lambda: self._found(what) is not None, LIMIT_S)
+            found = self._found(what)
+            assert found is not None, f"told nothing of the kind within {LIMIT_S:g} s; the last was {self.told[-3:]}"
+        if isinstance(found, Ended):
+            raise found.exception or AssertionError(f"ended without having told it; the last was {self.told[-3:]}")
+        return found
+
+    def _found(self, what: Told) -> Any:
+        return next((each for each in self.told if isinstance(each, Ended) or what(each)), None)
 
     def result(self) -> Any:
-        """What it tells last before it ends; its exception is raised."""
-        while not isinstance(end := self.tell(), Ended):
-            pass
-        if end.exception is not None:
-            raise end.exception
+        """What it has told last, once it has ended; its exception is raised."""
+        with self._news:
+            ended = self._news.wait_for(lambda: bool(self.told) and isinstance(self.told[-1], Ended), LIMIT_S)
+            assert ended, f"has not ended within {LIMIT_S:g} s; the last was {self.told[-3:]}"
+        if self.told[-1].exception is not None:
+            raise self.told[-1].exception
         return self.told[-2]
-
-    def tell(self) -> Any:
-        """The next that it tells."""
-        if not self.connection.poll(LIMIT_S):
-            raise TimeoutError(f"told nothing within {LIMIT_S} s; the last was {self.told[-3:]}")
-        try:
-            self.told.append(self.connection.recv())
-        except EOFError:
-            self.told.append(Ended(ProcessLookupError(f"ended by force; the last was {self.told[-3:]}")))
-        return self.told[-1]
 
     def signal(self, number: int) -> None:
         assert self.process.pid is not None
@@ -97,7 +112,7 @@ def serve_lighthouse(tell: Callable[[Any], None], least: int, bind: str = "127.0
     server = LighthouseServer(
         bind=bind,
         min_replicas=least,
-        join_timeout_ms=3000,
+        join_timeout_ms=JOIN_TIMEOUT_MS,
         quorum_tick_ms=20,
         heartbeat_timeout_ms=HEARTBEAT_TIMEOUT_MS,
     )
@@ -105,66 +120,175 @@ def serve_lighthouse(tell: Callable[[Any], None], least: int, bind: str = "127.0
     signal.pause()
 
 
+class Crew:
+    """Ranks that train together until they are told to end, and their lighthouse.
+
+    Attributes:
+        address: of the lighthouse.
+        ranks: that have been started and not been killed.
+    """
+
+    def __init__(self, least: int, job: Callable[..., None], options: dict[str, Any]) -> None:
+        self._job, self._options = job, options
+        self._total = multiprocessing.get_context("forkserver").Value("i", 10**9)
+        self.lighthouse = Process(serve_lighthouse, least)
+        self.address = self.lighthouse.wait_for(lambda each: isinstance(each, str))
+        self.ranks: list[Process] = []
+        self._seed = 0
+
+    def start(self, **options: Any) -> Process:
+        """Start another rank, with weights of its own."""
+        self._seed += 1
+        rank = Process(self._job, self.address, self._seed, self._total, {**self._options, **options})
+        self.ranks.append(rank)
+        return rank
+
+    def kill(self, rank: Process) -> None:
+        """Kill a rank as SIGKILL does."""
+        self.ranks.remove(rank)
+        rank.kill()
+
+    def wait_for_ranks(self, number: int) -> None:
+        """Wait until the ranks make a round more of so many."""
+        for rank in self.ranks:
+            rounds = max((each["rounds"] for each in rank.told if "rounds" in each), default=0)
+            rank.wait_for(lambda each, after=rounds: each.get("ranks") == number and each["rounds"] > after)  # type: ignore[misc]
+
+    def end(self) -> list[dict[str, Any]]:
+        """Let the ranks train two rounds more; what each has at the end."""
+        step = max(each["step"] for rank in self.ranks for each in rank.told if "step" in each)
+        self._total.value = step + 2 * EVERY
+        return [rank.result() for rank in self.ranks]
+
+
 @contextmanager
-def lighthouse(least: int) -> Iterator[str]:
-    """The address of a lighthouse."""
-    process = Process(serve_lighthouse, least)
+def crew(number: int, *, least: int, job: Callable[..., None] | None = None, **options: Any) -> Iterator[Crew]:
+    """Ranks that train together, with `least` to make a round; killed at the end of the `with` block."""
+    made = Crew(least, job or train, {"attach": {"ranks": number, "min_ranks": least}} | options)
     try:
-        yield process.wait_for(lambda each: isinstance(each, str))
+        for _ in range(number):
+            made.start()
+        yield made
     finally:
-        process.kill()
+        for each in (*made.ranks, made.lighthouse):
+            each.kill()
 
 
-def model() -> nn.Module:
-    return nn.Sequential(nn.Linear(6, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 3))
-
-
-def anchor_of(handle: Any) -> str:
-    """A digest of what all ranks have alike."""
+def digest_of(handle: Any) -> str:
+    """A digest of what all ranks have alike after a round."""
     state = handle.state_dict()["aggregator"]["replicated"]
     alike = [tensor for part in ("anchor", "outer_momentum", "buffers") for tensor in state[part].values()]
     return hashlib.sha256(b"".join(each.numpy().tobytes() for each in alike)).hexdigest()[:12]
 
 
-def train(tell: Callable[[Any], None], address: str, seed: int, total: int, options: dict[str, Any]) -> None:
+class Recorder:
+    """Takes what every round takes in, and what is owed before it."""
+
+    def __init__(self, handle: Any, tell: Callable[[Any], None]) -> None:
+        self._feedback, self._tell = handle.synchronizer.aggregator.feedback, tell
+        handle.synchronizer.observers.append(self)
+
+    def before_round(self, step: int, gradient: torch.Tensor) -> None:
+        self._tell({"round": step, "moved": norm(gradient), "owed": norm(self._feedback.residual)})
+
+    def after_round(self, step: int, result: Any) -> None:
+        pass
+
+
+def norm(tensor: torch.Tensor) -> float:
+    return float(tensor.double().norm())
+
+
+def dies_in_round(handle: Any, tell: Callable[[Any], None], number: int) -> None:
+    """Have this rank end by force in a round, when the others wait for its payload."""
+    transport, gather = handle.transport, handle.transport.all_gather
+
+    def all_gather(tensor: torch.Tensor, content: str) -> torch.Tensor:
+        if content == "values" and handle.rounds == number + 1:  # that of this round has begun
+            os.kill(os.getpid(), signal.SIGKILL)
+        return gather(tensor, content)  # type: ignore[no-any-return]
+
+    transport.all_gather = all_gather
+
+
+def loses_sight(handle: Any, tell: Callable[[Any], None], number: int) -> None:
+    """Have this rank lose the others when they have what they need of it, and cannot know that."""
+    from lgc.elastic.transport import LostError
+
+    transport, commit = handle.transport, handle.transport.commit
+
+    def then_lost() -> None:
+        commit()
+        if handle.rounds == number + 1:
+            transport.commit = commit
+            tell({"after": norm(handle.synchronizer.aggregator.feedback.residual)})
+            raise LostError("the others were lost sight of, for a test")
+
+    transport.commit = then_lost
+
+
+def trains_apart(handle: Any, tell: Callable[[Any], None], number: int) -> None:
+    """Have this rank commit a round that the others do not, and come back when they have made another of its number."""
+    transport, commit = handle.transport, handle.transport.commit
+
+    def alone() -> None:
+        if handle.rounds != number + 1:
+            return commit()  # type: ignore[no-any-return]
+        transport.commit = commit
+        transport.disconnect()
+        time.sleep(2 * JOIN_TIMEOUT_MS / 1000)
+        tell({"apart": number})
+        return None
+
+    transport.commit = alone
+
+
+def train(tell: Callable[[Any], None], address: str, seed: int, total: Any, options: dict[str, Any]) -> None:
     """Train until the run is at `total` steps; tells of every step."""
+    import lgc
     import lgc.elastic
 
     torch.manual_seed(seed)
-    net = model()
-    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-2)
+    model = nn.Sequential(nn.Linear(6, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 3))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0 / (1 + step))
-    x = torch.randn(512, 6, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(SAMPLES, 6, generator=torch.Generator().manual_seed(0))
     y = (x[:, 0] > 0).long() + (x[:, 1] > 0).long()
-    sampler = lgc.elastic.Sampler(512)
+    sampler = lgc.elastic.Sampler(SAMPLES)
     loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, y), batch_size=8, sampler=sampler)
-    given = {"ranks": 3, "timeout": 5.0, "quorum_timeout": 20.0, "heartbeat_every": 0.05, **options.get("attach", {})}
+    waits = {"timeout": 5.0, "connect_timeout": 5.0, "quorum_timeout": 20.0, "heartbeat_every": 0.1}
     handle = lgc.elastic.attach(
-        net,
-        options.get("scheme", lgc.LocalSteps(every=4, start_steps=0)),
+        model,
+        options.get("scheme", f"local:every={EVERY}:start_steps=0+quantized"),
         optimizer,
         lighthouse=address,
         carried={"schedule": schedule, "sampler": sampler},
-        **given,
+        **waits | options["attach"],
     )
+    Recorder(handle, tell)
+    if "fault" in options:
+        options["fault"](handle, tell, options.get("round", 4))
     for inputs, labels in loader:
-        loss = nn.functional.cross_entropy(net(inputs), labels)
+        loss = nn.functional.cross_entropy(model(inputs), labels)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
-        tell({"step": handle.step, "rounds": handle.rounds, "ranks": len(handle.ranks), "anchor": anchor_of(handle)})
-        time.sleep(options.get("pause", 0.0))
-        if handle.step >= total:
+        owed = norm(handle.synchronizer.aggregator.feedback.residual)  # type: ignore[union-attr]
+        made = {"step": handle.step, "rounds": handle.rounds, "ranks": len(handle.ranks), "owed": owed}
+        tell(made | {"digest": digest_of(handle), "rate": schedule.get_last_lr()[0]})
+        time.sleep(options.get("pause", 0.01))
+        if handle.step >= total.value:
             break
     handle.finish()
     tell(
         {
             "step": handle.step,
-            "anchor": anchor_of(handle),
+            "rounds": handle.rounds,
+            "ranks": len(handle.ranks),
+            "digest": digest_of(handle),
             "rate": schedule.get_last_lr()[0],
             "loss": loss.item(),
-            "names": handle.ranks,
-            "sampler": sampler.state_dict(),
+            "data": sampler.state_dict(),
         }
     )

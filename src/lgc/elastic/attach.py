@@ -100,7 +100,7 @@ def attach(
     require_exchangeable(model)
     require_real(model, method)
     require_optimizers_of(dict(trained(model)), optimizers)
-    require_local_steps(model, optimizers, grad_scaler, 0, None, site=Site())
+    require_local_steps(model, optimizers, grad_scaler, method, None, site=Site())
     least = _majority(ranks, min_ranks, may_split)
     _require_seconds(connect_timeout=connect_timeout, quorum_timeout=quorum_timeout, heartbeat_every=heartbeat_every)
     if type(attempts) is not int or attempts < 1:

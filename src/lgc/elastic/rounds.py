@@ -99,11 +99,15 @@ class ElasticRounds(LocalRounds):
         return self._fragment.rounds
 
     @property
+    def _number(self) -> int:
+        return self._fragment.rounds
+
+    @property
     def _fragment(self) -> Fragment:
         return self._fragments[0]
 
     def _next_round(self) -> tuple[Fragment, bool]:
-        return self._fragment, not self._joined or self.step - self._last_round >= self._scheme.every
+        return self._fragment, not self._joined or self.step - self._last_round >= self._scheme.period
 
     def _combine_buffers(self) -> None:
         """Nothing: the first round does it."""
@@ -178,7 +182,8 @@ class ElasticRounds(LocalRounds):
             self._launch(fragment, wait=True)
             if counts:
                 self._attempt = Attempt(number, whole, feedback.residual.clone(), committed=False)
-            committed = self._transport.commit()
+            self._transport.commit()
+            committed = True
         finally:
             if not committed:
                 fragment.rounds, fragment.step, self._last_round, self._launched = number, step, last_round, None
@@ -199,7 +204,7 @@ class ElasticRounds(LocalRounds):
     def _exchange(
         self, fragment: Fragment, distance: dict[str, Tensor], buffers: dict[str, Tensor], **given: Any
     ) -> Result:
-        given |= {"finite": given["steps"] > 0, "steps": max(given["steps"], 1), "step": given["number"]}
+        given |= {"finite": given["steps"] > 0, "steps": max(given["steps"], 1)}
         result = super()._exchange(fragment, distance, buffers, **given)
         return result._replace(finite=True)
 

@@ -48,9 +48,9 @@ class Begun(NamedTuple):
 class ElasticTransport(Transport):
     """Counted collectives of the ranks that are there: a new group whenever one has come, gone or failed.
 
-        ranks, healed = transport.begin_round(...)
+        ranks, behind, counts = transport.begin_round(...)
         payloads = transport.all_gather_bytes(payload, ...)
-        if transport.commit(): ...
+        transport.commit()
 
     Args:
         lighthouse: finds out who is there.
@@ -149,14 +149,13 @@ class ElasticTransport(Transport):
         counts = [rank in current and each.told["steps"] > 0 for rank, each in enumerate(ranks)]
         return Begun(ranks, behind, counts)
 
-    def commit(self) -> bool:
-        """Whether the round counts: every rank has come to here with all that was sent; a collective.
+    def commit(self) -> None:
+        """Return if the round counts, as every rank has come to here with all that was sent; a collective.
 
         Raises:
             LostError: where this rank cannot know, as one was lost here. The others may have committed then.
         """
         self.all_gather(torch.ones(1, dtype=torch.uint8, device="cpu"), "commit")
-        return True
 
     def disconnect(self) -> None:
         """Have all ranks connect anew for the next round."""
