@@ -3,13 +3,30 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 
 pytest.importorskip("torchft", reason="torchft is not installed (lgc[elastic]; it has wheels for Linux on x86-64)")
 
-from elastic_ranks import Process, crew, dies_in_round, loses_sight, trains_apart
+from elastic_ranks import (
+    EVERY,
+    Process,
+    breaks,
+    crew,
+    dies_in_round,
+    loses_sight,
+    serve_lighthouse,
+    shows_sockets,
+    trains_apart,
+)
+from torch import nn
+
+import lgc
+import lgc.elastic
+from lgc.comm.transport import RankError
 
 
 def are_alike(results: list[dict[str, Any]]) -> bool:
@@ -90,3 +107,171 @@ def test_of_two_groups_that_have_trained_apart_the_smaller_one_steps_back() -> N
         assert own[max(own)] == others[max(own)]
         owed = {each["round"]: each["owed"] for each in told(apart, "owed") if "round" in each}
         assert max(owed.values()) > 0
+
+
+def test_the_last_round_ends_alike_for_a_rank_that_lost_sight_of_the_others_in_it() -> None:
+    with crew(2, least=2) as ranks:
+        ranks.start(fault=loses_sight, round=3)
+        for each in ranks.ranks:
+            each.wait_for(lambda each: "step" in each)
+        ranks.total = 1 + 3 * EVERY  # ends with round 3
+        assert len({(each.result()["digest"], each.result()["rounds"]) for each in ranks.ranks}) == 1
+
+
+def test_a_rank_whose_weights_are_not_finite_leaves_alone() -> None:
+    with crew(2, least=2) as ranks:
+        broken = ranks.start(fault=breaks)
+        with pytest.raises(FloatingPointError, match=r"0\.weight is not finite on this rank"):
+            broken.result()
+        ranks.ranks.remove(broken)
+        assert are_alike(ranks.end())
+
+
+def test_a_rank_that_was_given_another_scheme_learns_what_differs_and_the_others_go_on() -> None:
+    with crew(2, least=2) as ranks:
+        ranks.wait_for_ranks(2)
+        other = ranks.start(scheme=f"local:every={EVERY}:start_steps=0+quantized:bits=3")
+        with pytest.raises(RuntimeError, match=r"differ in local\.exchange\.bits: rank \d: \d, rank \d: \d"):
+            other.result()
+        ranks.ranks.remove(other)
+        assert are_alike(ranks.end())
+
+
+# --- the lighthouse ---
+
+
+def test_ranks_go_on_by_themselves_when_the_lighthouse_is_back_in_time() -> None:
+    with crew(2, least=2) as ranks:
+        ranks.wait_for_ranks(2)
+        ranks.lighthouse.kill()
+        ranks.lighthouse = Process(serve_lighthouse, 2, ranks.address)
+        ranks.wait_for_ranks(2)
+        assert are_alike(ranks.end())
+
+
+def test_without_a_lighthouse_ranks_say_so_once_their_timeout_has_passed() -> None:
+    with crew(2, least=2, attach={"ranks": 2, "quorum_timeout": 1.0}) as ranks:
+        ranks.wait_for_ranks(2)
+        ranks.lighthouse.kill()
+        for rank in ranks.ranks:
+            with pytest.raises(lgc.elastic.NoQuorumError, match=r"lighthouse at .* has not answered"):
+                rank.result()
+
+
+def test_too_few_ranks_make_no_round_and_say_so() -> None:
+    with crew(2, least=2, attach={"ranks": 2, "quorum_timeout": 3.0}) as ranks:
+        ranks.wait_for_ranks(2)
+        ranks.kill(ranks.ranks[0])
+        with pytest.raises(lgc.elastic.NoQuorumError, match=r"fewer than min_ranks=2 ranks have met within 3 s"):
+            ranks.ranks[0].result()
+
+
+# --- what ranks take from each other ---
+
+
+def test_a_rank_listens_on_its_address_alone() -> None:
+    with crew(2, least=1, attach={"ranks": 2, "min_ranks": 1, "may_split": True}, fault=shows_sockets) as ranks:
+        assert ranks.ranks[0].wait_for(lambda each: "listens" in each)["listens"] == {"0100007F"}  # 127.0.0.1
+
+
+@pytest.fixture
+def alone() -> lgc.elastic.ElasticHandle:
+    """A rank that has met nobody yet."""
+    model = nn.Linear(2, 2)
+    return attached(model, lgc.LocalSteps(every=EVERY, start_steps=0))
+
+
+def attached(model: nn.Module, scheme: Any, **given: Any) -> lgc.elastic.ElasticHandle:
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    return lgc.elastic.attach(model, scheme, optimizer, **{"lighthouse": "127.0.0.1:1", "ranks": 3} | given)
+
+
+@pytest.mark.parametrize(
+    "harm", [lambda state: b"no state", lambda state: state[:-1], lambda state: state.replace(b"F32", b"F16")]
+)
+def test_a_state_that_does_not_fit_is_refused(alone: lgc.elastic.ElasticHandle, harm: Callable[[bytes], bytes]) -> None:
+    rounds = alone._caller
+    state = rounds.shared_state()
+    rounds.heal(state)
+    with pytest.raises(RankError, match="the state that another rank has sent does not fit this one"):
+        rounds.heal(harm(state))
+
+
+# --- arguments ---
+
+
+@pytest.mark.parametrize(
+    ("scheme", "message"),
+    [
+        ("dgc", r"attach\(scheme=\.\.\.\) must be LocalSteps on ranks that come and go"),
+        ("local:start_steps=0+dense", r"must be Quantized or TopK on ranks that come and go, not Dense"),
+        ("local:start_steps=0+scalecom", "not ScaleCom, whose indices all ranks must have alike"),
+        (
+            "local:start_steps=0+quantized:reduction=two_stage",
+            r"Quantized\(reduction='two_stage'\) has each rank serve",
+        ),
+        ("local:start_steps=0+topk:reduction=two_stage", r"TopK\(reduction='two_stage'\) has each rank serve"),
+        ("local:start_steps=0:overlap=True", r"LocalSteps\(overlap=\.\.\.\) must be False .* got True"),
+        ("local:start_steps=0:fragments=2", r"LocalSteps\(fragments=\.\.\.\) must be 1 .* got 2"),
+        ("local", r"LocalSteps\(start_steps=\.\.\.\) must be 0 .* got 300"),
+        ("local:start_steps=0:every=30s", r"LocalSteps\(every=\.\.\.\) must be a number of steps"),
+    ],
+)
+def test_what_is_not_done_on_ranks_that_come_and_go_is_refused_by_name(scheme: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        attached(nn.Linear(2, 2), scheme)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (
+            {"min_ranks": 1},
+            r"attach\(min_ranks=\.\.\.\) must be at least 2, more than half of ranks=3, got 1",
+        ),
+        ({"min_ranks": 4}, r"attach\(min_ranks=\.\.\.\) must be an integer from 1 to ranks=3, got 4"),
+        ({"ranks": 0}, r"attach\(ranks=\.\.\.\) must be an integer of at least 1, got 0"),
+        ({"quorum_timeout": 0}, r"attach\(quorum_timeout=\.\.\.\) must be 0.001 to 1e\+06 seconds, got 0"),
+        ({"attempts": 0}, r"attach\(attempts=\.\.\.\) must be an integer of at least 1, got 0"),
+    ],
+)
+def test_arguments_are_checked(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        attached(nn.Linear(2, 2), lgc.LocalSteps(start_steps=0), **given)
+
+
+def test_a_carried_object_whose_state_cannot_travel_is_refused() -> None:
+    class Place:
+        def state_dict(self) -> dict[str, Any]:
+            return {"place": object()}
+
+        def load_state_dict(self, state: dict[str, Any]) -> None:
+            """Nothing."""
+
+    with pytest.raises(TypeError, match=r"carried/place/place.* is a object, which has no file format"):
+        attached(nn.Linear(2, 2), lgc.LocalSteps(start_steps=0), carried={"place": Place()})
+
+
+# --- the data ---
+
+
+def drawn(samplers: dict[str, lgc.elastic.Sampler], steps: int) -> dict[str, list[int]]:
+    return {name: [index for _, index in zip(range(steps), each, strict=False)] for name, each in samplers.items()}
+
+
+def test_every_sample_is_taken_once_an_epoch_whoever_is_there() -> None:
+    names = ["a", "b", "c"]
+    samplers = {name: lgc.elastic.Sampler(48, seed=3) for name in names}
+    used: list[int] = []
+    for number in range(10):
+        here = names if number % 3 else names[:2]  # c comes and goes
+        for name in here:  # as a newcomer has it from the others
+            samplers[name].load_state_dict(samplers["a"].state_dict())
+            samplers[name].divide(dict.fromkeys(here, 0), name)
+        taken = drawn({name: samplers[name] for name in here}, 4)
+        counted = here[:1] if number == 4 else here  # what the others have taken is lost once
+        used += [index for name in counted for index in taken[name]]
+        for name in here:
+            samplers[name].divide({each: 4 * (each in counted) for each in here}, name)
+    assert sorted(used) == sorted([*range(48), *range(48)])
+    assert samplers["a"].epoch == 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import multiprocessing
 import os
@@ -11,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -157,8 +159,17 @@ class Crew:
     def end(self) -> list[dict[str, Any]]:
         """Let the ranks train two rounds more; what each has at the end."""
         step = max(each["step"] for rank in self.ranks for each in rank.told if "step" in each)
-        self._total.value = step + 2 * EVERY
+        self.total = step + 2 * EVERY
         return [rank.result() for rank in self.ranks]
+
+    @property
+    def total(self) -> int:
+        """Steps after which the ranks end."""
+        return int(self._total.value)
+
+    @total.setter
+    def total(self, steps: int) -> None:
+        self._total.value = steps
 
 
 @contextmanager
@@ -292,3 +303,39 @@ def train(tell: Callable[[Any], None], address: str, seed: int, total: Any, opti
             "data": sampler.state_dict(),
         }
     )
+
+
+def breaks(handle: Any, tell: Callable[[Any], None], number: int) -> None:
+    """Have this rank's weights be none any more."""
+
+    def spoil(module: nn.Module, inputs: Any) -> None:
+        if handle.rounds == number:
+            next(module.parameters()).data.fill_(torch.nan)
+
+    handle._model().register_forward_pre_hook(spoil)
+
+
+def shows_sockets(handle: Any, tell: Callable[[Any], None], number: int) -> None:
+    """Have this rank tell on which addresses it listens once it is amid its rounds."""
+    commit = handle.transport.commit
+
+    def look() -> None:
+        commit()
+        tell({"listens": listening()})
+
+    handle.transport.commit = look
+
+
+def listening() -> set[str]:
+    """The addresses on which this process listens, as the kernel writes them."""
+    own = set()
+    for descriptor in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):  # that of the listing itself
+            own.add(os.readlink(f"/proc/self/fd/{descriptor}"))
+    found = set()
+    for table in ("tcp", "tcp6"):
+        for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
+            fields = line.split()
+            if fields[3] == "0A" and f"socket:[{fields[9]}]" in own:
+                found.add(fields[1].partition(":")[0])
+    return found

@@ -189,6 +189,11 @@ def _gathered(scheme: Scheme) -> LocalSteps:
     """The scheme, with its exchange gathered; raises ValueError for what is not done on ranks that come and go."""
     if not isinstance(scheme, LocalSteps):
         raise ValueError(f"attach(scheme=...) must be LocalSteps on ranks that come and go, got {scheme}.")
+    if not isinstance(scheme.every, int):
+        raise ValueError(
+            f"LocalSteps(every=...) must be a number of steps on ranks that come and go, got {scheme.every}: a round "
+            "that is due by time is not tried again."
+        )
     exchange = scheme.exchange
     if not isinstance(exchange, Quantized | TopK):
         kind = type(exchange).__name__

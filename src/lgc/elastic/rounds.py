@@ -91,7 +91,7 @@ class ElasticRounds(LocalRounds):
         self._attempt: Attempt | None = None
         self._joined = False
         self._counted: dict[str, int] = {}  # by process, the last round that its payload is in
-        to_bytes(self._shared_state())  # raises TypeError now, and not when the first newcomer comes
+        self.shared_state()  # raises TypeError now, and not when the first newcomer comes
 
     @property
     def rounds(self) -> int:
@@ -149,7 +149,7 @@ class ElasticRounds(LocalRounds):
         transport, fragment = self._transport, self._fragment
         told: dict[str, Any] = {"digest": self._digest(), "closing": closing, "step": self.step}
         told |= {"steps": self.step - self._last_round, "drawn": [each.drawn for each in self._samplers]}
-        begun = transport.begin_round(fragment.rounds, told, lambda: to_bytes(self._shared_state())[0], self._heal)
+        begun = transport.begin_round(fragment.rounds, told, self.shared_state, self.heal)
         if all(each.told["closing"] for each in begun.ranks):
             return not begun.behind
         if any(begun.counts):
@@ -211,17 +211,17 @@ class ElasticRounds(LocalRounds):
     def _report_nonfinite(self, finite: list[bool], step: int) -> None:
         """Nothing: what is not finite does not come so far."""
 
-    def _shared_state(self) -> dict[str, Any]:
-        """What all ranks have alike at the end of a round, and what a rank that has just come needs of this one."""
-        fragment = self._fragment
-        return {
+    def shared_state(self) -> bytes:
+        """What a rank needs to go on from where this one is: what all have alike, and this one's inner optimizer."""
+        state = {
             "alike": self._alike(),
-            "rounds": fragment.rounds,
+            "rounds": self._fragment.rounds,
             "step": self.step,
             "counted": self._counted,
             "optimizers": [each.state_dict() for each in self._optimizers],
             "carried": {name: each.state_dict() for name, each in self._carried.items()},
         }
+        return to_bytes(state)[0]
 
     def _alike(self) -> dict[str, dict[str, Tensor]]:
         fragment = self._fragment
@@ -233,14 +233,14 @@ class ElasticRounds(LocalRounds):
         }
 
     @torch.no_grad()
-    def _heal(self, data: bytes) -> None:
+    def heal(self, data: bytes) -> None:
         """Go on from where another rank is; what of this one's work has not been counted is owed from now on."""
-        fragment, here = self._fragment, self._shared_state()
+        fragment, alike = self._fragment, self._alike()
         feedback = fragment.synchronizer.aggregator.feedback
         try:
             state = from_bytes(data)
-            for part in ("alike", "rounds", "step"):
-                require_same_form(here[part], state[part], part)
+            for part, here in (("alike", alike), ("rounds", fragment.rounds), ("step", self.step)):
+                require_same_form(here, state[part], part)
             counted = {str(name): int(number) for name, number in state["counted"].items()}
             owed = self._owed_after(counted.get(self._transport.lighthouse.name))
             for optimizer, each in zip(self._optimizers, state["optimizers"], strict=True):
@@ -249,7 +249,7 @@ class ElasticRounds(LocalRounds):
                 carried.load_state_dict(state["carried"][name])
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise RankError(f"lgc: the state that another rank has sent does not fit this one: {error}") from error
-        for part, tensors in here["alike"].items():
+        for part, tensors in alike.items():
             for name, tensor in tensors.items():
                 tensor.copy_(state["alike"][part][name])
         feedback.load({name: owed if name == "residual" else each for name, each in feedback.buffers().items()})

@@ -134,7 +134,8 @@ class ElasticTransport(Transport):
         ranks = meeting.members
         names = [each.name for each in ranks]
         groups = {each.told["group"] for each in ranks}
-        if groups != {self._identity} or names != [each.name for each in self.ranks]:
+        connected = self._identity and groups == {self._identity} and names == [each.name for each in self.ranks]
+        if not connected:
             self._connect(ranks, meeting.identity)
         self.ranks = ranks
         current = up_to_date(ranks)
