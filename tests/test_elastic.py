@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 import signal
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner
 
 pytest.importorskip("torchft", reason="torchft is not installed (lgc[elastic]; it has wheels for Linux on x86-64)")
 
@@ -18,6 +21,7 @@ from elastic_ranks import (
     crew,
     dies_in_round,
     loses_sight,
+    run_script,
     serve_lighthouse,
     shows_sockets,
     trains_apart,
@@ -27,6 +31,7 @@ from torch import nn
 import lgc
 import lgc.elastic
 from lgc.comm.transport import RankError
+from lgc_lab.cli import main
 
 
 def are_alike(results: list[dict[str, Any]]) -> bool:
@@ -183,7 +188,8 @@ def alone() -> lgc.elastic.ElasticHandle:
 
 def attached(model: nn.Module, scheme: Any, **given: Any) -> lgc.elastic.ElasticHandle:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    return lgc.elastic.attach(model, scheme, optimizer, **{"lighthouse": "127.0.0.1:1", "ranks": 3} | given)
+    arguments: dict[str, Any] = {"lighthouse": "127.0.0.1:1", "ranks": 3} | given
+    return lgc.elastic.attach(model, scheme, optimizer, **arguments)
 
 
 @pytest.mark.parametrize(
@@ -275,3 +281,32 @@ def test_every_sample_is_taken_once_an_epoch_whoever_is_there() -> None:
             samplers[name].divide({each: 4 * (each in counted) for each in here}, name)
     assert sorted(used) == sorted([*range(48), *range(48)])
     assert samplers["a"].epoch == 2
+
+
+# --- what the guide says ---
+
+
+def test_the_script_of_the_guide_trains() -> None:
+    guide = Path(__file__).parents[1] / "docs" / "elastic.md"
+    (script,) = re.findall(r"```python\n(.*?)```", guide.read_text(), re.DOTALL)
+    lighthouse = Process(serve_lighthouse, 2)
+    ranks: list[Process] = []
+    try:
+        address = lighthouse.wait_for(lambda each: isinstance(each, str))
+        ranks += [Process(run_script, script, address) for _ in range(2)]
+        printed = [rank.result() for rank in ranks]
+    finally:
+        for each in (*ranks, lighthouse):
+            each.kill()
+    assert printed[0] == printed[1]
+    found = re.fullmatch(r"rounds (\d+), accuracy (.*)", printed[0])
+    assert found, printed
+    assert float(found[2]) > 0.9
+
+
+@pytest.mark.exhaustive
+def test_the_measurement_ends_with_the_same_weights_on_all_ranks() -> None:
+    size = ["--samples", "1600", "--width", "16", "--depth", "1"]
+    result = CliRunner().invoke(main, ["bench", "elastic", *size, "--ranks", "3", "--kills", "1", "--stops", "0"])
+    assert result.exit_code == 0, result.output
+    assert [line.split()[-1] for line in result.output.splitlines()[-2:]] == ["alike", "alike"]

@@ -17,6 +17,7 @@ from lgc.version import __version__
 from lgc_lab import options
 from lgc_lab.analysis.command import analyze
 from lgc_lab.bench.codec import codec
+from lgc_lab.bench.elastic import elastic
 from lgc_lab.bench.link.command import link
 from lgc_lab.bench.round import bench_round
 from lgc_lab.bench.sites import sites
@@ -155,6 +156,7 @@ def bench() -> None:
     lgc bench link     time and bytes a step of every scheme on links of several speeds
     lgc bench round    time of the parts of a compressed round, in copies of as many numbers
     lgc bench sites    time and bytes a step of local steps between sites that have a fast network inside
+    lgc bench elastic  the loss of local steps on ranks that are killed, stopped and started again
     """
 
 
@@ -162,6 +164,7 @@ bench.add_command(codec)
 bench.add_command(link)
 bench.add_command(bench_round)
 bench.add_command(sites)
+bench.add_command(elastic)
 main.add_command(analyze)
 main.add_command(plan)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import multiprocessing
 import os
 import signal
@@ -19,7 +20,7 @@ import torch
 from ranks import start_fork_server
 from torch import nn
 
-LIMIT_S = 60.0
+LIMIT_S = 90.0
 HEARTBEAT_TIMEOUT_MS = 1000
 JOIN_TIMEOUT_MS = 1500
 EVERY = 4
@@ -132,7 +133,9 @@ class Crew:
 
     def __init__(self, least: int, job: Callable[..., None], options: dict[str, Any]) -> None:
         self._job, self._options = job, options
-        self._total = multiprocessing.get_context("forkserver").Value("i", 10**9)
+        self._total = multiprocessing.get_context("forkserver").RawValue(
+            "i", 10**9
+        )  # a lock might be held by a rank that is killed
         self.lighthouse = Process(serve_lighthouse, least)
         self.address = self.lighthouse.wait_for(lambda each: isinstance(each, str))
         self.ranks: list[Process] = []
@@ -339,3 +342,11 @@ def listening() -> set[str]:
             if fields[3] == "0A" and f"socket:[{fields[9]}]" in own:
                 found.add(fields[1].partition(":")[0])
     return found
+
+
+def run_script(tell: Callable[[Any], None], script: str, address: str) -> None:
+    """Run a script as one of its ranks; tells what it prints."""
+    os.environ["LIGHTHOUSE"] = address
+    with contextlib.redirect_stdout(io.StringIO()) as output:
+        exec(compile(script, "script", "exec"), {"__name__": "__main__"})
+    tell(output.getvalue().strip())

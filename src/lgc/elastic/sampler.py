@@ -40,6 +40,11 @@ class Sampler(data.Sampler[int]):
         self._order: tuple[int, list[int]] = (-1, [])
 
     @property
+    def taken(self) -> int:
+        """Number of samples that rounds have counted, which all ranks have alike: to end a loop by, and schedules."""
+        return self._next - len(self._left)
+
+    @property
     def epoch(self) -> int:
         """Of the first place that no rank has taken, counted from 0."""
         return self._next // self._size
