@@ -103,15 +103,16 @@ def test_samples_that_not_all_ranks_count_are_an_error(samples: tuple[int, int])
 
 
 def train_by_time(rank: int, world_size: int, ddp: bool) -> tuple[list[Any], dict[str, Tensor]]:
-    """Train with one rank that is slow, until the ranks have made 40 steps on average."""
-    run = Run(by_time(lgc.Seconds(0.1), start_steps=2, exchange=lgc.Quantized()), ddp=ddp)
+    """Train for two rounds with one rank that is slow: it sleeps for longer than a round before each of its steps."""
+    run = Run(by_time(lgc.Seconds(0.3), start_steps=2, exchange=lgc.Quantized()), ddp=ddp)
     schedule = torch.optim.lr_scheduler.LambdaLR(run.optimizer, lambda _: 1 - run.handle.progress.steps / 1000)
     seen: list[Progress] = []
-    while run.handle.progress.steps < 40:
+    while len(seen) < 2:
+        if rank == 0 and run.handle.step >= 2:
+            time.sleep(0.35)
         run.handle.count(8)
         run.train(rank, range(run.handle.step, run.handle.step + 1))
         schedule.step()
-        time.sleep(0.03 if rank == 0 else 0.002)
         if run.handle.progress.work and seen[-1:] != [run.handle.progress]:
             seen.append(run.handle.progress)
         assert run.handle.step > 2 or run.handle.progress.steps == run.handle.step  # at the start all step together
@@ -131,7 +132,7 @@ def test_each_rank_takes_the_steps_it_can_and_all_know_how_many(ranks: RankFacto
     own = [account[2] for account, _ in results]
     assert progress[-1].steps == pytest.approx(sum(own) / 3)
     assert progress[-1].samples == 8 * sum(own)
-    assert own[0] < min(own[1:])
+    assert own[0] <= 5 < min(own[1:])
     assert all(work.samples == 8 * work.steps for each in progress for work in each.work)
     assert {account[3] for account, _ in results} == {sum(own) // 3 - 2}
 
