@@ -288,7 +288,8 @@ def test_every_sample_is_taken_once_an_epoch_whoever_is_there() -> None:
 
 def test_the_script_of_the_guide_trains() -> None:
     guide = Path(__file__).parents[1] / "docs" / "elastic.md"
-    (script,) = re.findall(r"```python\n(.*?)```", guide.read_text(), re.DOTALL)
+    scripts = re.findall(r"```python\n(.*?)```", guide.read_text(), re.DOTALL)
+    (script,) = (each for each in scripts if "lgc.elastic.attach" in each)
     lighthouse = Process(serve_lighthouse, 2)
     ranks: list[Process] = []
     try:

@@ -239,7 +239,7 @@ def require_sites(between: object, scheme: Scheme, on_difference: str) -> None:
     """Raise ValueError if there are to be sites, and something that is not done between them."""
     if between is None:
         return
-    require_rounds_by_count(scheme, "attach(between=...), whose sites' ranks step together,")
+    require_rounds_by_count(scheme, "attach(between=...)")
     if not isinstance(scheme, LocalSteps):
         raise ValueError(
             f"attach(between=...) is for local steps between sites, and {scheme.name} exchanges every step; use "

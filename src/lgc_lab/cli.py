@@ -21,6 +21,7 @@ from lgc_lab.bench.elastic import elastic
 from lgc_lab.bench.link.command import link
 from lgc_lab.bench.round import bench_round
 from lgc_lab.bench.sites import sites
+from lgc_lab.bench.stragglers import stragglers
 from lgc_lab.launch.ranks import under_torchrun
 from lgc_lab.plan.command import plan
 from lgc_lab.recipes import RECIPES
@@ -157,6 +158,7 @@ def bench() -> None:
     lgc bench round    time of the parts of a compressed round, in copies of as many numbers
     lgc bench sites    time and bytes a step of local steps between sites that have a fast network inside
     lgc bench elastic  the loss of local steps on ranks that are killed, stopped and started again
+    lgc bench stragglers  samples a second and loss with one slow rank, in rounds by count and by time
     """
 
 
@@ -165,6 +167,7 @@ bench.add_command(link)
 bench.add_command(bench_round)
 bench.add_command(sites)
 bench.add_command(elastic)
+bench.add_command(stragglers)
 main.add_command(analyze)
 main.add_command(plan)
 

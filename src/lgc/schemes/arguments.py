@@ -148,10 +148,9 @@ def _number(where: str, text: str, hint: Any) -> int | float | Seconds:
     kinds = {int: "an integer", float: "a number", int | Seconds: "an integer, or a time such as 30s"}
     if hint not in kinds:
         raise ValueError(f"{where} cannot be set in text, only from Python.")
+    of_time = hint == int | Seconds and text.endswith("s")
     try:
-        if hint == int | Seconds and text.endswith("s"):
-            return Seconds(float(text[:-1]))
-        return float(text) if hint is float else int(text)
+        number = float(text[:-1]) if of_time else float(text) if hint is float else int(text)
     except ValueError:
-        kind = kinds[hint]
-        raise ValueError(f"{where} must be {kind}, got {text!r}.") from None
+        raise ValueError(f"{where} must be {kinds[hint]}, got {text!r}.") from None
+    return Seconds(number) if of_time else number

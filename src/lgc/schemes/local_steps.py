@@ -119,8 +119,8 @@ def require_rounds_by_count(scheme: Scheme, what: str) -> None:
     """Raise ValueError for local steps whose rounds are opened by time, on behalf of what counts steps."""
     if isinstance(scheme, LocalSteps) and isinstance(scheme.every, Seconds):
         raise ValueError(
-            f"{what} counts steps, of which every rank must make as many, and {scheme} opens rounds by time; give it a "
-            f"number of steps, such as every={USUAL}."
+            f"{what} counts steps, the same number on every rank, and {scheme} opens rounds by time; give it a number "
+            f"of steps, such as every={USUAL}."
         )
 
 
