@@ -171,6 +171,31 @@ def test_too_few_ranks_make_no_round_and_say_so() -> None:
             ranks.ranks[0].result()
 
 
+def test_a_run_whose_ranks_are_all_gone_goes_on_from_their_checkpoints() -> None:
+    with crew(2, least=2) as ranks:
+        ranks.wait_for_ranks(2)
+        ended = ranks.end()
+        assert are_alike(ended)
+        states = [told(rank, "state")[-1]["state"] for rank in ranks.ranks]
+    with crew(0, least=2, attach={"ranks": 2}) as ranks:
+        for state in states:
+            ranks.start(state=state)
+        first = ranks.ranks[0].wait_for(lambda each: "rounds" in each)
+        assert (first["step"], first["rounds"]) == (ended[0]["step"] + 1, ended[0]["rounds"] + 1)
+        ranks.wait_for_ranks(2)
+        assert are_alike(ranks.end())
+
+
+def test_top_k_of_weights_beside_dense_biases_on_ranks_that_come_and_go() -> None:
+    with crew(2, least=2, scheme=f"local:every={EVERY}:start_steps=0+topk:rate=0.2:small=dense") as ranks:
+        ranks.wait_for_ranks(2)
+        ranks.start()
+        ranks.wait_for_ranks(3)
+        ranks.kill(ranks.ranks[0])
+        ranks.wait_for_ranks(2)
+        assert are_alike(ranks.end())
+
+
 # --- what ranks take from each other ---
 
 

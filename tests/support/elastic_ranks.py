@@ -20,6 +20,8 @@ import torch
 from ranks import start_fork_server
 from torch import nn
 
+from lgc.checkpoint.state import from_bytes, to_bytes
+
 LIMIT_S = 90.0
 HEARTBEAT_TIMEOUT_MS = 1000
 JOIN_TIMEOUT_MS = 1500
@@ -279,6 +281,13 @@ def train(tell: Callable[[Any], None], address: str, seed: int, total: Any, opti
         carried={"schedule": schedule, "sampler": sampler},
         **waits | options["attach"],
     )
+    if "state" in options:
+        state = from_bytes(options["state"])
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        handle.load_state_dict(state["handle"])
+        schedule.load_state_dict(state["schedule"])
+        sampler.load_state_dict(state["sampler"])
     Recorder(handle, tell)
     if "fault" in options:
         options["fault"](handle, tell, options.get("round", 4))
@@ -295,6 +304,9 @@ def train(tell: Callable[[Any], None], address: str, seed: int, total: Any, opti
         if handle.step >= total.value:
             break
     handle.finish()
+    with handle.anchored():
+        parts = {"model": model, "optimizer": optimizer, "handle": handle, "schedule": schedule, "sampler": sampler}
+        tell({"state": to_bytes({name: part.state_dict() for name, part in parts.items()})[0]})
     tell(
         {
             "step": handle.step,

@@ -102,7 +102,9 @@ def attach(
     require_optimizers_of(dict(trained(model)), optimizers)
     require_local_steps(model, optimizers, grad_scaler, method, None, site=Site())
     least = _majority(ranks, min_ranks, may_split)
-    _require_seconds(connect_timeout=connect_timeout, quorum_timeout=quorum_timeout, heartbeat_every=heartbeat_every)
+    _require_seconds(
+        timeout=timeout, connect_timeout=connect_timeout, quorum_timeout=quorum_timeout, heartbeat_every=heartbeat_every
+    )
     if type(attempts) is not int or attempts < 1:
         raise ValueError(f"attach(attempts=...) must be an integer of at least 1, got {attempts!r}.")
     carried = dict(carried or {})

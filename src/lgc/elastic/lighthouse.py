@@ -111,6 +111,12 @@ class Lighthouse:
             except (RuntimeError, TimeoutError) as error:
                 self._client, failure = None, error
             else:
+                strangers = [each.replica_id for each in found.participants if not isinstance(each.data, dict)]
+                if strangers:
+                    raise RankError(
+                        f"lgc: the lighthouse at {self.address} serves another job as well, of {strangers[0]}; start "
+                        "one for each job."
+                    )
                 members = [
                     Member(each.replica_id, each.store_address, each.step, each.data) for each in found.participants
                 ]
