@@ -215,19 +215,20 @@ def norm(tensor: torch.Tensor) -> float:
     return float(tensor.double().norm())
 
 
-def dies_in_round(handle: Any, tell: Callable[[Any], None], number: int) -> None:
+def dies_in_round(handle: Any, tell: Callable[[Any], None], is_due: Callable[[], bool]) -> None:
     """Have this rank end by force in a round, when the others wait for its payload."""
     transport, gather = handle.transport, handle.transport.all_gather
 
     def all_gather(tensor: torch.Tensor, content: str) -> torch.Tensor:
-        if content == "values" and handle.rounds == number + 1:  # that of this round has begun
+        if content == "values" and is_due():
+            tell({"dies": handle.rounds - 1})
             os.kill(os.getpid(), signal.SIGKILL)
         return gather(tensor, content)  # type: ignore[no-any-return]
 
     transport.all_gather = all_gather
 
 
-def loses_sight(handle: Any, tell: Callable[[Any], None], number: int) -> None:
+def loses_sight(handle: Any, tell: Callable[[Any], None], is_due: Callable[[], bool]) -> None:
     """Have this rank lose the others when they have what they need of it, and cannot know that."""
     from lgc.elastic.transport import LostError
 
@@ -235,25 +236,25 @@ def loses_sight(handle: Any, tell: Callable[[Any], None], number: int) -> None:
 
     def then_lost() -> None:
         commit()
-        if handle.rounds == number + 1:
+        if is_due():
             transport.commit = commit
-            tell({"after": norm(handle.synchronizer.aggregator.feedback.residual)})
+            tell({"after": norm(handle.synchronizer.aggregator.feedback.residual), "in": handle.rounds - 1})
             raise LostError("the others were lost sight of, for a test")
 
     transport.commit = then_lost
 
 
-def trains_apart(handle: Any, tell: Callable[[Any], None], number: int) -> None:
+def trains_apart(handle: Any, tell: Callable[[Any], None], is_due: Callable[[], bool]) -> None:
     """Have this rank commit a round that the others do not, and come back when they have made another of its number."""
     transport, commit = handle.transport, handle.transport.commit
 
     def alone() -> None:
-        if handle.rounds != number + 1:
+        if not is_due():
             return commit()  # type: ignore[no-any-return]
         transport.commit = commit
         transport.disconnect()
         time.sleep(2 * JOIN_TIMEOUT_MS / 1000)
-        tell({"apart": number})
+        tell({"apart": handle.rounds})
         return None
 
     transport.commit = alone
@@ -289,8 +290,15 @@ def train(tell: Callable[[Any], None], address: str, seed: int, total: Any, opti
         schedule.load_state_dict(state["schedule"])
         sampler.load_state_dict(state["sampler"])
     Recorder(handle, tell)
+
+    def together() -> bool:
+        return handle.rounds > 4 and len(handle.ranks) == 3
+
+    def ends() -> bool:
+        return handle.step >= total.value
+
     if "fault" in options:
-        options["fault"](handle, tell, options.get("round", 4))
+        options["fault"](handle, tell, ends if options.get("last") else together)
     for inputs, labels in loader:
         loss = nn.functional.cross_entropy(model(inputs), labels)
         optimizer.zero_grad()
@@ -305,7 +313,13 @@ def train(tell: Callable[[Any], None], address: str, seed: int, total: Any, opti
             break
     handle.finish()
     with handle.anchored():
-        parts = {"model": model, "optimizer": optimizer, "handle": handle, "schedule": schedule, "sampler": sampler}
+        parts: dict[str, Any] = {
+            "model": model,
+            "optimizer": optimizer,
+            "handle": handle,
+            "schedule": schedule,
+            "sampler": sampler,
+        }
         tell({"state": to_bytes({name: part.state_dict() for name, part in parts.items()})[0]})
     tell(
         {
@@ -318,19 +332,20 @@ def train(tell: Callable[[Any], None], address: str, seed: int, total: Any, opti
             "data": sampler.state_dict(),
         }
     )
+    handle.detach()
 
 
-def breaks(handle: Any, tell: Callable[[Any], None], number: int) -> None:
+def breaks(handle: Any, tell: Callable[[Any], None], is_due: Callable[[], bool]) -> None:
     """Have this rank's weights be none any more."""
 
     def spoil(module: nn.Module, inputs: Any) -> None:
-        if handle.rounds == number:
+        if is_due():
             next(module.parameters()).data.fill_(torch.nan)
 
     handle._model().register_forward_pre_hook(spoil)
 
 
-def shows_sockets(handle: Any, tell: Callable[[Any], None], number: int) -> None:
+def shows_sockets(handle: Any, tell: Callable[[Any], None], is_due: Callable[[], bool]) -> None:
     """Have this rank tell on which addresses it listens once it is amid its rounds."""
     commit = handle.transport.commit
 

@@ -46,14 +46,12 @@ class Attempt(NamedTuple):
     Attributes:
         number: of the round.
         whole: what this rank owes if nobody has counted it, shape (N,).
-        rest: what it owes if the others have, shape (N,).
-        committed: whether this rank has.
+        rest: what it owes if the others have, shape (N,); None once this rank has too, and owes its residual.
     """
 
     number: int
     whole: Tensor
-    rest: Tensor
-    committed: bool
+    rest: Tensor | None
 
 
 class ElasticRounds(LocalRounds):
@@ -181,7 +179,7 @@ class ElasticRounds(LocalRounds):
         try:
             self._launch(fragment, wait=True)
             if counts:
-                self._attempt = Attempt(number, whole, feedback.residual.clone(), committed=False)
+                self._attempt = Attempt(number, whole, feedback.residual.clone())
             self._transport.commit()
             committed = True
         finally:
@@ -191,7 +189,7 @@ class ElasticRounds(LocalRounds):
                 feedback.load(before)
                 feedback.updates = updates
         if counts:
-            self._attempt = Attempt(number, whole, feedback.residual, committed=True)
+            self._attempt = Attempt(number, whole, None)
         self._complete()
 
     def _owed_with(self, owed: Tensor) -> Tensor:
@@ -269,10 +267,9 @@ class ElasticRounds(LocalRounds):
         if not self._joined:
             return torch.zeros_like(residual)
         last = self._attempt
-        if last is None:
-            return self._owed_with(residual)
-        owed = last.rest if counted == last.number else last.whole
-        return self._owed_with(owed) if last.committed else owed
+        if last is not None and last.rest is not None:  # the work since the last round is in it
+            return last.rest if counted == last.number else last.whole
+        return self._owed_with(residual if last is None or counted == last.number else last.whole)
 
     def finish(self) -> None:
         """Exchange what has been moved since the last round, and see that every rank that is there has the result."""

@@ -81,7 +81,8 @@ class ElasticTransport(Transport):
         self._form = hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()[:16]
         self._connect_timeout = timedelta(seconds=connect_timeout)
         self._store_server, self._store_address = _listen(address, port)
-        self.group: Any = _Group(address, timedelta(seconds=timeout))
+        self._timeout = timedelta(seconds=timeout)
+        self.group: Any = _Group(address, self._timeout, self._connect_timeout)
         self.rank, self.world_size = 0, 1
         self._identity = ""  # of the meeting whose ranks are connected
         self.group.connect(dist.HashStore(), 0, 1)
@@ -194,16 +195,16 @@ class ElasticTransport(Transport):
     def _send(self, data: bytes, rank: int) -> None:
         whole = torch.frombuffer(bytearray(data), dtype=torch.uint8)
         for part in (torch.tensor([len(data)], device="cpu"), *whole.split(CHUNK)):
-            self.group.send([part], rank, 0).wait()
+            self.group.send([part], rank, 0).wait(self._timeout)
 
     def _receive(self, donor: int, *, limit: int) -> bytes:
         length = torch.zeros(1, dtype=torch.int64, device="cpu")
-        self.group.recv([length], donor, 0).wait()
+        self.group.recv([length], donor, 0).wait(self._timeout)
         if not 0 < int(length) <= limit:
             raise LostError(f"lgc: rank {donor} announces a state of {int(length)} bytes, and {limit} are possible.")
         whole = torch.empty(int(length), dtype=torch.uint8, device="cpu")
         for part in whole.split(CHUNK):
-            self.group.recv([part], donor, 0).wait()
+            self.group.recv([part], donor, 0).wait(self._timeout)
         return whole.numpy().tobytes()
 
     @contextlib.contextmanager
@@ -230,19 +231,20 @@ def up_to_date(ranks: list[Member]) -> list[int]:
 class _Group(ProcessGroupGloo):  # type: ignore[misc]
     """torchft's group, with sockets on one address alone."""
 
-    def __init__(self, address: str, timeout: timedelta) -> None:
+    def __init__(self, address: str, timeout: timedelta, connect_timeout: timedelta) -> None:
         super().__init__(timeout)
-        self._address = address
+        self._address, self._connect_timeout = address, connect_timeout
         self._set_group_name("lgc.elastic")
 
     def connect(self, store: dist.Store, rank: int, world_size: int) -> None:
         """Be a group of the ranks that meet in a store."""
         options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
-        options._timeout = self._timeout
+        options._timeout = self._connect_timeout
         options._devices = [dist.ProcessGroupGloo.create_device(hostname=self._address)]
         group = dist.ProcessGroup(store, rank, world_size)
         group._set_default_backend(dist.ProcessGroup.BackendType.GLOO)
         backend = dist.ProcessGroupGloo(store, rank, world_size, options)
+        backend._set_default_timeout(self._timeout)
         group._register_backend(torch.device("cpu"), dist.ProcessGroup.BackendType.GLOO, backend)
         self._pg = group
 
