@@ -292,10 +292,10 @@ def train(tell: Callable[[Any], None], address: str, seed: int, total: Any, opti
     Recorder(handle, tell)
 
     def together() -> bool:
-        return handle.rounds > 4 and len(handle.ranks) == 3
+        return bool(handle.rounds > 4 and len(handle.ranks) == 3)
 
     def ends() -> bool:
-        return handle.step >= total.value
+        return bool(handle.step >= total.value)
 
     if "fault" in options:
         options["fault"](handle, tell, ends if options.get("last") else together)

@@ -119,8 +119,8 @@ class ElasticTransport(Transport):
 
         Args:
             rounds: that this rank has made.
-            told: what else it says: "form" is of what all ranks must have alike, "digest" of what they have alike after
-                `rounds` rounds.
+            told: what else it says: "digest" is of what all ranks have alike after so many rounds, "steps" how many
+                this one has made since.
             state: what a rank needs to go on from where this one is.
             heal: takes such a state of another rank.
 
