@@ -97,8 +97,8 @@ def test_the_scripts_of_sites_train_and_go_on_with_another_number_of_sites(tmp_p
     assert run_forked(fsdp, tmp_path, 2).startswith("steps 50 to 100")
     imports = saving[: saving.index("with")]
     one_rank_a_site = fsdp[: fsdp.index("handle = ")].replace("// 2", "// 1").replace("(sites, 2)", "(sites, 1)")
-    on_other_ranks = one_rank_a_site + imports + going_on + "print(dist.get_rank(), handle.step)\n" + end
-    assert sorted(run_forked(on_other_ranks, tmp_path, 2).splitlines()) == ["0 50", "1 50"]
+    on_other_ranks = one_rank_a_site + imports + going_on + "print(handle.step)\n" + end
+    assert run_forked(on_other_ranks, tmp_path, 2) == "50\n"
 
 
 def test_the_readme_has_at_most_120_lines() -> None:

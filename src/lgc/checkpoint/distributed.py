@@ -8,6 +8,8 @@ from typing import Any
 
 from lgc.attach import STATE_HINTS, Handle
 from lgc.checkpoint.state import accumulate, as_saved, deal_counts, overlap
+from lgc.comm.transport import Transport
+from lgc.sites import Site
 
 OF_ALL = ("version", "scheme", "step", "phase")  # of a handle's state, the same on all ranks
 ABOUT = (*OF_ALL, "sites", "ranks", "cut", "counts")
@@ -22,10 +24,9 @@ def distributed_state(handle: Handle) -> dict[str, Any]:
     Tensors are whole, as DTensors where the model is sharded. What all sites have the same of is under equal keys; what
     is of one site, or of one rank, has its number in the key. `load_distributed` goes on from it.
     """
-    state, site, sites = handle.state_dict(whole=True), handle.site, handle.transport.world_size
-    transport, inside = handle.transport.uncounted(), site.uncounted()
-    inside.meet(transport, "lgc.checkpoint")
-    counts = inside.of_all(transport, [state.get(name) for name in COUNTS], "counts")
+    transport, site = _meeting(handle)
+    state, sites = handle.state_dict(whole=True), transport.world_size
+    counts = site.of_all(transport, [state.get(name) for name in COUNTS], "counts")
     about = {"sites": sites, "ranks": sites * site.places, "cut": site.cut, "counts": json.dumps(counts)}
     aggregator = state["aggregator"]
     per_rank = aggregator.get("per_rank", {})
@@ -64,40 +65,40 @@ def load_distributed(handle: Handle, *, key: str = "handle", **where: Any) -> No
         checkpoint.load(found, **where)
         return dict(found[key])
 
-    here, saved = handle.state_dict(), load(dict.fromkeys(ABOUT, ""))
+    transport, site = _meeting(handle)
+    state, saved = handle.state_dict(whole=True), load(dict.fromkeys(ABOUT, ""))
     for name in ("version", "scheme"):
-        if saved[name] != here[name]:
+        if saved[name] != state[name]:
             hint = STATE_HINTS[name]
-            raise ValueError(f"load_distributed: {name} was {saved[name]!r}, here it is {here[name]!r}{hint}.")
-    site, sites, places = handle.transport.rank, handle.transport.world_size, handle.site.places
-    rank, ranks = site * places + handle.site.place, sites * places
-    is_same = [saved[name] for name in ("sites", "ranks", "cut")] == [sites, ranks, handle.site.cut]
-    of_site, of_rank = _shares(saved["sites"], site, sites), _shares(saved["ranks"], rank, ranks)
-    wanted = handle.state_dict(whole=True)["aggregator"]
-    state = {**here, **{name: saved[name] for name in OF_ALL}, "whole": True}
-    if wanted:
-        found = load(
-            {
-                "replicated": wanted["replicated"],
-                "server": wanted["server"],
-                **{f"site {each}": _without_buffers(_per_rank(handle, whole=True)) for each in of_site},
-                **{f"rank {each}": _buffers(_per_rank(handle)) for each in of_rank},
-            }
-        )
-        per_rank = _merged(_mean(found, "site", of_site), _mean(found, "rank", of_rank))
-        state["aggregator"] = {**{name: found[name] for name in ("replicated", "server")}, "per_rank": per_rank}
+            raise ValueError(f"load_distributed: {name} was {saved[name]!r}, here it is {state[name]!r}{hint}.")
+    sites, ranks = transport.world_size, transport.world_size * site.places
+    rank = transport.rank * site.places + site.place
+    is_same = [saved[name] for name in ("sites", "ranks", "cut")] == [sites, ranks, site.cut]
+    state |= {name: saved[name] for name in OF_ALL}
     if not is_same:
         state["resharded_from"] = saved["sites"]
+    if state["aggregator"]:  # there is something to load
+        of_site, of_rank = _shares(saved["sites"], transport.rank, sites), _shares(saved["ranks"], rank, ranks)
+        wanted = {name: state["aggregator"][name] for name in ("replicated", "server")}
+        for each in of_site:  # a new copy each time, to be overwritten
+            wanted[f"site {each}"] = _without_buffers(handle.state_dict(whole=True)["aggregator"]["per_rank"])
+        for each in of_rank:
+            wanted[f"rank {each}"] = _buffers(handle.state_dict()["aggregator"]["per_rank"])
+        found = load(wanted)
+        per_rank = _merged(_mean(found, "site", of_site), _mean(found, "rank", of_rank))
+        state["aggregator"] = {"replicated": found["replicated"], "server": found["server"], "per_rank": per_rank}
     for name, counts in zip(COUNTS, zip(*json.loads(saved["counts"]), strict=True), strict=True):
-        if name in here and None not in counts:
+        if name in state and None not in counts:
             wires = [json.loads(each) for each in counts]
             state[name] = json.dumps(wires[rank] if is_same else deal_counts(wires, rank, ranks))
     handle.load_state_dict(state)
 
 
-def _per_rank(handle: Handle, *, whole: bool = False) -> Any:
-    """A copy, to be overwritten."""
-    return handle.state_dict(whole=whole)["aggregator"]["per_rank"]
+def _meeting(handle: Handle) -> tuple[Transport, Site]:
+    """Between the sites and inside this one, uncounted, where all ranks are about to save or load; a collective."""
+    transport, site = handle.transport.uncounted(), handle.site.uncounted()
+    site.meet(transport, "lgc.checkpoint")
+    return transport, site
 
 
 def _shares(saved: int, number: int, total: int) -> dict[int, float]:
@@ -108,13 +109,12 @@ def _shares(saved: int, number: int, total: int) -> dict[int, float]:
 
 def _mean(found: Mapping[str, Any], kind: str, shares: Mapping[int, float]) -> Any:
     """The average of the saved states that this one takes over; one alone as it is."""
-    states = {each: found[f"{kind} {each}"] for each in shares}
-    first, *others = states.values()
+    first, *others = (found[f"{kind} {each}"] for each in shares)
     if not others:
         return first
     totals: dict[str, Any] = {}
-    for each, state in states.items():
-        accumulate(totals, state, shares[each])
+    for state, share in zip((first, *others), shares.values(), strict=True):
+        accumulate(totals, state, share)
     return as_saved(totals, first)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
 import os
 import time
@@ -95,6 +96,7 @@ def _measure(
     questions: Sequence[Question], network: Network, barrier: Barrier, steps: int, device: torch.device
 ) -> None:
     """Run in every rank; rank 0 prints the table."""
+    logging.getLogger("lgc.advice").setLevel(logging.ERROR)  # that with PLAIN some ranks stand aside
     rank = dist.get_rank()
     mesh = init_device_mesh("cpu", (dist.get_world_size() // RANKS, RANKS), mesh_dim_names=("site", "inside"))
     table = [["link", "inside", "exchange", "ms a step", "kB a step and site", "of one rank's"]]
