@@ -98,7 +98,7 @@ def test_the_scripts_of_sites_train_and_go_on_with_another_number_of_sites(tmp_p
     imports = saving[: saving.index("with")]
     one_rank_a_site = fsdp[: fsdp.index("handle = ")].replace("// 2", "// 1").replace("(sites, 2)", "(sites, 1)")
     on_other_ranks = one_rank_a_site + imports + going_on + "print(handle.step)\n" + end
-    assert run_forked(on_other_ranks, tmp_path, 2) == "50\n"
+    assert run_forked(on_other_ranks, tmp_path, 2) == "50"
 
 
 def test_the_readme_has_at_most_120_lines() -> None:
