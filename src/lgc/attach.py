@@ -240,7 +240,8 @@ class Handle:
         and may go on training.
 
         Raises:
-            RankError: on every rank, if the ranks are at different steps.
+            RankError: on every rank, if the ranks are at different steps; where rounds are opened by time, if some rank
+                is in one meanwhile.
             ReplicaError: on every rank, if their weights differ before the first local step; that is so where another
                 optimizer than the one given to `attach` makes the steps.
         """

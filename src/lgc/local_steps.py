@@ -137,6 +137,7 @@ class LocalRounds(Caller):
         self._step_hooks: list[RemovableHandle] = []
         self.use_optimizers(optimizers)
         self._steps_of_another = Streak()  # since the last one that counts
+        self._most_of_another = FEW_STEPS if self._pace else max(scheme.steps_a_round, FEW_STEPS)
         watch_steps(module, self._parameters.values(), self._before_any_step)
         if self._grad_scaler is not None:
             scaled = partial(_make_scaled_step, self, self._grad_scaler.step)
@@ -167,9 +168,7 @@ class LocalRounds(Caller):
     def _before_any_step(self, optimizer: Optimizer) -> None:
         if optimizer in self._optimizers:
             self._steps_of_another.end()
-        elif (steps := self._steps_of_another.add(optimizer)) > max(
-            FEW_STEPS, 0 if self._pace else self._scheme.steps_a_round
-        ):
+        elif (steps := self._steps_of_another.add(optimizer)) > self._most_of_another:
             raise RuntimeError(
                 f"lgc: {type(optimizer).__name__} has made {steps - 1} steps with this model's "
                 f"parameters, and the {type(self._optimizers[0]).__name__} given to attach none meanwhile, whose steps "
@@ -523,13 +522,9 @@ class LocalRounds(Caller):
             self._complete()
             self._site.rest(self._module)
             moved = self._has_begun and not self._replaced and self._has_moved_since()
-            operation = ROUND
-            if (
-                self._pace
-            ):  # at another step each, so that not all know of those that have made some since the last round
-                moved |= self._has_begun and self.step > self._last_round
-                operation = FINISH
-            votes = self._call_roll(vote=moved, operation=operation).votes
+            if self._pace:  # by their own count, not all ranks know that some have made steps since the last round
+                moved |= self.step > self._last_round
+            votes = self._call_roll(vote=moved, operation=FINISH if self._pace else ROUND).votes
             if not self._has_begun:  # the weights are the same, unless something else than this optimizer moves them
                 weights = {f"parameter {name}": own for name, own in self._site.part(self._parameters).items()}
                 with self._site.together(self.step):
