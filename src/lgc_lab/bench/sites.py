@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import lgc
 from lgc.choice.cost import parse_rate
-from lgc.schemes import LocalSteps, parse_scheme
+from lgc.schemes import LocalSteps, parse_scheme, require_rounds_by_count
 from lgc_lab import options
 from lgc_lab.launch.network import Network, NetworkError, read_counters, temporary_network
 from lgc_lab.launch.ranks import preload, start_ranks
@@ -71,6 +71,7 @@ def sites(sites: int, rates: str, scheme: str, steps: int) -> None:
         local = parse_scheme(scheme)
         if not isinstance(local, LocalSteps):
             raise ValueError(f"scheme must be one of local steps, as in local:every=20+quantized, got {scheme}.")
+        require_rounds_by_count(local, "lgc bench sites")
     questions = [
         Question(rate, inside, exchange)
         for rate in options.split(rates)
@@ -144,7 +145,7 @@ def _take(step: Callable[[], None], count: int, barrier: Barrier) -> tuple[float
 def _arm(question: Question, mesh: DeviceMesh) -> tuple[Callable[[], None], int]:
     """A training step, and after how many of them they repeat; nothing on ranks that take no part."""
     scheme: Any = None if question.exchange == DENSE else parse_scheme(question.exchange)
-    every = 1 if scheme is None else scheme.every
+    every = 1 if scheme is None else scheme.steps_a_round
     if question.inside == PLAIN and mesh["inside"].get_local_rank():
         return lambda: None, every
     torch.manual_seed(0)
