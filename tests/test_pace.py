@@ -138,9 +138,11 @@ def test_each_rank_takes_the_steps_it_can_and_all_know_how_many(ranks: RankFacto
 
 
 def go_apart(rank: int, _: int, what: str) -> str:
-    run = Run(by_time(lgc.Seconds(0.05)), timeout=10.0)
+    run = Run(by_time(lgc.Seconds(0.05)), timeout=1.0 if what == "leave" else 10.0)
     try:
         for step in range(1000):
+            if what == "leave" and rank == 0 and run.handle.progress.steps:
+                return "a rank of the group"
             if what == "count" and rank == 0:
                 run.handle.count(8)
             run.train(rank, range(step, step + 1))
@@ -153,7 +155,11 @@ def go_apart(rank: int, _: int, what: str) -> str:
 
 @pytest.mark.parametrize(
     ("what", "message"),
-    [("finish", "rank 0 in handle.finish, rank 1 in a round of training"), ("count", "must be called on every rank")],
+    [
+        ("finish", "rank 0 in handle.finish, rank 1 in a round of training"),
+        ("count", "must be called on every rank"),
+        pytest.param("leave", "rank", marks=pytest.mark.exhaustive),  # for longer than the timeout nobody waits
+    ],
 )
 def test_ranks_that_do_not_agree_are_an_error_on_every_rank(ranks: RankFactory, what: str, message: str) -> None:
     assert all(message in each for each in ranks(2).run(go_apart, what))
