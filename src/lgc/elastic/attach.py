@@ -182,9 +182,9 @@ class ElasticHandle(Handle):
             raise ValueError("wire_summary(of_all=...) must be False on ranks that come and go, got True.")
         return super().wire_summary(of_all=False)
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self, *, whole: bool = False) -> dict[str, Any]:
         """This rank's state, as `lgc.Handle.state_dict`, for a rank of any number."""
-        return super().state_dict() | {"rank": 0, "world_size": 1}
+        return super().state_dict(whole=whole) | {"rank": 0, "world_size": 1}
 
 
 def _gathered(scheme: Scheme) -> LocalSteps:

@@ -16,8 +16,9 @@ try:
     from torchft.coordination import LighthouseClient
 except ImportError as error:
     raise ImportError(
-        "lgc.elastic needs torchft 0.2: pip install 'lgc[elastic]'. It has wheels for Linux on x86-64 alone; elsewhere "
-        "build it from its sources, which needs Rust and protoc, or train with a fixed number of ranks by lgc.attach."
+        "lgc.elastic needs torchft 0.2: pip install 'lgc[elastic]'. It has wheels for Linux on x86-64 and Python up to "
+        "3.13; elsewhere build it from its sources, which needs Rust and protoc, or train with a fixed number of ranks "
+        "by lgc.attach."
     ) from error
 
 PAUSE_S = 0.2  # between two tries to reach a lighthouse
