@@ -1,4 +1,4 @@
-"""Ranks that come and go."""
+"""Ranks that come and go: processes that are killed, stopped and cut off, of which most tests are exhaustive."""
 
 from __future__ import annotations
 
@@ -65,6 +65,7 @@ def test_ranks_go_on_without_one_that_is_killed_and_take_in_another() -> None:
         }
 
 
+@pytest.mark.exhaustive
 def test_a_rank_that_was_stopped_takes_the_state_of_the_others_and_still_owes_what_it_did() -> None:
     with crew(3, least=2) as ranks:
         ranks.wait_for_ranks(3)
@@ -103,6 +104,7 @@ def test_a_rank_whose_payload_the_others_have_counted_owes_what_is_left_of_it() 
         assert are_alike(ranks.end())
 
 
+@pytest.mark.exhaustive
 def test_of_two_groups_that_have_trained_apart_the_smaller_one_steps_back() -> None:
     with crew(2, least=2) as ranks:
         apart = ranks.start(fault=trains_apart)
@@ -115,6 +117,7 @@ def test_of_two_groups_that_have_trained_apart_the_smaller_one_steps_back() -> N
         assert own[max(own)] == others[max(own)]
 
 
+@pytest.mark.exhaustive
 def test_the_last_round_ends_alike_for_a_rank_that_lost_sight_of_the_others_in_it() -> None:
     with crew(2, least=2) as ranks:
         ranks.start(fault=loses_sight, last=True)
@@ -124,6 +127,7 @@ def test_the_last_round_ends_alike_for_a_rank_that_lost_sight_of_the_others_in_i
         assert len({(each["digest"], each["rounds"]) for each in results}) == 1
 
 
+@pytest.mark.exhaustive
 def test_a_rank_whose_weights_are_not_finite_leaves_alone() -> None:
     with crew(2, least=2) as ranks:
         broken = ranks.start(fault=breaks)
@@ -133,6 +137,7 @@ def test_a_rank_whose_weights_are_not_finite_leaves_alone() -> None:
         assert are_alike(ranks.end())
 
 
+@pytest.mark.exhaustive
 def test_a_rank_that_was_given_another_scheme_learns_what_differs_and_the_others_go_on() -> None:
     with crew(2, least=2) as ranks:
         ranks.wait_for_ranks(2)
@@ -146,6 +151,7 @@ def test_a_rank_that_was_given_another_scheme_learns_what_differs_and_the_others
 # --- the lighthouse ---
 
 
+@pytest.mark.exhaustive
 def test_ranks_go_on_by_themselves_when_the_lighthouse_is_back_in_time() -> None:
     with crew(2, least=2) as ranks:
         ranks.wait_for_ranks(2)
@@ -164,6 +170,7 @@ def test_without_a_lighthouse_ranks_say_so_once_their_timeout_has_passed() -> No
                 rank.result()
 
 
+@pytest.mark.exhaustive
 def test_too_few_ranks_make_no_round_and_say_so() -> None:
     with crew(2, least=2, attach={"ranks": 2, "quorum_timeout": 3.0}) as ranks:
         ranks.wait_for_ranks(2)
@@ -172,6 +179,7 @@ def test_too_few_ranks_make_no_round_and_say_so() -> None:
             ranks.ranks[0].result()
 
 
+@pytest.mark.exhaustive
 def test_a_run_whose_ranks_are_all_gone_goes_on_from_their_checkpoints() -> None:
     with crew(2, least=2) as ranks:
         ranks.wait_for_ranks(2)
@@ -187,6 +195,7 @@ def test_a_run_whose_ranks_are_all_gone_goes_on_from_their_checkpoints() -> None
         assert are_alike(ranks.end())
 
 
+@pytest.mark.exhaustive
 def test_top_k_of_weights_beside_dense_biases_on_ranks_that_come_and_go() -> None:
     with crew(2, least=2, scheme=f"local:every={EVERY}:start_steps=0+topk:rate=0.2:small=dense") as ranks:
         ranks.wait_for_ranks(2)
@@ -200,6 +209,7 @@ def test_top_k_of_weights_beside_dense_biases_on_ranks_that_come_and_go() -> Non
 # --- what ranks take from each other ---
 
 
+@pytest.mark.exhaustive
 def test_a_rank_listens_on_its_address_alone() -> None:
     with crew(2, least=1, attach={"ranks": 2, "min_ranks": 1, "may_split": True}, fault=shows_sockets) as ranks:
         assert ranks.ranks[0].wait_for(lambda each: "listens" in each)["listens"] == {"0100007F"}  # 127.0.0.1
