@@ -139,7 +139,7 @@ class Lighthouse:
 
     def _reason(self, failure: Exception | None) -> str:
         unheard = time.monotonic() - self._beat.heard
-        if unheard > ANSWER_S:
+        if unheard > ANSWER_S or self._beat.failed:
             return (
                 f"lgc: the lighthouse at {self.address} has not answered for {unheard:.0f} s ({failure}), and without "
                 "it no round can be made. Nothing of this one has changed. Start a lighthouse there again, and then "
@@ -160,11 +160,13 @@ class _Heart:
 
     Attributes:
         heard: when the lighthouse last answered, by the monotonic clock.
+        failed: whether it has not answered the last one.
     """
 
     def __init__(self, address: str, name: str, every: float, connect_timeout: timedelta) -> None:
         self.stop = threading.Event()
         self.heard = time.monotonic()
+        self.failed = False
         self._address, self._name, self._every = address, name, every
         self._connect_timeout = connect_timeout
         self._thread: threading.Thread | None = None
@@ -181,7 +183,7 @@ class _Heart:
             try:
                 client = client or LighthouseClient(self._address, connect_timeout=self._connect_timeout)
                 client.heartbeat(self._name, timedelta(seconds=ANSWER_S))
-                self.heard = time.monotonic()
+                self.heard, self.failed = time.monotonic(), False
             except (RuntimeError, TimeoutError):
-                client = None
+                client, self.failed = None, True
             self.stop.wait(self._every)
