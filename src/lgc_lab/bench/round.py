@@ -15,7 +15,9 @@ import torch.distributed as dist
 
 import lgc
 from lgc.choice.rehearsal import Rehearsal
+from lgc.comm.messages import Posting
 from lgc.comm.transport import Transport
+from lgc.rounds.exchange import Exchanged
 from lgc.schemes import RoundScheme
 from lgc.synchronizer import Policy, Synchronizer
 from lgc_lab import options
@@ -99,7 +101,9 @@ class TimedRounds:
         of_feedback = {"accumulate": "accumulate", "is_finite": "look", "settle": "settle", "commit": "commit"}
         self._time(aggregator.feedback, of_feedback)
         for exchange in aggregator.exchanges(aggregator.schedule.at(0)):
-            self._time(exchange, {"prepare": "prepare", "exchange": "exchange"})
+            self._time(exchange, {"prepare": "prepare"})
+            exchange.exchange = self._timed_exchange(exchange.exchange)  # type: ignore[method-assign]
+        self._time(aggregator.transport, {"together": "exchange"})
         self._time(aggregator, {"aggregate": "aggregate"})
 
     def make(self, step: int) -> dict[str, float]:
@@ -119,11 +123,27 @@ class TimedRounds:
         for name, part in parts.items():
             setattr(of, name, self._timed(getattr(of, name), part))
 
+    def _timed_exchange(self, method: Callable[..., Posting[Exchanged]]) -> Callable[..., Posting[Exchanged]]:
+        def exchange(*args: Any) -> Posting[Exchanged]:
+            running = method(*args)
+            go_on = self._timed(running.send, "exchange")
+            received = None
+            while True:
+                try:
+                    post = go_on(received)
+                except StopIteration as end:
+                    exchanged: Exchanged = end.value
+                    return exchanged
+                received = yield post
+
+        return exchange
+
     def _timed(self, method: Callable[..., Any], part: str) -> Callable[..., Any]:
         def timed(*args: Any, **arguments: Any) -> Any:
             started = time.perf_counter()
-            result = method(*args, **arguments)
-            self._seconds[part] += time.perf_counter() - started
-            return result
+            try:
+                return method(*args, **arguments)
+            finally:
+                self._seconds[part] += time.perf_counter() - started
 
         return timed
