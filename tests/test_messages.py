@@ -63,7 +63,7 @@ def send_together(rank: int, world_size: int) -> Got:
     usual = to_all_usual(world_size, text("usual", "z" * (rank == 0)), "usual", usual=6, limit=99)
     running = [one(), numbers(), everyone(), each, to_all(world_size, own, "unknown", limit=99), usual]
     results = lockstep(running, transport.together)
-    ((total,),) = results.pop(1)
+    (total,) = results.pop(1)
     traffic = transport.wire.phases["setup"]
     texts = [[bytes(payload.tolist()).decode() for payload in result] for result in results]
     return Got(texts, total, traffic.contents, len(delivered))
