@@ -39,10 +39,11 @@ ROW = "{:<32}" + "{:>11}" * len(PARTS) + "{:>12}"
 def bench_round(schemes: str, parameters: int, world_size: int, threads: int, repeats: int) -> None:
     """Measure what a compressed round computes, by its parts.
 
-    One rank does the work of one of several, as in lgc plan, and sends nothing. Figures are times in units of a plain
-    copy of as many float32 numbers, made right before each round, and their medians, so that what else the machine does
-    hardly matters: "take in" copies the gradients, "accumulate" is u and v, "look" whether they are finite, "prepare"
-    selects and encodes, "exchange" decodes and averages, "settle" and "commit" are feedback, "rest" adds up the mean.
+    One rank does the work of one of several, as in lgc plan, and sends nothing. Figures are processor times in units of
+    a plain copy of as many float32 numbers, made right before each round, and their medians, so that what else the
+    machine does hardly matters: "take in" copies the gradients, "accumulate" is u and v, "look" whether they are
+    finite, "prepare" selects and encodes, "exchange" decodes and averages, "settle" and "commit" are feedback, "rest"
+    adds up the mean.
     """
     torch.set_num_threads(threads)
     with options.usage_errors():
@@ -78,9 +79,9 @@ def measure(schemes: dict[str, RoundScheme], parameters: int, world_size: int, r
     copies = []
     for step in range(UNCOUNTED + repeats):
         for text, each in rounds.items():
-            started = time.perf_counter()
+            started = time.process_time()
             copy.copy_(source)
-            copies.append(time.perf_counter() - started)
+            copies.append(time.process_time() - started)
             parts = each.make(step * world_size)  # which the rank that is there leads
             if step >= UNCOUNTED:
                 ratios[text].append({part: seconds / copies[-1] for part, seconds in parts.items()})
@@ -109,10 +110,10 @@ class TimedRounds:
     def make(self, step: int) -> dict[str, float]:
         """Seconds of the parts of one round."""
         self._seconds = dict.fromkeys((*PARTS, "aggregate"), 0.0)
-        started = time.perf_counter()
+        started = time.process_time()
         self._synchronizer.synchronize(self._gradients, step)
         seconds = self._seconds
-        seconds["round"] = time.perf_counter() - started
+        seconds["round"] = time.process_time() - started
         inner: Sequence[str] = ("accumulate", "look", "prepare", "exchange", "settle", "commit")
         aggregated = seconds.pop("aggregate")
         seconds["take in"] = seconds["round"] - aggregated
@@ -140,10 +141,10 @@ class TimedRounds:
 
     def _timed(self, method: Callable[..., Any], part: str) -> Callable[..., Any]:
         def timed(*args: Any, **arguments: Any) -> Any:
-            started = time.perf_counter()
+            started = time.process_time()
             try:
                 return method(*args, **arguments)
             finally:
-                self._seconds[part] += time.perf_counter() - started
+                self._seconds[part] += time.process_time() - started
 
         return timed
