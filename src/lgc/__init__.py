@@ -24,6 +24,7 @@ from lgc.schemes import (
     Quantized,
     ScaleCom,
     Scheme,
+    Seconds,
     TopK,
     parse_scheme,
 )
@@ -55,6 +56,7 @@ __all__ = [
     "Role",
     "ScaleCom",
     "Scheme",
+    "Seconds",
     "Sign",
     "Synchronizer",
     "TopK",

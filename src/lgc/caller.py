@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from lgc.pace import Progress
 from lgc.phase import Phase
 from lgc.synchronizer import Synchronizer, require_same_form
 
@@ -53,6 +54,18 @@ class Caller:
     def __reduce__(self) -> tuple[type[Detached], tuple[()]]:
         return Detached, ()
 
+    @property
+    def progress(self) -> Progress:
+        """What all ranks have done; where they count their steps, as many as this one."""
+        return Progress(self.step)
+
+    def count(self, samples: int) -> None:
+        """Count samples; RuntimeError where nothing is weighted by them."""
+        raise RuntimeError(
+            "lgc: handle.count() is for rounds that are opened by time, LocalSteps(every=lgc.Seconds(...)); in all "
+            "others every rank counts for as much."
+        )
+
     def anchored(self) -> AbstractContextManager[None]:
         """Have in the model for a while what all ranks share; where every step is exchanged it is there anyway."""
         return contextlib.nullcontext()
@@ -75,6 +88,14 @@ class Caller:
 
     def require_form(self, state: Any, *, resharded: bool) -> None:
         """Raise ValueError if a state has another form than this one's, where that is looked at before it is loaded."""
+
+    def whole(self, state: Any) -> Any:
+        """A state with whole tensors where it has this rank's part of them; as it is, where every rank has all."""
+        return state
+
+    def part(self, state: Any) -> Any:
+        """A state as this rank has it, of one with whole tensors."""
+        return state
 
     def load_state_dict(self, state: Any, step: int, *, resharded: bool) -> None:
         """Go on from a state before `step`, after `require_form`; see `Synchronizer.load_state_dict`."""
