@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lgc.comm.messages import lockstep
 from lgc.comm.transport import Opening, Transport
 from lgc.rounds.exchange import Exchange, Exchanged
 from lgc.rounds.feedback import Feedback, Piece
@@ -79,11 +80,11 @@ class Aggregator(ABC):
             self.finish(step, [])
             return Round(self.feedback.spare.fill_(torch.nan), (), nonfinite_ranks)
         columns = iter(zip(*opening.numbers, strict=True))
-        exchanged = []
-        for exchange, payload in zip(exchanges, payloads, strict=True):
-            lengths = [] if payload is None else list(next(columns))
-            exchanged.append(exchange.exchange(v, payload, lengths, stage))
-        result = self._close(exchanged)
+        running = [
+            exchange.exchange(v, payload, [] if payload is None else list(next(columns)), stage)
+            for exchange, payload in zip(exchanges, payloads, strict=True)
+        ]
+        result = self._close(lockstep(running, self.transport.together))
         for exchange in exchanges:
             exchange.commit()
         self.finish(step, opening.votes)

@@ -22,6 +22,7 @@ from lgc.coding import (
     unpack,
     zeros_bound,
 )
+from lgc.comm.messages import FromOne, Posting, Sum, ToAll, to_all_usual
 from lgc.comm.transport import Transport
 from lgc.rounds.exchange import Exchange, Exchanged, nothing, root_mean_square, sum_in_order
 from lgc.rounds.feedback import Piece
@@ -74,12 +75,12 @@ class OwnTopK(TopKExchange):
         code = self.codecs.values.encode(values, self.region.element_counts(stage.least_rate))
         return pack([self.encode_indices(positions), code], kind=Kind.ENTRIES, step=stage.step)
 
-    def exchange(self, v: Tensor, payload: Tensor | None, lengths: list[int], stage: Stage) -> Exchanged:
+    def exchange(self, v: Tensor, payload: Tensor | None, lengths: list[int], stage: Stage) -> Posting[Exchanged]:
         """Mean over the ranks of what each selected."""
         assert payload is not None
         if not self.region.segments:
             return Exchanged([], Piece(slice(0), v[:0]))
-        payloads = self.transport.all_gather_bytes(payload, "entries", lengths, limit=self._limit(stage))
+        payloads = yield ToAll(content="entries", payload=payload, lengths=lengths, limit=self._limit(stage))
         pieces = [self._decode(each, stage, v.device) for each in payloads]
         mean = [Piece(where, values / self.transport.world_size) for where, values in pieces]
         return Exchanged(mean, pieces[self.transport.rank])
@@ -208,9 +209,10 @@ class SharedTopK(TopKExchange):
         parts = self.announce(positions, v[self.region.elements(positions)])
         return pack(parts, kind=Kind.INDICES, step=stage.step)
 
-    def exchange(self, v: Tensor, payload: Tensor | None, lengths: list[int], stage: Stage) -> Exchanged:
+    def exchange(self, v: Tensor, payload: Tensor | None, lengths: list[int], stage: Stage) -> Posting[Exchanged]:
         """Mean over the ranks of their values at the leader's indices."""
-        return self.exchange_values(v, self.receive(v, payload, lengths, stage).indices, stage)
+        announced = yield from self.receive(v, payload, lengths, stage)
+        return (yield from self.exchange_values(v, announced.indices, stage))
 
     def announce(self, positions: Tensor, x: Tensor) -> list[Tensor]:
         """The parts of a payload that say what the leader has selected: where, and of its values x size and zeros."""
@@ -228,35 +230,36 @@ class SharedTopK(TopKExchange):
         nonzero = ~decode_zeros(zeros, indices.numel()).to(device)
         return Announced(indices, Float32().decode(scale_code, [1]).to(device), nonzero)
 
-    def receive(self, v: Tensor, payload: Tensor | None, lengths: list[int], stage: Stage) -> Announced:
+    def receive(self, v: Tensor, payload: Tensor | None, lengths: list[int], stage: Stage) -> Posting[Announced]:
         """What the leader has selected; a collective."""
         assert payload is not None
         if not self.region.segments:
             empty = torch.empty(0, dtype=torch.int64, device=v.device)
             return Announced(empty, v.new_zeros(1), empty.bool())
         leader, bounds = self.leader(stage.step), self.announced_bounds(stage)
-        payload = self.transport.broadcast_bytes(
-            payload, "indices", source=leader, length=lengths[leader], limit=size_limit(bounds)
+        (received,) = yield FromOne(
+            content="indices", payload=payload, source=leader, length=lengths[leader], limit=size_limit(bounds)
         )
-        return self.announced(unpack(payload, kind=Kind.INDICES, step=stage.step, bounds=bounds), stage, v.device)
+        return self.announced(unpack(received, kind=Kind.INDICES, step=stage.step, bounds=bounds), stage, v.device)
 
-    def exchange_values(self, v: Tensor, indices: Tensor, stage: Stage) -> Exchanged:
+    def exchange_values(self, v: Tensor, indices: Tensor, stage: Stage) -> Posting[Exchanged]:
         """Mean over the ranks of their values at shared indices; a collective.
 
-        By all-reduce of float32; coded values have a scale of their own on each rank, so they are gathered and added.
+        By a sum of float32; coded values have a scale of their own on each rank, so they are gathered and added.
         """
         x = v[indices]
         if x.numel() == 0:
             return Exchanged([], Piece(indices, x))
         if self.codecs.values == Float32():
-            mean = self.transport.all_reduce(x, "values") / self.transport.world_size
-            return Exchanged([Piece(indices, mean)], Piece(indices, x))
+            (total,) = yield Sum(content="values", tensor=x)
+            return Exchanged([Piece(indices, total / self.transport.world_size)], Piece(indices, x))
         counts = self.region.element_counts(stage.least_rate)
         payload = pack([self.codecs.values.encode(x, counts)], kind=Kind.VALUES, step=stage.step)
         bounds = [self.codecs.values.bound(counts)]
         usual = size_limit([self.codecs.values.size(counts)])  # and another length where a rank has zeros
-        payloads = self.transport.all_gather_usual(payload, "values", usual=usual, limit=size_limit(bounds))
+        world_size, limit = self.transport.world_size, size_limit(bounds)
+        payloads = yield from to_all_usual(world_size, payload, "values", usual=usual, limit=limit)
         codes = [unpack(each, kind=Kind.VALUES, step=stage.step, bounds=bounds)[0] for each in payloads]
         decoded = torch.stack([self.codecs.values.decode(code, counts) for code in codes]).to(x.device)
-        mean = sum_in_order(decoded) / self.transport.world_size
+        mean = sum_in_order(decoded) / world_size
         return Exchanged([Piece(indices, mean)], Piece(indices, decoded[self.transport.rank]))
