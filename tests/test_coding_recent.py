@@ -113,7 +113,10 @@ def test_decodes_what_a_plain_reference_encoded(case: tuple[list[Positions], Pos
 def test_bytes_of_two_examples() -> None:
     """Pinned, as in docs/wire.md."""
     last, positions = list(range(0, 4000, 40)), sorted({*range(0, 4000, 40), 1003, 2020} - {1000})
-    assert after([last]).encode(tensor(positions), [4000]).numpy().tobytes().hex() == "016300000000000000010003009932031d0601"
+    assert (
+        after([last]).encode(tensor(positions), [4000]).numpy().tobytes().hex()
+        == "016300000000000000010003009932031d0601"
+    )
     assert Recent().encode(tensor([1, 5, 14]), [16]).numpy().tobytes().hex() == "000d13"
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import final
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -65,9 +66,12 @@ class Recent(IndexCoder):
     def _encode_relative(self, positions: Integers, segments: Segments) -> Octets:
         space = _Space(self._known, KINDS[self._ages], segments)
         again, near, far = space.split(positions)
-        counts = space.by_kind(again)
-        marked = np.concatenate([space.toggled(again, counts), near + self._known.size])
-        first = Rice().encode(torch.from_numpy(marked), [*space.kind_sizes, space.near_size]).numpy()
+        counts, ranks = space.mark(again)
+        first = (
+            Rice()
+            .encode(torch.from_numpy(np.append(ranks, near + self._known.size)), [*space.kind_sizes, space.near_size])
+            .numpy()
+        )
         others = Rice().encode(torch.from_numpy(far), space.far_sizes.tolist()).numpy()
         width = _width(segments)
         if first.size >= 256**width:  # longer than the plain code already
@@ -93,8 +97,8 @@ class Recent(IndexCoder):
         marked = np.where(2 * counts > space.kind_sizes, space.kind_sizes - counts, counts)
         sizes = [*space.kind_sizes.tolist(), space.near_size]
         ranks = Rice().decode(first, sizes, [*marked.tolist(), near]).numpy()
-        places = space.toggled(ranks[: marked.sum()], counts)
-        known = np.concatenate([space.again(places), space.near(ranks[marked.sum() :] - self._known.size)])
+        again_ranks, near_ranks = np.split(ranks, [marked.sum()])
+        known = np.concatenate([space.marked(again_ranks, counts), space.near(near_ranks - self._known.size)])
         known.sort(kind="stable")
         rest = segments.counts - space.by_segment(known)
         if rest.sum() != segments.count - known.size or (rest < 0).any() or (rest > space.far_sizes).any():
@@ -119,7 +123,7 @@ class _Space:
     """
 
     def __init__(self, known: Integers, kinds: Octets, segments: Segments) -> None:
-        self._known = known
+        self._known, self._kinds = known, kinds
         self._order = np.argsort(kinds, kind="stable")
         self.kind_sizes: Integers = np.bincount(kinds, minlength=int(KINDS[-1]) + 1)
         self._bounds = np.stack([segments.starts, segments.starts + segments.sizes])
@@ -139,36 +143,34 @@ class _Space:
         self._elsewhere = firsts - _before(self.far_sizes)[0]  # far positions before a segment that are in none
 
     def split(self, positions: Integers) -> tuple[Integers, Integers, Integers]:
-        """The ranks of ascending positions: those selected again, neighbours, and far ones, among the segments' own."""
+        """Which of the known are among ascending positions, and the ranks of their neighbours and far ones."""
         gaps, offsets = self._place(positions)
         again = np.append(self._known, -1)[gaps] == positions
         far = ~again & (offsets >= 0) & (offsets < self._far[gaps])
         near = ~(again | far)
-        beyond = np.where(offsets < 0, 0, self._far[gaps])
-        ranks = np.empty_like(self._order)
-        ranks[self._order] = np.arange(self._order.size)
+        near_gaps, near_offsets, far_gaps = gaps[near], offsets[near], gaps[far]
+        beyond = np.where(near_offsets < 0, 0, self._far[near_gaps])
+        neighbours = (self._near_before + self._left)[near_gaps] + near_offsets - beyond
         counts = np.bincount(np.searchsorted(self._bounds[1], positions[far], "right"), minlength=len(self.far_sizes))
-        return (
-            np.sort(ranks[gaps[again]]),
-            ((self._near_before + self._left)[gaps] + offsets - beyond)[near],
-            self._far_before[gaps[far]] + offsets[far] - np.repeat(self._elsewhere, counts),
-        )
+        return gaps[again], neighbours, self._far_before[far_gaps] + offsets[far] - np.repeat(self._elsewhere, counts)
 
-    def by_kind(self, ranks: Integers) -> Integers:
-        """How many of these ascending ranks of known positions each kind has."""
-        counts: Integers = np.diff(np.searchsorted(ranks, np.cumsum(self.kind_sizes)), prepend=0)
-        return counts
+    def mark(self, places: Integers) -> tuple[Integers, Integers]:
+        """How many of the known positions at these places each kind has, and the ranks that say which."""
+        mask = np.zeros(self._known.size, np.bool_)
+        mask[places] = True
+        counts: Integers = np.bincount(self._kinds[places], minlength=self.kind_sizes.size)
+        return counts, np.flatnonzero(self._toggled(mask[self._order], counts))
 
-    def toggled(self, ranks: Integers, counts: Integers) -> Integers:
-        """These ranks of known positions, or all others in kinds of which more than half are counted."""
-        mask = np.repeat(2 * counts > self.kind_sizes, self.kind_sizes)
-        mask[ranks] ^= True
-        return np.flatnonzero(mask)
-
-    def again(self, ranks: Integers) -> Integers:
-        """The known positions of these ranks."""
-        positions: Integers = self._known[self._order[ranks]]
+    def marked(self, ranks: Integers, counts: Integers) -> Integers:
+        """The known positions that these ranks say are there, so many of each kind."""
+        mask = np.zeros(self._known.size, np.bool_)
+        mask[ranks] = True
+        positions: Integers = self._known[self._order[self._toggled(mask, counts)]]
         return positions
+
+    def _toggled(self, mask: npt.NDArray[np.bool_], counts: Integers) -> npt.NDArray[np.bool_]:
+        """The mask by rank, or its opposite in kinds of which more than half are counted."""
+        return mask ^ np.repeat(2 * counts > self.kind_sizes, self.kind_sizes)
 
     def near(self, ranks: Integers) -> Integers:
         """The neighbours of these ranks."""

@@ -132,7 +132,7 @@ def _sums(gaps: bytes) -> Tensor:
 def _index_rows(case: str, drawn: Positions, sizes: Sequence[int], counts: Sequence[int]) -> Iterator[str]:
     positions = torch.from_numpy(drawn)
     bound = sum(map(log2_choose, sizes, counts)) / len(positions)
-    others = np.random.default_rng(0).integers(0, sum(sizes), drawn.size // 2)
+    others = np.random.default_rng(1).integers(0, sum(sizes), drawn.size // 2)
     last = torch.from_numpy(np.union1d(drawn[::2], others))
     for name, (encode, decode) in _codes(sizes, counts, last).items():
         data = encode(positions)
