@@ -404,6 +404,7 @@ def test_ctrl_c_stops_every_rank_and_leaves_what_is_finished(tmp_path: Path) -> 
         (["--scheme", "dgc:low_pass=0"], "DGC(low_pass=...) must be in (0, 1], got 0.0"),
         (["--scheme", "dense", "--learning-rate", "0"], "learning_rate must be above 0 and finite, got 0.0"),
         (["--scheme", "dgc:ration=0.1"], "dgc has no argument 'ration'"),
+        (["--scheme", "local:every=30s+quantized"], "the training of a recipe counts steps"),
         (["--scheme", "zip"], "unknown scheme 'zip'"),
         (["--scheme", "lgc-ring:dense_steps=-1"], "LGCRing(dense_steps=...) must be at least 0, got -1"),
         (["--scheme", "topk", "--batch-size", "0"], "'--batch-size': 0 is not in the range x>=1"),

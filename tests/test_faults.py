@@ -104,11 +104,11 @@ def announce_too_much(rank: int, world_size: int, scheme: Any, length: int) -> N
     open_round = transport.open_round
 
     def exaggerate(*args: Any, **kwargs: Any) -> Any:
-        own, leader = (*kwargs["lengths"], 0, 0)[:2]
+        own, leader = (*kwargs["numbers"], 0, 0)[:2]
         lengths = (own, leader)
         if rank == 1 and training.handle.step == 9:  # compressed, and led by rank 1
             lengths = (length, leader) if isinstance(scheme, lgc.DGC | lgc.Quantized) else (own, length)
-        return open_round(*args, **kwargs | {"lengths": lengths})
+        return open_round(*args, **kwargs | {"numbers": lengths})
 
     transport.open_round = exaggerate
     for _ in range(STEPS):

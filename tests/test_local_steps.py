@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from local_runs import Net, Run, batch, differ, exact
+from local_runs import Net, Run, batch, differ, exact, owed
 from ranks import Ranks
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -320,19 +320,6 @@ def make_steps_by_closure(rank: int, _: int, start_steps: int) -> str:
 def test_a_closure_makes_gradients_too_late_for_the_start(ranks: RankFactory) -> None:
     assert all("closure" in message for message in ranks(2).run(make_steps_by_closure, 2))
     assert ranks(2).run(make_steps_by_closure, 0) == ["went on"] * 2
-
-
-def owed(states: list[dict[str, Any]]) -> dict[str, Tensor]:
-    """The mean over the ranks of residual + anchor - weights."""
-    total: dict[str, Tensor] = {}
-    for state in states:
-        per_rank, anchor = state["aggregator"]["per_rank"], state["aggregator"]["replicated"]["anchor"]
-        for name, weights in per_rank["weights"].items():
-            buffers = per_rank["round 0"]
-            server = buffers["server_residual"][name] if "server_residual" in buffers else 0
-            each = buffers["residual"][name] + server + anchor[name] - weights
-            total[name] = total.get(name, 0) + each / len(states)
-    return total
 
 
 def take_state(rank: int, _: int, scheme: lgc.LocalSteps) -> dict[str, Any]:

@@ -95,6 +95,16 @@ def test_the_scripts_of_sites_train_and_go_on_with_another_number_of_sites(tmp_p
     assert run_forked(fsdp, tmp_path, 2).startswith("steps 50 to 100")
 
 
+def test_the_script_of_machines_that_differ_trains_and_goes_on(tmp_path: Path) -> None:
+    script = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "elastic.md").read_text(), re.DOTALL)[1]
+    short = script.replace("TOTAL = 200", "TOTAL = 60").replace("Seconds(0.1)", "Seconds(0.02)")
+    for begun in (0, 60):
+        printed = re.fullmatch(r"steps (\d+) to (\d+), (\d+) samples, accuracy (.*)", run_forked(short, tmp_path))
+        assert printed
+        assert begun <= int(printed[1]) < 60 + begun <= int(printed[2])
+        short = short.replace("TOTAL = 60", "TOTAL = 120")
+
+
 def test_the_readme_has_at_most_120_lines() -> None:
     assert len((ROOT / "README.md").read_text().splitlines()) <= 120
 
@@ -129,7 +139,9 @@ def test_files_and_tests_that_the_documents_name_exist(document: Path) -> None:
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=document_id)
 def test_commands_in_the_documents_have_arguments_that_exist(document: Path) -> None:
-    pattern = r"lgc (train|compare|report|analyze|plan|bench (?:link|round|sites|codec))((?: [^`\n\\]+|\\\n)*)"
+    pattern = (
+        r"lgc (train|compare|report|analyze|plan|bench (?:link|round|sites|stragglers|codec))((?: [^`\n\\]+|\\\n)*)"
+    )
     for command, arguments in re.findall(pattern, document.read_text()):
         help_text = CliRunner().invoke(main, [*command.split(), "--help"]).output
         for option in re.findall(r"--[a-z0-9-]+", arguments):

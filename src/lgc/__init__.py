@@ -37,6 +37,7 @@ from lgc.schemes import (
     Quantized,
     ScaleCom,
     Scheme,
+    Seconds,
     TopK,
     parse_scheme,
 )
@@ -70,6 +71,7 @@ __all__ = [
     "Role",
     "ScaleCom",
     "Scheme",
+    "Seconds",
     "Sign",
     "Synchronizer",
     "TopK",

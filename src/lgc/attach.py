@@ -21,6 +21,7 @@ from lgc.comm.transport import Transport
 from lgc.ddp import Buckets, CollectedBuckets, ReducedBuckets
 from lgc.hook import hook_of
 from lgc.local_steps import LocalRounds
+from lgc.pace import Progress
 from lgc.phase import Phase
 from lgc.requirements import (
     advise,
@@ -133,7 +134,7 @@ def attach(
         for own in optimizers:
             require_single_momentum(scheme, own)
         if isinstance(scheme, LocalSteps):
-            require_local_steps(model, optimizers, grad_scaler, scheme.start_steps, buffers_every, site=site)
+            require_local_steps(model, optimizers, grad_scaler, scheme, buffers_every, site=site)
     device = trained(model)[0][1].device
     transport = Transport(group or group_of(model), device, member="rank" if group is None else MEMBER)
     if timeout is not None:
@@ -239,7 +240,8 @@ class Handle:
         and may go on training.
 
         Raises:
-            RankError: on every rank, if the ranks are at different steps.
+            RankError: on every rank, if the ranks are at different steps; where rounds are opened by time, if some rank
+                is in one meanwhile.
             ReplicaError: on every rank, if their weights differ before the first local step; that is so where another
                 optimizer than the one given to `attach` makes the steps.
         """
@@ -295,8 +297,34 @@ class Handle:
 
     @property
     def step(self) -> int:
-        """Number of steps done: of the optimizer under local steps, else of synchronised backward passes."""
+        """Number of steps done: of the optimizer under local steps, else of synchronised backward passes.
+
+        Where rounds are opened by time it is this rank's own.
+        """
         return self._caller.step
+
+    @property
+    def progress(self) -> Progress:
+        """What all ranks have done, the same on each: to end a loop by, and for learning-rate schedules.
+
+        Its `steps` are those of a rank on average, and `step` unless rounds are opened by time: it then changes at
+        rounds alone.
+        """
+        self._require_attached("progress")
+        return self._caller.progress
+
+    def count(self, samples: int) -> None:
+        """Count samples that go into this rank's next step, where rounds are opened by time.
+
+        A rank then counts in a round for its samples in place of its steps. On every rank or on none.
+
+        Raises:
+            ValueError: unless it is an integer of at least 1.
+            RuntimeError: under any other scheme, where every rank counts for as much.
+        """
+        if type(samples) is not int or samples < 1:
+            raise ValueError(f"handle.count(samples=...) must be an integer of at least 1, got {samples!r}.")
+        self._caller.count(samples)
 
     @property
     def phase(self) -> Phase:

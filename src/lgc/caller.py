@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from lgc.pace import Progress
 from lgc.phase import Phase
 from lgc.synchronizer import Synchronizer, require_same_form
 
@@ -52,6 +53,18 @@ class Caller:
 
     def __reduce__(self) -> tuple[type[Detached], tuple[()]]:
         return Detached, ()
+
+    @property
+    def progress(self) -> Progress:
+        """What all ranks have done; where they count their steps, as many as this one."""
+        return Progress(self.step)
+
+    def count(self, samples: int) -> None:
+        """Count samples; RuntimeError where nothing is weighted by them."""
+        raise RuntimeError(
+            "lgc: handle.count() is for rounds that are opened by time, LocalSteps(every=lgc.Seconds(...)); in all "
+            "others every rank counts for as much."
+        )
 
     def anchored(self) -> AbstractContextManager[None]:
         """Have in the model for a while what all ranks share; where every step is exchanged it is there anyway."""

@@ -24,14 +24,15 @@ from torch.utils.hooks import RemovableHandle
 from lgc.buffers import Buffers
 from lgc.caller import Caller, Detached, RoundTime
 from lgc.comm.replicas import ReplicaCheck, ReplicaError
-from lgc.comm.transport import RankError, Transport, clock
+from lgc.comm.transport import FINISH, ROUND, Opening, RankError, Transport, clock
 from lgc.ddp import CollectedBuckets
 from lgc.fragments import Fragment, fragmented
 from lgc.gradients import OptimizedGradients, all_zero
 from lgc.optimizers import FEW_STEPS, Streak, end_watch, share_scale, share_state, uncompiled, watch_steps
+from lgc.pace import Pace, Progress, Work, scale_of, weights_of
 from lgc.requirements import frozen, require_optimizers_of, trained
 from lgc.rounds.schedule import FOREVER, Schedule
-from lgc.schemes import Dense, LocalSteps
+from lgc.schemes import Dense, LocalSteps, Seconds
 from lgc.sites import Site
 from lgc.synchronizer import Policy, Synchronizer, require_same_form
 
@@ -123,6 +124,7 @@ class LocalRounds(Caller):
             Fragment(group, scheme, self._site, self._round_transport, policy, {} if number else rest)
             for number, group in enumerate(groups)
         ]
+        self._pace = Pace(scheme.every.number) if isinstance(scheme.every, Seconds) else None
         self.synchronizer = self._fragments[0].synchronizer
         self.phase = self._start.phase if self._start else self.synchronizer.phase(0)
         self._in_step = False  # between an optimizer's two hooks
@@ -135,6 +137,7 @@ class LocalRounds(Caller):
         self._step_hooks: list[RemovableHandle] = []
         self.use_optimizers(optimizers)
         self._steps_of_another = Streak()  # since the last one that counts
+        self._most_of_another = FEW_STEPS if self._pace else max(scheme.steps_a_round, FEW_STEPS)
         watch_steps(module, self._parameters.values(), self._before_any_step)
         if self._grad_scaler is not None:
             scaled = partial(_make_scaled_step, self, self._grad_scaler.step)
@@ -165,7 +168,7 @@ class LocalRounds(Caller):
     def _before_any_step(self, optimizer: Optimizer) -> None:
         if optimizer in self._optimizers:
             self._steps_of_another.end()
-        elif (steps := self._steps_of_another.add(optimizer)) > max(self._scheme.every, FEW_STEPS):
+        elif (steps := self._steps_of_another.add(optimizer)) > self._most_of_another:
             raise RuntimeError(
                 f"lgc: {type(optimizer).__name__} has made {steps - 1} steps with this model's "
                 f"parameters, and the {type(self._optimizers[0]).__name__} given to attach none meanwhile, whose steps "
@@ -202,6 +205,24 @@ class LocalRounds(Caller):
         """Whether all ranks have the same weights now."""
         rounds_done = self._launched is None and all(each.step == self.step for each in self._fragments)
         return rounds_done or not self._has_begun
+
+    @property
+    def _number(self) -> int:
+        """What all ranks must agree on before a round: how many steps they have made, or by time, how many rounds."""
+        return self._fragments[0].rounds if self._pace else self.step
+
+    @property
+    def progress(self) -> Progress:
+        if self._pace is None:
+            return Progress(self.step)
+        together = min(self.step, self._scheme.start_steps)
+        return Progress(together + self._pace.steps_done, self._pace.samples_done, self._pace.work)
+
+    def count(self, samples: int) -> None:
+        if self._pace is None:
+            super().count(samples)
+        else:
+            self._pace.samples += samples
 
     def exchange(self, bucket: dist.GradBucket) -> Future[Tensor]:
         """Exchange one of DDP's buckets during the start, and leave it this rank's own from then on: its hook."""
@@ -264,6 +285,10 @@ class LocalRounds(Caller):
         for fragment in self._fragments:
             fragment.begin()
         self._forget_start()
+        if self._pace:
+            opening = self._call_roll(work=Work(0, self._pace.samples_of_start))
+            self._pace.take([Work(*each) for each in opening.numbers], self._transport.rank)
+            self._pace.start()
         self._combine_buffers()
 
     def _forget_start(self) -> None:
@@ -274,17 +299,18 @@ class LocalRounds(Caller):
     def _combine_buffers(self) -> None:
         buffers = self._buffers.current()
         states = self._buffers.states(buffers)
-        if states and any(self._call_roll(vote=any(states))):
+        if states and any(self._call_roll(vote=any(states)).votes):
             with self._site.together(self.step):
                 combined = self._site.combine(self._buffers, buffers, states, self._transport)
             self._buffers.apply(combined, buffers)
 
-    def _call_roll(self, *, vote: bool = False) -> list[bool]:
-        """The votes of all sites, which must be at the same step; a collective, which meets rounds that others open."""
+    def _call_roll(self, *, vote: bool = False, work: Work | None = None, operation: str = ROUND) -> Opening:
+        """What all sites say, which must be at the same step; a collective, which meets rounds that others open."""
         self._round_transport.begin(self.phase, steps=0)
         self._site.begin(self.phase, steps=0)
-        _, vote = self._site.agree(self._round_transport, self.step, vote=vote)
-        return self._round_transport.open_round(self.step, finite=True, vote=vote).votes
+        number, numbers = self._number, work or ()
+        _, vote = self._site.agree(self._round_transport, number, vote=vote, operation=operation)
+        return self._round_transport.open_round(number, finite=True, vote=vote, numbers=numbers, operation=operation)
 
     def _after_step(self, optimizer: Optimizer) -> None:
         if not self._in_step:  # of a class that calls its base class's step, for which torch runs the hooks as well
@@ -295,16 +321,23 @@ class LocalRounds(Caller):
             return
         self._stepped.clear()
         self.step += 1
-        period = self._scheme.period
         if not self._has_begun:
             assert self._start is not None
             self.phase, self.round_time = self._start.phase, self._start.round_time
+            if self._pace:
+                self._pace.samples_of_start = self._pace.samples
             return
-        number, place = divmod(self.step - self._scheme.start_steps - 1, period)
-        fragment = self._fragments[number % self._scheme.fragments]
+        fragment, is_due = self._next_round()
         self.phase = fragment.synchronizer.phase(fragment.rounds)
-        if place == period - 1:
+        if is_due:
             self._round(fragment)
+
+    def _next_round(self) -> tuple[Fragment, bool]:
+        """The fragment that is exchanged next, and whether its round is due."""
+        if self._pace:
+            return self._fragments[0], self._pace.is_due()
+        number, place = divmod(self.step - self._scheme.start_steps - 1, self._scheme.period)
+        return self._fragments[number % self._scheme.fragments], place == self._scheme.period - 1
 
     def count_skipped_step(self, optimizer: Optimizer, since: int) -> None:
         """Count a step that a GradScaler has not made: it found infinities, and only on this rank."""
@@ -341,7 +374,7 @@ class LocalRounds(Caller):
             buffers,
             number=fragment.rounds,
             resting=all_zero(distance),
-            step=self.step,
+            step=self._number,
             steps=self.step - self._last_round,
             finite=finite,
             error=self._unfrozen(),
@@ -375,10 +408,12 @@ class LocalRounds(Caller):
             self._site.begin(phase, steps=steps)
             states = self._buffers.states(buffers) if fragment is self._fragments[0] else []
             finite, vote = self._site.agree(transport, step, finite=finite, vote=any(states), error=error)
-            opening = transport.open_round(step, finite=finite, vote=vote)
+            work = Work(steps, self._pace.samples) if self._pace else ()
+            opening = transport.open_round(step, finite=finite, vote=vote, numbers=work)
             self._report_nonfinite(opening.finite, step)
-            scale = len(opening.finite) / opening.finite.count(True)
-            if not finite:
+            done = [Work(*each) for each in opening.numbers]
+            scale = scale_of(transport.rank, weights_of(done, transport.member), opening.finite)
+            if scale == 0:
                 distance = {name: torch.zeros_like(each) for name, each in distance.items()}
             elif scale != 1:
                 distance = {name: each * scale for name, each in distance.items()}
@@ -387,6 +422,8 @@ class LocalRounds(Caller):
                 fragment.synchronizer.aggregator.feedback.release()  # but for the mean, until it has been applied
                 changed = any(opening.votes)
                 combined = self._site.combine(self._buffers, buffers, states, transport) if changed else {}
+            if self._pace:
+                self._pace.take(done, transport.rank)
             return Result(mean, combined, finite)
 
     def _report_nonfinite(self, finite: list[bool], step: int) -> None:
@@ -427,6 +464,8 @@ class LocalRounds(Caller):
         if not result.finite:
             for tensor in _tensors_of(self._optimizers):
                 torch.nan_to_num_(tensor, 0.0, 0.0, 0.0)
+        if self._pace:
+            self._pace.start()
 
     def _unfrozen(self) -> Exception | None:
         """The error of parameters that are trained now and were not when this was attached."""
@@ -469,6 +508,8 @@ class LocalRounds(Caller):
     def finish(self) -> None:
         """Exchange what has been moved since the last round, at any step, the same on every rank; a collective.
 
+        Where rounds are opened by time, each rank may be at another step.
+
         All ranks have the same weights then. Nothing that an exchange has not sent is lost: it stays in the residual.
         Weights that were loaded after the last round, as of the best model, stay as they are.
 
@@ -481,7 +522,9 @@ class LocalRounds(Caller):
             self._complete()
             self._site.rest(self._module)
             moved = self._has_begun and not self._replaced and self._has_moved_since()
-            votes = self._call_roll(vote=moved)
+            if self._pace:  # by their own count, not all ranks know that some have made steps since the last round
+                moved |= self.step > self._last_round
+            votes = self._call_roll(vote=moved, operation=FINISH if self._pace else ROUND).votes
             if not self._has_begun:  # the weights are the same, unless something else than this optimizer moves them
                 weights = {f"parameter {name}": own for name, own in self._site.part(self._parameters).items()}
                 with self._site.together(self.step):
@@ -543,6 +586,8 @@ class LocalRounds(Caller):
             "round_steps": {number: fragment.step for number, fragment in numbered.items()},
             "last_round": self._last_round,
         }
+        if self._pace:
+            replicated["pace"] = self._pace.state_dict()
         if self._executor:  # the same keys at every step
             launched = self._launched
             given = Result({}, {}, True) if launched is None else launched.result.result()
@@ -580,6 +625,8 @@ class LocalRounds(Caller):
             _copy({each: replicated["outer_momentum"][name] for name, each in fragment.momentum.items()})
             fragment.rounds, fragment.step = replicated["rounds"][str(number)], replicated["round_steps"][str(number)]
         self._last_round = replicated["last_round"]
+        if self._pace:
+            self._pace.load_state_dict(replicated["pace"])
         if step > self._scheme.start_steps:
             self._forget_start()
         if isinstance(self._start, Caller):

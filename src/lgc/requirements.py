@@ -20,12 +20,14 @@ from lgc.caller import Detached
 from lgc.comm.transport import LEAST_TIMEOUT, MOST_TIMEOUT, Transport
 from lgc.hook import Hook
 from lgc.optimizers import parameters_of
-from lgc.schemes import Dense, LocalSteps, RoundScheme, Scheme
+from lgc.schemes import Dense, LocalSteps, RoundScheme, Scheme, Seconds, require_rounds_by_count
 from lgc.sites import Site, is_sharded
 from lgc.version import __version__
 
 # What Adam, RMSprop, Adadelta, Adagrad, Rprop, torch's and transformers' Adafactor have in their groups.
 ADAPTIVE = {"betas", "alpha", "rho", "lr_decay", "etas", "beta2_decay", "decay_rate"}
+
+DDP_SETTLES = 2  # the step in which it makes its buckets anew, in an order that rank 0 tells the others
 
 SHARDS = (
     "lgc takes torch.nn.parallel.DistributedDataParallel or, with LocalSteps between sites and "
@@ -237,6 +239,7 @@ def require_sites(between: object, scheme: Scheme, on_difference: str) -> None:
     """Raise ValueError if there are to be sites, and something that is not done between them."""
     if between is None:
         return
+    require_rounds_by_count(scheme, "attach(between=...)")
     if not isinstance(scheme, LocalSteps):
         raise ValueError(
             f"attach(between=...) is for local steps between sites, and {scheme.name} exchanges every step; use "
@@ -253,7 +256,7 @@ def require_local_steps(
     model: nn.Module,
     optimizers: Sequence[torch.optim.Optimizer],
     grad_scaler: object,
-    start_steps: int,
+    scheme: LocalSteps,
     buffers_every: int | None,
     *,
     site: Site,
@@ -269,6 +272,13 @@ def require_local_steps(
     for optimizer in optimizers:
         require_own_updates(optimizer)
     require_independent(model, None if site.inside is None else site.inside.group)
+    start_steps = scheme.start_steps
+    if isinstance(scheme.every, Seconds) and isinstance(model, DistributedDataParallel) and start_steps < DDP_SETTLES:
+        raise ValueError(
+            f"attach(model=...) is in DistributedDataParallel, which communicates in step {DDP_SETTLES}, when "
+            f"ranks may have opened a round; with every={scheme.every} use start_steps={DDP_SETTLES} or more, or give "
+            "attach the module without DDP, model.module, which under LocalSteps needs none."
+        )
     if not isinstance(model, DistributedDataParallel) or site.inside is not None:
         if start_steps and len(optimizers) > 1:
             raise ValueError(

@@ -20,6 +20,7 @@ from lgc_lab.bench.codec import codec
 from lgc_lab.bench.link.command import link
 from lgc_lab.bench.round import bench_round
 from lgc_lab.bench.sites import sites
+from lgc_lab.bench.stragglers import stragglers
 from lgc_lab.launch.ranks import under_torchrun
 from lgc_lab.plan.command import plan
 from lgc_lab.recipes import RECIPES
@@ -155,6 +156,7 @@ def bench() -> None:
     lgc bench link     time and bytes a step of every scheme on links of several speeds
     lgc bench round    time of the parts of a compressed round, in copies of as many numbers
     lgc bench sites    time and bytes a step of local steps between sites that have a fast network inside
+    lgc bench stragglers  samples a second and loss with one slow rank, in rounds by count and by time
     """
 
 
@@ -162,6 +164,7 @@ bench.add_command(codec)
 bench.add_command(link)
 bench.add_command(bench_round)
 bench.add_command(sites)
+bench.add_command(stragglers)
 main.add_command(analyze)
 main.add_command(plan)
 

@@ -20,7 +20,7 @@ from lgc.comm.replicas import require_agreement
 from lgc.comm.transport import SERVER, RankError, Transport
 from lgc.fragments import fragmented
 from lgc.requirements import require_independent, require_real, trained
-from lgc.schemes import Dense, LocalSteps, PowerSGD, RoundScheme, Scheme, parse_scheme
+from lgc.schemes import Dense, LocalSteps, PowerSGD, RoundScheme, Scheme, parse_scheme, require_rounds_by_count
 
 logger = logging.getLogger("lgc")
 
@@ -147,6 +147,7 @@ def _checked(candidates: Sequence[Scheme | str], link: Link | None) -> list[Sche
             raise ValueError(f"choose(candidates=...): {error}") from None
         if not isinstance(scheme, Scheme):
             raise TypeError(f"choose(candidates=...) must be schemes, or their text forms, got {candidate!r}.")
+        require_rounds_by_count(scheme, "choose(candidates=...)")
         schemes.append(scheme)
     return schemes
 

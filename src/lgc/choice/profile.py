@@ -182,7 +182,7 @@ class Profiler:
 
     def _rehearse_local_steps(self, scheme: LocalSteps, *, early: bool, limit: float) -> SchemeCost | None:
         """Derive it from the rounds of its exchange, and of its start."""
-        arm = self._rehearse_rounds(scheme.exchange, early=early, limit=limit * scheme.every)
+        arm = self._rehearse_rounds(scheme.exchange, early=early, limit=limit * scheme.steps_a_round)
         if arm is None:
             return None
         stages = [_spread(stage, scheme, self.profile.compute) for stage in arm.stages]
@@ -253,6 +253,6 @@ def _spread(stage: StageCost, scheme: LocalSteps, compute: float) -> StageCost:
         replace(one, size=math.ceil(one.size / scheme.fragments), seconds=one.seconds / scheme.fragments)
         for one in others
     ]
-    steps = None if stage.steps is None else stage.steps * scheme.every
+    steps = None if stage.steps is None else stage.steps * scheme.steps_a_round
     seconds = stage.seconds / scheme.fragments
     return StageCost(stage.phase, steps, seconds, [opening, opening, *parts], every=scheme.period)

@@ -93,9 +93,7 @@ def summarise(ranks: list[Wire], parameters: float, world_size: int) -> dict[str
     """
     baseline = Baseline(parameters, world_size)
     phases = [{"name": str(name)} | _sum([wire.phases[name] for wire in ranks]) for name in ranks[0].phases]
-    steps = sum(traffic.steps for traffic in ranks[0].phases.values())
     compressed = [phase for phase in phases if phase["name"] == Phase.COMPRESSED]
-    compressed_steps = ranks[0].phases.get(Phase.COMPRESSED, Traffic()).steps
 
     def total(key: str, of: list[dict[str, object]]) -> int:
         return sum(value for phase in of if isinstance(value := phase[key], int))
@@ -106,6 +104,7 @@ def summarise(ranks: list[Wire], parameters: float, world_size: int) -> dict[str
     def both(of: list[dict[str, object]]) -> int:
         return total("sent_bytes", of) + total("received_bytes", of)
 
+    steps, compressed_steps = total("steps", phases), total("steps", compressed)
     return {
         "sent_bytes": total("sent_bytes", phases),
         "received_bytes": total("received_bytes", phases),
@@ -127,7 +126,7 @@ def summarise(ranks: list[Wire], parameters: float, world_size: int) -> dict[str
 
 def _sum(ranks: list[Traffic]) -> dict[str, object]:
     return {
-        "steps": ranks[0].steps,
+        "steps": sum(traffic.steps for traffic in ranks) // len(ranks),  # the mean, of ranks that may go their own way
         "sent_bytes": sum(traffic.sent_bytes for traffic in ranks),
         "received_bytes": sum(traffic.received_bytes for traffic in ranks),
         "upload_bytes": sum(traffic.upload_bytes for traffic in ranks),

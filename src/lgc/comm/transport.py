@@ -37,6 +37,7 @@ from lgc.comm.traffic import SETUP, Traffic, Wire
 
 SERVER = 0
 ROUND = "a round of training"
+FINISH = "handle.finish"  # where ranks may be at different steps; else it is a round like others
 OPERATIONS = (
     ROUND,
     "lgc.attach",
@@ -45,8 +46,9 @@ OPERATIONS = (
     "lgc.checkpoint",
     "handle.anchored",
     "handle.load_state_dict",
+    FINISH,
 )
-PAYLOADS = 2  # that the opening of a round announces
+NUMBERS = 2  # of its own that each rank tells in the opening of a round
 JSON_LIMIT = 2**28  # bytes
 MESSAGE_LIMIT = 4096  # bytes of an error message
 ANNOUNCEMENT_WAIT_S = 2.0
@@ -66,12 +68,12 @@ def clock(device: torch.device) -> float:
 class Opening(NamedTuple):
     """Knowledge of all ranks once a round is open; one element a rank.
 
-    `lengths` are those of the payloads that a rank may have prepared, in bytes; 0 where it has none.
+    `numbers` are what a rank has told of itself, as any 64 bits; 0 where it has told none.
     """
 
     finite: list[bool]
     votes: list[bool]
-    lengths: list[tuple[int, int]]
+    numbers: list[tuple[int, int]]
 
 
 _announced_here: set[str] = set()  # the keys of this process's errors in the store
@@ -154,7 +156,7 @@ class Transport:
         *,
         finite: bool,
         vote: bool = False,
-        lengths: Sequence[int] = (),
+        numbers: Sequence[int] = (),
         error: Exception | None = None,
         operation: str = ROUND,
     ) -> Opening:
@@ -164,7 +166,8 @@ class Transport:
             step: of the round.
             finite: whether this rank's gradient is.
             vote: what this rank has to say.
-            lengths: of the payloads that this rank has prepared, in bytes, at most two.
+            numbers: of this rank, at most two: the lengths of the payloads that it has prepared, in bytes, or what it
+                has done.
             error: why it could prepare none.
             operation: of `OPERATIONS`, where it is none of training.
 
@@ -173,8 +176,8 @@ class Transport:
         """
         message = b"" if error is None else _message(error)
         flags = finite | vote << 1 | (error is not None) << 2 | OPERATIONS.index(operation) << 3
-        announced, following = [*([len(message)] if error else lengths), 0, 0][:PAYLOADS]
-        preamble = torch.tensor([step, flags, announced, following], device="cpu")
+        own = [*([len(message)] if error else numbers), 0, 0][:NUMBERS]
+        preamble = torch.tensor([step, flags, *own], device="cpu")
         rows = self.all_gather(preamble, "preamble").tolist()
         failed = [rank for rank, row in enumerate(rows) if row[1] & 4]
         if failed:
@@ -188,8 +191,12 @@ class Transport:
         operations = [OPERATIONS[row[1] >> 3] if 0 <= row[1] >> 3 < len(OPERATIONS) else "another" for row in rows]
         if set(operations) != {operation}:
             texts = [f"{self.member} {rank} in {each}" for rank, each in enumerate(operations)]
+            hint = (
+                " Where ranks make different numbers of steps, end the loop by handle.progress, which all have alike."
+            )
             raise RankError(
                 f"lgc: every {self.member} must call the same collectives, and now there is {', '.join(texts)}."
+                f"{hint if FINISH in operations else ''}"
             )
         steps = [row[0] for row in rows]
         if set(steps) != {step}:

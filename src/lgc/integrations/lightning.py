@@ -22,6 +22,7 @@ from torch import Tensor
 import lgc
 from lgc import Handle, LocalSteps, Phase, Scheme, parse_scheme
 from lgc.integrations.own_state import Attached
+from lgc.schemes import require_rounds_by_count
 
 logger = logging.getLogger("lgc")
 
@@ -51,6 +52,7 @@ class LGCCallback(Callback):
 
     def __init__(self, scheme: Scheme | str, **attach_arguments: Any) -> None:
         self.scheme = parse_scheme(scheme) if isinstance(scheme, str) else scheme
+        require_rounds_by_count(self.scheme, "a Trainer")
         self.handle: Handle | None = None
         self.wire_summary: dict[str, object] | None = None
         self._arguments = {"timeout": None, **attach_arguments}

@@ -16,6 +16,7 @@ from lgc import Handle, LocalSteps, PowerSGD, Scheme, parse_scheme
 from lgc.integrations import own_state
 from lgc.integrations.accelerate import inner_optimizer, require_ddp
 from lgc.integrations.own_state import Attached
+from lgc.schemes import require_rounds_by_count
 
 logger = logging.getLogger("lgc")
 
@@ -47,6 +48,7 @@ class LGCCallback(TrainerCallback):  # type: ignore[misc]  # a framework without
         self._attached: Attached | None = None
         self._trainer = trainer
         self._scheme = parse_scheme(scheme) if isinstance(scheme, str) else scheme
+        require_rounds_by_count(self._scheme, "a Trainer")
         self._arguments = {"timeout": None, **attach_arguments}
         self._resumed: Path | None = None
         self._has_finished = False

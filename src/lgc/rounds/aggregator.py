@@ -81,7 +81,7 @@ class Aggregator(ABC):
         if nonfinite_ranks:
             self.finish(step, [])
             return Round(self.feedback.spare.fill_(torch.nan), (), nonfinite_ranks)
-        columns = iter(zip(*opening.lengths, strict=True))
+        columns = iter(zip(*opening.numbers, strict=True))
         exchanged = []
         for exchange, payload in zip(exchanges, payloads, strict=True):
             lengths = [] if payload is None else list(next(columns))
@@ -102,7 +102,7 @@ class Aggregator(ABC):
         except Exception as exception:
             error = exception
         lengths = [payload.numel() for payload in payloads if payload is not None]
-        opening = self.transport.open_round(stage.step, finite=finite, vote=self.vote(), lengths=lengths, error=error)
+        opening = self.transport.open_round(stage.step, finite=finite, vote=self.vote(), numbers=lengths, error=error)
         return opening, payloads
 
     def _close(self, exchanged: Sequence[Exchanged]) -> Round:

@@ -6,12 +6,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 from typing import Any, get_type_hints
 
-from lgc.schemes.arguments import from_text
+from lgc.schemes.arguments import Seconds, from_text
 from lgc.schemes.dense import Dense, DenseBF16, DenseFP16
 from lgc.schemes.learned import LGCScheme
 from lgc.schemes.lgc_ring import LGCRing
 from lgc.schemes.lgc_server import LGCServer
-from lgc.schemes.local_steps import LocalSteps
+from lgc.schemes.local_steps import LocalSteps, require_rounds_by_count
 from lgc.schemes.powersgd import PowerSGD
 from lgc.schemes.quantized import Quantized
 from lgc.schemes.scalecom import ScaleCom
@@ -34,10 +34,12 @@ __all__ = [
     "RoundScheme",
     "ScaleCom",
     "Scheme",
+    "Seconds",
     "SparseScheme",
     "TopK",
     "parse_scheme",
     "require_different",
+    "require_rounds_by_count",
 ]
 
 SCHEMES: dict[str, type[Scheme]] = {

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, Literal, get_args, get_origin
 
 from lgc.coding import (
@@ -34,6 +36,23 @@ VALUE_CODECS: dict[str, type[ValueCodec]] = {
 }
 QUANTISERS: dict[str, type[Uniform] | type[LloydMax]] = {"uniform": Uniform, "lloyd": LloydMax}
 DEAD_ZONE = "deadzone"
+
+
+@dataclass(frozen=True)
+class Seconds:
+    """A time, as in `LocalSteps(every=Seconds(30))`; in text a number and an s, such as 30s.
+
+    Args:
+        number: of seconds, positive.
+    """
+
+    number: float
+
+    def __post_init__(self) -> None:
+        require(self, "number", "positive and finite", 0 < require_number(self, "number") < math.inf)
+
+    def __str__(self) -> str:
+        return f"{int(self.number) if self.number == int(self.number) else self.number}s"
 
 
 class Default(float):
@@ -128,11 +147,13 @@ def _codec(where: str, text: str, codecs: Mapping[str, type[IndexCoder] | type[V
     return codecs[text]()
 
 
-def _number(where: str, text: str, hint: Any) -> int | float:
-    if hint not in (int, float):
+def _number(where: str, text: str, hint: Any) -> int | float | Seconds:
+    kinds = {int: "an integer", float: "a number", int | Seconds: "an integer, or a time such as 30s"}
+    if hint not in kinds:
         raise ValueError(f"{where} cannot be set in text, only from Python.")
+    of_time = hint == int | Seconds and text.endswith("s")
     try:
-        return int(text) if hint is int else float(text)
+        number = float(text[:-1]) if of_time else float(text) if hint is float else int(text)
     except ValueError:
-        kind = "an integer" if hint is int else "a number"
-        raise ValueError(f"{where} must be {kind}, got {text!r}.") from None
+        raise ValueError(f"{where} must be {kinds[hint]}, got {text!r}.") from None
+    return Seconds(number) if of_time else number

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 from lgc.coding import Float32, LloydMax, ValueCodec
-from lgc.schemes.arguments import Default, require, require_integer, require_number
+from lgc.schemes.arguments import Default, Seconds, require, require_integer, require_number
 from lgc.schemes.dense import Dense
 from lgc.schemes.quantized import Quantized
 from lgc.schemes.scalecom import ScaleCom
@@ -15,6 +15,7 @@ from lgc.schemes.sparse import SparseScheme
 from lgc.schemes.topk import TopK
 
 EXCHANGES = (Dense, Quantized, TopK, ScaleCom)
+USUAL = 20  # steps from round to round
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,12 +31,13 @@ class LocalSteps(Scheme):
     `overlap` and `fragments`. In text the exchange follows a plus sign: `local:every=50+quantized:bits=2`.
 
     Args:
-        every: steps from one round to the next, at least 1.
+        every: steps from one round to the next, at least 1; or a time, `lgc.Seconds(30)`, in which each rank takes as
+            many as it can, and counts for as many. See docs/elastic.md.
         exchange: of what was moved: Dense, Quantized, TopK or ScaleCom. Its schedule counts rounds.
         decay: of the residual from round to round, in (0, 1]; 1 keeps everything that is owed.
         outer_lr: learning rate of the outer optimizer, positive; None is 1.
         outer_momentum: Nesterov's, in [0, 1); None is measured: 0.8 where an exchange sends every coordinate and
-            `every` is at least 10 (0.7 from 100 on), 0 elsewhere, where it destroys.
+            `every` is at least 10 (0.7 from 100 on) or a time, 0 elsewhere, where it destroys.
         start_steps: at first, so many steps exchange their gradients; the first hundreds decide much.
         start: how their values become bytes; Float32 is uncompressed.
         overlap: exchange while the next steps compute; what comes back is applied when the next exchange begins.
@@ -43,7 +45,7 @@ class LocalSteps(Scheme):
     """
 
     name: ClassVar[str] = "local"
-    every: int = 20
+    every: int | Seconds = USUAL
     exchange: RoundScheme = field(default_factory=Quantized)
     decay: float = 1.0
     outer_lr: float | None = None
@@ -54,7 +56,9 @@ class LocalSteps(Scheme):
     fragments: int = 1
 
     def __post_init__(self) -> None:
-        require_integer(self, "every", 1)
+        if not isinstance(self.every, Seconds):
+            require(self, "every", "an integer, or a time such as lgc.Seconds(30)", type(self.every) is int)
+            require_integer(self, "every", 1)
         if type(self.exchange) not in EXCHANGES:
             names = ", ".join(each.__name__ for each in EXCHANGES)
             given = type(self.exchange).__name__
@@ -68,21 +72,32 @@ class LocalSteps(Scheme):
         require(self, "start", "a value codec, such as lgc.LloydMax(4)", isinstance(self.start, ValueCodec))
         require(self, "overlap", "True or False", isinstance(self.overlap, bool))
         require_integer(self, "fragments", 1)
-        require(self, "fragments", f"a divisor of every={self.every}", self.every % self.fragments == 0)
+        if isinstance(self.every, Seconds):
+            require(self, "overlap", f"left at False with every={self.every}", not self.overlap)
+            require(self, "fragments", f"left at 1 with every={self.every}", self.fragments == 1)
+        else:
+            require(self, "fragments", f"a divisor of every={self.every}", self.every % self.fragments == 0)
         if isinstance(self.exchange, SparseScheme):
             object.__setattr__(self, "exchange", _without_momentum(self.exchange))
 
     @property
+    def steps_a_round(self) -> int:
+        """Steps from one round to the next, of the same fragment; ValueError where rounds are opened by time."""
+        require_rounds_by_count(self, "what is asked for")
+        assert not isinstance(self.every, Seconds)
+        return self.every
+
+    @property
     def period(self) -> int:
-        """Steps from one exchange to the next one, of another fragment if there are several."""
-        return self.every // self.fragments
+        """Steps from one exchange to the next one, of another fragment if there are several; raises likewise."""
+        return self.steps_a_round // self.fragments
 
     @property
     def outer(self) -> tuple[float, float]:
         """Learning rate and momentum of the outer optimizer, with the measured defaults."""
-        momentum = 0.0
-        if isinstance(self.exchange, Dense | Quantized) and self.every >= 10:
-            momentum = 0.8 if self.every < 100 else 0.7
+        momentum, every = 0.0, USUAL if isinstance(self.every, Seconds) else self.every
+        if isinstance(self.exchange, Dense | Quantized) and every >= 10:
+            momentum = 0.8 if every < 100 else 0.7
         rate = 1.0 if self.outer_lr is None else self.outer_lr
         return rate, momentum if self.outer_momentum is None else self.outer_momentum
 
@@ -98,6 +113,15 @@ class LocalSteps(Scheme):
     def __str__(self) -> str:
         own = replace(self, exchange=Quantized())
         return f"{super(LocalSteps, own).__str__()}+{self.exchange}"
+
+
+def require_rounds_by_count(scheme: Scheme, what: str) -> None:
+    """Raise ValueError for local steps whose rounds are opened by time, on behalf of what counts steps."""
+    if isinstance(scheme, LocalSteps) and isinstance(scheme.every, Seconds):
+        raise ValueError(
+            f"{what} counts steps, the same number on every rank, and {scheme} opens rounds by time; give it a number "
+            f"of steps, such as every={USUAL}."
+        )
 
 
 def _without_momentum(exchange: SparseScheme) -> SparseScheme:

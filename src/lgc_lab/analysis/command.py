@@ -78,7 +78,7 @@ def analyze(workers: int, every: int, samples: int, timeout: float, out: Path, o
         preload(record.__module__)
         per_epoch = settings.steps_per_epoch(settings.load_data())  # decodes into the cache that the ranks map
         steps = min(settings.steps or math.inf, settings.resolve_recipe().epochs * per_epoch)
-    rounds = (steps - scheme.start_steps) // scheme.every if isinstance(scheme, LocalSteps) else steps
+    rounds = (steps - scheme.start_steps) // scheme.steps_a_round if isinstance(scheme, LocalSteps) else steps
     if (rounds - 1) // every - max(0, exchange.warmup_steps - 1) // every < LEAST_RECORDS:
         raise click.UsageError(
             f"--every {every} leaves fewer than {LEAST_RECORDS} records in {rounds} rounds, of which "

@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import lgc
 from lgc.choice.cost import parse_rate
-from lgc.schemes import LocalSteps, parse_scheme
+from lgc.schemes import LocalSteps, parse_scheme, require_rounds_by_count
 from lgc_lab import options
 from lgc_lab.launch.network import Network, NetworkError, read_counters, temporary_network
 from lgc_lab.launch.ranks import preload, start_ranks
@@ -68,6 +68,7 @@ def sites(sites: int, rates: str, scheme: str, steps: int) -> None:
         local = parse_scheme(scheme)
         if not isinstance(local, LocalSteps):
             raise ValueError(f"scheme must be one of local steps, as in local:every=20+quantized, got {scheme}.")
+        require_rounds_by_count(local, "lgc bench sites")
     questions = [
         Question(rate, inside, exchange)
         for rate in options.split(rates)
@@ -158,7 +159,7 @@ def _arm(question: Question, mesh: DeviceMesh) -> tuple[Callable[[], None], int]
         next_byte_loss(model(tokens[:, :-1]), tokens[:, 1:]).backward()
         optimizer.step()
 
-    return step, 1 if scheme is None else scheme.every
+    return step, 1 if scheme is None else scheme.steps_a_round
 
 
 def _batches(generator: torch.Generator) -> Iterator[Tensor]:

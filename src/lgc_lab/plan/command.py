@@ -22,7 +22,16 @@ from lgc.choice.cost import Collective, Link, Prediction, Profile, SchemeCost, S
 from lgc.choice.profile import Job, Profiler, stand_in, wrap
 from lgc.choice.rehearsal import probe
 from lgc.comm.transport import Transport
-from lgc.schemes import Dense, LocalSteps, PowerSGD, Scheme, SparseScheme, parse_scheme, require_different
+from lgc.schemes import (
+    Dense,
+    LocalSteps,
+    PowerSGD,
+    Scheme,
+    SparseScheme,
+    parse_scheme,
+    require_different,
+    require_rounds_by_count,
+)
 from lgc.schemes.powersgd import bucket_mb
 from lgc_lab import options
 from lgc_lab.bench.link.results import Results, link_of
@@ -153,6 +162,8 @@ def _question(world_size: int, *, recipe: str | None, model: str | None, schemes
                 "itself (autocast goes into its loss)."
             )
         planned = {text: parse_scheme(text) for text in texts}
+        for scheme in planned.values():
+            require_rounds_by_count(scheme, "lgc plan")
         find_object("model", model)  # raises here rather than in the ranks
         make_job = partial(_job_of_function, model)
     require_different(texts, (planned[text] for text in texts))

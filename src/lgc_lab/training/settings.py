@@ -9,6 +9,7 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from lgc import Scheme, __version__, parse_scheme
+from lgc.schemes import require_rounds_by_count
 from lgc_lab.recipes import Data, Recipe, find_recipe, source_digest
 
 MOST_SEED = 2**63 - 1  # torch.manual_seed
@@ -50,7 +51,7 @@ class Settings:
         if self.backbone is not None and self.backbone not in recipe.backbones:
             options = ", ".join(recipe.backbones) or "unset for this recipe"
             raise ValueError(f"{self.recipe}: backbone must be {options}, got {self.backbone!r}.")
-        self.resolve_scheme()
+        require_rounds_by_count(self.resolve_scheme(), "the training of a recipe")
         object.__setattr__(self, "source", source_digest(self.recipe))
 
     def resolve_recipe(self) -> Recipe:

@@ -207,7 +207,7 @@ class Arm:
         self.batches = self.run.batches()
         scheme = self.run.scheme if isinstance(self.run.scheme, LocalSteps) else None
         self.every, self._period, self.overlaps = (
-            (scheme.every, scheme.period, scheme.overlap) if scheme else (1, 1, False)
+            (scheme.steps_a_round, scheme.period, scheme.overlap) if scheme else (1, 1, False)
         )
 
     def sample(self) -> tuple[float, float, float]:
