@@ -101,11 +101,13 @@ def test_between_two_sites_a_round_sends_one_coded_copy_of_each() -> None:
     command = [sys.executable, "-m", "lgc_lab", "bench", "sites", "--rates", "1gbit", "--steps", "1"]
     done = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=300)
     assert done.returncode == 0, done.stderr
-    sent = [float(line.split()[-1].replace(",", "")) for line in done.stdout.splitlines()[1:]]
-    ddp, local_over_ddp, fsdp, local_over_fsdp = sent
+    rows = [line.split() for line in done.stdout.splitlines()[1:]]
+    one_rank, ddp, local_over_ddp, fsdp, local_over_fsdp = (float(row[-2].replace(",", "")) for row in rows)
     round_of_one_copy = 1_853_568 * (2 / 8 + 2 / 256) / 20 / 1e3  # kB a step
-    assert round_of_one_copy < local_over_ddp < 1.1 * round_of_one_copy
-    assert local_over_fsdp == pytest.approx(local_over_ddp, rel=0.02)
+    assert round_of_one_copy < one_rank < 1.1 * round_of_one_copy
+    for row, local in ((rows[2], local_over_ddp), (rows[4], local_over_fsdp)):
+        assert 0.95 < float(row[-1]) < 1.05
+        assert float(row[-1]) == pytest.approx(local / one_rank, abs=0.005)
     assert ddp > fsdp > 200 * local_over_fsdp
 
 

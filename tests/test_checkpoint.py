@@ -291,6 +291,33 @@ def test_a_new_rank_takes_over_the_average_of_the_old_ranks_in_its_share(
     assert sum(sent) == sum(10 * rank + 1 for rank in range(before))
 
 
+@pytest.mark.parametrize(
+    ("of_second", "message"),
+    [
+        ({"places": 0}, r"integers of at least 1, got \(0, 2\) in place of \(1, 2\)"),
+        ({"places": "1"}, "integers of at least 1"),
+        ({"places": True}, "integers of at least 1"),
+        ({"places": 2, "place": 1}, "as many ranks a site"),
+        ({"world_size": 0}, "integers of at least 1"),
+    ],
+    ids=str,
+)
+def test_numbers_of_ranks_that_cannot_be_are_refused_when_states_are_resharded(
+    of_second: dict[str, Any], message: str
+) -> None:
+    states = [handle_state(rank, 2, torch.zeros(1), {}) for rank in range(2)]
+    with pytest.raises(ValueError, match=message):
+        checkpoint.reshard([states[0], states[1] | of_second], rank=0, world_size=1)
+    with pytest.raises(ValueError, match=r"must be of as many|must be in order"):
+        checkpoint.reshard([state | of_second for state in states], rank=0, world_size=2)
+
+
+def test_sites_are_not_resharded_to_a_part_of_one() -> None:
+    state = handle_state(0, 1, torch.zeros(1), {}) | {"places": 2, "place": 0}
+    with pytest.raises(ValueError, match=r"must be a multiple of the 2 ranks of a site, got 1; .*distributed_state"):
+        checkpoint.reshard([state], rank=0, world_size=1)
+
+
 def test_resharding_needs_the_state_of_every_rank() -> None:
     states = [handle_state(rank, 3, torch.zeros(1), {}) for rank in range(2)]
     with pytest.raises(ValueError, match="must have the state of every rank, got 2"):
@@ -316,21 +343,25 @@ def through_torch_save(rank: int, world_size: int, scheme: Any, directory: Path)
 def through_dcp(rank: int, world_size: int, scheme: Any, directory: Path) -> list[dict[str, Any]]:
     import torch.distributed.checkpoint as dcp  # seconds, which only these ranks need
 
-    def stateful(run: Run) -> dict[str, Any]:
-        return {"model": run.ddp.module, "optimizer": run.optimizer, f"handle-{rank}": run.handle}
+    def training(run: Run) -> dict[str, Any]:
+        return {"model": run.ddp.module, "optimizer": run.optimizer}
 
     run = Run(scheme)
     run.train(rank, PHASES["train"])
-    dcp.save(stateful(run), checkpoint_id=directory)
-    other = Run(scheme, seed=1)
-    other.train(rank, 1)  # an optimizer that has stepped has the state that DCP fills in
-    dcp.load(stateful(other), checkpoint_id=directory)
-    assert other.handle.step == PHASES["train"]
-    for name, buffer in run.ddp.module.named_buffers():  # DCP keeps one rank's
-        other.ddp.module.get_buffer(name).copy_(buffer)
-    for each in (run, other):
+    handles = {f"handle-{rank}": run.handle, "handle": checkpoint.distributed_state(run.handle)}
+    dcp.save(training(run) | handles, checkpoint_id=directory)
+    others = [Run(scheme, seed=1), Run(scheme, seed=1)]
+    for other in others:
+        other.train(rank, 1)  # an optimizer that has stepped has the state that DCP fills in
+        dcp.load(training(other), checkpoint_id=directory)
+        for name, buffer in run.ddp.module.named_buffers():  # DCP keeps one rank's
+            other.ddp.module.get_buffer(name).copy_(buffer)
+    dcp.load({f"handle-{rank}": others[0].handle}, checkpoint_id=directory)
+    checkpoint.load_distributed(others[1].handle, checkpoint_id=directory)
+    for each in (run, *others):
+        assert each.handle.step == PHASES["train"]
         each.train(rank, STEPS)
-    return [run.state(), other.state()]
+    return [each.state() for each in (run, *others)]
 
 
 @pytest.mark.grid
@@ -339,8 +370,9 @@ def through_dcp(rank: int, world_size: int, scheme: Any, directory: Path) -> lis
 def test_the_state_fits_in_torchs_own_checkpoints(
     ranks: RankFactory, through: Callable[..., Any], scheme: str, tmp_path: Path
 ) -> None:
-    for straight, resumed in ranks(2).run(through, SCHEMES[scheme], tmp_path):
-        assert_same(resumed, straight)
+    for straight, *others in ranks(2).run(through, SCHEMES[scheme], tmp_path):
+        for resumed in others:
+            assert_same(resumed, straight)
 
 
 def phase_after_resuming(rank: int, world_size: int, scheme: Any) -> list[str]:

@@ -179,6 +179,21 @@ def test_a_state_is_not_loaded_where_it_would_be_undone(ranks: RankFactory) -> N
     assert all("within anchored()" in message for message in ranks(2).run(load_within_anchored))
 
 
+def step_within_anchored(rank: int, _: int, steps: int) -> str:
+    run = Run(exact(start_steps=1)).train(rank, range(steps))
+    try:
+        with run.handle.anchored():
+            run.train(rank, range(steps, steps + 1))
+    except RuntimeError as error:
+        return str(error)
+    return "went on"
+
+
+@pytest.mark.parametrize("steps", [0, 1, 2], ids=["before-the-start", "before-the-first-local-step", "after"])
+def test_no_step_is_made_within_anchored(ranks: RankFactory, steps: int) -> None:
+    assert all("optimizer.step() within anchored()" in message for message in ranks(2).run(step_within_anchored, steps))
+
+
 # --- who makes the steps ---
 
 

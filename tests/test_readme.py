@@ -83,9 +83,11 @@ def test_the_examples_of_loops_leave_the_same_model_on_every_rank(tmp_path: Path
 
 
 def test_the_scripts_of_sites_train_and_go_on_with_another_number_of_sites(tmp_path: Path) -> None:
-    _, ddp, fsdp, distributed = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "sites.md").read_text(), re.DOTALL)
+    _, ddp, fsdp, saving, going_on = re.findall(
+        r"```python\n(.*?)```", (ROOT / "docs" / "sites.md").read_text(), re.DOTALL
+    )
     begin, end = 'dist.init_process_group("gloo")\n', "dist.destroy_process_group()"
-    both = ddp.replace(end, "") + fsdp.replace(begin, "").replace(end, distributed + end)
+    both = ddp.replace(end, "") + fsdp.replace(begin, "").replace(end, saving + end)
     first, second = run_forked(both, tmp_path, 4).splitlines()
     printed = re.fullmatch(r"loss (.*), (.*) bytes between the sites, (.*) inside", first)
     assert printed, first
@@ -93,6 +95,10 @@ def test_the_scripts_of_sites_train_and_go_on_with_another_number_of_sites(tmp_p
     assert 0 < int(printed[2]) < int(printed[3])
     assert second.startswith("steps 0 to 50")
     assert run_forked(fsdp, tmp_path, 2).startswith("steps 50 to 100")
+    imports = saving[: saving.index("with")]
+    one_rank_a_site = fsdp[: fsdp.index("handle = ")].replace("// 2", "// 1").replace("(sites, 2)", "(sites, 1)")
+    on_other_ranks = one_rank_a_site + imports + going_on + "print(handle.step)\n" + end
+    assert run_forked(on_other_ranks, tmp_path, 2) == "50"
 
 
 def test_the_script_of_machines_that_differ_trains_and_goes_on(tmp_path: Path) -> None:

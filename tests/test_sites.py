@@ -212,6 +212,93 @@ def test_files_of_all_ranks_bring_a_run_back_and_one_of_another_number_of_sites(
     assert not differ([weights for _, weights in alone])
 
 
+def keep(
+    rank: int, world_size: int, folder: Path, places: int, inside: Inside, scheme: lgc.LocalSteps, load: bool
+) -> tuple[dict[str, Tensor], Any]:
+    """Train and save, or load, by torch's checkpoint: what a handle has, whole, and all bytes between sites."""
+    from torch.distributed import checkpoint  # seconds, which only these ranks need
+
+    where = Place(rank, world_size, places)
+    run = SiteRun(where, scheme, inside, net=NetWithStatistics)
+    if load:
+        lgc.checkpoint.load_distributed(run.handle, checkpoint_id=folder)
+    else:
+        state = {"handle": lgc.checkpoint.distributed_state(run.train(range(8)).handle)}
+        checkpoint.save(state, checkpoint_id=folder)
+    return flat(run.handle.state_dict(whole=True)["aggregator"]), run.handle.wire_summary()["sent_bytes"]
+
+
+def flat(state: Any, path: str = "") -> dict[str, Tensor]:
+    """Copies of what is in a nested state, whole, by its path."""
+    if isinstance(state, dict):
+        return {key: each for name in state for key, each in flat(state[name], f"{path}/{name}").items()}
+    return {path: whole(state if isinstance(state, Tensor) else torch.tensor(state))}
+
+
+@pytest.mark.parametrize("inside", [pytest.param("ddp", marks=pytest.mark.exhaustive), "fsdp"])
+def test_torchs_checkpoint_brings_the_state_to_other_numbers_of_sites_and_ranks(
+    ranks: RankFactory, inside: Inside, tmp_path: Path
+) -> None:
+    exchange = lgc.Quantized(reduction="two_stage")
+    scheme = lgc.LocalSteps(every=4, exchange=exchange, start_steps=2, fragments=2, overlap=True, outer_momentum=0.9)
+    saved = ranks(4).run(keep, tmp_path, 2, inside, scheme, False)
+    assert any("server_residual" in path and each.any() for path, each in saved[0][0].items())
+    taken_over = {(2, 2): [[0], [1], [2], [3]], (2, 1): [[0, 1], [2, 3]], (1, 4): [[0, 1, 2, 3]] * 4}
+    for (sites, places), takes in taken_over.items():
+        for rank, (state, sent) in enumerate(ranks(sites * places).run(keep, tmp_path, places, inside, scheme, True)):
+            assert sent == saved[0][1]
+            if places == 2:
+                assert not differ([state, saved[rank][0]])
+            for path, each in owed(state).items():
+                own = "per_rank/buffers" in path or "before/buffers" in path  # a rank's, and all else a site's
+                old = [rank] if own and sites * places == 4 else takes[rank]
+                mean = torch.stack([owed(saved[of][0])[path].double() for of in old]).mean(0)
+                torch.testing.assert_close(each, mean.to(each.dtype))
+
+
+def owed(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What `flat` gives, with what a rank owes as a server among its residual."""
+    servers = {path.replace("/server_", "/"): each for path, each in state.items() if "/server_residual/" in path}
+    return {path: each + servers.get(path, 0) for path, each in state.items() if "/server_" not in path}
+
+
+def keep_on(
+    rank: int, world_size: int, folder: Path, places: int, inside: Inside, load: bool
+) -> tuple[dict[str, Tensor], int]:
+    """A run that saves amid a round, or one from there; its weights at the end."""
+    from torch.distributed import checkpoint
+
+    where = Place(rank, world_size, places)
+    scheme = exact(start_steps=2, start=lgc.Float32(), outer_momentum=0.9)
+    run = SiteRun(where, scheme, inside)
+    key = f"optimizer {where.site}"
+    if load:
+        moments = {name: torch.zeros_like(each) for name, each in run.net.named_parameters()}
+        checkpoint.load({key: moments}, checkpoint_id=folder)
+        for name, each in run.net.named_parameters():
+            run.optimizer.state[each]["momentum_buffer"] = moments[name]
+        lgc.checkpoint.load_distributed(run.handle, checkpoint_id=folder)
+    else:
+        run.train(range(8))
+        moments = {name: run.optimizer.state[each]["momentum_buffer"] for name, each in run.net.named_parameters()}
+        handle = lgc.checkpoint.distributed_state(run.handle)
+        checkpoint.save({key: moments, "handle": handle}, checkpoint_id=folder)
+    first = run.handle.step
+    run.train(range(first, 12)).handle.finish()
+    return run.weights(), first
+
+
+@pytest.mark.parametrize("inside", ["ddp", pytest.param("fsdp", marks=pytest.mark.exhaustive)])
+def test_a_run_goes_on_from_it_with_one_rank_a_site_as_with_two(
+    ranks: RankFactory, inside: Inside, tmp_path: Path
+) -> None:
+    undisturbed, *_ = ranks(4).run(keep_on, tmp_path, 2, inside, False)
+    for weights, first in ranks(2).run(keep_on, tmp_path, 1, "plain", True):
+        assert first == 8
+        for name, each in weights.items():
+            torch.testing.assert_close(each, undisturbed[0][name], rtol=1e-4, atol=1e-5)
+
+
 def look_at_the_anchor(rank: int, world_size: int, inside: Inside) -> list[dict[str, Tensor]]:
     run = SiteRun(Place(rank, world_size, 2), exact(), inside).train(range(4))
     at_round, own = run.weights(), run.train(range(4, 6)).weights()

@@ -51,6 +51,7 @@ STATE_VERSION = 4
 STATE_HINTS = {
     "version": "; finish the run with the release of lgc that began it",
     "world_size": "; lgc.checkpoint.load or reshard adapts it",
+    "places": "; lgc.checkpoint.distributed_state goes on with another number of ranks a site",
     "rank": "; every rank saves and loads its own, as lgc.checkpoint does, and rank 0's alone is not enough",
     "scheme": "; to change it, load everything but the handle: what was owed is lost",
 }
@@ -378,17 +379,21 @@ class Handle:
             summary["inside"] = {name: counts[name] for name in ("sent_bytes", "received_bytes", "phases")}
         return summary
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self, *, whole: bool = False) -> dict[str, Any]:
         """This rank's state, to be saved by every rank: tensors by parameter name, numbers and strings only.
 
         It has the same keys at every step, which torch.distributed.checkpoint needs: it fills in those of the state
         that it loads into. That is why the byte counts, one more phase after the other, are one text.
+
+        Args:
+            whole: with whole tensors, DTensors where they are sharded, in place of this rank's part of them; a
+                collective of the ranks of a site. See `lgc.checkpoint.distributed_state`.
         """
         self._require_attached("state_dict()")
         aggregator = self._caller.state_dict()  # first: it waits for a round that is under way, whose bytes count
-        place = {}
+        place: dict[str, Any] = {"whole": True} if whole else {}
         if self.site.inside is not None:
-            place = {"place": self.site.place, "places": self.site.places, "inside": self.site.inside.wire.to_json()}
+            place |= {"place": self.site.place, "places": self.site.places, "inside": self.site.inside.wire.to_json()}
         return {
             "version": STATE_VERSION,
             "scheme": str(self.scheme),
@@ -398,7 +403,7 @@ class Handle:
             "phase": str(self.phase),
             "wire": self.wire.to_json(),
             **place,
-            "aggregator": aggregator,
+            "aggregator": self._caller.whole(aggregator) if whole else aggregator,
         }
 
     def load_state_dict(self, state: Mapping[str, Any], *, step: int | None = None) -> None:
@@ -419,14 +424,17 @@ class Handle:
 
     def _load(self, state: Mapping[str, Any], expected: int | None) -> None:
         resharded = "resharded_from" in state
+        aggregator = state.get("aggregator")
         with self.site.together(self.step, "handle.load_state_dict"):
             step, phase, wires = self._checked(state, expected)
             if resharded and self.synchronizer and self.step:
                 raise ValueError(
                     f"state_dict: resharded, goes into a new handle only, this one is at step {self.step}."
                 )
-            self._caller.require_form(state.get("aggregator"), resharded=resharded)
-        self._caller.load_state_dict(state.get("aggregator"), step, resharded=resharded)
+            if "whole" in state:
+                aggregator = self._caller.part(aggregator)
+            self._caller.require_form(aggregator, resharded=resharded)
+        self._caller.load_state_dict(aggregator, step, resharded=resharded)
         self._caller.step = step
         self._caller.phase = phase
         self.wire.phases = wires[0].phases

@@ -89,6 +89,14 @@ class Caller:
     def require_form(self, state: Any, *, resharded: bool) -> None:
         """Raise ValueError if a state has another form than this one's, where that is looked at before it is loaded."""
 
+    def whole(self, state: Any) -> Any:
+        """A state with whole tensors where it has this rank's part of them; as it is, where every rank has all."""
+        return state
+
+    def part(self, state: Any) -> Any:
+        """A state as this rank has it, of one with whole tensors."""
+        return state
+
     def load_state_dict(self, state: Any, step: int, *, resharded: bool) -> None:
         """Go on from a state before `step`, after `require_form`; see `Synchronizer.load_state_dict`."""
         if self.synchronizer:

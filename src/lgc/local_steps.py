@@ -39,6 +39,7 @@ from lgc.synchronizer import Policy, Synchronizer, require_same_form
 logger = logging.getLogger("lgc")
 
 Start = CollectedBuckets | OptimizedGradients
+Change = Callable[[Mapping[str, Tensor], dict[str, Tensor]], dict[str, Tensor]]
 OF_ALL_RANKS = (RankError, ReplicaError, FloatingPointError)  # errors that every rank raises by itself
 
 _callers: weakref.WeakKeyDictionary[nn.Module, weakref.ref[LocalRounds]] = weakref.WeakKeyDictionary()
@@ -486,24 +487,29 @@ class LocalRounds(Caller):
 
         What is changed there meanwhile is lost. During the start the weights are shared anyway, and buffers are not.
         """
-        if self._own is not None or not self._has_begun:
+        if self._own is not None:
             yield
             return
-        if self._site.inside is not None:
-            self.settle()
-            self._site.agree(self._transport, self.step, operation="handle.anchored")
-        self._site.rest(self._module)
-        buffers = {own: self._buffers.shared[name] for name, own in self._buffers.current().items()}
-        self._own = {own: own.detach().clone() for own in (*self._parameters.values(), *buffers)}
-        for fragment in self._fragments:
-            self._site.fill(fragment.parameters, fragment.anchor)
-        _copy(buffers)
+        self._own = self._show_anchor() if self._has_begun else {}
         try:
             yield
         finally:
             self._site.rest(self._module)
             _copy(self._own)
             self._own = None
+
+    def _show_anchor(self) -> dict[Tensor, Tensor]:
+        """Put the anchor, and the buffers of the last round, into the model; copies of what was there."""
+        if self._site.inside is not None:
+            self.settle()
+            self._site.agree(self._transport, self.step, operation="handle.anchored")
+        self._site.rest(self._module)
+        buffers = {own: self._buffers.shared[name] for name, own in self._buffers.current().items()}
+        put_aside = {own: own.detach().clone() for own in (*self._parameters.values(), *buffers)}
+        for fragment in self._fragments:
+            self._site.fill(fragment.parameters, fragment.anchor)
+        _copy(buffers)
+        return put_aside
 
     def finish(self) -> None:
         """Exchange what has been moved since the last round, at any step, the same on every rank; a collective.
@@ -594,11 +600,14 @@ class LocalRounds(Caller):
             weights, buffers = ({}, {}) if launched is None else (launched.weights or {}, launched.buffers)
             if not given.finite:  # of this rank's part they may be
                 weights = {name: torch.full_like(each, torch.nan) for name, each in weights.items()}
-            per_rank["before"] = {"weights": per_rank["weights"] | weights, "buffers": per_rank["buffers"] | buffers}
+            per_rank["before"] = {
+                "weights": _copies(per_rank["weights"] | weights),
+                "buffers": _copies(per_rank["buffers"] | buffers),
+            }
             replicated["under_way"] = {
                 "fragment": 0 if launched is None else self._fragments.index(launched.fragment) + 1,
                 "mean": {name: torch.zeros_like(each) for name, each in anchor.items()} | _copies(given.mean),
-                "buffers": replicated["buffers"] | given.buffers,
+                "buffers": _copies(replicated["buffers"] | given.buffers),
             }
         return {"per_rank": per_rank, "replicated": replicated, "server": {}}
 
@@ -606,6 +615,31 @@ class LocalRounds(Caller):
         self._require_own_weights("handle.load_state_dict()")
         here = self.state_dict()
         require_same_form(here, {**state, "server": {}} if resharded else state, "aggregator")
+
+    def whole(self, state: Any) -> Any:
+        site = self._site.uncounted()
+        return self._regrouped(state, lambda group, parts: site.whole({name: group[name] for name in parts}, parts))
+
+    def part(self, state: Any) -> Any:
+        return self._regrouped(state, lambda _, tensors: self._site.part(tensors))
+
+    def _regrouped(self, state: Any, change: Change, *, together: bool = False) -> Any:
+        """A nested state, where what is by names of parameters is changed in the groups that a site cuts together.
+
+        These are the fragments, and for the start all parameters.
+        """
+        if not isinstance(state, Mapping):
+            return state
+        tensors = {name: each for name, each in state.items() if isinstance(each, Tensor)}
+        if not tensors or len(tensors) < len(state) or not tensors.keys() <= self._parameters.keys():
+            return {
+                key: self._regrouped(each, change, together=together or key == "start") for key, each in state.items()
+            }
+        groups = [self._parameters] if together else [fragment.parameters for fragment in self._fragments]
+        changed: dict[str, Tensor] = {}
+        for group in groups:
+            changed |= change(group, {name: tensors[name] for name in group if name in tensors})
+        return changed
 
     def load_state_dict(self, state: Any, step: int, *, resharded: bool) -> None:
         """Go on from a state before `step`. On another number of ranks, a rank starts from the mean of the weights and

@@ -7,7 +7,7 @@ import copy
 import functools
 import sys
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -36,7 +36,10 @@ class Site:
     Attributes:
         places: number of ranks of this site.
         place: number of this rank among them.
+        cut: what the parts of a tensor are.
     """
+
+    cut: ClassVar[str] = "all of it"
 
     def __init__(self, inside: Transport | None = None) -> None:
         self.inside = inside
@@ -59,6 +62,17 @@ class Site:
         """
         for name, tensor in tensors.items():
             tensor.copy_(parts[name])
+
+    def whole(self, tensors: Mapping[str, Tensor], parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What the parts of all ranks make together, in new tensors placed as others are; a collective inside.
+
+        Args:
+            tensors: by name, the same on every rank, which say how the new ones are cut and placed.
+            parts: this rank's, of the shapes that `part` gives; they say the types.
+        """
+        made = {name: torch.empty_like(tensor, dtype=parts[name].dtype) for name, tensor in tensors.items()}
+        self.fill(made, parts)
+        return made
 
     def rest(self, model: nn.Module) -> None:
         """Have every parameter of the model in the form in which it is kept, before parts of it are taken or set."""
@@ -228,6 +242,8 @@ class ReplicatedSite(Site):
     The slices are of all tensors, flat and one after the other, and of equal size but for the last.
     """
 
+    cut = "slices"
+
     def part(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         parts, before, length = {}, 0, self._length(tensors)
         for name, tensor in tensors.items():
@@ -260,6 +276,8 @@ class ReplicatedSite(Site):
 
 class ShardedSite(Site):
     """A site whose ranks each have a shard of every parameter, as under `fully_shard`, and code that."""
+
+    cut = "shards"
 
     def part(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {name: local(tensor) for name, tensor in tensors.items()}

@@ -8,6 +8,7 @@ checkpoint. `DIR` must be one folder for all ranks (one machine or a shared file
 read. Nothing is pickled.
 """
 
+from lgc.checkpoint.distributed import distributed_state, load_distributed
 from lgc.checkpoint.files import CheckpointError, RefusedError
 from lgc.checkpoint.state import reshard
 from lgc.checkpoint.together import (
@@ -26,9 +27,11 @@ __all__ = [
     "CheckpointError",
     "RefusedError",
     "available",
+    "distributed_state",
     "gather",
     "latest",
     "load",
+    "load_distributed",
     "load_gathered",
     "load_rank",
     "reshard",

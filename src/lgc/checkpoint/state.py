@@ -70,7 +70,7 @@ class Shard:
         if (mesh.ndim, mesh.size()) != (1, self.places) or mesh.get_local_rank() != self.place:
             raise ValueError(
                 f"is of place {self.place} of {self.places}, and the mesh is {mesh}; go on with as many ranks a site, "
-                "or from a whole model that was saved within anchored(): see docs/sites.md"
+                "or save by torch.distributed.checkpoint and lgc.checkpoint.distributed_state: see docs/sites.md"
             )
         placements, local = [tensor.Shard(self.dim)], self.local.to(mesh.device_type)
         size = {"shape": torch.Size(self.shape), "stride": tuple(self.stride)}
@@ -206,13 +206,26 @@ def reshard(states: Iterable[State], *, rank: int, world_size: int) -> dict[str,
     so is the server's. The byte counts are dealt out in the same shares, so that their sums over all ranks stay.
 
     Raises:
-        ValueError: if the states are not those of all old ranks, in order.
+        ValueError: if the states are not those of all old ranks, in order, or `world_size` is no multiple of R.
     """
     totals: dict[str, Any] = {}
     peers: list[State] = []
     places = number = 1
+    form: tuple[Any, ...] = ()
     for number, state in enumerate(states, 1):
-        places = state.get("places", 1)
+        given = state.get("places", 1), state["world_size"]
+        form = form or given
+        if any(type(each) is not int or each < 1 for each in given) or given != form:
+            raise ValueError(
+                "reshard(states=...) must be of as many ranks a site and as many sites each, integers of at least 1, "
+                f"got {given} in place of {form}."
+            )
+        places = given[0]
+        if world_size % places:
+            raise ValueError(
+                f"reshard(world_size=...) must be a multiple of the {places} ranks of a site, got {world_size}; "
+                "lgc.checkpoint.distributed_state goes on with another number of ranks a site."
+            )
         old_site, old_place = divmod(number - 1, places)
         site, place = divmod(rank, places)
         if (state["rank"], state.get("place", 0)) != (old_site, old_place):
@@ -223,20 +236,16 @@ def reshard(states: Iterable[State], *, rank: int, world_size: int) -> dict[str,
                 )
             raise ValueError(f"reshard(states=...) must be in order of rank, got {found}.")
         if old_place == place:
-            weight = _overlap(old_site, state["world_size"], site, world_size // places)
+            weight = overlap(old_site, state["world_size"], site, world_size // places)
             if weight:
-                _accumulate(totals, state["aggregator"].get("per_rank", {}), float(weight))
+                accumulate(totals, state["aggregator"].get("per_rank", {}), float(weight))
             peers.append({**state, "aggregator": state["aggregator"] if not peers else {}})
     if not peers or number != peers[0]["world_size"] * places:
         raise ValueError(f"reshard(states=...) must have the state of every rank, got {number if peers else 0}.")
-    if world_size % places:
-        raise ValueError(
-            f"reshard(world_size=...) must be a multiple of the {places} ranks of a site, got {world_size}."
-        )
     site, sites = rank // places, world_size // places
     aggregator = dict(peers[0]["aggregator"])
     if aggregator:
-        aggregator["per_rank"] = _as_saved(totals, aggregator["per_rank"])
+        aggregator["per_rank"] = as_saved(totals, aggregator["per_rank"])
         aggregator["server"] = aggregator["server"] if site == SERVER else {}
     counts = {name: [json.loads(state[name]) for state in peers] for name in ("wire", "inside") if name in peers[0]}
     return {
@@ -244,7 +253,7 @@ def reshard(states: Iterable[State], *, rank: int, world_size: int) -> dict[str,
         "rank": site,
         "world_size": sites,
         "resharded_from": peers[0]["world_size"],
-        **{name: json.dumps(_deal_counts(wires, site, sites)) for name, wires in counts.items()},
+        **{name: json.dumps(deal_counts(wires, site, sites)) for name, wires in counts.items()},
         "aggregator": aggregator,
     }
 
@@ -290,30 +299,30 @@ def at(state: Any, keys: Keys) -> Any:
     return state
 
 
-def _overlap(old_rank: int, old_world_size: int, rank: int, world_size: int) -> Fraction:
+def overlap(old_rank: int, old_world_size: int, rank: int, world_size: int) -> Fraction:
     """Part of the new rank's share that the old rank had, in [0, 1]; over the old ranks they add up to 1."""
     start = max(Fraction(old_rank, old_world_size), Fraction(rank, world_size))
     stop = min(Fraction(old_rank + 1, old_world_size), Fraction(rank + 1, world_size))
     return max(stop - start, Fraction(0)) * world_size
 
 
-def _accumulate(totals: dict[str, Any], values: State, weight: float) -> None:
+def accumulate(totals: dict[str, Any], values: State, weight: float) -> None:
     """Add `weight * values` to nested totals, tensors in float64."""
     for key, value in values.items():
         if isinstance(value, Mapping):
-            _accumulate(totals.setdefault(key, {}), value, weight)
+            accumulate(totals.setdefault(key, {}), value, weight)
         else:
             totals[key] = totals.get(key, 0.0) + weight * (value.double() if isinstance(value, Tensor) else value)
 
 
-def _as_saved(total: Any, like: Any) -> Any:
+def as_saved(total: Any, like: Any) -> Any:
     """Nested totals in the order and with the dtypes of `like`."""
     if isinstance(like, Mapping):
-        return {key: _as_saved(total[key], value) for key, value in like.items()}
+        return {key: as_saved(total[key], value) for key, value in like.items()}
     return total.to(like.dtype) if isinstance(like, Tensor) else total
 
 
-def _deal_counts(wires: list[Any], rank: int, world_size: int) -> dict[str, Any]:
+def deal_counts(wires: list[Any], rank: int, world_size: int) -> dict[str, Any]:
     """Deal out the byte counts by phase: the new rank's share; steps are everyone's."""
 
     def share(counts: list[int]) -> int:

@@ -209,14 +209,15 @@ def load_rank(path: Path, *, rank: int, world_size: int, mesh: DeviceMesh | None
 
     Raises:
         RefusedError: naming the file and the field, what was expected and what is there.
-        CheckpointError: naming the file that could not be read or is of an older schema, or the DTensor for which there
-            is no mesh, or another one.
+        CheckpointError: naming the file that could not be read or is of an older schema, the DTensor for which there is
+            no mesh, or another one, or what is wrong with states that cannot be resharded.
     """
     if not 0 <= rank < world_size:
         raise ValueError(f"checkpoint.load_rank(rank=...) must be in 0 .. {world_size - 1}, got {rank}.")
     entries = files.read_manifest(path)
-    state = of_rank(lambda saved: files.read_rank(path, entries[saved]), len(entries), rank=rank, world_size=world_size)
+    saved = len(entries)
     try:
+        state = of_rank(lambda old: files.read_rank(path, entries[old]), saved, rank=rank, world_size=world_size)
         return dict(placed(state, mesh))
     except ValueError as error:
         raise CheckpointError(f"{path} {error}.") from None

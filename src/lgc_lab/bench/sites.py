@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
 import os
 import time
@@ -29,6 +30,7 @@ from lgc_lab.terminal import aligned, notify
 
 RANKS = 2  # of a site
 DENSE = "dense"
+PLAIN = "one rank"  # which has all of a site's samples
 LEARNING_RATE = 1e-4
 TIMEOUT_S = 600.0
 
@@ -37,7 +39,7 @@ class Question(NamedTuple):
     """What is measured: the link between the sites, and how each trains and exchanges."""
 
     rate: str
-    inside: str  # ddp or fsdp
+    inside: str  # ddp, fsdp, or PLAIN
     exchange: str  # a scheme of local steps as text, or dense
 
 
@@ -56,6 +58,7 @@ def sites(sites: int, rates: str, scheme: str, steps: int) -> None:
 
     Trains a GPT of 1.85 million parameters, on random bytes, with DDP and with FSDP inside each site; by local steps
     between them, and by exchanging every gradient: DDP over all ranks, and FSDP that is replicated between the sites.
+    First, local steps of one rank a site, without a model inside: what they send is what all others are divided by.
 
     Needs root: every site gets a network namespace of its own, whose ranks talk to each other unlimited. They are
     removed at the end; nothing else of the machine's network is touched. Bytes are those that a site's interface has
@@ -72,8 +75,9 @@ def sites(sites: int, rates: str, scheme: str, steps: int) -> None:
     questions = [
         Question(rate, inside, exchange)
         for rate in options.split(rates)
-        for inside in ("ddp", "fsdp")
+        for inside in (PLAIN, "ddp", "fsdp")
         for exchange in (DENSE, str(replace(local, start_steps=0)))
+        if (inside, exchange) != (PLAIN, DENSE)
     ]
     with options.reported_errors():
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # else each rank warns that its address has no name
@@ -93,9 +97,11 @@ def _measure(
     questions: Sequence[Question], network: Network, barrier: Barrier, steps: int, device: torch.device
 ) -> None:
     """Run in every rank; rank 0 prints the table."""
+    logging.getLogger("lgc.advice").setLevel(logging.ERROR)  # that with PLAIN some ranks stand aside
     rank = dist.get_rank()
     mesh = init_device_mesh("cpu", (dist.get_world_size() // RANKS, RANKS), mesh_dim_names=("site", "inside"))
-    table = [["link", "inside", "exchange", "ms a step", "kB a step and site"]]
+    table = [["link", "inside", "exchange", "ms a step", "kB a step and site", "of one rank's"]]
+    of_one_rank = 1.0
     arms: dict[tuple[str, str], tuple[Callable[[], None], int]] = {}
     for question in questions:
         barrier.wait()
@@ -110,8 +116,10 @@ def _measure(
         for _ in range(every):
             step()
         seconds, sent = _take(step, every * steps, barrier)
+        of_one_rank = sent if question.inside == PLAIN else of_one_rank
         if rank == 0:
-            row = [question.rate, question.inside, question.exchange, f"{1e3 * seconds:,.1f}", f"{sent / 1e3:,.1f}"]
+            figures = [f"{1e3 * seconds:,.1f}", f"{sent / 1e3:,.1f}", f"{sent / of_one_rank:.3f}"]
+            row = [question.rate, question.inside, question.exchange, *figures]
             notify("  ".join(row))
             table.append(row)
     if rank == 0:
@@ -135,23 +143,26 @@ def _take(step: Callable[[], None], count: int, barrier: Barrier) -> tuple[float
 
 
 def _arm(question: Question, mesh: DeviceMesh) -> tuple[Callable[[], None], int]:
-    """A training step, and after how many of them they repeat."""
+    """A training step, and after how many of them they repeat; nothing on ranks that take no part."""
+    scheme: Any = None if question.exchange == DENSE else parse_scheme(question.exchange)
+    every = 1 if scheme is None else scheme.steps_a_round
+    if question.inside == PLAIN and mesh["inside"].get_local_rank():
+        return lambda: None, every
     torch.manual_seed(0)
     net = GPT(vocabulary=BYTES, context=CONTEXT, width=192, depth=4, heads=4)
-    is_dense = question.exchange == DENSE
     model: nn.Module = net
     if question.inside == "ddp":
-        model = DistributedDataParallel(net, process_group=None if is_dense else mesh["inside"].get_group())
-    else:
+        model = DistributedDataParallel(net, process_group=mesh["inside"].get_group() if scheme else None)
+    if question.inside == "fsdp":
         from torch.distributed.fsdp import fully_shard  # slow to import
 
         for module in (*net.blocks, net):
-            fully_shard(module, mesh=mesh if is_dense else mesh["inside"])
+            fully_shard(module, mesh=mesh["inside"] if scheme else mesh)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE)
-    scheme: Any = None if is_dense else parse_scheme(question.exchange)
     if scheme is not None:
         lgc.attach(model, scheme, optimizer, timeout=TIMEOUT_S, check_every=0, between=mesh["site"])
-    batches = _batches(torch.Generator().manual_seed(dist.get_rank()))
+    samples = RANKS if question.inside == PLAIN else 1
+    batches = _batches(torch.Generator().manual_seed(dist.get_rank()), samples)
 
     def step() -> None:
         tokens = next(batches)
@@ -159,9 +170,9 @@ def _arm(question: Question, mesh: DeviceMesh) -> tuple[Callable[[], None], int]
         next_byte_loss(model(tokens[:, :-1]), tokens[:, 1:]).backward()
         optimizer.step()
 
-    return step, 1 if scheme is None else scheme.steps_a_round
+    return step, every
 
 
-def _batches(generator: torch.Generator) -> Iterator[Tensor]:
+def _batches(generator: torch.Generator, samples: int) -> Iterator[Tensor]:
     while True:
-        yield torch.randint(BYTES, (1, CONTEXT + 1), generator=generator)
+        yield torch.randint(BYTES, (samples, CONTEXT + 1), generator=generator)

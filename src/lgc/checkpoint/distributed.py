@@ -1,0 +1,136 @@
+"""The state of handles in the form of `torch.distributed.checkpoint`, for whatever ranks go on from it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from lgc.attach import STATE_HINTS, Handle
+from lgc.checkpoint.state import accumulate, as_saved, deal_counts, overlap
+from lgc.comm.transport import Transport
+from lgc.sites import Site
+
+OF_ALL = ("version", "scheme", "step", "phase")  # of a handle's state, the same on all ranks
+ABOUT = (*OF_ALL, "sites", "ranks", "cut", "counts")
+COUNTS = ("wire", "inside")
+
+
+def distributed_state(handle: Handle) -> dict[str, Any]:
+    """The state of a handle for `torch.distributed.checkpoint`, under the same key on all ranks; a collective.
+
+        save({"handle": lgc.checkpoint.distributed_state(handle)}, checkpoint_id="checkpoint")
+
+    Tensors are whole, as DTensors where the model is sharded. What all sites have the same of is under equal keys; what
+    is of one site, or of one rank, has its number in the key. `load_distributed` goes on from it.
+    """
+    transport, site = _meeting(handle)
+    state, sites = handle.state_dict(whole=True), transport.world_size
+    counts = site.of_all(transport, [state.get(name) for name in COUNTS], "counts")
+    about = {"sites": sites, "ranks": sites * site.places, "cut": site.cut, "counts": json.dumps(counts)}
+    aggregator = state["aggregator"]
+    per_rank = aggregator.get("per_rank", {})
+    return {
+        **{name: state[name] for name in OF_ALL},
+        **about,
+        "replicated": aggregator.get("replicated", {}),
+        "server": aggregator.get("server", {}),  # empty but on rank 0
+        f"site {transport.rank}": _without_buffers(per_rank),
+        f"rank {transport.rank * site.places + site.place}": _buffers(per_rank),
+    }
+
+
+def load_distributed(handle: Handle, *, key: str = "handle", **where: Any) -> None:
+    """Go on from a `distributed_state`, of any number of sites and of ranks in each; a collective of all ranks.
+
+        lgc.checkpoint.load_distributed(handle, checkpoint_id="checkpoint")
+
+    On as many sites and ranks as saved it, and with the model cut in the same way, it is the same state, bit for bit.
+    Else the handle must be new. Each rank takes its part out of the whole; at another number of sites, what is of one
+    is shared out as by `reshard`, so that the mean of what is owed stays.
+
+    Args:
+        handle: at the step of the model, which is to be loaded before.
+        key: that the state was saved under.
+        where: as `torch.distributed.checkpoint.load` takes it, such as `checkpoint_id`.
+
+    Raises:
+        ValueError: naming the first field that does not fit; nothing has been changed then.
+        CheckpointException: torch's, if there is no such state.
+    """
+    from torch.distributed import checkpoint  # slow to import
+
+    def load(wanted: dict[str, Any]) -> dict[str, Any]:
+        found: dict[str, Any] = {key: wanted}
+        checkpoint.load(found, **where)
+        return dict(found[key])
+
+    transport, site = _meeting(handle)
+    state, saved = handle.state_dict(whole=True), load(dict.fromkeys(ABOUT, ""))
+    for name in ("version", "scheme"):
+        if saved[name] != state[name]:
+            hint = STATE_HINTS[name]
+            raise ValueError(f"load_distributed: {name} was {saved[name]!r}, here it is {state[name]!r}{hint}.")
+    sites, ranks = transport.world_size, transport.world_size * site.places
+    rank = transport.rank * site.places + site.place
+    is_same = [saved[name] for name in ("sites", "ranks", "cut")] == [sites, ranks, site.cut]
+    state |= {name: saved[name] for name in OF_ALL}
+    if not is_same:
+        state["resharded_from"] = saved["sites"]
+    if state["aggregator"]:  # there is something to load
+        of_site, of_rank = _shares(saved["sites"], transport.rank, sites), _shares(saved["ranks"], rank, ranks)
+        wanted = {name: state["aggregator"][name] for name in ("replicated", "server")}
+        for each in of_site:  # a new copy each time, to be overwritten
+            wanted[f"site {each}"] = _without_buffers(handle.state_dict(whole=True)["aggregator"]["per_rank"])
+        for each in of_rank:
+            wanted[f"rank {each}"] = _buffers(handle.state_dict()["aggregator"]["per_rank"])
+        found = load(wanted)
+        per_rank = _merged(_mean(found, "site", of_site), _mean(found, "rank", of_rank))
+        state["aggregator"] = {"replicated": found["replicated"], "server": found["server"], "per_rank": per_rank}
+    for name, counts in zip(COUNTS, zip(*json.loads(saved["counts"]), strict=True), strict=True):
+        if name in state and None not in counts:
+            wires = [json.loads(each) for each in counts]
+            state[name] = json.dumps(wires[rank] if is_same else deal_counts(wires, rank, ranks))
+    handle.load_state_dict(state)
+
+
+def _meeting(handle: Handle) -> tuple[Transport, Site]:
+    """Between the sites and inside this one, uncounted, where all ranks are about to save or load; a collective."""
+    transport, site = handle.transport.uncounted(), handle.site.uncounted()
+    site.meet(transport, "lgc.checkpoint")
+    return transport, site
+
+
+def _shares(saved: int, number: int, total: int) -> dict[int, float]:
+    """The saved ones that one of a total takes over, each with the part of it that is its."""
+    shares = {each: float(overlap(each, saved, number, total)) for each in range(saved)}
+    return {each: share for each, share in shares.items() if share}
+
+
+def _mean(found: Mapping[str, Any], kind: str, shares: Mapping[int, float]) -> Any:
+    """The average of the saved states that this one takes over; one alone as it is."""
+    first, *others = (found[f"{kind} {each}"] for each in shares)
+    if not others:
+        return first
+    totals: dict[str, Any] = {}
+    for state, share in zip((first, *others), shares.values(), strict=True):
+        accumulate(totals, state, share)
+    return as_saved(totals, first)
+
+
+def _without_buffers(state: Any) -> Any:
+    if not isinstance(state, Mapping):
+        return state
+    return {name: _without_buffers(each) for name, each in state.items() if name != "buffers"}
+
+
+def _buffers(state: Mapping[str, Any]) -> dict[str, Any]:
+    """The buffers in a nested state, where they are."""
+    nested = {name: each for name, each in state.items() if isinstance(each, Mapping)}
+    return {name: each if name == "buffers" else _buffers(each) for name, each in nested.items()}
+
+
+def _merged(state: Mapping[str, Any], buffers: Mapping[str, Any]) -> dict[str, Any]:
+    """What `_without_buffers` and `_buffers` have parted."""
+    inserted = {name: each if name == "buffers" else _merged(state[name], each) for name, each in buffers.items()}
+    return {**state, **inserted}
