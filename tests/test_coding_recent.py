@@ -89,7 +89,7 @@ def selections(draw: st.DrawFn) -> tuple[list[Positions], Positions]:
 
 
 @given(selections())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 def test_decodes_what_it_encoded_in_at_most_a_byte_more_than_rice(case: tuple[list[Positions], Positions]) -> None:
     past, positions = case
     coder, counts = after(past), counts_of(positions, SIZES)
@@ -101,7 +101,7 @@ def test_decodes_what_it_encoded_in_at_most_a_byte_more_than_rice(case: tuple[li
 
 
 @given(selections())
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=25, deadline=None)
 def test_decodes_what_a_plain_reference_encoded(case: tuple[list[Positions], Positions]) -> None:
     past, positions = case
     past, counts = [*past, [348]], counts_of(positions, SIZES)
