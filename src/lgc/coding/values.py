@@ -34,6 +34,7 @@ class ValueCodec(ABC):
     operations, so every rank decodes the same bits. What a codec loses is `values - decode(encode(values))`.
     """
 
+    remembers: ClassVar[bool] = False  # whether `given` makes a difference
     _has_zero: ClassVar[bool] = True  # whether `_decode` gives zero for what was zero
     _has_fixed_size: ClassVar[bool] = True  # whether `_size` is the length of every code, and not of the longest
 
@@ -94,6 +95,10 @@ class ValueCodec(ABC):
             others, values = values, np.zeros(nonzero.size, np.float32)
             values[nonzero] = others
         return torch.from_numpy(values)
+
+    def given(self, expected: Tensor) -> ValueCodec:
+        """The codec for values of which both sides expect these signs: int8, shape (k,), on the CPU; 0 is none."""
+        return self
 
     def size(self, counts: Sequence[int]) -> int:
         """Length in bytes of the code of so many values, none of which is zero; the largest, if it depends on them."""

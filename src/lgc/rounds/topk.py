@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -42,12 +42,24 @@ class Codecs(NamedTuple):
 
 
 class TopKExchange(Exchange):
-    """Selects from a region by size, and sends values with their indices."""
+    """Selects from a region by size, and sends values with their indices.
+
+    Every rank has a coder of indices for each sender, which knows what that sender has selected, if it can.
+    """
 
     def __init__(self, transport: Transport, region: Region, codecs: Codecs) -> None:
         self.transport = transport
         self.region = region
         self.codecs = codecs
+        self._coders = [codecs.indices] * transport.world_size
+        self._next: dict[int, IndexCoder] = {}
+
+    def forget(self) -> None:
+        self._coders = [self.codecs.indices] * self.transport.world_size
+
+    def commit(self) -> None:
+        self._coders = [self._next.get(rank, coder) for rank, coder in enumerate(self._coders)]
+        self._next = {}
 
     def index_bound(self, stage: Stage) -> int:
         """The largest possible number of bytes of the indices."""
@@ -55,24 +67,52 @@ class TopKExchange(Exchange):
 
     def encode_indices(self, positions: Tensor) -> Tensor:
         """The bytes of selected positions."""
-        return self.codecs.indices.encode(positions, self.region.sizes)
+        return self._coders[self.transport.rank].encode(positions, self.region.sizes)
 
-    def decode_indices(self, code: Tensor, stage: Stage, device: torch.device) -> Tensor:
-        """Elements of the flat vector, int64, ascending."""
-        positions = self.codecs.indices.decode(code, self.region.sizes, self.region.counts(stage.least_rate))
-        return self.region.elements(positions).to(device)
+    def decode_indices(self, codes: Mapping[int, Tensor], stage: Stage, device: torch.device) -> list[Tensor]:
+        """Elements of the flat vector, int64, ascending, for the code of each sender."""
+        counts = self.region.counts(stage.least_rate)
+        selected = {
+            sender: self._coders[sender].decode(code, self.region.sizes, counts) for sender, code in codes.items()
+        }
+        self._next = {sender: self._coders[sender].after(positions) for sender, positions in selected.items()}
+        return [self.region.elements(positions).to(device) for positions in selected.values()]
 
 
 class OwnTopK(TopKExchange):
     """Every rank's own largest values, with their indices, to all ranks: all-gather.
 
-    What a rank receives grows with the number of ranks.
+    What a rank receives grows with the number of ranks. If the codec of values remembers, every rank has the sign that
+    each rank has last sent of everything: a byte a parameter and rank.
     """
+
+    def __init__(self, transport: Transport, region: Region, codecs: Codecs) -> None:
+        super().__init__(transport, region, codecs)
+        end = max((segment.slice.stop for segment in region.segments), default=0)
+        ranks = transport.world_size if codecs.values.remembers else 0
+        self._signs = torch.zeros(ranks, end, dtype=torch.int8, device="cpu")
+        self._sent: list[tuple[Tensor, Tensor]] = []
+
+    def forget(self) -> None:
+        super().forget()
+        self._signs.zero_()
+
+    def commit(self) -> None:
+        super().commit()
+        for signs, (where, values) in zip(self._signs, self._sent, strict=False):
+            signs[where] = values.sign().to(torch.int8)
+        self._sent = []
+
+    def value_codec(self, sender: int, elements: Tensor) -> ValueCodec:
+        """The codec of what a rank sends of these elements of the flat vector."""
+        codec = self.codecs.values
+        return codec.given(self._signs[sender][elements.cpu()]) if codec.remembers else codec
 
     def prepare(self, v: Tensor, stage: Stage) -> Tensor:
         positions = self.region.select(v, stage.least_rate)
-        values = v[self.region.elements(positions)]
-        code = self.codecs.values.encode(values, self.region.element_counts(stage.least_rate))
+        elements = self.region.elements(positions)
+        codec = self.value_codec(self.transport.rank, elements)
+        code = codec.encode(v[elements], self.region.element_counts(stage.least_rate))
         return pack([self.encode_indices(positions), code], kind=Kind.ENTRIES, step=stage.step)
 
     def exchange(self, v: Tensor, payload: Tensor | None, lengths: list[int], stage: Stage) -> Posting[Exchanged]:
@@ -81,14 +121,17 @@ class OwnTopK(TopKExchange):
         if not self.region.segments:
             return Exchanged([], Piece(slice(0), v[:0]))
         payloads = yield ToAll(content="entries", payload=payload, lengths=lengths, limit=self._limit(stage))
-        pieces = [self._decode(each, stage, v.device) for each in payloads]
+        parts = [unpack(each, kind=Kind.ENTRIES, step=stage.step, bounds=self._bounds(stage)) for each in payloads]
+        indices = self.decode_indices(dict(enumerate(code for code, _ in parts)), stage, v.device)
+        counts = self.region.element_counts(stage.least_rate)
+        pieces = [
+            Piece(where, self.value_codec(sender, where).decode(code, counts).to(v.device))
+            for sender, (where, (_, code)) in enumerate(zip(indices, parts, strict=True))
+        ]
+        if self.codecs.values.remembers:
+            self._sent = [(where.cpu(), values.cpu()) for where, (_, values) in zip(indices, pieces, strict=True)]
         mean = [Piece(where, values / self.transport.world_size) for where, values in pieces]
         return Exchanged(mean, pieces[self.transport.rank])
-
-    def _decode(self, payload: Tensor, stage: Stage, device: torch.device) -> Piece:
-        index_code, value_code = unpack(payload, kind=Kind.ENTRIES, step=stage.step, bounds=self._bounds(stage))
-        values = self.codecs.values.decode(value_code, self.region.element_counts(stage.least_rate))
-        return Piece(self.decode_indices(index_code, stage, device), values.to(device))
 
     def _bounds(self, stage: Stage) -> list[int]:
         """The largest possible numbers of bytes of indices and values."""
@@ -226,7 +269,7 @@ class SharedTopK(TopKExchange):
     def announced(self, parts: Sequence[Tensor], stage: Stage, device: torch.device) -> Announced:
         """What they say."""
         index_code, scale_code, zeros = parts
-        indices = self.decode_indices(index_code, stage, device)
+        (indices,) = self.decode_indices({self.leader(stage.step): index_code}, stage, device)
         nonzero = ~decode_zeros(zeros, indices.numel()).to(device)
         return Announced(indices, Float32().decode(scale_code, [1]).to(device), nonzero)
 

@@ -200,6 +200,7 @@ class LGCAggregator(Aggregator):
             Phase.TRAIN: TrainingExchange(self.compressed, scheme, self.metrics),
             Phase.COMPRESSED: self.compressed,
         }
+        self.remembering = [self.own, *self.others.values()]
 
     def exchanges(self, stage: Stage) -> Sequence[Exchange]:
         if stage.phase is Phase.DENSE:
