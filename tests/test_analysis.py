@@ -55,6 +55,7 @@ def synthetic(
         gradient=values(records, 2, workers, 4000),  # type: ignore[arg-type]
         accumulator=values(records, 2, workers, 4000),  # type: ignore[arg-type]
         own=own,
+        before=np.roll(own, 1, axis=0),
         shared=values(records, workers, entries),  # type: ignore[arg-type]
         momentum=np.zeros((records, 4000), dtype=np.float32),
         sent=[(where, np.ones(len(where), dtype=np.float32)) for where in places],
@@ -91,6 +92,8 @@ def test_indices_without_a_pattern_cost_as_much_whatever_is_known(generator: np.
     costs = last_costs(synthetic(selections(generator), sent=sent, generator=generator))
     uniform = bits(SIZE, ENTRIES) / ENTRIES
     assert costs["uniform"] == costs["layer"] == pytest.approx(uniform)
+    assert costs["rice"] == pytest.approx(uniform, abs=0.25)
+    assert costs["recent"] == pytest.approx(costs["rice"], abs=8 / ENTRIES)
     for known in ("independent", "recency", "magnitude", "row", "output", "past", "kernel", "worker"):
         assert costs[known] == pytest.approx(uniform, abs=0.15), known
         assert costs[f"{known}_plug_in"] <= costs[known] + 0.02, known

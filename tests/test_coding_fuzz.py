@@ -23,6 +23,8 @@ from lgc.coding import (
     PayloadError,
     RangeCoder,
     RawIndices,
+    Recent,
+    RecentSign,
     Rice,
     Sign,
     Uniform,
@@ -52,10 +54,18 @@ def targets(generator: np.random.Generator) -> Iterator[Target]:
     indices = torch.from_numpy(np.concatenate([part + start for part, start in zip(chosen, starts, strict=True)]))
     for coder in (RawIndices(), Rice(), RangeCoder()):
         yield Target(repr(coder), coder.encode(indices, SIZES).numpy().tobytes(), partial(check_indices, coder))
+    before = torch.from_numpy(
+        np.unique(np.concatenate([indices[::2], indices[1::3] + 2, generator.integers(0, 51_000, 9)]))
+    )
+    recent = Recent().after(before)
+    yield Target(repr(recent), recent.encode(indices, SIZES).numpy().tobytes(), partial(check_positions, recent))
     values = torch.from_numpy(generator.standard_t(3, sum(COUNTS)).astype(np.float32))
     quantisers = (Uniform(3), Uniform(8), Uniform(4, block=16), LloydMax(1), LloydMax(), LloydMax(3, block=16))
     for codec in (Float32(), Float16(), BFloat16(), Sign(), DeadZone(0.5), *quantisers):
         yield Target(repr(codec), codec.encode(values, COUNTS).numpy().tobytes(), partial(check_values, codec))
+    known = torch.from_numpy(generator.random(sum(COUNTS)) < 0.9)
+    signs = RecentSign().given(values.sign().to(torch.int8) * known)
+    yield Target(repr(signs), signs.encode(values, COUNTS).numpy().tobytes(), partial(check_values, signs))
     mostly = torch.from_numpy((generator.random(ZEROS_COUNT) < np.linspace(-1, 2, ZEROS_COUNT)).astype(np.float32))
     yield Target("zeros", encode_zeros(mostly).numpy().tobytes(), check_zeros)
     parts = [Rice().encode(indices, SIZES), Sign().encode(values, COUNTS)]
@@ -67,6 +77,11 @@ def targets(generator: np.random.Generator) -> Iterator[Target]:
 def check_indices(coder: IndexCoder, data: bytes) -> None:
     decoded = coder.decode(data, SIZES, COUNTS)
     assert coder.encode(decoded, SIZES).numpy().tobytes() == data, decoded
+
+
+def check_positions(coder: IndexCoder, data: bytes) -> None:
+    decoded = coder.decode(data, SIZES, COUNTS)
+    assert torch.equal(coder.decode(coder.encode(decoded, SIZES), SIZES, COUNTS), decoded)
 
 
 def check_values(codec: ValueCodec, data: bytes) -> None:
@@ -118,7 +133,7 @@ def fuzz(count: int, seed: int) -> Counter[str]:
 
 
 def test_broken_bytes_are_refused_or_are_a_code() -> None:
-    assert len(fuzz(5_000, seed=0)) == 16  # three coders, eleven codecs, zeros, the payload
+    assert len(fuzz(5_000, seed=0)) == 18  # four coders, twelve codecs, zeros, the payload
 
 
 @pytest.mark.exhaustive

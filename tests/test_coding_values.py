@@ -7,7 +7,10 @@ import math
 import struct
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
 from click.testing import CliRunner
@@ -30,8 +33,12 @@ from lgc.coding import (
     pack_lanes,
     unpack_lanes,
 )
+from lgc.coding.bits import WORDS_AT_ONCE, pack_fixed, unpack_fixed
+from lgc.coding.values import VALUES_AT_ONCE
 from lgc.schemes.arguments import from_text, to_text
 from lgc_lab.cli import main
+
+FloatArray = npt.NDArray[np.float32]
 
 CODECS: list[ValueCodec] = [
     Float32(),
@@ -211,6 +218,47 @@ def test_blocks_of_lloyd_and_max_end_with_their_segment() -> None:
     alone = [codec.decode(codec.encode(part, [part.numel()]), [part.numel()]) for part in parts]
     assert torch.equal(together, torch.cat(alone))
     assert codec.size(counts) == 1 + 2 * (2 + 0 + 1 + 1 + 4) + 13  # 49 values of two bits
+
+
+def nearest_plainly(x: FloatArray, scale: Any, levels: FloatArray) -> npt.NDArray[np.int64]:
+    """The numbers of the positive levels that are nearest to the magnitudes of one block by this scale."""
+    scaled = np.abs(x) / (scale if scale > 0 else np.float32(1))
+    above: npt.NDArray[np.int64] = np.sum([scaled >= (low + high) / 2 for low, high in pairwise(levels)], axis=0)
+    return above
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_many_values_have_the_code_that_they_have_block_by_block(bits: int) -> None:
+    """Also where they are more than are coded at once, and segments end within a byte."""
+    counts = [3, 2 * VALUES_AT_ONCE + 301, 0, 70]
+    x = (normal(sum(counts), 5) * normal(sum(counts), 6).exp()).numpy()
+    levels = LloydMax(bits)._levels()
+    scales, chosen = [], []
+    for segment in np.split(x, np.cumsum(counts)[:-1]):
+        for start in range(0, segment.size, 256):
+            block = segment[start : start + 256]
+            exact = np.abs(block).astype(np.float64)
+            z = levels[nearest_plainly(block, np.sqrt((exact * exact).mean()).astype(np.float32), levels)]
+            scale = torch.tensor((exact * z).sum() / (z.astype(np.float64) ** 2).sum()).float().bfloat16()
+            number = levels.size + nearest_plainly(block, scale.float().numpy(), levels)
+            scales.append(scale)
+            chosen.append(np.where(block < 0, 2**bits - 1 - number, number))
+    numbers = np.concatenate(chosen)
+    in_bits = (numbers[:, None] >> np.arange(bits)) & 1
+    code = torch.stack(scales).view(torch.int16).numpy().tobytes() + np.packbits(in_bits, bitorder="little").tobytes()
+    data = LloydMax(bits).encode(torch.from_numpy(x), counts)
+    assert data.numpy().tobytes() == b"\0" + code
+    sizes = [256 if start + 256 <= count else count - start for count in counts for start in range(0, count, 256)]
+    decoded = np.concatenate([-levels[::-1], levels])[numbers] * np.repeat(torch.stack(scales).float().numpy(), sizes)
+    assert np.array_equal(LloydMax(bits).decode(data, counts).numpy(), decoded)
+
+
+@pytest.mark.parametrize("width", [*range(1, 9), 16])
+def test_numbers_of_a_fixed_width_stand_side_by_side_low_bit_first(width: int) -> None:
+    numbers = np.random.default_rng(width).integers(0, 2**width, 8 * WORDS_AT_ONCE + 13)
+    plainly = np.packbits((numbers[:, None] >> np.arange(width)) & 1, bitorder="little")
+    assert np.array_equal(pack_fixed(numbers, width), plainly)
+    assert np.array_equal(unpack_fixed(plainly, numbers.size, width, "numbers"), numbers)
 
 
 def test_lloyd_and_max_by_hand() -> None:

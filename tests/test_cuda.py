@@ -19,6 +19,7 @@ from runs import measured
 from torch import Tensor
 
 import lgc
+from lgc.comm.messages import Sum, ToEach
 from lgc.comm.transport import Transport
 from lgc_lab.launch.ranks import pick_device
 from lgc_lab.training.settings import Output, Settings
@@ -117,10 +118,10 @@ def collectives_over_nccl(rank: int, world_size: int) -> list[Tensor]:
         transport.broadcast(host.cuda(), "values", source=0),
         gathered[0],
         transport.all_gather_bytes(payload, "values", limit=7)[0],
-        transport.all_to_all_bytes([payload], "values", limit=7)[0],
-        transport.relay_bytes(payload, "values", source=0, length=7, limit=7),
     ]
-    assert [tensor.device.type for tensor in together] == ["cuda", "cpu", "cuda", "cuda", "cpu", "cpu", "cpu"]
+    posts = [ToEach(content="values", payloads=[payload], lengths=[7], limit=7), Sum(content="", tensor=host.cuda())]
+    together += [tensor for results in transport.together(posts) for tensor in results]
+    assert [tensor.device.type for tensor in together] == ["cuda", "cpu", "cuda", "cuda", "cpu", "cpu", "cuda"]
     return [tensor.cpu() for tensor in together]
 
 

@@ -22,6 +22,7 @@ import lgc
 from lgc.checkpoint.state import reshard
 from lgc.choice.rehearsal import Rounds, Timer
 from lgc.coding import Kind, PayloadError, header_size, pack
+from lgc.comm.messages import Post, lockstep, to_each
 from lgc.comm.transport import Transport
 from lgc.rounds.codes import QuantizedCode
 from lgc.rounds.layout import Role, Segment
@@ -236,14 +237,16 @@ def test_gathered_bytes_are_those_of_the_formula(ranks: Callable[[int], Ranks]) 
 def test_bytes_in_two_stages_are_those_of_the_formula(ranks: Callable[[int], Ranks]) -> None:
     pieces = [[325], [325], [325], [25, 300]]  # of 1,300 values on four ranks
     for rank, (contents, sent, received) in enumerate(ranks(4).run(ones, lgc.Quantized(reduction="two_stage"), 1000)):
+        others = pieces[:rank] + pieces[rank + 1 :]
         assert contents == {
             "preamble": 3 * 32,
-            "values": 3 * 8 + sum(code_bytes(2, sizes) for sizes in pieces[:rank] + pieces[rank + 1 :]),
-            "means": 3 * (8 + max(code_bytes(4, sizes) for sizes in pieces)),
+            "values": sum(8 + code_bytes(2, sizes) for sizes in others),
+            "means": 3 * (8 + code_bytes(4, pieces[rank])),
         }
-        to_it = 3 * (8 + code_bytes(2, pieces[rank]))
         assert sent == sum(contents.values())
-        assert received == sent - contents["values"] + to_it
+        assert received == 3 * (32 + 8 + code_bytes(2, pieces[rank])) + sum(
+            8 + code_bytes(4, sizes) for sizes in others
+        )
 
 
 def test_bytes_of_a_rank_grow_with_their_number_as_those_of_a_ring_do(ranks: Callable[[int], Ranks]) -> None:
@@ -364,17 +367,19 @@ def abandon(rank: int, world_size: int) -> tuple[bool, bool]:
         return torch.cat([aggregator.feedback.residual, aggregator.server_residual])
 
     before = state()
-    gather = synchronizer.transport.all_gather_bytes
+    together = synchronizer.transport.together
 
-    def fails(*args: Any, **arguments: Any) -> Any:
-        gather(*args, **arguments)
-        raise RuntimeError("out of luck")
+    def fails(posts: Sequence[Post]) -> list[list[Tensor]]:
+        results = together(posts)
+        if any(post.content == "means" for post in posts):
+            raise RuntimeError("out of luck")
+        return results
 
-    synchronizer.transport.all_gather_bytes = fails  # type: ignore[method-assign]
+    synchronizer.transport.together = fails  # type: ignore[method-assign]
     with pytest.raises(RuntimeError, match="out of luck"):
         synchronizer.synchronize(gradient(rank, 1), 1)
     after_failure = state()
-    synchronizer.transport.all_gather_bytes = gather  # type: ignore[method-assign]
+    synchronizer.transport.together = together  # type: ignore[method-assign]
     bad = gradient(rank, 2) | ({"scale": torch.tensor(torch.nan)} if rank == 1 else {})
     assert all(mean.isnan().all() for mean in synchronizer.synchronize(bad, 2).values())
     return torch.equal(before, after_failure), torch.equal(before, state())
@@ -387,7 +392,7 @@ def test_a_round_that_is_abandoned_changes_nothing(ranks: Callable[[int], Ranks]
 def told_too_much(rank: int, world_size: int) -> str:
     payload = torch.zeros(10 if rank == 1 else 5, dtype=torch.uint8)
     with pytest.raises(PayloadError) as error:
-        world().all_to_all_bytes([payload] * world_size, "values", limit=9)
+        lockstep([to_each([payload] * world_size, "values", limit=9)], world().together)
     return str(error.value)
 
 

@@ -7,7 +7,20 @@ from lgc import checkpoint
 from lgc.attach import Handle, attach
 from lgc.choice.choose import choose
 from lgc.choice.cost import Link
-from lgc.coding import BFloat16, DeadZone, Float16, Float32, LloydMax, RangeCoder, RawIndices, Rice, Sign, Uniform
+from lgc.coding import (
+    BFloat16,
+    DeadZone,
+    Float16,
+    Float32,
+    LloydMax,
+    RangeCoder,
+    RawIndices,
+    Recent,
+    RecentSign,
+    Rice,
+    Sign,
+    Uniform,
+)
 from lgc.comm.traffic import Traffic, Wire
 from lgc.phase import Phase
 from lgc.rounds.layout import Role
@@ -52,6 +65,8 @@ __all__ = [
     "Quantized",
     "RangeCoder",
     "RawIndices",
+    "Recent",
+    "RecentSign",
     "Rice",
     "Role",
     "ScaleCom",

@@ -219,6 +219,8 @@ def load_rank(path: Path, *, rank: int, world_size: int, mesh: DeviceMesh | None
     try:
         state = of_rank(lambda old: files.read_rank(path, entries[old]), saved, rank=rank, world_size=world_size)
         return dict(placed(state, mesh))
+    except CheckpointError:
+        raise
     except ValueError as error:
         raise CheckpointError(f"{path} {error}.") from None
 

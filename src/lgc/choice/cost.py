@@ -14,12 +14,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, Self
 
+from lgc.comm.messages import DIRECT_RANKS
+
 PAYLOAD = 1448 / (1514 + 66 / 2)  # of an Ethernet frame with IPv4 and TCP, and an acknowledgement for every other one
 RATE_UNITS = {"kbit": 1e3, "mbit": 1e6, "gbit": 1e9}
 TIME_UNITS = {"us": 1e-6, "ms": 1e-3, "s": 1.0}
 TOLERANCE = 0.05  # below that, a difference between two predicted steps may be chance
 
-Kind = Literal["all-reduce", "all-gather", "broadcast", "gather", "all-to-all", "relay"]
+Kind = Literal["all-reduce", "all-gather", "broadcast", "gather", "all-to-all", "spread", "sum"]
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,7 @@ class Collective:
     size: int  # bytes of one rank's buffer
     seconds: float = 0.0  # what it took between the ranks that measured it, from the arrival of the last one on
     lead: float = 0.0  # how many seconds before the end of the backward pass it can start
+    joined: bool = False  # whether it travels in the messages of the one before
 
     def sent_bytes(self, world_size: int) -> float:
         """Bytes that a rank sends of it, on average over the ranks and over the possible sources."""
@@ -71,7 +74,7 @@ class Collective:
 
     def messages(self, world_size: int) -> float:
         """Messages of it that wait for each other, on average over the possible sources."""
-        return self._counts(world_size)[0]
+        return 0 if self.joined else self._counts(world_size)[0]
 
     def time(self, link: Link, world_size: int) -> float:
         """Seconds from the arrival of the last rank on."""
@@ -89,8 +92,10 @@ class Collective:
             "broadcast": (depth, depth, share),  # binomial tree
             "gather": (min(others, 1), others, share),  # direct, into one rank's link
             "all-to-all": (min(others, 1), share, share),  # direct, to each its part
-            # a message to the server, unless it is the source, and a broadcast
-            "relay": (depth + share, depth + share, share + share / world_size),
+            "spread": (min(others, 1), others, share)
+            if world_size <= DIRECT_RANKS
+            else (2, 2 * share, share),  # FromOne
+            "sum": (2 * min(others, 1), 2 * share, 2 * share),  # direct, of each a part, and its sum to all
         }[self.kind]
 
 

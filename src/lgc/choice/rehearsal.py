@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lgc.choice.cost import Collective, Kind, Link, SchemeCost, StageCost
+from lgc.comm.messages import FromOne, Post, Sum, ToAll, ToEach
 from lgc.comm.transport import Transport, clock
 from lgc.phase import Phase
 from lgc.rounds.schedule import Schedule, Stage
@@ -24,6 +25,7 @@ LEAST_ROUNDS, MOST_ROUNDS = 3, 15
 PROBE_BYTES = (2**18, 2**26)
 PROBE_SECONDS = 0.1
 PROBE_MESSAGES = 5
+KINDS: dict[type[Post], Kind] = {ToAll: "all-gather", ToEach: "all-to-all", FromOne: "spread", Sum: "sum"}
 CONTENT = "rehearsal"  # what the ranks tell each other of their measurements is counted as
 
 Action = Callable[[], object]
@@ -63,15 +65,15 @@ class Rehearsal(Transport):
         rows = self._perform("gather", self.local.gather, tensor, content)
         return None if rows is None else self._for_all(rows)
 
-    def relay(self, tensor: Tensor, content: str, *, source: int) -> Tensor:
-        return self._perform("relay", self.local.relay, tensor, content, source=source)
-
-    def all_to_all(self, payloads: Sequence[Tensor], content: str, lengths: Sequence[int]) -> list[Tensor]:
-        there, started = self.local.world_size, clock(self.local.device)
-        received = self.local.all_to_all(payloads[:there], content, lengths[:there])
+    def together(self, posts: Sequence[Post]) -> list[list[Tensor]]:
+        there, times = self.local.world_size, self.world_size // self.local.world_size
+        started = clock(self.local.device)
+        found = self.local.together([_among(there, post) for post in posts])
         seconds = clock(self.local.device) - started
-        self.collectives.append(Collective("all-to-all", sum(payload.numel() for payload in payloads), seconds))
-        return received * (self.world_size // there)
+        noted = [Collective(KINDS[type(post)], post.size()) for post in posts]
+        first, *others = sorted(noted, key=lambda one: one.messages(self.world_size), reverse=True)
+        self.collectives += [replace(first, seconds=seconds), *(replace(one, joined=True) for one in others)]
+        return [_from_all(times, post, results) for post, results in zip(posts, found, strict=True)]
 
     def origin(self, rank: int) -> int:
         return rank % self.local.world_size
@@ -91,6 +93,26 @@ class Rehearsal(Transport):
         size = tensor.numel() * tensor.element_size()
         self.collectives.append(Collective(kind, size, clock(tensor.device) - started))
         return result
+
+
+def _among(there: int, post: Post) -> Post:
+    """The same post among so many ranks."""
+    match post:
+        case ToAll(lengths=lengths):
+            return replace(post, lengths=lengths[:there])
+        case ToEach(payloads=payloads, lengths=lengths):
+            return replace(post, payloads=payloads[:there], lengths=lengths[:there])
+    return post
+
+
+def _from_all(times: int, post: Post, results: list[Tensor]) -> list[Tensor]:
+    """Its results as they would be of so many times as many ranks."""
+    match post:
+        case FromOne():
+            return results
+        case Sum():
+            return [total * times for total in results]
+    return results * times
 
 
 @dataclass(frozen=True)
@@ -221,6 +243,7 @@ class Rounds:
             work()
             for name, mean in self._synchronizer.synchronize(self._gradients, step).items():
                 self._means[name].copy_(mean)  # as it is copied back to DDP's buckets
+            self._synchronizer.aggregator.forget()  # gradients that are always the same would be foreseen
         seconds = clock(self._timer.device) - started
         return self._timer.agree(seconds, *(one.seconds for one in self._transport.collectives))
 

@@ -4,6 +4,8 @@ from lgc.coding.bits import lane_width, lane_words, pack_lanes, unpack_lanes
 from lgc.coding.dead_zone import DeadZone
 from lgc.coding.indices import IndexCoder, RangeCoder, RawIndices, Rice
 from lgc.coding.payload import Kind, PayloadError, header_size, pack, size_limit, unpack
+from lgc.coding.recent import Recent
+from lgc.coding.recent_sign import RecentSign
 from lgc.coding.values import BFloat16, Float16, Float32, LloydMax, Sign, Uniform, ValueCodec
 from lgc.coding.zeros import decode_zeros, encode_zeros, zeros_bound
 
@@ -18,6 +20,8 @@ __all__ = [
     "PayloadError",
     "RangeCoder",
     "RawIndices",
+    "Recent",
+    "RecentSign",
     "Rice",
     "Sign",
     "Uniform",

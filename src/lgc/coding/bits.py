@@ -14,6 +14,7 @@ from lgc.coding.payload import Octets, PayloadError
 
 Integers = npt.NDArray[np.int64]
 
+WORDS_AT_ONCE = 2**13  # of 8 bytes, which with what is computed from them stay in the cache
 WORD_BITS = 31  # of an int32 that lanes use: the sign bit stays clear, so no sum overflows
 
 
@@ -32,14 +33,22 @@ def check_bits(data: Octets, count: int, field: str) -> None:
 
 def pack_fixed(values: npt.NDArray[np.integer], width: int) -> Octets:
     """Write values < 2^width one after another, each low bit first; the width is 1 to 8, or 16."""
-    lanes = min(8, 64 // width)  # as many as fill whole bytes of a word
-    padded = np.zeros((-(-values.size // lanes), lanes), "<u8" if width > 8 else np.uint8)
-    padded.reshape(-1)[: values.size] = values
-    words = np.zeros(len(padded), "<u8")
-    for lane in range(lanes):
-        words |= padded[:, lane].astype("<u8") << np.uint64(lane * width)
-    filled = words.view(np.uint8).reshape(-1, 8)[:, : lanes * width // 8]
-    return filled.reshape(-1)[: octet_count(values.size * width)]
+    if width == 16:
+        return values.astype("<u2").view(np.uint8)
+    words = np.zeros(-(-values.size // 8), "<u8")  # of eight values, in a byte each
+    words.view(np.uint8)[: values.size] = values
+    packed = np.empty((words.size, width), np.uint8)
+    for start in range(0, words.size, WORDS_AT_ONCE):
+        part = words[start : start + WORDS_AT_ONCE]
+        for lane, used, second in _pairs(width):
+            moved = part & second
+            part ^= moved
+            part |= moved >> np.uint64(lane - used)
+        if width in (1, 2, 4):
+            packed[start : start + WORDS_AT_ONCE] = part.astype(f"<u{width}").view(np.uint8).reshape(-1, width)
+        else:
+            packed[start : start + WORDS_AT_ONCE] = part.view(np.uint8).reshape(-1, 8)[:, :width]
+    return packed.reshape(-1)[: octet_count(values.size * width)]
 
 
 def unpack_fixed(data: Octets, count: int, width: int, field: str) -> npt.NDArray[np.unsignedinteger]:
@@ -49,15 +58,35 @@ def unpack_fixed(data: Octets, count: int, width: int, field: str) -> npt.NDArra
         PayloadError: if the length is another one, or a bit after the last value is set.
     """
     check_bits(data, count * width, field)
-    lanes = min(8, 64 // width)
-    filled = np.zeros((-(-count // lanes), lanes * width // 8), np.uint8)
-    filled.reshape(-1)[: data.size] = data
-    words = np.zeros(len(filled), "<u8")
-    words.view(np.uint8).reshape(-1, 8)[:, : filled.shape[1]] = filled
-    values = np.empty((len(filled), lanes), np.uint16 if width > 8 else np.uint8)
-    for lane in range(lanes):
-        values[:, lane] = (words >> np.uint64(lane * width)) & np.uint64(2**width - 1)
-    return values.reshape(-1)[:count]
+    if width == 16:
+        return np.frombuffer(data.tobytes(), "<u2").astype(np.uint16)
+    packed = np.zeros((-(-count // 8), width), np.uint8)
+    packed.reshape(-1)[: data.size] = data
+    words = np.zeros(len(packed), "<u8")
+    for start in range(0, words.size, WORDS_AT_ONCE):
+        part = words[start : start + WORDS_AT_ONCE]
+        if width in (1, 2, 4):
+            part[...] = packed[start : start + WORDS_AT_ONCE].reshape(-1).view(f"<u{width}")
+        else:
+            part.view(np.uint8).reshape(-1, 8)[:, :width] = packed[start : start + WORDS_AT_ONCE]
+        for lane, used, second in reversed(_pairs(width)):
+            moved = part & (second >> np.uint64(lane - used))
+            part ^= moved
+            part |= moved << np.uint64(lane - used)
+    return words.view(np.uint8)[:count]
+
+
+def _pairs(width: int) -> list[tuple[int, int, np.uint64]]:
+    """How pairs of lanes of a word close up, until eight values of this width stand side by side.
+
+    Each step has the bits of a lane, how many of them are used, and where those of every second lane are.
+    """
+    steps = []
+    for lane in (8, 16, 32):
+        used = lane * width // 8
+        starts = range(lane, 64, 2 * lane)
+        steps.append((lane, used, np.uint64(sum((2**used - 1) << start for start in starts))))
+    return steps
 
 
 def pack_bits(values: Integers, widths: Integers) -> Octets:

@@ -20,7 +20,7 @@ POSITION_BITS = 48
 ESCAPE = 255  # the quotient from which the range coder writes the excess apart
 
 
-class _Segments:
+class Segments:
     """The segments that have entries: their first positions, sizes n_s and counts k_s, int64 of shape (segments,)."""
 
     def __init__(self, sizes: Sequence[int], counts: Sequence[int]) -> None:
@@ -116,11 +116,15 @@ class IndexCoder(ABC):
             raise PayloadError("indices", "strictly ascending", descent)
         return torch.from_numpy(flat)
 
+    def after(self, positions: Tensor) -> IndexCoder:
+        """The coder for what a sender selects next, once both sides know that it has selected these."""
+        return self
+
     def bound(self, sizes: Sequence[int], counts: Sequence[int]) -> int:
         """The largest possible length in bytes of the code of so many positions in such segments."""
         return self._bound(self._segments(sizes, counts))
 
-    def _segments(self, sizes: Sequence[int], counts: Sequence[int]) -> _Segments:
+    def _segments(self, sizes: Sequence[int], counts: Sequence[int]) -> Segments:
         name, total = type(self).__name__, sum(sizes)
         if any(size < 0 for size in sizes):
             raise ValueError(f"{name}(sizes=...) must not be negative, got {min(sizes)}.")
@@ -131,17 +135,17 @@ class IndexCoder(ABC):
         for size, count in zip(sizes, counts, strict=True):
             if not 0 <= count <= size:
                 raise ValueError(f"{name}(counts=...) must be in [0, {size}], got {count}.")
-        return _Segments(sizes, counts)
+        return Segments(sizes, counts)
 
     @abstractmethod
-    def _encode(self, positions: Integers, segments: _Segments) -> Octets: ...
+    def _encode(self, positions: Integers, segments: Segments) -> Octets: ...
 
     @abstractmethod
-    def _decode(self, data: Octets, segments: _Segments) -> Integers:
+    def _decode(self, data: Octets, segments: Segments) -> Integers:
         """The positions, not yet checked."""
 
     @abstractmethod
-    def _bound(self, segments: _Segments) -> int: ...
+    def _bound(self, segments: Segments) -> int: ...
 
 
 @final
@@ -151,28 +155,28 @@ class RawIndices(IndexCoder):
 
     _total_bits: ClassVar[int] = 31
 
-    def _encode(self, positions: Integers, segments: _Segments) -> Octets:
+    def _encode(self, positions: Integers, segments: Segments) -> Octets:
         return positions.astype("<i4").view(np.uint8)
 
-    def _decode(self, data: Octets, segments: _Segments) -> Integers:
+    def _decode(self, data: Octets, segments: Segments) -> Integers:
         if data.size != 4 * segments.count:
             raise PayloadError("indices", f"{4 * segments.count} bytes", data.size)
         return np.frombuffer(data.tobytes(), "<i4").astype(np.int64)
 
-    def _bound(self, segments: _Segments) -> int:
+    def _bound(self, segments: Segments) -> int:
         return 4 * segments.count
 
 
 class _GapCoder(IndexCoder):
     """The gaps' low bits, of fixed width, in one stream and their quotients in another, so that both vectorise."""
 
-    def _encode(self, positions: Integers, segments: _Segments) -> Octets:
+    def _encode(self, positions: Integers, segments: Segments) -> Octets:
         widths = segments.repeat(self._widths(segments))
         gaps = segments.gaps(positions)
         low = pack_bits(gaps & ((1 << widths) - 1), widths)
         return np.concatenate([low, self._encode_quotients(gaps >> widths, segments)])
 
-    def _decode(self, data: Octets, segments: _Segments) -> Integers:
+    def _decode(self, data: Octets, segments: Segments) -> Integers:
         length = self._low_size(segments)
         widths = segments.repeat(self._widths(segments))
         low = unpack_bits(data[:length], widths, "indices.low")
@@ -182,10 +186,10 @@ class _GapCoder(IndexCoder):
             raise PayloadError("indices", "of gaps that sum to less than 2^48", sum(sums))
         return segments.positions((quotients << widths) + low)
 
-    def _widths(self, segments: _Segments) -> Integers:
+    def _widths(self, segments: Segments) -> Integers:
         return np.array([self._width(n, k) for n, k, _ in segments.each()], np.int64)
 
-    def _low_size(self, segments: _Segments) -> int:
+    def _low_size(self, segments: Segments) -> int:
         return octet_count(int((self._widths(segments) * segments.counts).sum()))
 
     @abstractmethod
@@ -193,10 +197,10 @@ class _GapCoder(IndexCoder):
         """Low bits of the gaps of `count` in `size`, computed in integers: it must not differ between machines."""
 
     @abstractmethod
-    def _encode_quotients(self, quotients: Integers, segments: _Segments) -> Octets: ...
+    def _encode_quotients(self, quotients: Integers, segments: Segments) -> Octets: ...
 
     @abstractmethod
-    def _decode_quotients(self, data: Octets, segments: _Segments) -> Integers: ...
+    def _decode_quotients(self, data: Octets, segments: Segments) -> Integers: ...
 
 
 @final
@@ -213,13 +217,13 @@ class Rice(_GapCoder):
         least = -(-2406 * (2 * size - count) // (10_000 * count))
         return (least - 1).bit_length()
 
-    def _encode_quotients(self, quotients: Integers, segments: _Segments) -> Octets:
+    def _encode_quotients(self, quotients: Integers, segments: Segments) -> Octets:
         return pack_unary(quotients)
 
-    def _decode_quotients(self, data: Octets, segments: _Segments) -> Integers:
+    def _decode_quotients(self, data: Octets, segments: Segments) -> Integers:
         return unpack_unary(data, segments.count, "indices.unary")
 
-    def _bound(self, segments: _Segments) -> int:
+    def _bound(self, segments: Segments) -> int:
         zeros = (segments.sizes - segments.counts) >> self._widths(segments)
         return self._low_size(segments) + octet_count(segments.count + int(zeros.sum()))
 
@@ -249,7 +253,7 @@ class RangeCoder(_GapCoder):
     def _width(self, size: int, count: int) -> int:
         return (size // (16 * count)).bit_length()  # least s with size / count < 16 * 2^s
 
-    def _encode_quotients(self, quotients: Integers, segments: _Segments) -> Octets:
+    def _encode_quotients(self, quotients: Integers, segments: Segments) -> Octets:
         symbols = np.minimum(quotients, ESCAPE)
         excess = (quotients - symbols)[symbols == ESCAPE]
         encoder = _stream().queue.RangeEncoder()
@@ -260,7 +264,7 @@ class RangeCoder(_GapCoder):
         words: Octets = encoder.get_compressed().astype("<u4").view(np.uint8)
         return words
 
-    def _decode_quotients(self, data: Octets, segments: _Segments) -> Integers:
+    def _decode_quotients(self, data: Octets, segments: Segments) -> Integers:
         if data.size % 4:
             raise PayloadError("indices.range", "a multiple of 4 bytes", data.size)
         decoder = _stream().queue.RangeDecoder(np.frombuffer(data.tobytes(), "<u4").astype(np.uint32))
@@ -275,7 +279,7 @@ class RangeCoder(_GapCoder):
         quotients[escaped] += chunks[0::3] | (chunks[1::3] << 16) | (chunks[2::3] << 32)
         return quotients
 
-    def _bound(self, segments: _Segments) -> int:
+    def _bound(self, segments: Segments) -> int:
         return self._low_size(segments) + 4 * (2 + octet_count(segments.count * (24 + 48)) // 4)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, final
 
@@ -18,6 +18,10 @@ from lgc.coding.zeros import encode_zeros, split_zeros, zeros_bound
 
 Floats = npt.NDArray[np.float32]
 
+_ALL_BYTES = np.arange(256, dtype=np.uint8)
+
+VALUES_AT_ONCE = 2**16  # that are coded before the next ones: with what is computed from them they stay in the cache
+
 
 @dataclass(frozen=True)
 class ValueCodec(ABC):
@@ -30,6 +34,7 @@ class ValueCodec(ABC):
     operations, so every rank decodes the same bits. What a codec loses is `values - decode(encode(values))`.
     """
 
+    remembers: ClassVar[bool] = False  # whether `given` makes a difference
     _has_zero: ClassVar[bool] = True  # whether `_decode` gives zero for what was zero
     _has_fixed_size: ClassVar[bool] = True  # whether `_size` is the length of every code, and not of the longest
 
@@ -90,6 +95,10 @@ class ValueCodec(ABC):
             others, values = values, np.zeros(nonzero.size, np.float32)
             values[nonzero] = others
         return torch.from_numpy(values)
+
+    def given(self, expected: Tensor) -> ValueCodec:
+        """The codec for values of which both sides expect these signs: int8, shape (k,), on the CPU; 0 is none."""
+        return self
 
     def size(self, counts: Sequence[int]) -> int:
         """Length in bytes of the code of so many values, none of which is zero; the largest, if it depends on them."""
@@ -307,35 +316,65 @@ class LloydMax(ValueCodec):
             raise ValueError(f"LloydMax(block=...) must be an integer of at least 1, got {self.block!r}.")
 
     def _encode(self, values: Floats, counts: Integers) -> Octets:
-        groups = _groups(counts, self.block)
-        starts = np.cumsum(groups) - groups
-        magnitudes, levels = np.abs(values), self._levels()
-
-        def products(left: Floats, right: Floats) -> npt.NDArray[np.float64]:
-            return np.add.reduceat(np.multiply(left, right, dtype=np.float64), starts)
-
-        def nearest(scales: Floats) -> Octets:
-            scaled = magnitudes / np.repeat(np.where(scales > 0, scales, np.float32(1)), groups)
-            chosen = np.zeros(values.size, np.uint8)
-            for threshold in (levels[1:] + levels[:-1]) / 2:
-                chosen += (scaled >= threshold).view(np.uint8)
-            return chosen
-
-        first = np.take(levels, nearest(np.sqrt(products(magnitudes, magnitudes) / groups).astype(np.float32)))
-        fitted = np.minimum(products(magnitudes, first) / products(first, first), self._largest)
+        groups, levels = _groups(counts, self.block), self._levels()
+        fitted, chosen = np.empty(groups.size), np.empty(values.size, np.uint8)
+        for blocks, place in self._at_once(groups):
+            fitted[blocks] = self._fit(np.abs(values[place]), groups[blocks])
         data = self._scale._encode(fitted.astype(np.float32), groups)
-        chosen = nearest(self._scale._decode(data, groups))  # what the decoder multiplies with
-        complements = (values < 0).view(np.uint8) * np.uint8(2**self.bits - 1)
-        return np.concatenate([data, pack_fixed((levels.size + chosen) ^ complements, self.bits)])
+        scales = self._scale._decode(data, groups)  # what the decoder multiplies with
+        for blocks, place in self._at_once(groups):
+            nearest = self._nearest(np.abs(values[place]), scales[blocks], groups[blocks])
+            complements = (values[place] < 0).view(np.uint8) * np.uint8(2**self.bits - 1)
+            chosen[place] = (nearest + np.uint8(levels.size)) ^ complements
+        return np.concatenate([data, pack_fixed(chosen, self.bits)])
+
+    def _fit(self, magnitudes: Floats, groups: Integers) -> npt.NDArray[np.float64]:
+        """The best scales of some blocks for the levels that are nearest by their root mean squares."""
+        starts, exact = np.cumsum(groups) - groups, magnitudes.astype(np.float64)
+
+        def sums(products: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+            return np.add.reduceat(products, starts)
+
+        rough = self._nearest(magnitudes, np.sqrt(sums(exact * exact) / groups).astype(np.float32), groups)
+        z = np.take(self._levels().astype(np.float64), rough, mode="clip")  # to raise takes several times as long
+        return np.minimum(sums(exact * z) / sums(z * z), self._largest)
+
+    def _nearest(self, magnitudes: Floats, scales: Floats, groups: Integers) -> Octets:
+        """The numbers of the positive levels that are nearest to the magnitudes by the scales of their blocks."""
+        scaled = _by_group(np.divide, magnitudes, np.where(scales > 0, scales, np.float32(1)), groups)
+        first, *others = (self._levels()[1:] + self._levels()[:-1]) / 2 if self.bits > 1 else [np.inf]
+        nearest = (scaled >= first).view(np.uint8)
+        for threshold in others:
+            nearest += (scaled >= threshold).view(np.uint8)
+        return nearest
 
     def _decode(self, data: Octets, counts: Integers) -> Floats:
         groups = _groups(counts, self.block)
         scales = require_scales(self._scale._decode(data[: 2 * groups.size], groups), "values.scales")
         if scales.max(initial=0) > self._largest:
             raise PayloadError("values.scales", f"at most {self._largest}", scales.max())
-        chosen = unpack_fixed(data[2 * groups.size :], int(groups.sum()), self.bits, "values.levels")
-        levels = self._levels()
-        return np.take(np.concatenate([-levels[::-1], levels]), chosen) * np.repeat(scales, groups)
+        total, packed = int(groups.sum()), data[2 * groups.size :]
+        levels = np.concatenate([-self._levels()[::-1], self._levels()])
+        if 8 % self.bits:
+            packed, table = unpack_fixed(packed, total, self.bits, "values.levels"), levels[:, None]
+        else:  # a byte has whole numbers: all their levels are looked up together
+            check_bits(packed, total * self.bits, "values.levels")
+            table = levels[unpack_fixed(_ALL_BYTES, 2048 // self.bits, self.bits, "values.levels")].reshape(256, -1)
+        values, per_byte = np.empty(total, np.float32), table.shape[1]
+        for blocks, place in self._at_once(groups):
+            first, skipped = divmod(place.start, per_byte)
+            rows = np.take(table, packed[first : octet_count(8 // per_byte * place.stop)], axis=0, mode="clip")
+            chosen = rows.reshape(-1)[skipped : skipped + place.stop - place.start]
+            values[place] = _by_group(np.multiply, chosen, scales[blocks], groups[blocks])
+        return values
+
+    def _at_once(self, groups: Integers) -> Iterator[tuple[slice, slice]]:
+        """Some blocks after others, and where their values are: as many as stay in the cache."""
+        ends = np.cumsum(groups)
+        step = max(1, VALUES_AT_ONCE // self.block)
+        for start in range(0, groups.size, step):
+            stop = min(start + step, groups.size)
+            yield slice(start, stop), slice(int(ends[start] - groups[start]), int(ends[stop - 1]))
 
     def _size(self, counts: Integers) -> int:
         return 2 * _groups(counts, self.block).size + octet_count(self.bits * int(counts.sum()))
@@ -384,6 +423,15 @@ def _groups(counts: Integers, block: int | None) -> Integers:
     groups = np.full(int(blocks.sum()), block, np.int64)
     groups[np.cumsum(blocks) - 1] = filled - (blocks - 1) * block
     return groups
+
+
+def _by_group(operation: np.ufunc, values: Floats, scales: Floats, groups: Integers) -> Floats:
+    """The operation on every value and the scale of its group."""
+    if groups.size and (groups == groups[0]).all():  # in rows, without a copy of the scale for each value
+        result: Floats = operation(values.reshape(groups.size, -1), scales[:, None]).reshape(-1)
+    else:
+        result = operation(values, np.repeat(scales, groups))
+    return result
 
 
 def require_scales(scales: Floats, field: str) -> Floats:

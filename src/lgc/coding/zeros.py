@@ -26,7 +26,7 @@ def encode_zeros(values: Tensor) -> Tensor:
     if values.dtype != torch.float32 or values.dim() != 1:
         form = f"{values.dtype} {tuple(values.shape)}"
         raise TypeError(f"encode_zeros(values=...) must be float32 of one dimension, got {form}.")
-    zero = (values == 0).cpu().numpy()
+    zero = values.detach().cpu().numpy() == 0
     if not zero.any():
         return torch.zeros(0, dtype=torch.uint8)
     sizes = _sizes(zero.size)

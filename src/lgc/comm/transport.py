@@ -9,7 +9,6 @@ Bytes are those of the buffers handed over, times what a rank sends and receives
 | broadcast    | b for each child in the tree    | b, the source nothing | binomial tree                  |
 | gather       | b, the destination nothing      | destination (K-1) b   | direct                         |
 | all-to-all   | what is for others              | what others have sent | direct                         |
-| relay        | as send to rank 0 and broadcast |                       | point-to-point, binomial tree  |
 
 These are the algorithms under gloo, whose own all-gather is a ring: direct is every rank to every other at once, one
 message in sequence in place of K-1. Other backends may spread the same totals differently over the ranks. Framing of
@@ -32,7 +31,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lgc.coding import PayloadError
+from lgc.comm.messages import Message, Post, lockstep, require_possible
 from lgc.comm.traffic import SETUP, Traffic, Wire
 
 SERVER = 0
@@ -225,25 +224,6 @@ class Transport:
         self.count_all_reduce(_bytes(tensor), content)
         return self._run(tensor.clone(), lambda buffer: dist.all_reduce(buffer, group=self.group))
 
-    def all_reduce_in_order(self, tensor: Tensor, content: str) -> Tensor:
-        """Sum in the order of the ranks, the same bits on each, in two messages in sequence where a ring has 2 (K-1).
-
-        Every rank adds up a part and sends the sum to all: as many bytes as `all_reduce`, but for padding. Backends
-        other than gloo have short ways of their own.
-        """
-        if self.device.type != "cpu" or self.world_size == 1:
-            return self.all_reduce(tensor, content)
-        flat = self._stage(tensor).flatten()
-        size = -(-flat.numel() // self.world_size)
-        parts = list(_padded(flat, size * self.world_size).split(size)) if size else [flat] * self.world_size
-        lengths = [size * flat.element_size()] * self.world_size
-        first, *others = self.all_to_all([part.view(torch.uint8) for part in parts], content, lengths)
-        total = first.view(flat.dtype).clone()
-        for part in others:
-            total += part.view(flat.dtype)
-        sums = self.all_to_all([total.view(torch.uint8)] * self.world_size, content, lengths)
-        return torch.cat(sums).view(flat.dtype)[: flat.numel()].view(tensor.shape).to(tensor.device)
-
     def all_reduce_async(self, tensor: Tensor, content: str) -> torch.futures.Future[Tensor]:
         """Sum over the ranks into `tensor`, in the background."""
         self.count_all_reduce(_bytes(tensor), content)
@@ -315,59 +295,48 @@ class Transport:
         """
         if lengths is None:
             lengths = self.all_gather(torch.tensor([payload.numel()], device="cpu"), content).flatten().tolist()
-        _require_possible(lengths, limit)
+        require_possible(lengths, limit)
         gathered = self.all_gather(_padded(payload, max(lengths)), content)
         return [row[:length] for row, length in zip(gathered, lengths, strict=True)]
 
-    def all_gather_usual(self, payload: Tensor, content: str, *, usual: int, limit: int) -> list[Tensor]:
-        """As all_gather_bytes, of payloads that most often have one length: what is longer follows in a second message.
+    def together(self, posts: Sequence[Post]) -> list[list[Tensor]]:
+        """Deliver what the exchanges of a round have posted, in the same messages; give the results, in the same order.
 
-        Args:
-            payload: this rank's, uint8, shape (bytes,).
-            content: what the bytes are counted as.
-            usual: that length.
-            limit: the greatest length that is possible; where it is the usual one, all have it.
+        All ranks pass as many posts, of the same kinds, in the same order.
         """
-        if limit == usual:
-            return list(self.all_gather(payload, content))
-        length = torch.tensor([payload.numel()], device="cpu").view(torch.uint8)
-        rows = self.all_gather(torch.cat([length, _padded(payload[:usual], usual)]), content)
-        lengths = [int(row[: length.numel()].clone().view(torch.int64)) for row in rows]
-        _require_possible(lengths, limit)
-        gathered = rows[:, length.numel() :]
-        if (rest := max(lengths) - usual) > 0:
-            gathered = torch.cat([gathered, self.all_gather(_padded(payload[usual:], rest), content)], dim=1)
-        return [row[:length] for row, length in zip(gathered, lengths, strict=True)]
+        for post in posts:
+            self._count(post.content, sent=0, received=0, upload=post.upload(self.rank))
+        return lockstep([post.messages(self.rank, self.world_size) for post in posts], self._deliver)
 
-    def all_to_all_bytes(self, payloads: Sequence[Tensor], content: str, *, limit: int) -> list[Tensor]:
-        """The payloads of all ranks for this one, by sender, uint8 of any lengths; its own stays where it is.
-
-        Args:
-            payloads: this rank's, by receiver; their lengths are exchanged first.
-            content: what the bytes are counted as.
-            limit: the greatest length that this rank can receive.
-
-        Raises:
-            PayloadError: if this rank is told of more; before memory for it is taken.
-        """
-        own = [torch.tensor([payload.numel()], device="cpu").view(torch.uint8) for payload in payloads]
-        told = self.all_to_all(own, content, [each.numel() for each in own])
-        lengths = [int(length.view(torch.int64)) for length in told]
-        _require_possible(lengths, limit)
-        return self.all_to_all(payloads, content, lengths)
-
-    def all_to_all(self, payloads: Sequence[Tensor], content: str, lengths: Sequence[int]) -> list[Tensor]:
-        """As `all_to_all_bytes`, of known lengths by sender."""
-        sent, received = [payload.numel() for payload in payloads], list(lengths)
-        sent[self.rank] = received[self.rank] = 0
-        self._count(content, sent=sum(sent), received=sum(received), upload=sum(sent))
-        others = self._stage(torch.cat([payload[:size] for payload, size in zip(payloads, sent, strict=True)]))
-        buffer = others.new_empty(sum(received))
+    def _deliver(self, messages: Sequence[Message]) -> list[list[Tensor]]:
+        """What the ranks have for this one, by message and sender, by one all-to-all."""
+        ranks, others = range(self.world_size), [rank for rank in range(self.world_size) if rank != self.rank]
+        for message in messages:
+            sent, received = (
+                sum(sizes[rank] for rank in others)
+                for sizes in ([p.numel() for p in message.payloads], message.lengths)
+            )
+            self._count(message.content, sent=sent, received=received, upload=0)
+        if not others:
+            return [list(message.payloads) for message in messages]
+        outgoing = [[message.payloads[rank] for message in messages if rank != self.rank] for rank in ranks]
+        incoming = [[message.lengths[rank] for message in messages if rank != self.rank] for rank in ranks]
+        flat = torch.cat([payload.to(self.device) for payloads in outgoing for payload in payloads])
+        buffer = flat.new_empty(sum(map(sum, incoming)))
         with self._timed():
-            dist.all_to_all_single(buffer, others, received, sent, group=self.group)
-        parts = list(buffer.cpu().split(received))
-        parts[self.rank] = payloads[self.rank]
-        return parts
+            dist.all_to_all_single(
+                buffer,
+                flat,
+                [sum(lengths) for lengths in incoming],
+                [sum(payload.numel() for payload in payloads) for payloads in outgoing],
+                group=self.group,
+            )
+        arrived = iter(buffer.split([length for lengths in incoming for length in lengths]))
+        by_sender = [list(message.payloads) for message in messages]
+        for rank in others:
+            for number, message in enumerate(messages):
+                by_sender[number][rank] = next(arrived).to(message.payloads[rank].device)
+        return by_sender
 
     def origin(self, rank: int) -> int:
         """The rank that has sent what stands at the place of `rank` in what was gathered."""
@@ -378,38 +347,6 @@ class Transport:
         payload = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
         payloads = self.all_gather_bytes(payload, content, limit=JSON_LIMIT)
         return [json.loads(payload.numpy().tobytes()) for payload in payloads]
-
-    def gather_bytes(self, payload: Tensor, content: str, lengths: Sequence[int], *, limit: int) -> list[Tensor] | None:
-        """The payloads of all ranks, of known lengths, at rank 0; None elsewhere. Raises as all_gather_bytes."""
-        _require_possible(lengths, limit)
-        gathered = self.gather(_padded(payload, max(lengths)), content)
-        return None if gathered is None else [row[:length] for row, length in zip(gathered, lengths, strict=True)]
-
-    def broadcast_bytes(self, payload: Tensor, content: str, *, source: int, length: int, limit: int) -> Tensor:
-        """The payload of rank `source`, of known length. Raises as all_gather_bytes."""
-        _require_possible([length], limit)
-        if self.rank != source:
-            payload = torch.empty(length, dtype=torch.uint8, device="cpu")
-        return self.broadcast(payload, content, source=source)
-
-    def relay_bytes(self, payload: Tensor, content: str, *, source: int, length: int, limit: int) -> Tensor:
-        """The payload of rank `source`, of known length, by way of rank 0. Raises as all_gather_bytes."""
-        _require_possible([length], limit)
-        if self.rank != source:
-            payload = torch.empty(length, dtype=torch.uint8, device="cpu")
-        return self.relay(payload, content, source=source)
-
-    def relay(self, tensor: Tensor, content: str, *, source: int) -> Tensor:
-        """The tensor of rank `source`, which sends it to rank 0, which sends it to all."""
-        size = _bytes(tensor)
-        if source != SERVER and self.rank == source:
-            self._count(content, sent=size, received=0, upload=size)
-            with self._timed():
-                dist.send(self._stage(tensor), group_dst=SERVER, group=self.group)
-        elif source != SERVER and self.rank == SERVER:
-            self._count(content, sent=0, received=size, upload=0)
-            tensor = self._run(tensor, lambda buffer: dist.recv(buffer, group_src=source, group=self.group))
-        return self.broadcast(tensor, content, source=SERVER)
 
     def _run(self, tensor: Tensor, collective: Callable[[Tensor], object]) -> Tensor:
         buffer = self._stage(tensor)
@@ -476,12 +413,6 @@ def _staging_device(group: dist.ProcessGroup, device: torch.device | None) -> to
             return host
         device = group.bound_device_id or torch.device("cuda", torch.cuda.current_device())
     return host if backends.get(device.type, "gloo") == "gloo" else device
-
-
-def _require_possible(lengths: Sequence[int], limit: int) -> None:
-    for length in lengths:
-        if not 0 <= length <= limit:
-            raise PayloadError("length", f"0 to {limit} bytes, as announced", length)
 
 
 @functools.cache

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lgc.comm.messages import lockstep
 from lgc.comm.transport import Opening, Transport
 from lgc.rounds.exchange import Exchange, Exchanged
 from lgc.rounds.feedback import Feedback, Piece
@@ -36,7 +37,10 @@ class Aggregator(ABC):
 
     Attributes:
         metrics: what this rank measured in the last round.
+        remembering: the exchanges that may know something of earlier rounds.
     """
+
+    remembering: Sequence[Exchange] = ()
 
     def __init__(self, layout: Layout, transport: Transport, schedule: Schedule, feedback: Feedback) -> None:
         self.layout = layout
@@ -79,11 +83,11 @@ class Aggregator(ABC):
             self.finish(step, [])
             return Round(self.feedback.spare.fill_(torch.nan), (), nonfinite_ranks)
         columns = iter(zip(*opening.numbers, strict=True))
-        exchanged = []
-        for exchange, payload in zip(exchanges, payloads, strict=True):
-            lengths = [] if payload is None else list(next(columns))
-            exchanged.append(exchange.exchange(v, payload, lengths, stage))
-        result = self._close(exchanged)
+        running = [
+            exchange.exchange(v, payload, [] if payload is None else list(next(columns)), stage)
+            for exchange, payload in zip(exchanges, payloads, strict=True)
+        ]
+        result = self._close(lockstep(running, self.transport.together))
         for exchange in exchanges:
             exchange.commit()
         self.finish(step, opening.votes)
@@ -117,6 +121,11 @@ class Aggregator(ABC):
         """Tensors that are the same on all ranks, by name."""
         return {}
 
+    def forget(self) -> None:
+        """Know nothing of earlier rounds that would only make codes shorter; on all ranks, or on none."""
+        for exchange in self.remembering:
+            exchange.forget()
+
     def state_dict(self) -> dict[str, Any]:
         """This rank's state: tensors by parameter name, numbers and strings.
 
@@ -132,6 +141,7 @@ class Aggregator(ABC):
         self.feedback.load({name: self.flat(state["per_rank"][name]) for name in self.feedback.buffers()})
         self.feedback.updates = state["replicated"]["updates"]
         self.schedule.train_end = state["replicated"]["train_end"]
+        self.forget()
 
     def adapt_state(self, state: Mapping[str, Any], step: int) -> Mapping[str, Any]:
         """`state` of another world size, resharded, with what cannot outlive that as this new aggregator has it."""

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lgc.coding import Kind, ValueCodec, decode_zeros, encode_zeros, pack, size_limit, unpack, zeros_bound
+from lgc.comm.messages import Posting, ToAll
 from lgc.comm.transport import Transport
 from lgc.rounds.exchange import Exchange, Exchanged
 from lgc.rounds.feedback import Piece
@@ -33,15 +34,19 @@ class QuantizedCode:
 
     def encode(self, x: Tensor, step: int) -> Tensor:
         """The payload of values of shape (n,)."""
-        x = x.cpu()
-        nonzero = x != 0
-        others = torch.from_numpy(x.numpy()[nonzero.numpy()])  # torch's own indexing takes four times as long
-        parts = [encode_zeros(x), self.values.encode(others, self._counts(nonzero))]
-        return pack(parts, kind=Kind.QUANTIZED, step=step)
+        x, counts = x.cpu(), self.sizes
+        zeros = encode_zeros(x)
+        if zeros.numel():
+            nonzero = x != 0
+            x = torch.from_numpy(x.numpy()[nonzero.numpy()])  # torch's own indexing takes four times as long
+            counts = self._counts(nonzero)
+        return pack([zeros, self.values.encode(x, counts)], kind=Kind.QUANTIZED, step=step)
 
     def decode(self, payload: Tensor, step: int, device: torch.device) -> Tensor:
         """The values as all ranks decode them, shape (n,); parsed as hostile."""
         zeros, code = unpack(payload, kind=Kind.QUANTIZED, step=step, bounds=self.bounds)
+        if not zeros.numel():
+            return self.values.decode(code, self.sizes).to(device)
         nonzero = ~decode_zeros(zeros, sum(self.sizes))
         x = torch.zeros(sum(self.sizes), dtype=torch.float32)
         return x.masked_scatter_(nonzero, self.values.decode(code, self._counts(nonzero))).to(device)
@@ -64,10 +69,10 @@ class GatheredCodes(Exchange):
     def prepare(self, v: Tensor, stage: Stage) -> Tensor:
         return self.code.encode(v, stage.step)
 
-    def exchange(self, v: Tensor, payload: Tensor | None, lengths: list[int], stage: Stage) -> Exchanged:
+    def exchange(self, v: Tensor, payload: Tensor | None, lengths: list[int], stage: Stage) -> Posting[Exchanged]:
         """Mean over the ranks of what each sent, added up in order of rank."""
         assert payload is not None
-        payloads = self.transport.all_gather_bytes(payload, "values", lengths, limit=self.code.limit)
+        payloads = yield ToAll(content="values", payload=payload, lengths=lengths, limit=self.code.limit)
         total, sent = torch.zeros_like(v), v
         for rank, each in enumerate(payloads):
             decoded = self.code.decode(each, stage.step, v.device)

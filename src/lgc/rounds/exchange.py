@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lgc.comm.messages import Posting, Sum
 from lgc.comm.transport import Transport
 from lgc.rounds.feedback import Piece
 from lgc.rounds.schedule import Stage
@@ -25,7 +26,7 @@ class Exchange(ABC):
     """One region of the pending residual v, shape (N,), exchanged in one way.
 
     A round first prepares all its exchanges, so that its opening can tell every rank how long the payloads are, or that
-    a rank has failed; then it performs them, one after the other.
+    a rank has failed; then it performs them, side by side.
     """
 
     def prepare(self, v: Tensor, stage: Stage) -> Tensor | None:
@@ -36,8 +37,10 @@ class Exchange(ABC):
         return None
 
     @abstractmethod
-    def exchange(self, v: Tensor, payload: Tensor | None, lengths: list[int], stage: Stage) -> Exchanged:
-        """Exchange this region of v; a collective.
+    def exchange(self, v: Tensor, payload: Tensor | None, lengths: list[int], stage: Stage) -> Posting[Exchanged]:
+        """Exchange this region of v; a collective, which yields what it sends and is given what comes.
+
+        What several exchanges of a round yield at once travels in the same messages. All ranks yield the same posts.
 
         Args:
             v: the pending residual, shape (N,); not changed.
@@ -48,6 +51,9 @@ class Exchange(ABC):
 
     def commit(self) -> None:  # noqa: B027 - most exchanges keep nothing
         """Make what this round has changed in the exchange its state; not called for one that was abandoned."""
+
+    def forget(self) -> None:  # noqa: B027
+        """Know nothing of earlier rounds that would only make codes shorter."""
 
 
 class DenseExchange(Exchange):
@@ -65,17 +71,20 @@ class DenseExchange(Exchange):
     ) -> None:
         self.where = where
         self.dtype = dtype
-        self.world_size = transport.world_size
-        self.all_reduce = transport.all_reduce_in_order if beside else transport.all_reduce
+        self.beside = beside
+        self.transport = transport
 
-    def exchange(self, v: Tensor, payload: Tensor | None, lengths: list[int], stage: Stage) -> Exchanged:
+    def exchange(self, v: Tensor, payload: Tensor | None, lengths: list[int], stage: Stage) -> Posting[Exchanged]:
         sent = v[self.where].clone()
         if sent.numel() == 0:
             return Exchanged([], Piece(self.where, sent))
-        if self.dtype is None:
-            mean = self.all_reduce(sent, "values") / self.world_size
+        if self.beside:
+            (total,) = yield Sum(content="values", tensor=sent)
+            mean = total / self.transport.world_size
+        elif self.dtype is None:
+            mean = self.transport.all_reduce(sent, "values") / self.transport.world_size
         else:
-            mean = self.all_reduce(sent.to(self.dtype) / self.world_size, "values").float()
+            mean = self.transport.all_reduce(sent.to(self.dtype) / self.transport.world_size, "values").float()
         return Exchanged([Piece(self.where, mean)], Piece(self.where, sent))
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -22,6 +22,7 @@ from lgc.coding import (
     unpack,
     zeros_bound,
 )
+from lgc.comm.messages import FromOne, Posting, Sum, ToAll, to_all_usual
 from lgc.comm.transport import Transport
 from lgc.rounds.exchange import Exchange, Exchanged, nothing, root_mean_square, sum_in_order
 from lgc.rounds.feedback import Piece
@@ -41,12 +42,24 @@ class Codecs(NamedTuple):
 
 
 class TopKExchange(Exchange):
-    """Selects from a region by size, and sends values with their indices."""
+    """Selects from a region by size, and sends values with their indices.
+
+    Every rank has a coder of indices for each sender, which knows what that sender has selected, if it can.
+    """
 
     def __init__(self, transport: Transport, region: Region, codecs: Codecs) -> None:
         self.transport = transport
         self.region = region
         self.codecs = codecs
+        self._coders = [codecs.indices] * transport.world_size
+        self._next: dict[int, IndexCoder] = {}
+
+    def forget(self) -> None:
+        self._coders = [self.codecs.indices] * self.transport.world_size
+
+    def commit(self) -> None:
+        self._coders = [self._next.get(rank, coder) for rank, coder in enumerate(self._coders)]
+        self._next = {}
 
     def index_bound(self, stage: Stage) -> int:
         """The largest possible number of bytes of the indices."""
@@ -54,40 +67,71 @@ class TopKExchange(Exchange):
 
     def encode_indices(self, positions: Tensor) -> Tensor:
         """The bytes of selected positions."""
-        return self.codecs.indices.encode(positions, self.region.sizes)
+        return self._coders[self.transport.rank].encode(positions, self.region.sizes)
 
-    def decode_indices(self, code: Tensor, stage: Stage, device: torch.device) -> Tensor:
-        """Elements of the flat vector, int64, ascending."""
-        positions = self.codecs.indices.decode(code, self.region.sizes, self.region.counts(stage.least_rate))
-        return self.region.elements(positions).to(device)
+    def decode_indices(self, codes: Mapping[int, Tensor], stage: Stage, device: torch.device) -> list[Tensor]:
+        """Elements of the flat vector, int64, ascending, for the code of each sender."""
+        counts = self.region.counts(stage.least_rate)
+        selected = {
+            sender: self._coders[sender].decode(code, self.region.sizes, counts) for sender, code in codes.items()
+        }
+        self._next = {sender: self._coders[sender].after(positions) for sender, positions in selected.items()}
+        return [self.region.elements(positions).to(device) for positions in selected.values()]
 
 
 class OwnTopK(TopKExchange):
     """Every rank's own largest values, with their indices, to all ranks: all-gather.
 
-    What a rank receives grows with the number of ranks.
+    What a rank receives grows with the number of ranks. If the codec of values remembers, every rank has the sign that
+    each rank has last sent of everything: a byte a parameter and rank.
     """
+
+    def __init__(self, transport: Transport, region: Region, codecs: Codecs) -> None:
+        super().__init__(transport, region, codecs)
+        end = max((segment.slice.stop for segment in region.segments), default=0)
+        ranks = transport.world_size if codecs.values.remembers else 0
+        self._signs = torch.zeros(ranks, end, dtype=torch.int8, device="cpu")
+        self._sent: list[tuple[Tensor, Tensor]] = []
+
+    def forget(self) -> None:
+        super().forget()
+        self._signs.zero_()
+
+    def commit(self) -> None:
+        super().commit()
+        for signs, (where, values) in zip(self._signs, self._sent, strict=False):
+            signs[where] = values.sign().to(torch.int8)
+        self._sent = []
+
+    def value_codec(self, sender: int, elements: Tensor) -> ValueCodec:
+        """The codec of what a rank sends of these elements of the flat vector."""
+        codec = self.codecs.values
+        return codec.given(self._signs[sender][elements.cpu()]) if codec.remembers else codec
 
     def prepare(self, v: Tensor, stage: Stage) -> Tensor:
         positions = self.region.select(v, stage.least_rate)
-        values = v[self.region.elements(positions)]
-        code = self.codecs.values.encode(values, self.region.element_counts(stage.least_rate))
+        elements = self.region.elements(positions)
+        codec = self.value_codec(self.transport.rank, elements)
+        code = codec.encode(v[elements], self.region.element_counts(stage.least_rate))
         return pack([self.encode_indices(positions), code], kind=Kind.ENTRIES, step=stage.step)
 
-    def exchange(self, v: Tensor, payload: Tensor | None, lengths: list[int], stage: Stage) -> Exchanged:
+    def exchange(self, v: Tensor, payload: Tensor | None, lengths: list[int], stage: Stage) -> Posting[Exchanged]:
         """Mean over the ranks of what each selected."""
         assert payload is not None
         if not self.region.segments:
             return Exchanged([], Piece(slice(0), v[:0]))
-        payloads = self.transport.all_gather_bytes(payload, "entries", lengths, limit=self._limit(stage))
-        pieces = [self._decode(each, stage, v.device) for each in payloads]
+        payloads = yield ToAll(content="entries", payload=payload, lengths=lengths, limit=self._limit(stage))
+        parts = [unpack(each, kind=Kind.ENTRIES, step=stage.step, bounds=self._bounds(stage)) for each in payloads]
+        indices = self.decode_indices(dict(enumerate(code for code, _ in parts)), stage, v.device)
+        counts = self.region.element_counts(stage.least_rate)
+        pieces = [
+            Piece(where, self.value_codec(sender, where).decode(code, counts).to(v.device))
+            for sender, (where, (_, code)) in enumerate(zip(indices, parts, strict=True))
+        ]
+        if self.codecs.values.remembers:
+            self._sent = [(where.cpu(), values.cpu()) for where, (_, values) in zip(indices, pieces, strict=True)]
         mean = [Piece(where, values / self.transport.world_size) for where, values in pieces]
         return Exchanged(mean, pieces[self.transport.rank])
-
-    def _decode(self, payload: Tensor, stage: Stage, device: torch.device) -> Piece:
-        index_code, value_code = unpack(payload, kind=Kind.ENTRIES, step=stage.step, bounds=self._bounds(stage))
-        values = self.codecs.values.decode(value_code, self.region.element_counts(stage.least_rate))
-        return Piece(self.decode_indices(index_code, stage, device), values.to(device))
 
     def _bounds(self, stage: Stage) -> list[int]:
         """The largest possible numbers of bytes of indices and values."""
@@ -208,9 +252,10 @@ class SharedTopK(TopKExchange):
         parts = self.announce(positions, v[self.region.elements(positions)])
         return pack(parts, kind=Kind.INDICES, step=stage.step)
 
-    def exchange(self, v: Tensor, payload: Tensor | None, lengths: list[int], stage: Stage) -> Exchanged:
+    def exchange(self, v: Tensor, payload: Tensor | None, lengths: list[int], stage: Stage) -> Posting[Exchanged]:
         """Mean over the ranks of their values at the leader's indices."""
-        return self.exchange_values(v, self.receive(v, payload, lengths, stage).indices, stage)
+        announced = yield from self.receive(v, payload, lengths, stage)
+        return (yield from self.exchange_values(v, announced.indices, stage))
 
     def announce(self, positions: Tensor, x: Tensor) -> list[Tensor]:
         """The parts of a payload that say what the leader has selected: where, and of its values x size and zeros."""
@@ -224,39 +269,40 @@ class SharedTopK(TopKExchange):
     def announced(self, parts: Sequence[Tensor], stage: Stage, device: torch.device) -> Announced:
         """What they say."""
         index_code, scale_code, zeros = parts
-        indices = self.decode_indices(index_code, stage, device)
+        (indices,) = self.decode_indices({self.leader(stage.step): index_code}, stage, device)
         nonzero = ~decode_zeros(zeros, indices.numel()).to(device)
         return Announced(indices, Float32().decode(scale_code, [1]).to(device), nonzero)
 
-    def receive(self, v: Tensor, payload: Tensor | None, lengths: list[int], stage: Stage) -> Announced:
+    def receive(self, v: Tensor, payload: Tensor | None, lengths: list[int], stage: Stage) -> Posting[Announced]:
         """What the leader has selected; a collective."""
         assert payload is not None
         if not self.region.segments:
             empty = torch.empty(0, dtype=torch.int64, device=v.device)
             return Announced(empty, v.new_zeros(1), empty.bool())
         leader, bounds = self.leader(stage.step), self.announced_bounds(stage)
-        payload = self.transport.broadcast_bytes(
-            payload, "indices", source=leader, length=lengths[leader], limit=size_limit(bounds)
+        (received,) = yield FromOne(
+            content="indices", payload=payload, source=leader, length=lengths[leader], limit=size_limit(bounds)
         )
-        return self.announced(unpack(payload, kind=Kind.INDICES, step=stage.step, bounds=bounds), stage, v.device)
+        return self.announced(unpack(received, kind=Kind.INDICES, step=stage.step, bounds=bounds), stage, v.device)
 
-    def exchange_values(self, v: Tensor, indices: Tensor, stage: Stage) -> Exchanged:
+    def exchange_values(self, v: Tensor, indices: Tensor, stage: Stage) -> Posting[Exchanged]:
         """Mean over the ranks of their values at shared indices; a collective.
 
-        By all-reduce of float32; coded values have a scale of their own on each rank, so they are gathered and added.
+        By a sum of float32; coded values have a scale of their own on each rank, so they are gathered and added.
         """
         x = v[indices]
         if x.numel() == 0:
             return Exchanged([], Piece(indices, x))
         if self.codecs.values == Float32():
-            mean = self.transport.all_reduce(x, "values") / self.transport.world_size
-            return Exchanged([Piece(indices, mean)], Piece(indices, x))
+            (total,) = yield Sum(content="values", tensor=x)
+            return Exchanged([Piece(indices, total / self.transport.world_size)], Piece(indices, x))
         counts = self.region.element_counts(stage.least_rate)
         payload = pack([self.codecs.values.encode(x, counts)], kind=Kind.VALUES, step=stage.step)
         bounds = [self.codecs.values.bound(counts)]
         usual = size_limit([self.codecs.values.size(counts)])  # and another length where a rank has zeros
-        payloads = self.transport.all_gather_usual(payload, "values", usual=usual, limit=size_limit(bounds))
+        world_size, limit = self.transport.world_size, size_limit(bounds)
+        payloads = yield from to_all_usual(world_size, payload, "values", usual=usual, limit=limit)
         codes = [unpack(each, kind=Kind.VALUES, step=stage.step, bounds=bounds)[0] for each in payloads]
         decoded = torch.stack([self.codecs.values.decode(code, counts) for code in codes]).to(x.device)
-        mean = sum_in_order(decoded) / self.transport.world_size
+        mean = sum_in_order(decoded) / world_size
         return Exchanged([Piece(indices, mean)], Piece(indices, decoded[self.transport.rank]))

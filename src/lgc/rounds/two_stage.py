@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from lgc.comm.messages import Posting, to_all, to_each
 from lgc.comm.transport import Transport
 from lgc.rounds.aggregator import Aggregator
 from lgc.rounds.exchange import Exchange, Exchanged
@@ -121,18 +122,18 @@ class TwoStage(Exchange):
             for server, shard in enumerate(self.shards)
         ]
 
-    def exchange(self, v: Tensor, payload: Tensor | None, lengths: list[int], stage: Stage) -> Exchanged:
+    def exchange(self, v: Tensor, payload: Tensor | None, lengths: list[int], stage: Stage) -> Posting[Exchanged]:
         if self.shards[0].where.start == self.shards[-1].where.stop:
             return Exchanged([], Piece(slice(0), v[:0]))
         codes = [self.share_code(server, stage) for server in range(len(self.shards))]
-        received = self.transport.all_to_all_bytes(self._shares, self.content, limit=codes[self.transport.rank].limit)
+        received = yield from to_each(self._shares, self.content, limit=codes[self.transport.rank].limit)
         total = self.owed.clone()
         resting = [where for each in stage.resting if (where := self._within_own(each))]
         for where in resting:
             total[where] = 0
         for share in received:
             total += codes[self.transport.rank].decode(share, stage.step, v.device)
-        means = self._spread(total, stage)
+        means = yield from self._spread(total, stage)
         for where in resting:
             self._pending_owed[where] += self.owed[where]
         sent = torch.zeros_like(v)
@@ -145,13 +146,13 @@ class TwoStage(Exchange):
         start, stop = max(where.start, self.own.where.start), min(where.stop, self.own.where.stop)
         return slice(start - self.own.where.start, stop - self.own.where.start) if start < stop else None
 
-    def _spread(self, total: Tensor, stage: Stage) -> list[Piece]:
+    def _spread(self, total: Tensor, stage: Stage) -> Posting[list[Piece]]:
         """The means of all shards, of which this rank has the sum of its own, as the others decode them."""
         world_size, codes = self.transport.world_size, [self.mean_code(rank, stage) for rank in range(len(self.shards))]
         mean = total / world_size
         reply = codes[self.transport.rank].encode(only(mean, self.select_mean(mean, stage)), stage.step)
         means = []
-        replies = self.transport.all_gather_bytes(reply, "means", limit=max(code.limit for code in codes))
+        replies = yield from to_all(world_size, reply, "means", limit=max(code.limit for code in codes))
         for server, payload in zip(map(self.transport.origin, range(world_size)), replies, strict=True):
             decoded = codes[server].decode(payload, stage.step, total.device)
             means.append(Piece(self.shards[server].where, decoded))

@@ -17,6 +17,8 @@ from lgc.coding import (
     LloydMax,
     RangeCoder,
     RawIndices,
+    Recent,
+    RecentSign,
     Rice,
     Sign,
     Uniform,
@@ -24,12 +26,13 @@ from lgc.coding import (
 )
 from lgc.rounds.layout import Role, Unit
 
-INDEX_CODERS: dict[str, type[IndexCoder]] = {"raw": RawIndices, "rice": Rice, "range": RangeCoder}
+INDEX_CODERS: dict[str, type[IndexCoder]] = {"raw": RawIndices, "rice": Rice, "range": RangeCoder, "recent": Recent}
 VALUE_CODECS: dict[str, type[ValueCodec]] = {
     "float32": Float32,
     "float16": Float16,
     "bfloat16": BFloat16,
     "sign": Sign,
+    "recentsign": RecentSign,
 }
 QUANTISERS: dict[str, type[Uniform] | type[LloydMax]] = {"uniform": Uniform, "lloyd": LloydMax}
 DEAD_ZONE = "deadzone"

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lgc.coding import Float32
+from lgc.comm.messages import Posting
 from lgc.comm.transport import SERVER, Transport
 from lgc.phase import Phase
 from lgc.rounds.aggregator import Aggregator
@@ -119,10 +120,10 @@ class LearnedExchange(SharedTopK, ABC):
         indices = announced.indices[announced.nonzero]
         return Exchanged([Piece(indices, y[announced.nonzero])], Piece(indices, y_k[announced.nonzero]))
 
-    def fall_back(self, v: Tensor, indices: Tensor, stage: Stage) -> Exchanged:
+    def fall_back(self, v: Tensor, indices: Tensor, stage: Stage) -> Posting[Exchanged]:
         """The values, in place of an autoencoder whose result is not finite; it is trained again from the start."""
         self.watch.fail(stage.step)
-        return self.exchange_values(v, indices, stage)
+        return (yield from self.exchange_values(v, indices, stage))
 
 
 class TrainingExchange(SharedTopK):
@@ -135,8 +136,8 @@ class TrainingExchange(SharedTopK):
         self.updates = scheme.autoencoder_updates
         self.metrics = metrics
 
-    def exchange(self, v: Tensor, payload: Tensor | None, lengths: list[int], stage: Stage) -> Exchanged:
-        indices, scale, _ = self.receive(v, payload, lengths, stage)
+    def exchange(self, v: Tensor, payload: Tensor | None, lengths: list[int], stage: Stage) -> Posting[Exchanged]:
+        indices, scale, _ = yield from self.receive(v, payload, lengths, stage)
         x = v[indices]
         if x.numel() == 0:
             return Exchanged([], Piece(indices, x))
@@ -199,6 +200,7 @@ class LGCAggregator(Aggregator):
             Phase.TRAIN: TrainingExchange(self.compressed, scheme, self.metrics),
             Phase.COMPRESSED: self.compressed,
         }
+        self.remembering = [self.own, *self.others.values()]
 
     def exchanges(self, stage: Stage) -> Sequence[Exchange]:
         if stage.phase is Phase.DENSE:

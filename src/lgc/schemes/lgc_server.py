@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from lgc.coding import Kind, Uniform, ValueCodec, pack, size_limit, unpack
-from lgc.comm.transport import SERVER, Transport
+from lgc.comm.messages import FromOne, Posting, to_all
+from lgc.comm.transport import Transport
 from lgc.rounds.aggregator import Aggregator
 from lgc.rounds.autoencoder import ServerAutoencoder, replicated
 from lgc.rounds.exchange import Exchanged, nothing, root_mean_square, sum_in_order
@@ -49,7 +50,7 @@ class LGCServer(LGCScheme):
 
 
 class ServerExchange(LearnedExchange):
-    """Phase compressed: the leader's latent, and every rank's innovation. The server relays both to all ranks.
+    """Phase compressed: the leader's latent, and every rank's innovation, to all ranks, which do what a server would.
 
     z   = E(x_leader / s)            the common part; x_k a rank's values, s the leader's root mean square
     e_k = the largest of x_k / s     the innovation
@@ -75,16 +76,16 @@ class ServerExchange(LearnedExchange):
         parts = [*self.announce(positions, x), self.autoencoder.encode_latent(z)]
         return pack(parts, kind=Kind.LATENT, step=stage.step)
 
-    def exchange(self, v: Tensor, payload: Tensor | None, lengths: list[int], stage: Stage) -> Exchanged:
+    def exchange(self, v: Tensor, payload: Tensor | None, lengths: list[int], stage: Stage) -> Posting[Exchanged]:
         if not self._selected:
             return Exchanged([], Piece(slice(0), v[:0]))
-        announced, z = self._relay_common(v, payload, lengths, stage)
+        announced, z = yield from self._common(v, payload, lengths, stage)
         x, scale = v[announced.indices], announced.scale
-        innovations = self._relay_innovations(scaled(x, scale), stage.step)
+        innovations = yield from self._innovations(scaled(x, scale), stage.step)
         with replicated(x.device):
             y = self.watch.decode(partial(self.autoencoder.decode, z, innovations)) * scale
         if not bool(torch.isfinite(y).all()):  # known to every rank, since y is the same on all
-            return self.fall_back(v, announced.indices, stage)
+            return (yield from self.fall_back(v, announced.indices, stage))
         self.watch.observe(x, y[self.transport.rank])
         return self.exchanged(sum_in_order(y) / self.transport.world_size, y[self.transport.rank], announced)
 
@@ -97,44 +98,38 @@ class ServerExchange(LearnedExchange):
             innovation[where] = codec.decode(codec.encode(vector[where], [count]), [count]).to(x.device)
         return self.autoencoder.loss(x, innovations, self.leader(step))
 
-    def _relay_common(
+    def _common(
         self, v: Tensor, payload: Tensor | None, lengths: list[int], stage: Stage
-    ) -> tuple[Announced, Tensor]:
-        """What the leader has selected, and its latent, by way of the server."""
+    ) -> Posting[tuple[Announced, Tensor]]:
+        """What the leader has selected, and its latent."""
         assert payload is not None
         mu, leader = self._selected, self.leader(stage.step)
         bounds = [*self.announced_bounds(stage), self.autoencoder.latent_bound(mu)]
-        packet = self.transport.relay_bytes(
-            payload, "indices and latents", source=leader, length=lengths[leader], limit=size_limit(bounds)
+        (packet,) = yield FromOne(
+            content="indices and latents",
+            payload=payload,
+            source=leader,
+            length=lengths[leader],
+            limit=size_limit(bounds),
         )
         *parts, latent_code = unpack(packet, kind=Kind.LATENT, step=stage.step, bounds=bounds)
         z = self.autoencoder.decode_latent(latent_code, mu)
         return self.announced(parts, stage, v.device), z.to(v.device)
 
-    def _relay_innovations(self, x: Tensor, step: int) -> Tensor:
-        """The innovations of all ranks, shape (K, mu), by way of the server."""
+    def _innovations(self, x: Tensor, step: int) -> Posting[Tensor]:
+        """The innovations of all ranks, shape (K, mu)."""
         positions = largest(x, entries(x.numel(), self.autoencoder.innovation))
         sizes, counts = [x.numel()], [positions.numel()]
         parts = [self.codecs.indices.encode(positions, sizes), self.codecs.values.encode(x[positions], counts)]
         payload = pack(parts, kind=Kind.INNOVATION, step=step)
         bounds = [self.codecs.indices.bound(sizes, counts), self.codecs.values.bound(counts)]
         innovations = x.new_zeros(self.transport.world_size, x.numel())
-        for innovation, received in zip(innovations, self._relay_all(payload, size_limit(bounds)), strict=True):
+        payloads = yield from to_all(self.transport.world_size, payload, "innovations", limit=size_limit(bounds))
+        for innovation, received in zip(innovations, payloads, strict=True):
             index_code, value_code = unpack(received, kind=Kind.INNOVATION, step=step, bounds=bounds)
             where = self.codecs.indices.decode(index_code, sizes, counts).to(x.device)
             innovation[where] = self.codecs.values.decode(value_code, counts).to(x.device)
         return innovations
-
-    def _relay_all(self, payload: Tensor, limit: int) -> list[Tensor]:
-        """The payloads of all ranks, none longer than `limit`, by way of the server."""
-        own_length = torch.tensor([payload.numel()], device="cpu")
-        lengths = self.transport.all_gather(own_length, "innovations").flatten().tolist()
-        gathered = self.transport.gather_bytes(payload, "innovations", lengths, limit=limit)
-        together = torch.cat(gathered) if gathered is not None else payload
-        together = self.transport.broadcast_bytes(
-            together, "innovations", source=SERVER, length=sum(lengths), limit=limit * len(lengths)
-        )
-        return list(together.split(lengths))
 
 
 class ServerAggregator(LGCAggregator):

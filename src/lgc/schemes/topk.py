@@ -83,6 +83,7 @@ class OwnAggregator(ReducingAggregator):
     ) -> None:
         super().__init__(layout, transport, schedule, feedback, own)
         self.dense = DenseExchange(transport, layout.dense, beside=True)
+        self.remembering = [own]
 
     def exchanges(self, stage: Stage) -> Sequence[Exchange]:
         return [self.dense, self.reduced]

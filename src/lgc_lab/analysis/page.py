@@ -60,6 +60,8 @@ SHARED_COLUMNS = {
 }
 INDEX_COLUMNS = {
     "index: uniform": "uniform",
+    "index: Rice code": "rice",
+    "index: Rice code that knows the last selection": "recent",
     "index: exact counts per layer": "layer",
     "index: independent, by layer": "independent",
     "index: time since last sent": "recency",

@@ -55,6 +55,7 @@ class Recording:
     gradient: NDArray[np.float32]  # (T, 2, K, M)
     accumulator: NDArray[np.float32]  # (T, 2, K, M)
     own: NDArray[np.int64]  # every worker's own top-k of v at the final rate, ascending: (T, K, k)
+    before: NDArray[np.int64]  # the same of the step before: (T, K, k)
     shared: NDArray[np.float32]  # every worker's v at the indices of the leader: (T, K, k)
     momentum: NDArray[np.float32]  # the outer optimizer's, which all know, before the recorded step: (T, M)
     sent: list[tuple[NDArray[np.int64], NDArray[np.float32]]]
@@ -80,9 +81,9 @@ class Recording:
         counts, where, values = (arrays.pop(f"sent_{name}") for name in ("count", "where", "values"))
         ends = np.cumsum(counts)
         sent = list(zip(np.split(where.astype(np.int64), ends), np.split(values, ends), strict=True))[:-1]
-        own = arrays.pop("own").astype(np.int64)
+        selected = {name: arrays.pop(name).astype(np.int64) for name in ("own", "before")}
         layers = [Layer(**layer) for layer in header.pop("layers")]
-        return cls(layers=layers, sent=sent, own=own, **arrays, **header)
+        return cls(layers=layers, sent=sent, **selected, **arrays, **header)
 
 
 class Recorder:
@@ -101,7 +102,7 @@ class Recorder:
         self.aggregator = aggregator
         self.transport = transport
         self.every = every
-        self.segments = [*aggregator.layout.own, *aggregator.layout.shared]
+        self.region = Region([*aggregator.layout.own, *aggregator.layout.shared])
         self.layers = find_layers(aggregator.layout, samples)
         generator = torch.Generator().manual_seed(seed)
         coordinates = [
@@ -112,9 +113,9 @@ class Recorder:
         self.seconds = 0.0
         self.steps: list[int] = []
         self.outer_momentum = outer_momentum
-        self._before: Tensor | None = None
+        self._before: tuple[Tensor, Tensor] | None = None  # samples and selection of the last step
         self._momentum = torch.zeros(len(self.coordinates), device=self.coordinates.device)
-        self._kept: dict[str, list[Tensor]] = {"samples": [], "own": [], "shared": [], "momentum": []}
+        self._kept: dict[str, list[Tensor]] = {"samples": [], "own": [], "before": [], "shared": [], "momentum": []}
         self._sent: list[tuple[Tensor, Tensor]] = []
 
     def before_round(self, step: int, gradient: Tensor) -> None:
@@ -125,9 +126,10 @@ class Recorder:
             given = gradient.clone()
             v = self.aggregator.feedback.accumulate(given)  # changes no state, as the round does it again
             samples = torch.stack([given[self.coordinates], v[self.coordinates]])
+            own = self.region.elements(self.region.select(v)).to(torch.int32)
             if step % self.every == 0 and before is not None:
-                self._record(step, torch.stack([before, samples]), v)
-            self._before = samples
+                self._record(step, torch.stack([before[0], samples]), v, own, before[1])
+            self._before = samples, own
             gradient.copy_(given)  # whose memory was taken
         self.seconds += clock(gradient.device) - started
 
@@ -150,6 +152,7 @@ class Recorder:
             "gradient": gradient.contiguous(),
             "accumulator": accumulator.contiguous(),
             "own": torch.stack(self._kept["own"]),
+            "before": torch.stack(self._kept["before"]),
             "shared": torch.stack(self._kept["shared"]),
             "momentum": torch.stack(self._kept["momentum"]),
             "sent_count": torch.tensor([len(where) for where, _ in self._sent], dtype=torch.int64),
@@ -165,12 +168,10 @@ class Recorder:
         }
         save_file(tensors, file, metadata={"lgc": json.dumps(header)})
 
-    def _record(self, step: int, samples: Tensor, v: Tensor) -> None:
+    def _record(self, step: int, samples: Tensor, v: Tensor, own: Tensor, before: Tensor) -> None:
         leader = step % self.transport.world_size
-        region = Region(self.segments)
-        own = region.elements(region.select(v)).to(torch.int32)
         leaders = self.transport.broadcast(own.clone(), "indices", source=leader).long()
-        for name, tensor in (("samples", samples), ("own", own), ("shared", v[leaders])):
+        for name, tensor in (("samples", samples), ("own", own), ("before", before), ("shared", v[leaders])):
             gathered = self.transport.gather(tensor, name)
             if gathered is not None:
                 self._kept[name].append(gathered.cpu())

@@ -44,7 +44,8 @@ def codec(entries: int) -> None:
 
     An index costs at least log2 C(N, k) / k bits: 4.7 at a density of 10 %, 8.1 at 1 %, 11.4 at 0.1 %, 14.7 at 0.01 %.
     "/ bound" is how far a code is from that. "layers" is a ResNet50 whose layers' densities differ, 0.1 % over all;
-    codes that know the layers' sizes gain from that. Times are processor time of one core. An entry is a value with its
+    codes that know the layers' sizes gain from that. Recent() knows an earlier selection with half of these positions
+    and as many others. Times are processor time of one core. An entry is a value with its
     Rice-coded index; the last column is how many times smaller it is than int32 and float32.
     """
     torch.set_num_threads(1)
@@ -94,9 +95,9 @@ def _sample(generator: np.random.Generator, size: int, count: int) -> Positions:
     return np.delete(drawn, generator.choice(drawn.size, drawn.size - count, replace=False))
 
 
-def _codes(sizes: Sequence[int], counts: Sequence[int]) -> dict[str, tuple[Encode, Decode]]:
-    """List the codes that are installed, by name."""
-    coders: list[IndexCoder] = [lgc.RawIndices(), lgc.Rice()]
+def _codes(sizes: Sequence[int], counts: Sequence[int], last: Tensor) -> dict[str, tuple[Encode, Decode]]:
+    """List the codes that are installed, by name; `last` is what one of them knows to have been selected before."""
+    coders: list[IndexCoder] = [lgc.RawIndices(), lgc.Rice(), lgc.Recent().after(last)]
     if find_spec("constriction"):
         coders.append(lgc.RangeCoder())
     codes: dict[str, tuple[Encode, Decode]] = {
@@ -131,7 +132,9 @@ def _sums(gaps: bytes) -> Tensor:
 def _index_rows(case: str, drawn: Positions, sizes: Sequence[int], counts: Sequence[int]) -> Iterator[str]:
     positions = torch.from_numpy(drawn)
     bound = sum(map(log2_choose, sizes, counts)) / len(positions)
-    for name, (encode, decode) in _codes(sizes, counts).items():
+    others = np.random.default_rng(1).integers(0, sum(sizes), drawn.size // 2)
+    last = torch.from_numpy(np.union1d(drawn[::2], others))
+    for name, (encode, decode) in _codes(sizes, counts, last).items():
         data = encode(positions)
         if not torch.equal(decode(data), positions):
             raise AssertionError(f"{name} does not decode what it encoded.")

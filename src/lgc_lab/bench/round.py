@@ -15,7 +15,9 @@ import torch.distributed as dist
 
 import lgc
 from lgc.choice.rehearsal import Rehearsal
+from lgc.comm.messages import Posting
 from lgc.comm.transport import Transport
+from lgc.rounds.exchange import Exchanged
 from lgc.schemes import RoundScheme
 from lgc.synchronizer import Policy, Synchronizer
 from lgc_lab import options
@@ -37,10 +39,11 @@ ROW = "{:<32}" + "{:>11}" * len(PARTS) + "{:>12}"
 def bench_round(schemes: str, parameters: int, world_size: int, threads: int, repeats: int) -> None:
     """Measure what a compressed round computes, by its parts.
 
-    One rank does the work of one of several, as in lgc plan, and sends nothing. Figures are times in units of a plain
-    copy of as many float32 numbers, made right before each round, and their medians, so that what else the machine does
-    hardly matters: "take in" copies the gradients, "accumulate" is u and v, "look" whether they are finite, "prepare"
-    selects and encodes, "exchange" decodes and averages, "settle" and "commit" are feedback, "rest" adds up the mean.
+    One rank does the work of one of several, as in lgc plan, and sends nothing. Figures are processor times in units of
+    a plain copy of as many float32 numbers, made right before each round, and their medians, so that what else the
+    machine does hardly matters: "take in" copies the gradients, "accumulate" is u and v, "look" whether they are
+    finite, "prepare" selects and encodes, "exchange" decodes and averages, "settle" and "commit" are feedback, "rest"
+    adds up the mean.
     """
     torch.set_num_threads(threads)
     with options.usage_errors():
@@ -76,9 +79,9 @@ def measure(schemes: dict[str, RoundScheme], parameters: int, world_size: int, r
     copies = []
     for step in range(UNCOUNTED + repeats):
         for text, each in rounds.items():
-            started = time.perf_counter()
+            started = time.process_time()
             copy.copy_(source)
-            copies.append(time.perf_counter() - started)
+            copies.append(time.process_time() - started)
             parts = each.make(step * world_size)  # which the rank that is there leads
             if step >= UNCOUNTED:
                 ratios[text].append({part: seconds / copies[-1] for part, seconds in parts.items()})
@@ -99,16 +102,18 @@ class TimedRounds:
         of_feedback = {"accumulate": "accumulate", "is_finite": "look", "settle": "settle", "commit": "commit"}
         self._time(aggregator.feedback, of_feedback)
         for exchange in aggregator.exchanges(aggregator.schedule.at(0)):
-            self._time(exchange, {"prepare": "prepare", "exchange": "exchange"})
+            self._time(exchange, {"prepare": "prepare"})
+            exchange.exchange = self._timed_exchange(exchange.exchange)  # type: ignore[method-assign]
+        self._time(aggregator.transport, {"together": "exchange"})
         self._time(aggregator, {"aggregate": "aggregate"})
 
     def make(self, step: int) -> dict[str, float]:
         """Seconds of the parts of one round."""
         self._seconds = dict.fromkeys((*PARTS, "aggregate"), 0.0)
-        started = time.perf_counter()
+        started = time.process_time()
         self._synchronizer.synchronize(self._gradients, step)
         seconds = self._seconds
-        seconds["round"] = time.perf_counter() - started
+        seconds["round"] = time.process_time() - started
         inner: Sequence[str] = ("accumulate", "look", "prepare", "exchange", "settle", "commit")
         aggregated = seconds.pop("aggregate")
         seconds["take in"] = seconds["round"] - aggregated
@@ -119,11 +124,27 @@ class TimedRounds:
         for name, part in parts.items():
             setattr(of, name, self._timed(getattr(of, name), part))
 
+    def _timed_exchange(self, method: Callable[..., Posting[Exchanged]]) -> Callable[..., Posting[Exchanged]]:
+        def exchange(*args: Any) -> Posting[Exchanged]:
+            running = method(*args)
+            go_on = self._timed(running.send, "exchange")
+            received = None
+            while True:
+                try:
+                    post = go_on(received)
+                except StopIteration as end:
+                    exchanged: Exchanged = end.value
+                    return exchanged
+                received = yield post
+
+        return exchange
+
     def _timed(self, method: Callable[..., Any], part: str) -> Callable[..., Any]:
         def timed(*args: Any, **arguments: Any) -> Any:
-            started = time.perf_counter()
-            result = method(*args, **arguments)
-            self._seconds[part] += time.perf_counter() - started
-            return result
+            started = time.process_time()
+            try:
+                return method(*args, **arguments)
+            finally:
+                self._seconds[part] += time.process_time() - started
 
         return timed
