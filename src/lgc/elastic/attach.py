@@ -208,6 +208,11 @@ def _gathered(scheme: Scheme) -> LocalSteps:
             f"{type(exchange).__name__}(reduction='two_stage') has each rank serve a part of the model, and keep what "
             "is owed of it, which is lost with the rank; on ranks that come and go use reduction='gather'."
         )
+    if isinstance(exchange, TopK) and exchange.values.remembers:
+        raise ValueError(
+            f"TopK(values={exchange.values}) codes by what each rank has sent before, which a newcomer does not know; "
+            "on ranks that come and go use lgc.Sign()."
+        )
     refused = {
         "overlap": (False, "a round that is under way cannot be tried again"),
         "fragments": (1, "a newcomer takes all of a state"),

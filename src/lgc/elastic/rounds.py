@@ -175,6 +175,7 @@ class ElasticRounds(LocalRounds):
         whole = self._owed_with(feedback.residual)
         if not counts:  # what it owes waits for a round in which it counts
             feedback.residual.zero_()
+        fragment.synchronizer.aggregator.forget()  # no rank knows the past of all that may have come
         committed = False
         try:
             self._launch(fragment, wait=True)

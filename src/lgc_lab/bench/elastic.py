@@ -31,7 +31,7 @@ BATCH = 8
 LEARNING_RATE = 2e-3
 TEST_WINDOWS = 256
 HEARTBEAT_TIMEOUT_S, JOIN_TIMEOUT_S = 2.0, 10.0
-TIMEOUT_S, STOPPED_S = 20.0, 5.0
+TIMEOUT_S, QUORUM_TIMEOUT_S, STOPPED_S = 20.0, 60.0, 5.0
 SHARE_OF_FAULTS = (0.05, 0.9)  # of the samples, between which they come
 
 
@@ -118,7 +118,7 @@ class _Run:
                     self._require_ranks()
                     time.sleep(0.05)
                 self._disturb(fault)
-            return [connection.recv() for _, connection in self._ranks]
+            return [result for _, connection in self._ranks if (result := _received(connection))]
         finally:
             for process in (self._lighthouse, *(process for process, _ in self._ranks)):
                 process.kill()
@@ -165,6 +165,15 @@ class _Run:
         return process, own.recv()
 
 
+def _received(connection: Connection) -> Result | None:
+    try:
+        result: Result = connection.recv()
+    except EOFError:
+        notify("a rank was started too late to join")
+        return None
+    return result
+
+
 def _be_lighthouse(tell: Connection, bind: str, least: int) -> None:
     from torchft.coordination import LighthouseServer
 
@@ -193,6 +202,7 @@ def _train(tell: Connection, address: str, job: Job, taken: Any) -> None:
         ranks=job.ranks,
         carried={"sampler": sampler},
         timeout=TIMEOUT_S,
+        quorum_timeout=QUORUM_TIMEOUT_S,
     )
     places = iter(sampler)
     while sampler.taken < job.samples:
