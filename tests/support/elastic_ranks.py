@@ -291,8 +291,10 @@ def train(tell: Callable[[Any], None], address: str, seed: int, total: Any, opti
         sampler.load_state_dict(state["sampler"])
     Recorder(handle, tell)
 
+    met: list[int] = []  # rounds of three ranks that this one has made to the end: in its first one it counts nothing
+
     def together() -> bool:
-        return bool(handle.rounds > 4 and len(handle.ranks) == 3)
+        return bool(met and handle.rounds > 4 and len(handle.ranks) == 3)
 
     def ends() -> bool:
         return bool(handle.step >= total.value)
@@ -308,6 +310,8 @@ def train(tell: Callable[[Any], None], address: str, seed: int, total: Any, opti
         owed = norm(handle.synchronizer.aggregator.feedback.residual)  # type: ignore[union-attr]
         made = {"step": handle.step, "rounds": handle.rounds, "ranks": len(handle.ranks), "owed": owed}
         tell(made | {"digest": digest_of(handle), "rate": schedule.get_last_lr()[0]})
+        if len(handle.ranks) == 3:
+            met.append(handle.rounds)
         time.sleep(options.get("pause", 0.01))
         if handle.step >= total.value:
             break
