@@ -375,6 +375,47 @@ def test_the_state_fits_in_torchs_own_checkpoints(
             assert_same(resumed, straight)
 
 
+def test_the_autoencoder_in_training_is_that_of_rank_0(ranks: RankFactory, tmp_path: Path) -> None:
+    for straight, _, resumed in ranks(4).run(through_dcp, SCHEMES["lgc-ring"], tmp_path):
+        assert_same(resumed["model"], straight["model"])
+
+
+def sum_owed(state: Any) -> Tensor:
+    """What a state owes in all, as a rank and as a server, but for a start that is over."""
+    leaves = {name: each for name, each in flatten(state).items() if "/start/" not in name}
+    parts = [each for name, each in leaves.items() if "/residual/" in name or "/server_residual/" in name]
+    return torch.stack([part.double().sum() for part in parts]).sum()
+
+
+def owing(rank: int, world_size: int, scheme: Any, directory: Path, at: str | None) -> dict[str, Any]:
+    """What a run owes that is saved in torch's way and in ours; or that has taken such a state."""
+    import torch.distributed.checkpoint as dcp
+
+    run = Run(scheme)
+    if at is None:
+        run.train(rank, 6)
+        dcp.save({"handle": checkpoint.distributed_state(run.handle)}, checkpoint_id=directory / "torch")
+        checkpoint.save(directory / "own", run.state(), step=6, group=world())
+    elif at == "torch":
+        checkpoint.load_distributed(run.handle, checkpoint_id=directory / "torch")
+    else:
+        run.load(checkpoint.load(checkpoint.available(directory / "own")[0], group=world()))
+    return {"owed": sum_owed(run.handle.state_dict())}
+
+
+@pytest.mark.parametrize(("before", "after"), [(4, 2), (2, 4)])
+@pytest.mark.parametrize("scheme", [lgc.Quantized(), lgc.LocalSteps(every=4, start_steps=2)], ids=["every", "local"])
+def test_what_servers_owe_stays_where_the_number_of_ranks_decides_if_there_are_any(
+    ranks: RankFactory, scheme: Any, before: int, after: int, tmp_path: Path
+) -> None:
+    def mean(results: list[dict[str, Any]]) -> Tensor:
+        return torch.stack([each["owed"] for each in results]).mean()
+
+    expected = mean(ranks(before).run(owing, scheme, tmp_path, None))
+    for at in ("torch", "own"):
+        torch.testing.assert_close(mean(ranks(after).run(owing, scheme, tmp_path, at)), expected, atol=1e-6, rtol=1e-5)
+
+
 def phase_after_resuming(rank: int, world_size: int, scheme: Any) -> list[str]:
     run, other = Run(scheme), Run(scheme)
     run.train(rank, PHASES["compressed"])

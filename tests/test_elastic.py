@@ -275,12 +275,20 @@ def test_what_is_not_done_on_ranks_that_come_and_go_is_refused_by_name(scheme: s
         ({"min_ranks": 4}, r"attach\(min_ranks=\.\.\.\) must be an integer from 1 to ranks=3, got 4"),
         ({"ranks": 0}, r"attach\(ranks=\.\.\.\) must be an integer of at least 1, got 0"),
         ({"quorum_timeout": 0}, r"attach\(quorum_timeout=\.\.\.\) must be 0.001 to 1e\+06 seconds, got 0"),
+        ({"lighthouse": "10.0.0.1"}, r"attach\(lighthouse=\.\.\.\) must be host:port, such as .*, got '10.0.0.1'"),
+        ({"port": 2**16}, r"attach\(port=\.\.\.\) must be an integer of 0 to 65535, got 65536"),
         ({"attempts": 0}, r"attach\(attempts=\.\.\.\) must be an integer of at least 1, got 0"),
     ],
 )
 def test_arguments_are_checked(given: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         attached(nn.Linear(2, 2), lgc.LocalSteps(start_steps=0), **given)
+
+
+@pytest.mark.parametrize("carried", [[1], {"place": 5}, {5: nn.Linear(1, 1)}])
+def test_what_is_carried_is_named_and_has_a_state(carried: Any) -> None:
+    with pytest.raises(TypeError, match=r"attach\(carried=\.\.\.\) must be a dict of names and of objects with"):
+        attached(nn.Linear(2, 2), lgc.LocalSteps(start_steps=0), carried=carried)
 
 
 def test_a_carried_object_whose_state_cannot_travel_is_refused() -> None:

@@ -276,7 +276,10 @@ class LocalRounds(Caller):
 
     def _require_own_weights(self, what: str) -> None:
         if self._own is not None:
-            raise RuntimeError(f"lgc: {what} within anchored(), whose end would undo it; leave it before.")
+            raise RuntimeError(
+                f"lgc: {what} within anchored(), whose end would undo it; leave it before. (torch's get_state_dict "
+                "makes a step where the optimizer has no state yet: call get_optimizer_state_dict before anchored().)"
+            )
 
     def _announcing(self, *known: type[Exception]) -> AbstractContextManager[None]:
         return self._site.announcing(self._transport, *OF_ALL_RANKS, *known)
@@ -614,7 +617,18 @@ class LocalRounds(Caller):
     def require_form(self, state: Any, *, resharded: bool) -> None:
         self._require_own_weights("handle.load_state_dict()")
         here = self.state_dict()
-        require_same_form(here, {**state, "server": {}} if resharded else state, "aggregator")
+        if resharded:
+            state = {**state, "server": {}, "per_rank": self._adapted(state)}
+        require_same_form(here, state, "aggregator")
+
+    def _adapted(self, state: Any) -> dict[str, Any]:
+        """What is per rank in a resharded state, as these ranks have it."""
+        per_rank = dict(state["per_rank"])
+        for name, synchronizer in self._synchronizers().items():
+            if name in per_rank:
+                part = {"per_rank": per_rank[name], "replicated": state["replicated"].get(name), "server": {}}
+                per_rank[name] = synchronizer.adapted(part, self.step)["per_rank"]
+        return per_rank
 
     def whole(self, state: Any) -> Any:
         site = self._site.uncounted()

@@ -205,12 +205,16 @@ class Synchronizer:
             ValueError: naming the first field that does not fit; nothing has been changed then.
         """
         if resharded:
-            try:
-                state = self.aggregator.adapt_state(state, step)
-            except (KeyError, TypeError, AttributeError) as error:
-                raise ValueError(f"state_dict: aggregator, resharded, is not in its three parts: {error!r}.") from None
+            state = self.adapted(state, step)
         require_same_form(self.aggregator.state_dict(), state, "aggregator")
         self.aggregator.load_state_dict(state)
+
+    def adapted(self, state: Any, step: int) -> Any:
+        """A resharded state as these ranks have it: see `Aggregator.adapt_state`."""
+        try:
+            return self.aggregator.adapt_state(state, step)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"state_dict: aggregator, resharded, is not in its three parts: {error!r}.") from None
 
 
 def require_same_form(here: object, state: object, where: str) -> None:

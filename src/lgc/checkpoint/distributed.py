@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from lgc.attach import STATE_HINTS, Handle
@@ -12,8 +12,9 @@ from lgc.comm.transport import Transport
 from lgc.sites import Site
 
 OF_ALL = ("version", "scheme", "step", "phase")  # of a handle's state, the same on all ranks
-ABOUT = (*OF_ALL, "sites", "ranks", "cut", "counts")
+ABOUT = (*OF_ALL, "sites", "ranks", "cut", "counts", "owing")
 COUNTS = ("wire", "inside")
+OWED = "server_residual"
 
 
 def distributed_state(handle: Handle) -> dict[str, Any]:
@@ -27,13 +28,15 @@ def distributed_state(handle: Handle) -> dict[str, Any]:
     transport, site = _meeting(handle)
     state, sites = handle.state_dict(whole=True), transport.world_size
     counts = site.of_all(transport, [state.get(name) for name in COUNTS], "counts")
-    about = {"sites": sites, "ranks": sites * site.places, "cut": site.cut, "counts": json.dumps(counts)}
     aggregator = state["aggregator"]
     per_rank = aggregator.get("per_rank", {})
+    about = {"sites": sites, "ranks": sites * site.places, "cut": site.cut}
+    about |= {"counts": json.dumps(counts), "owing": json.dumps(_owing(per_rank))}
     return {
         **{name: state[name] for name in OF_ALL},
         **about,
-        "replicated": aggregator.get("replicated", {}),
+        # of the first site: until LGC's autoencoder is trained, rank 0 alone has it
+        "replicated": {} if transport.rank else aggregator.get("replicated", {}),
         "server": aggregator.get("server", {}),  # empty but on rank 0
         f"site {transport.rank}": _without_buffers(per_rank),
         f"rank {transport.rank * site.places + site.place}": _buffers(per_rank),
@@ -55,8 +58,8 @@ def load_distributed(handle: Handle, *, key: str = "handle", **where: Any) -> No
         where: as `torch.distributed.checkpoint.load` takes it, such as `checkpoint_id`.
 
     Raises:
-        ValueError: naming the first field that does not fit; nothing has been changed then.
-        CheckpointException: torch's, if there is no such state.
+        ValueError: naming the first field that does not fit, or if no such state is there; nothing has changed then.
+        CheckpointException: torch's, if the model has parameters of other shapes, or a file is missing or damaged.
     """
     from torch.distributed import checkpoint  # slow to import
 
@@ -66,11 +69,8 @@ def load_distributed(handle: Handle, *, key: str = "handle", **where: Any) -> No
         return dict(found[key])
 
     transport, site = _meeting(handle)
-    state, saved = handle.state_dict(whole=True), load(dict.fromkeys(ABOUT, ""))
-    for name in ("version", "scheme"):
-        if saved[name] != state[name]:
-            hint = STATE_HINTS[name]
-            raise ValueError(f"load_distributed: {name} was {saved[name]!r}, here it is {state[name]!r}{hint}.")
+    state = handle.state_dict(whole=True)
+    saved = _saved(load, key, state)
     sites, ranks = transport.world_size, transport.world_size * site.places
     rank = transport.rank * site.places + site.place
     is_same = [saved[name] for name in ("sites", "ranks", "cut")] == [sites, ranks, site.cut]
@@ -81,7 +81,8 @@ def load_distributed(handle: Handle, *, key: str = "handle", **where: Any) -> No
         of_site, of_rank = _shares(saved["sites"], transport.rank, sites), _shares(saved["ranks"], rank, ranks)
         wanted = {name: state["aggregator"][name] for name in ("replicated", "server")}
         for each in of_site:  # a new copy each time, to be overwritten
-            wanted[f"site {each}"] = _without_buffers(handle.state_dict(whole=True)["aggregator"]["per_rank"])
+            here = handle.state_dict(whole=True)["aggregator"]["per_rank"]
+            wanted[f"site {each}"] = _owing_as(json.loads(saved["owing"]), _without_buffers(here))
         for each in of_rank:
             wanted[f"rank {each}"] = _buffers(handle.state_dict()["aggregator"]["per_rank"])
         found = load(wanted)
@@ -92,6 +93,21 @@ def load_distributed(handle: Handle, *, key: str = "handle", **where: Any) -> No
             wires = [json.loads(each) for each in counts]
             state[name] = json.dumps(wires[rank] if is_same else deal_counts(wires, rank, ranks))
     handle.load_state_dict(state)
+
+
+def _saved(load: Callable[[dict[str, Any]], dict[str, Any]], key: str, here: Mapping[str, Any]) -> dict[str, Any]:
+    """What a saved state says of itself; raises ValueError if it is none, or of another version or scheme."""
+    from torch.distributed.checkpoint.api import CheckpointException
+
+    try:
+        saved = load(dict.fromkeys(ABOUT, ""))
+    except CheckpointException as error:
+        raise ValueError(f"load_distributed: no lgc.checkpoint.distributed_state can be read under {key!r}.") from error
+    for name in ("version", "scheme"):
+        if saved[name] != here[name]:
+            hint = STATE_HINTS[name]
+            raise ValueError(f"load_distributed: {name} was {saved[name]!r}, here it is {here[name]!r}{hint}.")
+    return saved
 
 
 def _meeting(handle: Handle) -> tuple[Transport, Site]:
@@ -118,6 +134,26 @@ def _mean(found: Mapping[str, Any], kind: str, shares: Mapping[int, float]) -> A
     return as_saved(totals, first)
 
 
+def _owing(state: Any) -> dict[str, Any]:
+    """Where in a nested state something is that servers owe, as nested keys."""
+    nested = {name: each for name, each in state.items() if isinstance(each, Mapping)}
+    return {
+        name: {} if name == OWED else deeper
+        for name, each in nested.items()
+        if (deeper := _owing(each)) or name == OWED
+    }
+
+
+def _owing_as(owing: Mapping[str, Any], state: Any) -> Any:
+    """A state in which servers owe something where they did in a saved one; that depends on the number of ranks."""
+    if not isinstance(state, Mapping):
+        return state
+    deeper = {name: _owing_as(owing.get(name, {}), each) for name, each in state.items() if name != OWED}
+    if OWED in owing:
+        deeper[OWED] = {name: each.clone() for name, each in state["residual"].items()}
+    return deeper
+
+
 def _without_buffers(state: Any) -> Any:
     if not isinstance(state, Mapping):
         return state
@@ -127,7 +163,8 @@ def _without_buffers(state: Any) -> Any:
 def _buffers(state: Mapping[str, Any]) -> dict[str, Any]:
     """The buffers in a nested state, where they are."""
     nested = {name: each for name, each in state.items() if isinstance(each, Mapping)}
-    return {name: each if name == "buffers" else _buffers(each) for name, each in nested.items()}
+    found = {name: each if name == "buffers" else _buffers(each) for name, each in nested.items()}
+    return {name: each for name, each in found.items() if each}
 
 
 def _merged(state: Mapping[str, Any], buffers: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import socket
 import weakref
 from collections.abc import Mapping, Sequence
@@ -107,7 +108,11 @@ def attach(
     )
     if type(attempts) is not int or attempts < 1:
         raise ValueError(f"attach(attempts=...) must be an integer of at least 1, got {attempts!r}.")
-    carried = dict(carried or {})
+    carried = _carried(carried)
+    if not re.fullmatch(r"(https?://)?[^/:\s]+:\d+", lighthouse) and not re.fullmatch(r"\[[^]]+\]:\d+", lighthouse):
+        raise ValueError(f"attach(lighthouse=...) must be host:port, such as 10.0.0.1:29510, got {lighthouse!r}.")
+    if type(port) is not int or not 0 <= port < 2**16:
+        raise ValueError(f"attach(port=...) must be an integer of 0 to {2**16 - 1}, got {port!r}.")
     given = {"optimizer": [type(each).__name__ for each in optimizers], "min_ranks": least, "carried": sorted(carried)}
     waiting = Lighthouse(
         lighthouse,
@@ -222,6 +227,18 @@ def _gathered(scheme: Scheme) -> LocalSteps:
         if (value := getattr(scheme, name)) != only:
             raise ValueError(f"LocalSteps({name}=...) must be {only} on ranks that come and go, as {why}, got {value}.")
     return replace(scheme, exchange=replace(exchange, reduction="gather"))
+
+
+def _carried(carried: object) -> dict[str, Stateful]:
+    """What is carried, by name; raises TypeError for anything else."""
+    given = {} if carried is None else carried
+    what = "a dict of names and of objects with state_dict() and load_state_dict()"
+    if not isinstance(given, Mapping):
+        raise TypeError(f"attach(carried=...) must be {what}, got {type(given).__name__}.")
+    for name, each in given.items():
+        if not (isinstance(name, str) and hasattr(each, "state_dict") and hasattr(each, "load_state_dict")):
+            raise TypeError(f"attach(carried=...) must be {what}, got {name!r}: {type(each).__name__}.")
+    return dict(given)
 
 
 def _majority(ranks: int, min_ranks: int | None, may_split: bool) -> int:

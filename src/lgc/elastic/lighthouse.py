@@ -81,7 +81,7 @@ class Lighthouse:
         self._quorum_timeout = quorum_timeout
         self._client: Any = None
         self._beat = _Heart(self.address, self.name, heartbeat_every, self._connect_timeout)
-        weakref.finalize(self, self._beat.stop.set)
+        weakref.finalize(self, self._beat.end)
 
     def meet(self, store: str, rounds: int, told: Mapping[str, Any]) -> Meeting:
         """Wait until the ranks that are there meet; a collective.
@@ -176,6 +176,12 @@ class _Heart:
             self.stop.clear()
             self._thread = threading.Thread(target=self._run, name="lgc heartbeat", daemon=True)
             self._thread.start()
+
+    def end(self) -> None:
+        """Stop, and wait for the thread: one that is in torchft's code when Python ends aborts the process."""
+        self.stop.set()
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join(self._connect_timeout.total_seconds() + ANSWER_S)
 
     def _run(self) -> None:
         client: Any = None
