@@ -164,7 +164,7 @@ def _buffers(state: Mapping[str, Any]) -> dict[str, Any]:
     """The buffers in a nested state, where they are."""
     nested = {name: each for name, each in state.items() if isinstance(each, Mapping)}
     found = {name: each if name == "buffers" else _buffers(each) for name, each in nested.items()}
-    return {name: each for name, each in found.items() if each}
+    return {name: each for name, each in found.items() if name == "buffers" or each}
 
 
 def _merged(state: Mapping[str, Any], buffers: Mapping[str, Any]) -> dict[str, Any]:
