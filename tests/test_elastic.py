@@ -239,6 +239,11 @@ def test_a_state_that_does_not_fit_is_refused(alone: lgc.elastic.ElasticHandle, 
         rounds.heal(harm(state))
 
 
+def test_a_state_of_all_ranks_together_is_refused(alone: lgc.elastic.ElasticHandle) -> None:
+    with pytest.raises(ValueError, match="each saves"):
+        lgc.checkpoint.distributed_state(alone)
+
+
 # --- arguments ---
 
 

@@ -245,12 +245,18 @@ def ask_for_what_counts_steps(_: int, __: int) -> list[str]:
     def counted() -> None:
         lgc.attach(net, lgc.LocalSteps(), optimizer).count(8)
 
+    def saved() -> None:
+        model = Net()
+        handle = lgc.attach(model, by_time(), torch.optim.SGD(model.parameters(), lr=0.1))
+        lgc.checkpoint.distributed_state(handle)
+
     calls: list[Callable[[], Any]] = [
         lambda: lgc.attach(net, by_time(), optimizer, between=group),
         lambda: lgc.attach(DistributedDataParallel(net), by_time(start_steps=1), optimizer),
         lambda: lgc.choose(net, lambda model: model(batch(0, 0)[0]).sum(), [by_time()]),
         lambda: Settings(recipe="digits", scheme="local:every=30s+quantized", world_size=2, seed=0),
         counted,
+        saved,
     ]
     messages = []
     for call in calls:
@@ -262,10 +268,11 @@ def ask_for_what_counts_steps(_: int, __: int) -> list[str]:
 
 
 def test_what_counts_steps_is_refused_by_name(ranks: RankFactory) -> None:
-    for between, ddp, choose, recipe, count in ranks(1).run(ask_for_what_counts_steps):
+    for between, ddp, choose, recipe, count, saved in ranks(1).run(ask_for_what_counts_steps):
         assert "attach(between=...)" in between
         assert "start_steps=2 or more" in ddp
         assert "choose(candidates=...)" in choose
         assert "the training of a recipe" in recipe
         assert "handle.count()" in count
-        assert all("every=" in each for each in (between, ddp, choose, recipe, count))
+        assert "lgc.checkpoint.distributed_state has one number of steps for all ranks" in saved
+        assert all("every=" in each for each in (between, ddp, choose, recipe, count, saved))

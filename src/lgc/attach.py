@@ -43,7 +43,7 @@ from lgc.requirements import (
     take_buffers,
     trained,
 )
-from lgc.schemes import LocalSteps, Scheme, parse_scheme
+from lgc.schemes import LocalSteps, Scheme, Seconds, parse_scheme
 from lgc.sites import MEMBER, Site, site_of
 from lgc.synchronizer import OnNonfinite, Policy, Synchronizer
 
@@ -381,6 +381,14 @@ class Handle:
             counts = summarise([wire_from_json(wire) for _, wire in rows], parameters, sites)
             summary["inside"] = {name: counts[name] for name in ("sent_bytes", "received_bytes", "phases")}
         return summary
+
+    def require_whole(self) -> None:
+        """Raise ValueError if the ranks have no state together, as `lgc.checkpoint.distributed_state` has it."""
+        if isinstance(self.scheme, LocalSteps) and isinstance(self.scheme.every, Seconds):
+            raise ValueError(
+                f"lgc.checkpoint.distributed_state has one number of steps for all ranks, and under {self.scheme} each "
+                "has made its own; use lgc.checkpoint.save and resume, or save handle.state_dict() for every rank."
+            )
 
     def state_dict(self, *, whole: bool = False) -> dict[str, Any]:
         """This rank's state, to be saved by every rank: tensors by parameter name, numbers and strings only.

@@ -24,6 +24,9 @@ def distributed_state(handle: Handle) -> dict[str, Any]:
 
     Tensors are whole, as DTensors where the model is sharded. What all sites have the same of is under equal keys; what
     is of one site, or of one rank, has its number in the key. `load_distributed` goes on from it.
+
+    Raises:
+        ValueError: on every rank, where rounds are opened by time, or ranks come and go.
     """
     transport, site = _meeting(handle)
     state, sites = handle.state_dict(whole=True), transport.world_size
@@ -48,9 +51,9 @@ def load_distributed(handle: Handle, *, key: str = "handle", **where: Any) -> No
 
         lgc.checkpoint.load_distributed(handle, checkpoint_id="checkpoint")
 
-    On as many sites and ranks as saved it, and with the model cut in the same way, it is the same state, bit for bit.
-    Else the handle must be new. Each rank takes its part out of the whole; at another number of sites, what is of one
-    is shared out as by `reshard`, so that the mean of what is owed stays.
+    On as many sites and ranks as saved it, and with the model cut in the same way, the run goes on bit for bit. Else
+    the handle must be new. Each rank takes its part out of the whole; at another number of sites, what is of one is
+    shared out as by `reshard`, so that the mean of what is owed stays.
 
     Args:
         handle: at the step of the model, which is to be loaded before.
@@ -112,6 +115,7 @@ def _saved(load: Callable[[dict[str, Any]], dict[str, Any]], key: str, here: Map
 
 def _meeting(handle: Handle) -> tuple[Transport, Site]:
     """Between the sites and inside this one, uncounted, where all ranks are about to save or load; a collective."""
+    handle.require_whole()
     transport, site = handle.transport.uncounted(), handle.site.uncounted()
     site.meet(transport, "lgc.checkpoint")
     return transport, site

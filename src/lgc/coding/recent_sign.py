@@ -13,11 +13,11 @@ from torch import Tensor
 from lgc.coding.bits import Integers, check_bits, octet_count
 from lgc.coding.indices import Rice
 from lgc.coding.payload import Octets, PayloadError
+from lgc.coding.recent import PLAIN, RELATIVE
 from lgc.coding.values import Floats, Sign, ValueCodec
 
 Bools = npt.NDArray[np.bool_]
 
-PLAIN, RELATIVE = 0, 1  # the first byte of a code
 COUNT_BYTES = 4
 
 

@@ -187,6 +187,12 @@ class ElasticHandle(Handle):
             raise ValueError("wire_summary(of_all=...) must be False on ranks that come and go, got True.")
         return super().wire_summary(of_all=False)
 
+    def require_whole(self) -> None:
+        raise ValueError(
+            "lgc.checkpoint.distributed_state is a collective of a fixed number of ranks; where they come and go, each "
+            "saves handle.state_dict() for itself."
+        )
+
     def state_dict(self, *, whole: bool = False) -> dict[str, Any]:
         """This rank's state, as `lgc.Handle.state_dict`, for a rank of any number."""
         return super().state_dict(whole=whole) | {"rank": 0, "world_size": 1}

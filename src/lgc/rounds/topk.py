@@ -56,6 +56,7 @@ class TopKExchange(Exchange):
 
     def forget(self) -> None:
         self._coders = [self.codecs.indices] * self.transport.world_size
+        self._next = {}
 
     def commit(self) -> None:
         self._coders = [self._next.get(rank, coder) for rank, coder in enumerate(self._coders)]
@@ -96,6 +97,7 @@ class OwnTopK(TopKExchange):
     def forget(self) -> None:
         super().forget()
         self._signs.zero_()
+        self._sent = []
 
     def commit(self) -> None:
         super().commit()
