@@ -19,7 +19,8 @@ from lgc.elastic.lighthouse import NoQuorumError
 from lgc.elastic.sampler import Sampler
 from lgc.elastic.transport import ElasticTransport, LostError
 from lgc.fragments import Fragment
-from lgc.local_steps import LocalRounds, Result
+from lgc.local_state import Result
+from lgc.local_steps import LocalRounds
 from lgc.requirements import frozen
 from lgc.schemes import LocalSteps
 from lgc.sites import Site
