@@ -31,7 +31,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lgc.comm.messages import Message, Post, lockstep, require_possible
+from lgc.comm.messages import Message, Post, ToAll, lockstep, to_all
 from lgc.comm.traffic import SETUP, Traffic, Wire
 
 SERVER = 0
@@ -182,7 +182,8 @@ class Transport:
         if failed:
             message_lengths = [row[2] if rank in failed else 0 for rank, row in enumerate(rows)]
             payload = torch.tensor(list(message), dtype=torch.uint8, device="cpu")
-            messages = self.all_gather_bytes(payload, "errors", message_lengths, limit=MESSAGE_LIMIT)
+            post = ToAll(content="errors", payload=payload, lengths=message_lengths, limit=MESSAGE_LIMIT)
+            (messages,) = self.together([post])
             texts = [
                 f"{self.member} {rank}: {bytes(messages[rank].tolist()).decode(errors='replace')}" for rank in failed
             ]
@@ -279,26 +280,6 @@ class Transport:
             dist.gather(staged, gathered, group_dst=SERVER, group=self.group)
         return None if gathered is None else torch.stack(gathered).to(tensor.device)
 
-    def all_gather_bytes(
-        self, payload: Tensor, content: str, lengths: Sequence[int] | None = None, *, limit: int
-    ) -> list[Tensor]:
-        """The payloads of all ranks, uint8 of any lengths; padded to the longest on the way.
-
-        Args:
-            payload: this rank's, uint8, shape (bytes,).
-            content: what the bytes are counted as.
-            lengths: by rank, where they are known; else they are exchanged first.
-            limit: the greatest length that is possible.
-
-        Raises:
-            PayloadError: on every rank, if one announces more; before memory for it is taken.
-        """
-        if lengths is None:
-            lengths = self.all_gather(torch.tensor([payload.numel()], device="cpu"), content).flatten().tolist()
-        require_possible(lengths, limit)
-        gathered = self.all_gather(_padded(payload, max(lengths)), content)
-        return [row[:length] for row, length in zip(gathered, lengths, strict=True)]
-
     def together(self, posts: Sequence[Post]) -> list[list[Tensor]]:
         """Deliver what the exchanges of a round have posted, in the same messages; give the results, in the same order.
 
@@ -343,9 +324,9 @@ class Transport:
         return rank
 
     def all_gather_json(self, value: object, content: str) -> list[Any]:
-        """The JSON values of all ranks. Raises as all_gather_bytes."""
+        """The JSON values of all ranks; PayloadError on every rank, if one announces more than there can be."""
         payload = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
-        payloads = self.all_gather_bytes(payload, content, limit=JSON_LIMIT)
+        (payloads,) = lockstep([to_all(self.world_size, payload, content, limit=JSON_LIMIT)], self.together)
         return [json.loads(payload.numpy().tobytes()) for payload in payloads]
 
     def _run(self, tensor: Tensor, collective: Callable[[Tensor], object]) -> Tensor:
@@ -441,10 +422,6 @@ def _within(seconds: float, action: Callable[[], T]) -> T | None:
 
 def _message(error: Exception) -> bytes:
     return f"{type(error).__name__}: {error}".encode()[:MESSAGE_LIMIT]
-
-
-def _padded(payload: Tensor, length: int) -> Tensor:
-    return torch.cat([payload, payload.new_zeros(length - payload.numel())])
 
 
 def _bytes(tensor: Tensor) -> int:

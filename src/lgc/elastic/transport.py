@@ -49,7 +49,7 @@ class ElasticTransport(Transport):
     """Counted collectives of the ranks that are there: a new group whenever one has come, gone or failed.
 
         ranks, behind, counts = transport.begin_round(...)
-        payloads = transport.all_gather_bytes(payload, ...)
+        results = transport.together(posts)
         transport.commit()
 
     Args:
