@@ -7,6 +7,7 @@ import copy
 import functools
 import sys
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, ClassVar
 
 import torch
@@ -156,22 +157,9 @@ class Site:
         self.agree(transport, 0, operation=operation)
         transport.meet(operation)
 
-    @contextlib.contextmanager
-    def together(self, step: int, operation: str = ROUND) -> Iterator[None]:
+    def together(self, step: int, operation: str = ROUND) -> AbstractContextManager[None]:
         """Raise an error in here on every rank of the site: its own where a rank has one, else RankError."""
-        own: Exception | None = None
-        try:
-            yield
-        except Exception as error:
-            own = error
-        try:
-            if self.inside is not None:
-                self.inside.open_round(step, finite=True, error=own, operation=operation)
-        except RankError:
-            if own is None:
-                raise
-        if own is not None:
-            raise own
+        return contextlib.nullcontext() if self.inside is None else self.inside.failing_together(step, operation)
 
     @contextlib.contextmanager
     def announcing(self, transport: Transport, *known: type[Exception]) -> Iterator[None]:

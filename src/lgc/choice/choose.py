@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -17,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from lgc.choice.cost import TOLERANCE, Link, as_fast, predict
 from lgc.choice.profile import Job, Profiler, stand_in, wrap
 from lgc.comm.replicas import require_agreement
-from lgc.comm.transport import SERVER, RankError, Transport
+from lgc.comm.transport import SERVER, Transport
 from lgc.fragments import fragmented
 from lgc.requirements import require_independent, require_real, trained
 from lgc.schemes import Dense, LocalSteps, PowerSGD, RoundScheme, Scheme, parse_scheme, require_rounds_by_count
@@ -72,7 +71,7 @@ def choose(
     inner = getattr(model, "_orig_mod", model)  # torch.compile's wrapper
     group, device = _place_of(inner, group)
     transport = Transport(group, device)
-    with _together(transport):
+    with transport.failing_together():
         schemes = _checked(candidates, link)
     parameters = {f"parameter {name}": [*p.shape, str(p.dtype)] for name, p in inner.named_parameters()}
     described = {"candidates": [str(scheme) for scheme in schemes], "link": repr(link)}
@@ -189,11 +188,11 @@ def _copied(
         }
     if bucket_cap_mb is not None:
         arguments["bucket_cap_mb"] = bucket_cap_mb
-    with _together(transport):
+    with transport.failing_together():
         copied = copy.deepcopy(module)
     ddp = wrap(copied, transport.group, **arguments)
     called = ddp if inner is model else copy.deepcopy(model, {id(inner): ddp})  # torch.compile's wrapper, of the copy
-    with _together(transport):
+    with transport.failing_together():
         _require_gradients(ddp, make_loss)
     return Job(ddp, lambda: make_loss(called), partial(stand_in, ddp))
 
@@ -227,15 +226,3 @@ def _require_gradients(ddp: DistributedDataParallel, make_loss: Callable[[nn.Mod
                 "is meant, build the model as DistributedDataParallel(model, find_unused_parameters=True)."
             )
     ddp.zero_grad()
-
-
-@contextlib.contextmanager
-def _together(transport: Transport) -> Iterator[None]:
-    """Have every rank do something by itself; if one fails, the others raise RankError with its error. A collective."""
-    try:
-        yield
-    except Exception as error:
-        with contextlib.suppress(RankError):
-            transport.open_round(0, finite=True, error=error)
-        raise
-    transport.open_round(0, finite=True)

@@ -135,18 +135,18 @@ class FromOne(Post):
 
     def messages(self, rank: int, world_size: int) -> Delivery:
         is_source = rank == self.source
-        whole = self.payload if is_source else _empty()
+        whole = self.payload if is_source else nothing()
         if world_size <= DIRECT_RANKS:
             lengths = [self.length if sender == self.source else 0 for sender in range(world_size)]
             received = yield Message(self.content, [whole] * world_size, lengths)
             return [received[self.source]]
         sizes = parts_of(self.length, world_size)
-        first = whole.split(sizes) if is_source else [_empty()] * world_size
+        first = whole.split(sizes) if is_source else [nothing()] * world_size
         pieces = yield Message(
             self.content, first, [sizes[rank] if sender == self.source else 0 for sender in range(world_size)]
         )
         piece = pieces[self.source]
-        second = [_empty() if receiver == self.source else piece for receiver in range(world_size)]
+        second = [nothing() if receiver == self.source else piece for receiver in range(world_size)]
         pieces = yield Message(self.content, second, [0] * world_size if is_source else sizes)
         return [whole if is_source else torch.cat(pieces)]
 
@@ -266,7 +266,8 @@ def require_possible(lengths: Sequence[int], limit: int) -> None:
             raise PayloadError("length", f"0 to {limit} bytes, as announced", length)
 
 
-def _empty() -> Tensor:
+def nothing() -> Tensor:
+    """The empty payload, of a rank that sends none where others do."""
     return torch.empty(0, dtype=torch.uint8, device="cpu")
 
 

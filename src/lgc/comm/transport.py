@@ -212,6 +212,17 @@ class Transport:
             [bool(row[1] & 1) for row in rows], [bool(row[1] & 2) for row in rows], [(row[2], row[3]) for row in rows]
         )
 
+    @contextlib.contextmanager
+    def failing_together(self, step: int = 0, operation: str = ROUND) -> Iterator[None]:
+        """Raise an error in here on every rank: its own where a rank has one, else RankError; a collective."""
+        try:
+            yield
+        except Exception as error:
+            with contextlib.suppress(RankError):
+                self.open_round(step, finite=True, error=error, operation=operation)
+            raise
+        self.open_round(step, finite=True, operation=operation)
+
     def meet(self, operation: str) -> None:
         """Have all ranks begin the same operation, of `OPERATIONS`; a collective.
 

@@ -78,14 +78,11 @@ class LGCCallback(TrainerCallback):  # type: ignore[misc]  # a framework without
             self._load(self._resumed)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Finish before the last checkpoint."""
+        """Finish before the last checkpoint, and where an evaluation has ended training."""
         if control.should_training_stop:
             self._finish()
 
-    def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Finish where an evaluation has ended training."""
-        if control.should_training_stop:
-            self._finish()
+    on_epoch_end = on_step_end
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Leave the model to whoever trains it next; a collective."""

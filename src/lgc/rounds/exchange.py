@@ -88,11 +88,6 @@ class DenseExchange(Exchange):
         return Exchanged([Piece(self.where, mean)], Piece(self.where, sent))
 
 
-def nothing() -> Tensor:
-    """The empty payload, of a rank that sends none where others do."""
-    return torch.empty(0, dtype=torch.uint8, device="cpu")
-
-
 def root_mean_square(x: Tensor) -> Tensor:
     """The root mean square of all elements, shape (1,)."""
     norm = torch.linalg.vector_norm(x, dtype=torch.float64)  # squares of float32 may vanish

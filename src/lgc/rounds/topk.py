@@ -22,9 +22,9 @@ from lgc.coding import (
     unpack,
     zeros_bound,
 )
-from lgc.comm.messages import FromOne, Posting, Sum, ToAll, to_all_usual
+from lgc.comm.messages import FromOne, Posting, Sum, ToAll, nothing, to_all_usual
 from lgc.comm.transport import Transport
-from lgc.rounds.exchange import Exchange, Exchanged, nothing, root_mean_square, sum_in_order
+from lgc.rounds.exchange import Exchange, Exchanged, root_mean_square, sum_in_order
 from lgc.rounds.feedback import Piece
 from lgc.rounds.schedule import Stage
 from lgc.rounds.selection import Region

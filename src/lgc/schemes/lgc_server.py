@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from lgc.coding import Kind, Uniform, ValueCodec, pack, size_limit, unpack
-from lgc.comm.messages import FromOne, Posting, to_all
+from lgc.comm.messages import FromOne, Posting, nothing, to_all
 from lgc.comm.transport import Transport
 from lgc.rounds.aggregator import Aggregator
 from lgc.rounds.autoencoder import ServerAutoencoder, replicated
-from lgc.rounds.exchange import Exchanged, nothing, root_mean_square, sum_in_order
+from lgc.rounds.exchange import Exchanged, root_mean_square, sum_in_order
 from lgc.rounds.feedback import Piece
 from lgc.rounds.layout import Layout, entries
 from lgc.rounds.schedule import Stage

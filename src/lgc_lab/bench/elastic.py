@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 import multiprocessing
 import os
 import random
@@ -23,7 +22,7 @@ from lgc.schemes import parse_scheme
 from lgc_lab import options
 from lgc_lab.launch.ranks import preload
 from lgc_lab.recipes.recipe import warmup_and_cosine
-from lgc_lab.recipes.text import BYTES, CONTEXT, GPT, TextSplit, load_text, next_byte_loss
+from lgc_lab.recipes.text import BYTES, CONTEXT, GPT, bits_per_byte, load_text, next_byte_loss
 from lgc_lab.terminal import aligned, notify
 
 FOLDER = "asyncio"  # of the standard library
@@ -189,11 +188,9 @@ def _train(tell: Connection, address: str, job: Job, taken: Any) -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     text = load_text(str(Path(sysconfig.get_path("stdlib"), FOLDER)), None)
-    train, test = text.train, text.test
-    assert isinstance(train, TextSplit)
     model: nn.Module = GPT(vocabulary=BYTES, context=CONTEXT, width=job.width, depth=job.depth, heads=2)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95))
-    sampler = lgc.elastic.Sampler(len(train))
+    sampler = lgc.elastic.Sampler(len(text.train))
     handle = lgc.elastic.attach(
         model,
         job.scheme,
@@ -208,14 +205,11 @@ def _train(tell: Connection, address: str, job: Job, taken: Any) -> None:
     while sampler.taken < job.samples:
         for group in optimizer.param_groups:
             group["lr"] = LEARNING_RATE * warmup_and_cosine(sampler.taken / job.samples)
-        inputs, labels = train.batch(torch.tensor([next(places) for _ in range(BATCH)]), None)
+        inputs, labels = text.train.batch(torch.tensor([next(places) for _ in range(BATCH)]), None)
         optimizer.zero_grad()
         next_byte_loss(model(inputs), labels).backward()
         optimizer.step()
         taken.value = max(taken.value, sampler.taken)
     handle.finish()
-    with torch.no_grad():
-        inputs, labels = test.batch(torch.arange(min(TEST_WINDOWS, len(test))), None)
-        bits = float(next_byte_loss(model(inputs), labels)) / math.log(2)
     digest = hashlib.sha256(b"".join(each.detach().numpy().tobytes() for each in model.parameters())).hexdigest()
-    tell.send(Result(handle.rounds, bits, digest))
+    tell.send(Result(handle.rounds, bits_per_byte(model, text.test, TEST_WINDOWS), digest))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from dataclasses import replace
 from datetime import timedelta
@@ -18,15 +17,15 @@ import lgc
 from lgc.schemes import LocalSteps, parse_scheme
 from lgc_lab import options
 from lgc_lab.launch.ranks import preload, start_ranks
-from lgc_lab.recipes.data import Data, Split
+from lgc_lab.recipes.data import Data
 from lgc_lab.recipes.recipe import warmup_and_cosine
-from lgc_lab.recipes.text import BYTES, CONTEXT, GPT, load_text, next_byte_loss
+from lgc_lab.recipes.text import BYTES, CONTEXT, GPT, bits_per_byte, load_text, next_byte_loss
 from lgc_lab.terminal import aligned, notify
 
 BATCH = 2  # windows of a rank and step
 LEARNING_RATE = 4e-3
 START = 10  # one step in so many exchanges its gradients, at the beginning
-TRAINED_ON, TESTED_ON, TESTED_AT_ONCE = 20_000, 256, 64  # windows
+TRAINED_ON, TESTED_ON = 20_000, 256  # windows
 TIMEOUT_S = 60.0
 
 
@@ -119,14 +118,4 @@ def _train(arm: Arm, data: Data, step_s: float, steps: int, seed: int) -> Outcom
     seconds, done = time.perf_counter() - started, handle.progress.steps
     handle.finish()
     rate = (done - arm.scheme.start_steps) / seconds
-    return Outcome(ranks * BATCH * done, ranks * BATCH * rate, _bits_per_byte(model, data.test))
-
-
-@torch.no_grad()
-def _bits_per_byte(model: GPT, split: Split) -> float:
-    losses = [
-        float(next_byte_loss(model(inputs), targets))
-        for start in range(0, min(TESTED_ON, len(split)), TESTED_AT_ONCE)
-        for inputs, targets in [split.batch(torch.arange(start, start + TESTED_AT_ONCE), None)]
-    ]
-    return mean(losses) / math.log(2)
+    return Outcome(ranks * BATCH * done, ranks * BATCH * rate, bits_per_byte(model, data.test, TESTED_ON))
