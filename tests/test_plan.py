@@ -10,7 +10,7 @@ import pytest
 from click.testing import CliRunner
 from runs import lgc
 
-from lgc.choice.cost import Collective, Prediction, Profile, SchemeCost, StageCost
+from lgc.choice.cost import Collective, Link, Prediction, Profile, SchemeCost, StageCost
 from lgc.schemes import parse_scheme
 from lgc_lab.bench.link.results import Cell
 from lgc_lab.cli import main
@@ -70,6 +70,22 @@ def test_what_lost_least_of_the_fast_ones_is_recommended(monkeypatch: pytest.Mon
     rows = predicted(dense=9, unknown=1)
     reason = command._reason(command._recommend(rows, labels), rows, labels)
     assert reason.startswith("Nothing else is within 10% of the fastest. Its loss was not measured;")
+
+
+def test_codes_that_know_earlier_rounds_are_said_to_be_counted_as_in_the_first() -> None:
+    schemes = [
+        "dense",
+        "dgc",
+        "dgc:indices=recent",
+        "dgc:indices=recent:reduction=two_stage",
+        "local+topk:values=recentsign",
+    ]
+    rows = predicted(**dict.fromkeys(schemes, 1.0))
+    text = command._as_text(
+        "10mbit", Link.parse("10mbit"), Profile(4, 1.0, []), rows, dict(zip(schemes, schemes, strict=True))
+    )
+    said = re.findall("Counted as in a first round, after which its codes are shorter: (.*)[.]", text)
+    assert said == ["dgc:indices=recent", "local+topk:values=recentsign"]
 
 
 def test_the_ladder_knows_the_schemes_that_are_planned_however_they_are_written(

@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lgc.choice.cost import TOLERANCE, Link, as_fast, predict
 from lgc.choice.profile import Job, Profiler, stand_in, wrap
+from lgc.choice.rehearsal import knows_past
 from lgc.comm.replicas import require_agreement
 from lgc.comm.transport import SERVER, Transport
 from lgc.fragments import fragmented
@@ -109,6 +110,8 @@ def _fastest(schemes: Sequence[Scheme], profiler: Profiler, link: Link) -> tuple
         reason += "per step: " + ", ".join(f"{one.scheme} {one.step:.3g} s" for one in predictions)
     if given_up:
         reason += f"; slower at once, and given up: {', '.join(given_up)}"
+    if remembering := [str(scheme) for scheme in measured if knows_past(scheme)]:
+        reason += f"; counted as in a first round, after which its codes are shorter: {', '.join(remembering)}"
     return measured[predictions.index(as_fast(predictions)[0])], reason
 
 

@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 
 from lgc.choice.cost import Collective, Kind, Link, SchemeCost, StageCost
+from lgc.coding import Recent
 from lgc.comm.messages import FromOne, Post, Sum, ToAll, ToEach
 from lgc.comm.transport import Transport, clock
 from lgc.phase import Phase
 from lgc.rounds.schedule import Schedule, Stage
-from lgc.schemes import Dense, LGCScheme, RoundScheme
+from lgc.schemes import Dense, LGCScheme, LocalSteps, RoundScheme, Scheme, SparseScheme, TopK
 from lgc.synchronizer import Policy, Synchronizer
 
 LEAST_ROUNDS, MOST_ROUNDS = 3, 15
@@ -246,6 +247,14 @@ class Rounds:
             self._synchronizer.aggregator.forget()  # gradients that are always the same would be foreseen
         seconds = clock(self._timer.device) - started
         return self._timer.agree(seconds, *(one.seconds for one in self._transport.collectives))
+
+
+def knows_past(scheme: Scheme) -> bool:
+    """Whether its codes know earlier rounds, of which a rehearsal has none: they are counted as in a first round."""
+    exchange = scheme.exchange if isinstance(scheme, LocalSteps) else scheme
+    if not isinstance(exchange, SparseScheme) or (isinstance(exchange, TopK) and exchange.reduction == "two_stage"):
+        return False
+    return isinstance(exchange.indices, Recent) or exchange.values.remembers
 
 
 def probe(transport: Transport, device: torch.device) -> Link:

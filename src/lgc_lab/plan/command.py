@@ -20,7 +20,7 @@ from torch import Tensor
 
 from lgc.choice.cost import Collective, Link, Prediction, Profile, SchemeCost, StageCost, as_fast, predict
 from lgc.choice.profile import Job, Profiler, stand_in, wrap
-from lgc.choice.rehearsal import probe
+from lgc.choice.rehearsal import knows_past, probe
 from lgc.comm.transport import Transport
 from lgc.schemes import (
     Dense,
@@ -302,7 +302,9 @@ def _as_text(name: str, link: Link, profile: Profile, rows: Sequence[Prediction]
     title = f"{profile.world_size} ranks, {name}: {link}"
     if name != MEASURED:
         title += "" if link.latency else " (--latency sets it)"
-    return "\n\n".join([title, aligned(table), *_advice(rows, labels, profile)])
+    remembering = [labels[row.scheme] for row in rows if knows_past(parse_scheme(row.scheme))]
+    notes = [f"Counted as in a first round, after which its codes are shorter: {each}." for each in remembering]
+    return "\n\n".join([title, aligned(table), *notes, *_advice(rows, labels, profile)])
 
 
 def _advice(rows: Sequence[Prediction], labels: Mapping[str, str], profile: Profile) -> list[str]:
