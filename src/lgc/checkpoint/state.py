@@ -183,7 +183,7 @@ def _decode(value: Any, tensors: Mapping[str, Tensor]) -> Any:
     ((kind, content),) = value.items()
     if kind == "$tensor":
         return tensors[content]
-    if kind == "$bytes":
+    if kind == "$bytes" and tensors[content].dtype == torch.uint8:
         return tensors[content].numpy().tobytes()
     if kind == "$shard":
         return Shard(**_decode(content, tensors))
