@@ -263,7 +263,7 @@ def owed(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def know(rank: int, world_size: int, folder: Path, places: int, inside: Inside, load: bool) -> tuple[bytes, bytes]:
-    """What codes know of earlier rounds at first, and once a run has trained and saved, or loaded, before it goes on."""
+    """What codes know of earlier rounds at first, and once a run has trained and saved, or loaded; then it goes on."""
     from torch.distributed import checkpoint
 
     def past() -> bytes:
