@@ -24,6 +24,7 @@ PLAIN, RELATIVE = 0, 1  # the first byte of a code
 COUNT_BYTES = 8  # of each number in what is saved of a coder
 
 
+Bools = npt.NDArray[np.bool_]
 Narrow = npt.NDArray[np.signedinteger[Any]]  # int32 where that holds all positions, else int64
 
 
@@ -151,8 +152,7 @@ class _Space:
     def __init__(self, known: Integers, segments: Segments) -> None:
         self._bounds = np.stack([segments.starts, segments.starts + segments.sizes])
         self._ages = _ages(known)
-        of_ages = np.bincount(self._ages, minlength=AGES)
-        self.kind_sizes = [int(of_ages[kind.start : kind.stop].sum()) for kind in KINDS]
+        self.kind_sizes = [int(np.count_nonzero(self._is_of(kind))) for kind in KINDS]
         # large arrays are small numbers, made once and computed in: new memory takes longer than what is computed
         end = max(int(self._bounds.max(initial=0)), (int(known[-1]) >> AGE_BITS) + 1)
         form = np.int32 if end < 2**31 - 1 else np.int64
@@ -220,7 +220,11 @@ class _Space:
     def _members(self) -> Iterator[Integers]:
         """The places among the known positions of those of each kind."""
         for kind in KINDS:
-            yield np.flatnonzero((self._ages >= kind.start) & (self._ages < kind.stop))
+            yield np.flatnonzero(self._is_of(kind))
+
+    def _is_of(self, kind: range) -> Bools:
+        """Which of the known positions are of a kind."""
+        return (self._ages >= kind.start) & (self._ages < kind.stop)
 
     def near(self, ranks: Integers) -> Integers:
         """The neighbours of these ranks."""
@@ -261,19 +265,17 @@ def _knowing(known: Integers) -> Recent:
 
 
 def _ages(known: Integers) -> Octets:
-    ages = np.empty(known.size, np.uint8)
-    np.bitwise_and(known, AGES - 1, out=ages, casting="unsafe")
-    return ages
+    return known.astype(np.uint8) & np.uint8(AGES - 1)
 
 
-def _is_first(known: Integers) -> npt.NDArray[np.bool_]:
+def _is_first(known: Integers) -> Bools:
     """Which of ascending entries have another position than the one before."""
     positions, first = known >> AGE_BITS, np.ones(known.size, np.bool_)
     np.not_equal(positions[1:], positions[:-1], out=first[1:])
     return first
 
 
-def _fewer(marks: npt.NDArray[np.bool_], count: int) -> npt.NDArray[np.bool_]:
+def _fewer(marks: Bools, count: int) -> Bools:
     """The marks, or their opposite in a kind of which more than half are entries; the same again undoes it."""
     return ~marks if 2 * count > marks.size else marks
 
