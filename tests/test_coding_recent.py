@@ -204,7 +204,7 @@ def test_what_no_coder_knows_is_refused() -> None:
         (known[:63], "known.numbers"),
         (b"\xff" + known[1:], "known.numbers"),
         (known[:7] + b"\xff" + known[8:], "known.numbers"),
-        (known + b"\0", "indices.unary"),
+        (known + b"\0", "indices"),
         (twice, "known.positions"),
     ):
         with pytest.raises(PayloadError) as caught:
