@@ -35,6 +35,7 @@ SCHEMES: dict[str, Any] = {
     "dense": lgc.Dense(),
     "dgc": lgc.DGC(rate=0.02, warmup_steps=6, clip_norm=1.0),
     "dgc-adam": lgc.DGC(rate=0.02, warmup_steps=6, second_moment=0.95),
+    "dgc-recent": lgc.DGC(rate=0.02, warmup_steps=6, indices=lgc.Recent(), values=lgc.RecentSign()),
     "dgc-two-stage": lgc.DGC(rate=0.02, warmup_steps=6, reduction="two_stage"),
     "quantized": lgc.Quantized(reduction="two_stage"),
     "scalecom": lgc.ScaleCom(rate=0.02, momentum=0.9, warmup_steps=6),
@@ -365,7 +366,7 @@ def through_dcp(rank: int, world_size: int, scheme: Any, directory: Path) -> lis
 
 
 @pytest.mark.grid
-@pytest.mark.parametrize("scheme", ["dense", "dgc-two-stage", "lgc-ps"])
+@pytest.mark.parametrize("scheme", ["dense", "dgc-recent", "dgc-two-stage", "lgc-ps"])
 @pytest.mark.parametrize("through", [through_torch_save, through_dcp])
 def test_the_state_fits_in_torchs_own_checkpoints(
     ranks: RankFactory, through: Callable[..., Any], scheme: str, tmp_path: Path

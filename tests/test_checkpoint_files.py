@@ -90,6 +90,7 @@ leaves = (
     | st.integers(-(2**70), 2**70)
     | st.floats(width=64)
     | st.text(max_size=5)
+    | st.binary(max_size=5)
     | st.floats(width=32).map(torch.tensor)
 )
 trees = st.recursive(
@@ -386,6 +387,7 @@ def hostile(path: Path, text: str) -> None:
 @pytest.mark.parametrize(
     "text",
     ["", "[1]", "NaN", '{"a": NaN}', '{"a": {"$tensor": "/x"}}', '{"a": {"$tensor": []}}', '{"a": {"$eval": "1"}}',
+     '{"a": {"$bytes": "/x"}}', '{"a": {"$bytes": "/w"}}',
      '{"a": {"$float": "1e9"}}', '{"a": {"$dict": [[[], 1]]}}', '{"a": {"$dict": 1}}', '{"a": {"$tuple": 1}}',
      '{"a": {"$tuple": [], "b": 1}}', '{"a": ' + "[" * 5000 + "]" * 5000 + "}", '{"a": {"$shard": 1}}',
      *(f'{{"a": {{"$shard": {{"local": {local}, "shape": {shape}, "stride": [1], "dim": {dim}, {place}}}}}}}'

@@ -39,6 +39,9 @@ SIZES, COUNTS = [1000, 0, 7, 50_000, 3], [20, 0, 7, 40, 0]
 ZEROS_COUNT = 1503
 
 
+TARGETS = 19  # four coders, what one of them knows, twelve codecs, zeros, the payload
+
+
 class Target(NamedTuple):
     """A decoder, bytes that it accepts, and what has to hold for whatever else it accepts."""
 
@@ -59,6 +62,7 @@ def targets(generator: np.random.Generator) -> Iterator[Target]:
     )
     recent = Recent().after(before)
     yield Target(repr(recent), recent.encode(indices, SIZES).numpy().tobytes(), partial(check_positions, recent))
+    yield Target("known", recent.after(indices).known(sum(SIZES)), check_known)
     values = torch.from_numpy(generator.standard_t(3, sum(COUNTS)).astype(np.float32))
     quantisers = (Uniform(3), Uniform(8), Uniform(4, block=16), LloydMax(1), LloydMax(), LloydMax(3, block=16))
     for codec in (Float32(), Float16(), BFloat16(), Sign(), DeadZone(0.5), *quantisers):
@@ -82,6 +86,10 @@ def check_indices(coder: IndexCoder, data: bytes) -> None:
 def check_positions(coder: IndexCoder, data: bytes) -> None:
     decoded = coder.decode(data, SIZES, COUNTS)
     assert torch.equal(coder.decode(coder.encode(decoded, SIZES), SIZES, COUNTS), decoded)
+
+
+def check_known(data: bytes) -> None:
+    assert Recent().knowing(data, sum(SIZES)).known(sum(SIZES)) == data
 
 
 def check_values(codec: ValueCodec, data: bytes) -> None:
@@ -133,10 +141,10 @@ def fuzz(count: int, seed: int) -> Counter[str]:
 
 
 def test_broken_bytes_are_refused_or_are_a_code() -> None:
-    assert len(fuzz(5_000, seed=0)) == 18  # four coders, twelve codecs, zeros, the payload
+    assert len(fuzz(5_000, seed=0)) == TARGETS
 
 
 @pytest.mark.exhaustive
 def test_many_broken_bytes_are_refused_or_are_a_code() -> None:
     count, seed = int(os.environ.get("FUZZ_COUNT", "1000000")), int(os.environ.get("FUZZ_SEED", "1"))
-    assert len(fuzz(count, seed)) == 16
+    assert len(fuzz(count, seed)) == TARGETS

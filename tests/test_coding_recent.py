@@ -110,6 +110,34 @@ def test_decodes_what_a_plain_reference_encoded(case: tuple[list[Positions], Pos
         assert after(past).decode(code, SIZES, counts).tolist() == positions
 
 
+@given(selections())
+@settings(max_examples=25, deadline=None)
+def test_what_a_coder_knows_makes_the_same_coder_elsewhere(case: tuple[list[Positions], Positions]) -> None:
+    past, positions = case
+    coder, size = after(past), sum(SIZES)
+    same = Recent().knowing(coder.known(size), size)
+    assert same.digest() == coder.digest()
+    assert torch.equal(same.encode(tensor(positions), SIZES), coder.encode(tensor(positions), SIZES))
+    assert same.after(tensor(positions)).known(size) == coder.after(tensor(positions)).known(size)
+
+
+def test_a_digest_tells_apart_what_was_selected_and_when() -> None:
+    pasts: list[list[Positions]] = [[], [[1, 5]], [[1, 6]], [[1, 5], []], [[1], [5]], [[5], [1]]]
+    assert len({after(past).digest() for past in pasts}) == len(pasts)
+
+
+def test_positions_beyond_32_bits_are_coded_as_others() -> None:
+    lengths = []
+    for first in (2**10, 2**33):
+        sizes, positions = [first, 2**20], [7, *range(first, first + 450, 9), first + 901]
+        coder = Recent().after(tensor([5, *range(first, first + 900, 9)]))
+        code = coder.encode(tensor(positions), sizes)
+        assert code[0] == 1
+        assert coder.decode(code, sizes, [1, len(positions) - 1]).tolist() == positions
+        lengths.append(code.numel())
+    assert lengths[1] - lengths[0] < 4  # but for the one gap of so many bits more
+
+
 def test_bytes_of_two_examples() -> None:
     """Pinned, as in docs/wire.md."""
     last, positions = list(range(0, 4000, 40)), sorted({*range(0, 4000, 40), 1003, 2020} - {1000})
@@ -166,6 +194,24 @@ def test_what_no_encoder_writes_is_refused() -> None:
         assert refused(coder, code[:place] + b"\xff" + code[place + 1 :], counts) == "indices.numbers"
     assert refused(coder, code[:1] + b"\x64" + code[2:], counts) == "indices.numbers"
     assert refused(coder, code, [0, 0, 0, len(positions)]) == "indices.known"
+
+
+def test_what_no_coder_knows_is_refused() -> None:
+    known = after([[1, 5, 8], [2, 5]]).known(9)
+    ages = np.array([1, 1, 0, 0, 0, 0, 0, 0], "<u8").tobytes()
+    twice = ages + Rice().encode(tensor([1, 9 + 1]), [9] * 8).numpy().tobytes()  # position 1, of both ages
+    for broken, field in (
+        (known[:63], "known.numbers"),
+        (b"\xff" + known[1:], "known.numbers"),
+        (known[:7] + b"\xff" + known[8:], "known.numbers"),
+        (known + b"\0", "indices"),
+        (twice, "known.positions"),
+    ):
+        with pytest.raises(PayloadError) as caught:
+            Recent().knowing(broken, 9)
+        assert caught.value.field == field
+    with pytest.raises(PayloadError, match="known must be 0 bytes"):
+        Rice().knowing(known, 9)
 
 
 def test_text_form() -> None:

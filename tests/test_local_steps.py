@@ -109,6 +109,7 @@ def interrupted(rank: int, _: int, scheme: lgc.LocalSteps, ddp: bool, stop: int)
     )
 
 
+RECENT = lgc.TopK(rate=0.1, indices=lgc.Recent(), values=lgc.RecentSign())
 INTERRUPTED = {
     "dense": exact(),
     "start": lgc.LocalSteps(every=4, start_steps=6),
@@ -116,6 +117,7 @@ INTERRUPTED = {
     "topk": lgc.LocalSteps(every=4, exchange=lgc.TopK(rate=0.1), start_steps=2, decay=0.9),
     "overlap": lgc.LocalSteps(every=4, start_steps=2, overlap=True),
     "fragments": lgc.LocalSteps(every=4, start_steps=2, fragments=2, overlap=True),
+    "recent": lgc.LocalSteps(every=4, exchange=RECENT, start_steps=2, fragments=2, overlap=True),
 }
 
 

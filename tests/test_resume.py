@@ -40,7 +40,7 @@ VICTIMS = {
 }
 PHASES = {"dense": 12, "warmup": 14, "train": 14, "compressed": 16}
 SCHEDULE = "dense_steps=12:warmup_steps=14:train_steps=14:refresh_below=0"
-DGC = "dgc:warmup_steps=11"
+DGC = "dgc:warmup_steps=11:indices=recent:values=recentsign"
 
 
 def train(out: Path, *arguments: str, returncode: int = 0) -> Done:
@@ -147,10 +147,14 @@ def test_a_run_of_other_settings_is_not_continued_and_not_touched(interrupted: P
     assert (interrupted / "metrics.jsonl").read_bytes() == before
 
 
-def test_a_summary_that_a_power_failure_left_empty_is_written_anew(interrupted: Path) -> None:
-    (interrupted / "summary.json").touch()
+def test_killed_a_run_sends_what_one_does_that_was_not_as_it_knows_what_was_sent_before(
+    interrupted: Path, tmp_path: Path
+) -> None:
+    (interrupted / "summary.json").touch()  # as a power failure may leave it; it is written anew
     train(interrupted, "--scheme", DGC)
-    assert measured(interrupted)[1]["steps"] == STEPS
+    train(tmp_path / "undisturbed", "--scheme", DGC)
+    assert measured(interrupted) == measured(tmp_path / "undisturbed")
+    assert all("rank0_sent_bytes" in row for row in rows(interrupted) if "loss" in row)
 
 
 def test_a_run_that_failed_before_its_first_step_is_not_in_the_way_of_a_corrected_one(tmp_path: Path) -> None:

@@ -262,6 +262,42 @@ def owed(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return {path: each + servers.get(path, 0) for path, each in state.items() if "/server_" not in path}
 
 
+def know(rank: int, world_size: int, folder: Path, places: int, inside: Inside, load: bool) -> tuple[bytes, bytes]:
+    """What codes know of earlier rounds at first, and once a run has trained and saved, or loaded; then it goes on."""
+    from torch.distributed import checkpoint
+
+    def past() -> bytes:
+        known: bytes = run.handle.state_dict()["aggregator"]["replicated"]["round 0"]["past"]["own"]
+        return known
+
+    exchange = lgc.TopK(rate=0.1, indices=lgc.Recent(), values=lgc.RecentSign())
+    where = Place(rank, world_size, places)
+    run = SiteRun(where, lgc.LocalSteps(every=2, exchange=exchange, start_steps=0), inside)
+    at_first = past()
+    if load:
+        lgc.checkpoint.load_distributed(run.handle, checkpoint_id=folder)
+    else:
+        handle = lgc.checkpoint.distributed_state(run.train(range(8)).handle)
+        checkpoint.save({"handle": handle}, checkpoint_id=folder)
+    known = past()
+    run.train(range(8, 12)).handle.finish()
+    return at_first, known
+
+
+@pytest.mark.parametrize("inside", ["ddp", pytest.param("fsdp", marks=pytest.mark.exhaustive)])
+def test_what_codes_know_is_of_a_place_in_all_sites_and_forgotten_where_the_model_is_cut_otherwise(
+    ranks: RankFactory, inside: Inside, tmp_path: Path
+) -> None:
+    saved = [known for _, known in ranks(4).run(know, tmp_path, 2, inside, False)]
+    assert saved[0] == saved[2] != saved[1] == saved[3]
+    assert [known for _, known in ranks(4).run(know, tmp_path, 2, inside, True)] == saved
+    for (at_first, known), of_two in zip(ranks(2).run(know, tmp_path, 2, inside, True), saved, strict=False):
+        assert len(known) < len(of_two)  # of one site
+        assert known != at_first
+    for at_first, known in ranks(2).run(know, tmp_path, 1, "plain", True):
+        assert known == at_first
+
+
 def keep_on(
     rank: int, world_size: int, folder: Path, places: int, inside: Inside, load: bool
 ) -> tuple[dict[str, Tensor], int]:

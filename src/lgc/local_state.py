@@ -204,6 +204,8 @@ class LocalState(Caller):
         if resharded:
             state = {**state, "server": {}, "per_rank": self._adapted(state)}
         require_same_form(here, state, "aggregator")
+        for name, synchronizer in self._synchronizers().items():
+            synchronizer.aggregator.read_pasts({"replicated": state["replicated"][name]})
 
     def _adapted(self, state: Any) -> dict[str, Any]:
         """What is per rank in a resharded state, as these ranks have it."""

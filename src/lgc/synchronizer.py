@@ -97,6 +97,7 @@ class Synchronizer:
         self.transport = transport
         device = next(iter(tensors.values())).device
         self.aggregator = method.build(method.layout(tensors.items()), transport, device=device)
+        self.aggregator.on_difference = self.policy.on_difference
         self.observers: list[Observer] = []
         self._replicas = replicas or {}
         self._check = ReplicaCheck(transport, self.policy.check_every, self.policy.on_difference, unit)

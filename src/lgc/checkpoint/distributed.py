@@ -14,7 +14,7 @@ from lgc.sites import Site
 OF_ALL = ("version", "scheme", "step", "phase")  # of a handle's state, the same on all ranks
 ABOUT = (*OF_ALL, "sites", "ranks", "cut", "counts", "owing")
 COUNTS = ("wire", "inside")
-OWED = "server_residual"
+OWED, BUFFERS, PAST = "server_residual", "buffers", "past"
 
 
 def distributed_state(handle: Handle) -> dict[str, Any]:
@@ -23,7 +23,8 @@ def distributed_state(handle: Handle) -> dict[str, Any]:
         save({"handle": lgc.checkpoint.distributed_state(handle)}, checkpoint_id="checkpoint")
 
     Tensors are whole, as DTensors where the model is sharded. What all sites have the same of is under equal keys; what
-    is of one site, or of one rank, has its number in the key. `load_distributed` goes on from it.
+    is of one site, of one rank, or of the ranks at one place of all sites, has its number in the key.
+    `load_distributed` goes on from it.
 
     Raises:
         ValueError: on every rank, where rounds are opened by time, or ranks come and go.
@@ -33,16 +34,18 @@ def distributed_state(handle: Handle) -> dict[str, Any]:
     counts = site.of_all(transport, [state.get(name) for name in COUNTS], "counts")
     aggregator = state["aggregator"]
     per_rank = aggregator.get("per_rank", {})
+    # of the first site: until LGC's autoencoder is trained, rank 0 alone has it
+    replicated = {} if transport.rank else aggregator.get("replicated", {})
     about = {"sites": sites, "ranks": sites * site.places, "cut": site.cut}
     about |= {"counts": json.dumps(counts), "owing": json.dumps(_owing(per_rank))}
     return {
         **{name: state[name] for name in OF_ALL},
         **about,
-        # of the first site: until LGC's autoencoder is trained, rank 0 alone has it
-        "replicated": {} if transport.rank else aggregator.get("replicated", {}),
+        "replicated": _without(replicated, PAST),
+        f"past {site.place}": _only(replicated, PAST),
         "server": aggregator.get("server", {}),  # empty but on rank 0
-        f"site {transport.rank}": _without_buffers(per_rank),
-        f"rank {transport.rank * site.places + site.place}": _buffers(per_rank),
+        f"site {transport.rank}": _without(per_rank, BUFFERS),
+        f"rank {transport.rank * site.places + site.place}": _only(per_rank, BUFFERS),
     }
 
 
@@ -53,7 +56,8 @@ def load_distributed(handle: Handle, *, key: str = "handle", **where: Any) -> No
 
     On as many sites and ranks as saved it, and with the model cut in the same way, the run goes on bit for bit. Else
     the handle must be new. Each rank takes its part out of the whole; at another number of sites, what is of one is
-    shared out as by `reshard`, so that the mean of what is owed stays.
+    shared out as by `reshard`, so that the mean of what is owed stays. What codes know of earlier rounds is forgotten
+    where the model is cut in another way, which costs bytes for a few rounds, and changes no number.
 
     Args:
         handle: at the step of the model, which is to be loaded before.
@@ -76,21 +80,28 @@ def load_distributed(handle: Handle, *, key: str = "handle", **where: Any) -> No
     saved = _saved(load, key, state)
     sites, ranks = transport.world_size, transport.world_size * site.places
     rank = transport.rank * site.places + site.place
-    is_same = [saved[name] for name in ("sites", "ranks", "cut")] == [sites, ranks, site.cut]
+    is_cut_alike = [saved["ranks"], saved["cut"]] == [saved["sites"] * site.places, site.cut]
+    is_same = is_cut_alike and saved["sites"] == sites
     state |= {name: saved[name] for name in OF_ALL}
     if not is_same:
         state["resharded_from"] = saved["sites"]
     if state["aggregator"]:  # there is something to load
         of_site, of_rank = _shares(saved["sites"], transport.rank, sites), _shares(saved["ranks"], rank, ranks)
-        wanted = {name: state["aggregator"][name] for name in ("replicated", "server")}
+        replicated, past = state["aggregator"]["replicated"], f"past {site.place}"
+        wanted = {"replicated": _without(replicated, PAST), "server": state["aggregator"]["server"]}
+        if is_cut_alike:
+            wanted[past] = _only(replicated, PAST)
         for each in of_site:  # a new copy each time, to be overwritten
             here = handle.state_dict(whole=True)["aggregator"]["per_rank"]
-            wanted[f"site {each}"] = _owing_as(json.loads(saved["owing"]), _without_buffers(here))
+            wanted[f"site {each}"] = _owing_as(json.loads(saved["owing"]), _without(here, BUFFERS))
         for each in of_rank:
-            wanted[f"rank {each}"] = _buffers(handle.state_dict()["aggregator"]["per_rank"])
+            wanted[f"rank {each}"] = _only(handle.state_dict()["aggregator"]["per_rank"], BUFFERS)
         found = load(wanted)
-        per_rank = _merged(_mean(found, "site", of_site), _mean(found, "rank", of_rank))
-        state["aggregator"] = {"replicated": found["replicated"], "server": found["server"], "per_rank": per_rank}
+        state["aggregator"] = {
+            "replicated": _merged(found["replicated"], found.get(past, _only(replicated, PAST)), PAST),
+            "server": found["server"],
+            "per_rank": _merged(_mean(found, "site", of_site), _mean(found, "rank", of_rank), BUFFERS),
+        }
     for name, counts in zip(COUNTS, zip(*json.loads(saved["counts"]), strict=True), strict=True):
         if name in state and None not in counts:
             wires = [json.loads(each) for each in counts]
@@ -158,20 +169,22 @@ def _owing_as(owing: Mapping[str, Any], state: Any) -> Any:
     return deeper
 
 
-def _without_buffers(state: Any) -> Any:
+def _without(state: Any, part: str) -> Any:
+    """A nested state without the parts of one name, which are mappings: parameters of that name stay."""
     if not isinstance(state, Mapping):
         return state
-    return {name: _without_buffers(each) for name, each in state.items() if name != "buffers"}
+    kept = {name: each for name, each in state.items() if name != part or not isinstance(each, Mapping)}
+    return {name: _without(each, part) for name, each in kept.items()}
 
 
-def _buffers(state: Mapping[str, Any]) -> dict[str, Any]:
-    """The buffers in a nested state, where they are."""
+def _only(state: Mapping[str, Any], part: str) -> dict[str, Any]:
+    """The parts of one name in a nested state, where they are."""
     nested = {name: each for name, each in state.items() if isinstance(each, Mapping)}
-    found = {name: each if name == "buffers" else _buffers(each) for name, each in nested.items()}
-    return {name: each for name, each in found.items() if name == "buffers" or each}
+    found = {name: each if name == part else _only(each, part) for name, each in nested.items()}
+    return {name: each for name, each in found.items() if name == part or each}
 
 
-def _merged(state: Mapping[str, Any], buffers: Mapping[str, Any]) -> dict[str, Any]:
-    """What `_without_buffers` and `_buffers` have parted."""
-    inserted = {name: each if name == "buffers" else _merged(state[name], each) for name, each in buffers.items()}
+def _merged(state: Mapping[str, Any], parts: Mapping[str, Any], part: str) -> dict[str, Any]:
+    """What `_without` and `_only` have parted."""
+    inserted = {name: each if name == part else _merged(state[name], each, part) for name, each in parts.items()}
     return {**state, **inserted}

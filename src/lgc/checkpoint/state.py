@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
+import numpy as np
 import safetensors
 import safetensors.torch
 import torch
@@ -99,8 +100,8 @@ def to_json(state: State) -> tuple[str, dict[str, Tensor]]:
     """Split a state into JSON text and tensors by their path in it: contiguous, on the CPU, with storage of their own.
 
     Lists are lists and dicts with string keys are objects; {"$tensor": name}, {"$shard": {"local": {"$tensor": name},
-    "shape": ...}} (see `Shard`), {"$float": "nan"}, {"$tuple": [...]} and {"$dict": [[key, value], ...]} are what JSON
-    does not have. Raises TypeError, naming the part that has no such form.
+    "shape": ...}} (see `Shard`), {"$bytes": name} (as a tensor), {"$float": "nan"}, {"$tuple": [...]} and {"$dict":
+    [[key, value], ...]} are what JSON does not have. Raises TypeError, naming the part that has no such form.
     """
     tensors: dict[str, Tensor] = {}
     return json.dumps(_encode(state, "", tensors), allow_nan=False), tensors
@@ -133,6 +134,9 @@ def from_bytes(data: bytes) -> dict[str, Any]:
 def _encode(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
     if isinstance(value, Tensor):
         return _encode_tensor(value, name, tensors)
+    if type(value) is bytes:
+        tensors[name] = torch.from_numpy(np.frombuffer(value, np.uint8).copy())
+        return {"$bytes": name}
     if value is None or type(value) in (bool, int, str):
         return value
     if type(value) is float:
@@ -179,6 +183,8 @@ def _decode(value: Any, tensors: Mapping[str, Tensor]) -> Any:
     ((kind, content),) = value.items()
     if kind == "$tensor":
         return tensors[content]
+    if kind == "$bytes" and tensors[content].dtype == torch.uint8:
+        return tensors[content].numpy().tobytes()
     if kind == "$shard":
         return Shard(**_decode(content, tensors))
     if kind == "$float" and content in ("nan", "inf", "-inf"):

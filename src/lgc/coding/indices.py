@@ -64,6 +64,7 @@ class IndexCoder(ABC):
     code is computed on the CPU: tensors of other devices are copied there, so the bytes do not depend on the device.
     """
 
+    remembers: ClassVar[bool] = False  # whether `after` makes a difference
     _total_bits: ClassVar[int] = POSITION_BITS  # of the largest sum of the sizes
 
     def encode(self, indices: Tensor, sizes: Sequence[int]) -> Tensor:
@@ -118,6 +119,24 @@ class IndexCoder(ABC):
 
     def after(self, positions: Tensor) -> IndexCoder:
         """The coder for what a sender selects next, once both sides know that it has selected these."""
+        return self
+
+    def digest(self) -> int:
+        """A number of 32 bits that tells coders apart which know different things."""
+        return 0
+
+    def known(self, size: int) -> bytes:
+        """What this coder knows of earlier selections from `size` positions, for `knowing`."""
+        return b""
+
+    def knowing(self, known: bytes, size: int) -> IndexCoder:
+        """A coder that knows what another one did; parsed as hostile.
+
+        Raises:
+            ValueError: if no coder knows that.
+        """
+        if known:
+            raise PayloadError("known", "0 bytes", len(known))
         return self
 
     def bound(self, sizes: Sequence[int], counts: Sequence[int]) -> int:
@@ -216,6 +235,11 @@ class Rice(_GapCoder):
     def _width(self, size: int, count: int) -> int:
         least = -(-2406 * (2 * size - count) // (10_000 * count))
         return (least - 1).bit_length()
+
+    def length(self, positions: Integers, segments: Segments) -> int:
+        """Bytes of the code of these positions."""
+        quotients = segments.gaps(positions) >> segments.repeat(self._widths(segments))
+        return self._low_size(segments) + octet_count(segments.count + int(quotients.sum()))
 
     def _encode_quotients(self, quotients: Integers, segments: Segments) -> Octets:
         return pack_unary(quotients)

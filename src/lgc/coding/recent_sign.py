@@ -6,17 +6,14 @@ from dataclasses import dataclass, field
 from typing import ClassVar, final
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from lgc.coding.bits import Integers, check_bits, octet_count
 from lgc.coding.indices import Rice
 from lgc.coding.payload import Octets, PayloadError
-from lgc.coding.recent import PLAIN, RELATIVE
+from lgc.coding.recent import PLAIN, RELATIVE, Bools
 from lgc.coding.values import Floats, Sign, ValueCodec
-
-Bools = npt.NDArray[np.bool_]
 
 COUNT_BYTES = 4
 

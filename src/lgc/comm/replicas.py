@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -74,11 +74,15 @@ def compare(transport: Transport, digests: Mapping[str, Tensor], *, counts: bool
     differences = {}
     for name, of_all in zip(digests, by_tensor, strict=True):
         values = [of_all[rank] for rank in ranks]
-        usual = max(values, key=lambda value: (values.count(value), value == values[0]), default=None)
-        if values.count(usual) < len(values):
-            others = [rank for rank in ranks if of_all[rank] != usual]
+        if others := [ranks[place] for place in unusual(values)]:
             differences[name] = Difference(others, next(rank for rank in ranks if rank not in others))
     return Comparison(ranks, differences)
+
+
+def unusual(values: Sequence[object]) -> list[int]:
+    """The places of the values that are not what most are; without a majority, not what the first one is."""
+    usual = max(values, key=lambda value: (values.count(value), value == values[0]), default=None)
+    return [place for place, value in enumerate(values) if value != usual]
 
 
 class ReplicaCheck:

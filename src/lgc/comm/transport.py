@@ -47,6 +47,7 @@ OPERATIONS = (
     "handle.load_state_dict",
     FINISH,
 )
+OPERATION_BITS = 5  # that tell them apart
 NUMBERS = 2  # of its own that each rank tells in the opening of a round
 JSON_LIMIT = 2**28  # bytes
 MESSAGE_LIMIT = 4096  # bytes of an error message
@@ -67,12 +68,14 @@ def clock(device: torch.device) -> float:
 class Opening(NamedTuple):
     """Knowledge of all ranks once a round is open; one element a rank.
 
-    `numbers` are what a rank has told of itself, as any 64 bits; 0 where it has told none.
+    `numbers` are what a rank has told of itself, as any 64 bits; 0 where it has told none. `pasts` differ where ranks
+    know different things of earlier rounds.
     """
 
     finite: list[bool]
     votes: list[bool]
     numbers: list[tuple[int, int]]
+    pasts: list[int]
 
 
 _announced_here: set[str] = set()  # the keys of this process's errors in the store
@@ -158,6 +161,7 @@ class Transport:
         numbers: Sequence[int] = (),
         error: Exception | None = None,
         operation: str = ROUND,
+        past: int = 0,
     ) -> Opening:
         """Tell all ranks this rank's state before anything else of the round is sent: 32 bytes a rank.
 
@@ -169,12 +173,14 @@ class Transport:
                 has done.
             error: why it could prepare none.
             operation: of `OPERATIONS`, where it is none of training.
+            past: digest, in 32 bits, of what this rank knows of earlier rounds and codes by.
 
         Raises:
             RankError: on every rank, if one passes an error, or the ranks are at different steps or operations.
         """
         message = b"" if error is None else _message(error)
         flags = finite | vote << 1 | (error is not None) << 2 | OPERATIONS.index(operation) << 3
+        flags |= past << 3 + OPERATION_BITS
         own = [*([len(message)] if error else numbers), 0, 0][:NUMBERS]
         preamble = torch.tensor([step, flags, *own], device="cpu")
         rows = self.all_gather(preamble, "preamble").tolist()
@@ -188,7 +194,8 @@ class Transport:
                 f"{self.member} {rank}: {bytes(messages[rank].tolist()).decode(errors='replace')}" for rank in failed
             ]
             raise RankError(f"lgc: step {step}: {'; '.join(texts)}") from error
-        operations = [OPERATIONS[row[1] >> 3] if 0 <= row[1] >> 3 < len(OPERATIONS) else "another" for row in rows]
+        numbers_of = [row[1] >> 3 & 2**OPERATION_BITS - 1 for row in rows]
+        operations = [OPERATIONS[number] if number < len(OPERATIONS) else "another" for number in numbers_of]
         if set(operations) != {operation}:
             texts = [f"{self.member} {rank} in {each}" for rank, each in enumerate(operations)]
             hint = (
@@ -209,7 +216,10 @@ class Transport:
             _announced_here.remove(key)
             _within(ANNOUNCEMENT_WAIT_S, lambda: self._store().delete_key(key))
         return Opening(
-            [bool(row[1] & 1) for row in rows], [bool(row[1] & 2) for row in rows], [(row[2], row[3]) for row in rows]
+            [bool(row[1] & 1) for row in rows],
+            [bool(row[1] & 2) for row in rows],
+            [(row[2], row[3]) for row in rows],
+            [row[1] >> 3 + OPERATION_BITS for row in rows],
         )
 
     @contextlib.contextmanager

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from functools import reduce
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from lgc.comm.messages import lockstep
+from lgc.comm.replicas import OnDifference, ReplicaError, unusual
 from lgc.comm.transport import Opening, Transport
 from lgc.rounds.exchange import Exchange, Exchanged
 from lgc.rounds.feedback import Feedback, Piece
 from lgc.rounds.layout import Layout
+from lgc.rounds.past import Learned, Past
 from lgc.rounds.schedule import Schedule, Stage
+
+logger = logging.getLogger("lgc")
 
 
 class Round(NamedTuple):
@@ -37,10 +44,13 @@ class Aggregator(ABC):
 
     Attributes:
         metrics: what this rank measured in the last round.
-        remembering: the exchanges that may know something of earlier rounds.
+        pasts: what is known of earlier rounds and coded by, by role of the segments.
+        on_difference: what is done where the ranks know different things of them: "raise" ReplicaError, or
+            "synchronise", which is to forget them, with a warning.
     """
 
-    remembering: Sequence[Exchange] = ()
+    pasts: Mapping[str, Past] = MappingProxyType({})
+    on_difference: OnDifference = "raise"
 
     def __init__(self, layout: Layout, transport: Transport, schedule: Schedule, feedback: Feedback) -> None:
         self.layout = layout
@@ -71,6 +81,7 @@ class Aggregator(ABC):
 
         Raises:
             RankError: on every rank, if one failed to prepare.
+            ReplicaError: on every rank, if they know different things of earlier rounds. No state has changed.
         """
         stage = self.schedule.at(step)._replace(resting=tuple(resting))
         self.metrics.clear()
@@ -78,6 +89,9 @@ class Aggregator(ABC):
         v = self.feedback.accumulate(gradient, stage.resting)  # u = m u + g;  v = v + u
         exchanges = self.exchanges(stage)
         opening, payloads = self._open(v, exchanges, stage)
+        if different := unusual(opening.pasts):
+            self._forget_different(different, step)
+            opening, payloads = self._open(v, exchanges, stage)
         nonfinite_ranks = tuple(rank for rank, finite in enumerate(opening.finite) if not finite)
         if nonfinite_ranks:
             self.finish(step, [])
@@ -103,8 +117,28 @@ class Aggregator(ABC):
         except Exception as exception:
             error = exception
         lengths = [payload.numel() for payload in payloads if payload is not None]
-        opening = self.transport.open_round(stage.step, finite=finite, vote=self.vote(), numbers=lengths, error=error)
+        past = reduce(lambda digest, past: past.digest(digest), self.pasts.values(), 0)
+        opening = self.transport.open_round(
+            stage.step, finite=finite, vote=self.vote(), numbers=lengths, error=error, past=past
+        )
         return opening, payloads
+
+    def _forget_different(self, ranks: Sequence[int], step: int) -> None:
+        """Forget what these ranks know other things of than most; ReplicaError, if that is not allowed."""
+        member = self.transport.member
+        message = (
+            f"lgc: step {step}: what the {member}s know of earlier rounds, and code by, is not the same on {member} "
+            f"{', '.join(map(str, ranks))}"
+        )
+        if self.on_difference == "raise":
+            raise ReplicaError(
+                f"{message}. Nothing has been decoded with it, and no state has changed. Go on from a checkpoint; "
+                'attach(on_difference="synchronise") has all ranks forget it, with a warning: that costs bytes for a '
+                "few rounds, and changes no number."
+            )
+        if self.transport.rank == 0:
+            logger.warning("%s; all forget it.", message)
+        self.forget()
 
     def _close(self, exchanged: Sequence[Exchanged]) -> Round:
         """Settle what was sent, commit, and add up the mean."""
@@ -119,29 +153,45 @@ class Aggregator(ABC):
 
     def replicas(self) -> dict[str, Tensor]:
         """Tensors that are the same on all ranks, by name."""
-        return {}
+        return {name: tensor for past in self.pasts.values() for name, tensor in past.replicas().items()}
 
     def forget(self) -> None:
         """Know nothing of earlier rounds that would only make codes shorter; on all ranks, or on none."""
-        for exchange in self.remembering:
-            exchange.forget()
+        for past in self.pasts.values():
+            past.forget()
 
     def state_dict(self) -> dict[str, Any]:
-        """This rank's state: tensors by parameter name, numbers and strings.
+        """This rank's state: tensors by parameter name, numbers, strings and bytes.
 
         In three parts, which say what becomes of it at another world size: `per_rank` (its mean over the ranks stays),
-        `replicated` (rank 0's counts, for all) and `server` (rank 0's, empty elsewhere).
+        `replicated` (rank 0's counts, for all) and `server` (rank 0's, empty elsewhere). In `replicated` there is
+        `past`, if codes make use of it; it depends on how the model is cut, and its length differs from step to step.
         """
         per_rank = {name: self.named_copies(buffer) for name, buffer in self.feedback.buffers().items()}
-        replicated = {"train_end": self.schedule.train_end, "updates": self.feedback.updates}
+        replicated: dict[str, Any] = {"train_end": self.schedule.train_end, "updates": self.feedback.updates}
+        if remembering := self._remembering():
+            replicated["past"] = {name: past.to_bytes() for name, past in remembering.items()}
         return {"per_rank": per_rank, "replicated": replicated, "server": {}}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Set this rank's state; names, types and shapes have been checked against `state_dict()`."""
+        """Set this rank's state; names, types and shapes have been checked against `state_dict()`.
+
+        Raises:
+            ValueError: as `read_pasts`; nothing has been changed then.
+        """
+        learned = self.read_pasts(state)
         self.feedback.load({name: self.flat(state["per_rank"][name]) for name in self.feedback.buffers()})
         self.feedback.updates = state["replicated"]["updates"]
         self.schedule.train_end = state["replicated"]["train_end"]
-        self.forget()
+        for name, past in self._remembering().items():
+            past.load(learned[name])
+
+    def read_pasts(self, state: Mapping[str, Any]) -> dict[str, Learned]:
+        """What a state, of the right form, has of earlier rounds; raises ValueError if ranks cannot know that."""
+        return {name: past.read(state["replicated"]["past"][name]) for name, past in self._remembering().items()}
+
+    def _remembering(self) -> dict[str, Past]:
+        return {name: past for name, past in self.pasts.items() if past.remembers}
 
     def adapt_state(self, state: Mapping[str, Any], step: int) -> Mapping[str, Any]:
         """`state` of another world size, resharded, with what cannot outlive that as this new aggregator has it."""

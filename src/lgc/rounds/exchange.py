@@ -52,9 +52,6 @@ class Exchange(ABC):
     def commit(self) -> None:  # noqa: B027 - most exchanges keep nothing
         """Make what this round has changed in the exchange its state; not called for one that was abandoned."""
 
-    def forget(self) -> None:  # noqa: B027
-        """Know nothing of earlier rounds that would only make codes shorter."""
-
 
 class DenseExchange(Exchange):
     """All-reduce of a whole region.

@@ -26,6 +26,7 @@ from lgc.comm.messages import FromOne, Posting, Sum, ToAll, nothing, to_all_usua
 from lgc.comm.transport import Transport
 from lgc.rounds.exchange import Exchange, Exchanged, root_mean_square, sum_in_order
 from lgc.rounds.feedback import Piece
+from lgc.rounds.past import Past
 from lgc.rounds.schedule import Stage
 from lgc.rounds.selection import Region
 from lgc.rounds.two_stage import Code, TwoStage
@@ -44,23 +45,21 @@ class Codecs(NamedTuple):
 class TopKExchange(Exchange):
     """Selects from a region by size, and sends values with their indices.
 
-    Every rank has a coder of indices for each sender, which knows what that sender has selected, if it can.
+    Args:
+        transport: between the ranks.
+        region: that is selected from.
+        codecs: how indices and values become bytes.
+        past: what the codes know of earlier rounds; None is nothing yet.
     """
 
-    def __init__(self, transport: Transport, region: Region, codecs: Codecs) -> None:
+    def __init__(self, transport: Transport, region: Region, codecs: Codecs, past: Past | None = None) -> None:
         self.transport = transport
         self.region = region
         self.codecs = codecs
-        self._coders = [codecs.indices] * transport.world_size
-        self._next: dict[int, IndexCoder] = {}
-
-    def forget(self) -> None:
-        self._coders = [self.codecs.indices] * self.transport.world_size
-        self._next = {}
+        self.past = past or Past(transport, region, codecs.indices)
 
     def commit(self) -> None:
-        self._coders = [self._next.get(rank, coder) for rank, coder in enumerate(self._coders)]
-        self._next = {}
+        self.past.commit()
 
     def index_bound(self, stage: Stage) -> int:
         """The largest possible number of bytes of the indices."""
@@ -68,52 +67,31 @@ class TopKExchange(Exchange):
 
     def encode_indices(self, positions: Tensor) -> Tensor:
         """The bytes of selected positions."""
-        return self._coders[self.transport.rank].encode(positions, self.region.sizes)
+        return self.past.coder(self.transport.rank).encode(positions, self.region.sizes)
 
     def decode_indices(self, codes: Mapping[int, Tensor], stage: Stage, device: torch.device) -> list[Tensor]:
         """Elements of the flat vector, int64, ascending, for the code of each sender."""
         counts = self.region.counts(stage.least_rate)
         selected = {
-            sender: self._coders[sender].decode(code, self.region.sizes, counts) for sender, code in codes.items()
+            sender: self.past.coder(sender).decode(code, self.region.sizes, counts) for sender, code in codes.items()
         }
-        self._next = {sender: self._coders[sender].after(positions) for sender, positions in selected.items()}
+        self.past.learn_selected(selected)
         return [self.region.elements(positions).to(device) for positions in selected.values()]
 
 
 class OwnTopK(TopKExchange):
     """Every rank's own largest values, with their indices, to all ranks: all-gather.
 
-    What a rank receives grows with the number of ranks. If the codec of values remembers, every rank has the sign that
-    each rank has last sent of everything: a byte a parameter and rank.
+    What a rank receives grows with the number of ranks.
     """
 
     def __init__(self, transport: Transport, region: Region, codecs: Codecs) -> None:
-        super().__init__(transport, region, codecs)
-        end = max((segment.slice.stop for segment in region.segments), default=0)
-        ranks = transport.world_size if codecs.values.remembers else 0
-        self._signs = torch.zeros(ranks, end, dtype=torch.int8, device="cpu")
-        self._sent: list[tuple[Tensor, Tensor]] = []
-
-    def forget(self) -> None:
-        super().forget()
-        self._signs.zero_()
-        self._sent = []
-
-    def commit(self) -> None:
-        super().commit()
-        for signs, (where, values) in zip(self._signs, self._sent, strict=False):
-            signs[where] = values.sign().to(torch.int8)
-        self._sent = []
-
-    def value_codec(self, sender: int, elements: Tensor) -> ValueCodec:
-        """The codec of what a rank sends of these elements of the flat vector."""
-        codec = self.codecs.values
-        return codec.given(self._signs[sender][elements.cpu()]) if codec.remembers else codec
+        super().__init__(transport, region, codecs, Past(transport, region, *codecs))
 
     def prepare(self, v: Tensor, stage: Stage) -> Tensor:
         positions = self.region.select(v, stage.least_rate)
         elements = self.region.elements(positions)
-        codec = self.value_codec(self.transport.rank, elements)
+        codec = self.past.codec(self.transport.rank, elements)
         code = codec.encode(v[elements], self.region.element_counts(stage.least_rate))
         return pack([self.encode_indices(positions), code], kind=Kind.ENTRIES, step=stage.step)
 
@@ -127,11 +105,10 @@ class OwnTopK(TopKExchange):
         indices = self.decode_indices(dict(enumerate(code for code, _ in parts)), stage, v.device)
         counts = self.region.element_counts(stage.least_rate)
         pieces = [
-            Piece(where, self.value_codec(sender, where).decode(code, counts).to(v.device))
+            Piece(where, self.past.codec(sender, where).decode(code, counts).to(v.device))
             for sender, (where, (_, code)) in enumerate(zip(indices, parts, strict=True))
         ]
-        if self.codecs.values.remembers:
-            self._sent = [(where.cpu(), values.cpu()) for where, (_, values) in zip(indices, pieces, strict=True)]
+        self.past.learn_sent(indices, [values for _, values in pieces])
         mean = [Piece(where, values / self.transport.world_size) for where, values in pieces]
         return Exchanged(mean, pieces[self.transport.rank])
 

@@ -130,7 +130,7 @@ class TrainingExchange(SharedTopK):
     """All other layers in phase train: the mean of all vectors, by way of rank 0, which trains the autoencoder."""
 
     def __init__(self, learned: LearnedExchange, scheme: LGCScheme, metrics: dict[str, float]) -> None:
-        super().__init__(learned.transport, learned.region, learned.codecs)
+        super().__init__(learned.transport, learned.region, learned.codecs, learned.past)
         self.loss = learned.loss
         self.optimizer = learned.watch.optimizer
         self.updates = scheme.autoencoder_updates
@@ -196,11 +196,11 @@ class LGCAggregator(Aggregator):
         self.own = OwnTopK(transport, Region(layout.own), scheme.codecs)
         self.compressed = learned(*shared, self.autoencoder, self.watch)
         self.others = {
-            Phase.WARMUP: SharedTopK(*shared),
+            Phase.WARMUP: SharedTopK(*shared, self.compressed.past),
             Phase.TRAIN: TrainingExchange(self.compressed, scheme, self.metrics),
             Phase.COMPRESSED: self.compressed,
         }
-        self.remembering = [self.own, *self.others.values()]
+        self.pasts = {"own": self.own.past, "shared": self.compressed.past}
 
     def exchanges(self, stage: Stage) -> Sequence[Exchange]:
         if stage.phase is Phase.DENSE:
@@ -214,7 +214,7 @@ class LGCAggregator(Aggregator):
         self.watch.finish(step, votes)
 
     def replicas(self) -> dict[str, Tensor]:
-        return self.watch.replicas()
+        return super().replicas() | self.watch.replicas()
 
     def state_dict(self) -> dict[str, Any]:
         state = super().state_dict()

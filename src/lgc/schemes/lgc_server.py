@@ -141,10 +141,12 @@ class ServerAggregator(LGCAggregator):
         encoder = {
             name: tensor for name, tensor in state["replicated"]["autoencoder"].items() if name.startswith("encoder.")
         }
+        kept = {name: state["replicated"][name] for name in ("updates", "past") if name in state["replicated"]}
         train_steps = self.schedule.train_end - self.schedule.warmup_end
-        replicated_state = fresh["replicated"] | {
+        replicated_state = {
+            **fresh["replicated"],
+            **kept,
             "autoencoder": fresh["replicated"]["autoencoder"] | encoder,
             "train_end": max(self.schedule.train_end, step + train_steps),
-            "updates": state["replicated"]["updates"],
         }
         return {**state, "replicated": replicated_state, "server": fresh["server"]}

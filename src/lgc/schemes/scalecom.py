@@ -57,7 +57,7 @@ class SharedAggregator(Aggregator):
         self.dense = DenseExchange(transport, layout.dense, beside=True)
         self.own = OwnTopK(transport, Region(layout.own), codecs)
         self.shared = SharedTopK(transport, Region(layout.shared), codecs)
-        self.remembering = [self.own, self.shared]
+        self.pasts = {"own": self.own.past, "shared": self.shared.past}
 
     def exchanges(self, stage: Stage) -> Sequence[Exchange]:
         return [self.dense, self.own, self.shared]

@@ -83,7 +83,8 @@ class OwnAggregator(ReducingAggregator):
     ) -> None:
         super().__init__(layout, transport, schedule, feedback, own)
         self.dense = DenseExchange(transport, layout.dense, beside=True)
-        self.remembering = [own]
+        if isinstance(own, OwnTopK):
+            self.pasts = {"own": own.past}
 
     def exchanges(self, stage: Stage) -> Sequence[Exchange]:
         return [self.dense, self.reduced]
