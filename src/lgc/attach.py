@@ -320,7 +320,12 @@ class Handle:
     def count(self, samples: int) -> None:
         """Count samples that go into this rank's next step, where rounds are opened by time.
 
-        A rank then counts in a round for its samples in place of its steps. On every rank or on none.
+            loss.backward()
+            handle.count(len(x))
+            optimizer.step()
+
+        A rank then counts in a round for its samples in place of its steps. Before every step or before none, on every
+        rank; a step with samples after one without is refused, as those would be of the step before.
 
         Raises:
             ValueError: unless it is an integer of at least 1.

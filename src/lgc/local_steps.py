@@ -223,7 +223,7 @@ class LocalRounds(Caller):
         if self._pace is None:
             super().count(samples)
         else:
-            self._pace.samples += samples
+            self._pace.count(samples)
 
     def exchange(self, bucket: dist.GradBucket) -> Future[Tensor]:
         """Exchange one of DDP's buckets during the start, and leave it this rank's own from then on: its hook."""
@@ -325,6 +325,9 @@ class LocalRounds(Caller):
             return
         self._stepped.clear()
         self.step += 1
+        if self._pace:
+            with self._announcing():
+                self._pace.take_step(self.step)
         if not self._has_begun:
             assert self._start is not None
             self.phase, self.round_time = self._start.phase, self._start.round_time
