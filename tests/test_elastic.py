@@ -468,8 +468,15 @@ def test_the_script_of_the_guide_goes_on_from_its_checkpoints_once_everything_is
 
 
 @pytest.mark.exhaustive
-def test_the_measurement_ends_with_the_same_weights_on_all_ranks() -> None:
-    size = ["--samples", "1600", "--width", "16", "--depth", "1"]
-    result = CliRunner().invoke(main, ["bench", "elastic", *size, "--ranks", "3", "--kills", "1", "--stops", "0"])
+def test_the_measurement_ends_with_the_same_weights_on_all_ranks(tmp_path: Path) -> None:
+    size = ["--recipe", "elastic_ranks:TINY", "--batch-size", "8", "--samples", "1600", "--ranks", "3"]
+    arguments = ["bench", "elastic", *size, "--kills", "1", "--stops", "0", "--out", str(tmp_path)]
+    result = CliRunner().invoke(main, arguments)
     assert result.exit_code == 0, result.output
-    assert [line.split()[-1] for line in result.output.splitlines()[-2:]] == ["alike", "alike"]
+    undisturbed, disturbed = (line.split() for line in result.stdout.splitlines()[-2:])
+    assert undisturbed[-1] == disturbed[-1] == "alike"
+    assert float(disturbed[-4]) - float(undisturbed[-4]) == pytest.approx(float(disturbed[-3]), abs=1e-3)
+    again = CliRunner().invoke(main, arguments)
+    assert again.stdout == result.stdout
+    other = CliRunner().invoke(main, [*arguments, "--seed", "1"])
+    assert "of other settings (seed: 0, now 1)" in other.output

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import io
 import multiprocessing
@@ -21,6 +22,9 @@ from ranks import start_fork_server
 from torch import nn
 
 from lgc.checkpoint.state import from_bytes, to_bytes
+from lgc_lab.recipes.digits import DIGITS
+
+TINY = dataclasses.replace(DIGITS, name="tiny", model=lambda: nn.Sequential(nn.Flatten(), nn.Linear(64, 10)))
 
 LIMIT_S = 90.0
 HEARTBEAT_TIMEOUT_MS = 1000
