@@ -199,6 +199,18 @@ def test_wrong_arguments_are_refused(
         checkpoint.save(tmp_path, {}, group=alone, **arguments)
 
 
+def test_a_rank_by_itself_needs_no_group(tmp_path: Path) -> None:
+    for step in (1, 2):
+        newest = checkpoint.save(tmp_path, {"step": step}, step=step, group=None)
+    assert checkpoint.resume(tmp_path, group=None) == {"step": 2}
+    next(newest.glob("rank-*")).write_bytes(b"")
+    checkpoint.set_aside(newest, group=None)
+    assert checkpoint.resume(tmp_path, group=None) == {"step": 1}
+    of_many = {"handle": {"scheme": "dgc", "rank": 0, "world_size": 4, "wire": "", "aggregator": {}}}
+    with pytest.raises(ValueError, match=r"must be the group of the handle's 4 ranks, got None"):
+        checkpoint.save(tmp_path, of_many, step=3, group=None)
+
+
 # --- refused files ---
 
 

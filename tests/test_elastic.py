@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import re
 import signal
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,21 +18,27 @@ pytest.importorskip("torchft", reason="torchft is not installed (lgc[elastic]; i
 
 from elastic_ranks import (
     EVERY,
+    LIMIT_S,
     Process,
     breaks,
+    cannot_connect,
     crew,
     dies_in_round,
+    hold_store,
     loses_sight,
     run_script,
     serve_lighthouse,
     shows_sockets,
     trains_apart,
+    wait_for,
 )
 from torch import nn
 
 import lgc
 import lgc.elastic
 from lgc.comm.transport import RankError
+from lgc.elastic.lighthouse import Member
+from lgc.elastic.transport import LostError
 from lgc_lab.cli import main
 
 
@@ -142,9 +150,53 @@ def test_a_rank_that_was_given_another_scheme_learns_what_differs_and_the_others
     with crew(2, least=2) as ranks:
         ranks.wait_for_ranks(2)
         other = ranks.start(scheme=f"local:every={EVERY}:start_steps=0+quantized:bits=3")
-        with pytest.raises(RuntimeError, match=r"differ in local\.exchange\.bits: rank \d: \d, rank \d: \d"):
+        message = r"differ in local\.exchange\.bits: rank .*: \d, rank .*: \d\. The others go on without this one"
+        with pytest.raises(RuntimeError, match=message):
             other.result()
         ranks.ranks.remove(other)
+        assert are_alike(ranks.end())
+
+
+def named(name: str, **given: Any) -> dict[str, Any]:
+    return {"attach": {"ranks": 3, "min_ranks": 2, "name": name}, **given}
+
+
+def test_of_two_different_models_that_meet_first_each_ends_with_what_differs_by_name() -> None:
+    with crew(0, least=2) as ranks:
+        for name, width in {"wide": 16, "narrow": 8}.items():
+            ranks.start(**named(name, width=width))
+        for rank in ranks.ranks:
+            with pytest.raises(RuntimeError, match=r"so each of them ends; start those again that are right") as raised:
+                rank.result()
+            assert "differ in parameter 0.weight" in str(raised.value)
+            assert re.search(r"rank wide:[-0-9a-f]+: \[16, 6, 'torch.float32'\]", str(raised.value))
+            assert re.search(r"rank narrow:[-0-9a-f]+: \[8, 6, 'torch.float32'\]", str(raised.value))
+
+
+@pytest.mark.exhaustive
+def test_of_three_that_meet_first_the_two_of_one_model_go_on() -> None:
+    with crew(0, least=3) as ranks:
+        for width in (16, 16, 8):
+            ranks.start(attach={"ranks": 3, "min_ranks": 2}, width=width)
+        with pytest.raises(RuntimeError, match=r"The others go on without this one"):
+            ranks.ranks.pop().result()
+        ranks.lighthouse.kill()
+        ranks.lighthouse = Process(serve_lighthouse, 2, ranks.address)
+        ranks.wait_for_ranks(2)
+        assert are_alike(ranks.end())
+
+
+@pytest.mark.exhaustive
+def test_a_newcomer_that_the_others_cannot_reach_leaves_before_they_do() -> None:
+    attempts = {"ranks": 2, "connect_timeout": 1.0, "attempts": 4}
+    with crew(2, least=2, attach=attempts) as ranks:
+        ranks.wait_for_ranks(2)
+        newcomer = ranks.start(fault=cannot_connect)
+        message = r"round 0 has failed 2 times .* could not connect .* \(no route to host\).* at 127\.0\.0\.1:\d+"
+        with pytest.raises(RankError, match=message):
+            newcomer.result()
+        ranks.ranks.remove(newcomer)
+        ranks.wait_for_ranks(2)
         assert are_alike(ranks.end())
 
 
@@ -170,6 +222,28 @@ def test_without_a_lighthouse_ranks_say_so_once_their_timeout_has_passed() -> No
                 rank.result()
 
 
+def test_a_rank_waits_for_a_lighthouse_no_longer_than_for_a_round() -> None:
+    handle = attached(nn.Linear(2, 2), lgc.LocalSteps(start_steps=0), quorum_timeout=1.0, connect_timeout=LIMIT_S)
+    started = time.monotonic()
+    with pytest.raises(lgc.elastic.NoQuorumError, match=r"lighthouse at .* has not answered"):
+        handle._caller._round(handle._caller._fragment)
+    assert time.monotonic() - started < LIMIT_S / 2
+
+
+def test_a_rank_waits_for_one_that_has_met_it_and_was_stopped_no_longer_than_its_timeout() -> None:
+    handle = attached(nn.Linear(2, 2), lgc.LocalSteps(start_steps=0), connect_timeout=1.0)
+    holder = Process(hold_store)
+    try:
+        port = holder.wait_for(lambda each: isinstance(each, int))
+        holder.signal(signal.SIGSTOP)
+        names = ["stopped", handle.transport.lighthouse.name]
+        handle.transport.ranks = [Member(name, f"127.0.0.1:{port}", 0, {}) for name in names]
+        with pytest.raises(LostError, match=rf"could not connect .*stopped at 127\.0\.0\.1:{port}"):
+            handle.transport._connect("a meeting")
+    finally:
+        holder.kill()
+
+
 @pytest.mark.exhaustive
 def test_too_few_ranks_make_no_round_and_say_so() -> None:
     with crew(2, least=2, attach={"ranks": 2, "quorum_timeout": 3.0}) as ranks:
@@ -189,8 +263,10 @@ def test_a_run_whose_ranks_are_all_gone_goes_on_from_their_checkpoints() -> None
     with crew(0, least=2, attach={"ranks": 2}) as ranks:
         for state in states:
             ranks.start(state=state)
-        first = ranks.ranks[0].wait_for(lambda each: "rounds" in each)
+        first, second = (rank.wait_for(lambda each: "rounds" in each) for rank in ranks.ranks)
         assert (first["step"], first["rounds"]) == (ended[0]["step"] + 1, ended[0]["rounds"] + 1)
+        assert not set(first["places"]) & set(second["places"])  # each goes on with its own share of the data
+        assert first["taken"] == second["taken"] == ended[0]["taken"] + len(first["places"] + second["places"])
         ranks.wait_for_ranks(2)
         assert are_alike(ranks.end())
 
@@ -210,9 +286,11 @@ def test_top_k_of_weights_beside_dense_biases_on_ranks_that_come_and_go() -> Non
 
 
 @pytest.mark.exhaustive
-def test_a_rank_listens_on_its_address_alone() -> None:
-    with crew(2, least=1, attach={"ranks": 2, "min_ranks": 1, "may_split": True}, fault=shows_sockets) as ranks:
-        assert ranks.ranks[0].wait_for(lambda each: "listens" in each)["listens"] == {"0100007F"}  # 127.0.0.1
+@pytest.mark.parametrize(("address", "socket"), [("127.0.0.1", "0100007F"), ("::1", 24 * "0" + "01000000")])
+def test_a_rank_listens_on_its_address_alone(address: str, socket: str) -> None:
+    alone = {"ranks": 2, "min_ranks": 1, "may_split": True, "address": address}
+    with crew(2, least=1, attach=alone, fault=shows_sockets) as ranks:
+        assert ranks.ranks[0].wait_for(lambda each: "listens" in each)["listens"] == {socket}
 
 
 @pytest.fixture
@@ -281,6 +359,11 @@ def test_what_is_not_done_on_ranks_that_come_and_go_is_refused_by_name(scheme: s
         ({"ranks": 0}, r"attach\(ranks=\.\.\.\) must be an integer of at least 1, got 0"),
         ({"quorum_timeout": 0}, r"attach\(quorum_timeout=\.\.\.\) must be 0.001 to 1e\+06 seconds, got 0"),
         ({"lighthouse": "10.0.0.1"}, r"attach\(lighthouse=\.\.\.\) must be host:port, such as .*, got '10.0.0.1'"),
+        ({"address": "0.0.0.0"}, r"attach\(address=\.\.\.\) must be an address of this machine .* every address"),
+        ({"address": "::"}, r"attach\(address=\.\.\.\) must be an address of this machine .* every address"),
+        ({"address": ""}, r"attach\(address=\.\.\.\) must be an address of this machine .* got ''"),
+        ({"address": "198.51.100.7"}, r"attach\(address=\.\.\.\) must be an address of this machine .*Cannot assign"),
+        ({"address": "nobody.invalid"}, r"attach\(address=\.\.\.\) must be an address of this machine .* got 'nobody"),
         ({"port": 2**16}, r"attach\(port=\.\.\.\) must be an integer of 0 to 65535, got 65536"),
         ({"attempts": 0}, r"attach\(attempts=\.\.\.\) must be an integer of at least 1, got 0"),
     ],
@@ -318,17 +401,29 @@ def drawn(samplers: dict[str, lgc.elastic.Sampler], steps: int) -> dict[str, lis
 def test_every_sample_is_taken_once_an_epoch_whoever_is_there() -> None:
     names = ["a", "b", "c"]
     samplers = {name: lgc.elastic.Sampler(48, seed=3) for name in names}
+    here: list[str] = []
     used: list[int] = []
+
+    def divide(counted: list[str]) -> None:
+        shares = [samplers[name].drawn for name in counted]
+        for rank, name in enumerate(here):
+            samplers[name].divide(shares, rank=rank, world_size=len(here))
+
     for number in range(10):
-        here = names if number % 3 else names[:2]  # c comes and goes
-        for name in here:  # as a newcomer has it from the others
+        before, here = here, names if number % 3 else names[:2]  # c comes and goes
+        for name in {*here} - {*before}:  # as a newcomer has it from the others
             samplers[name].load_state_dict(samplers["a"].state_dict())
-            samplers[name].divide(dict.fromkeys(here, 0), name)
-        taken = drawn({name: samplers[name] for name in here}, 4)
+        divide([])
+        taken = drawn({name: samplers[name] for name in here}, 2)
+        if number == 7:  # all start from their checkpoints
+            states = {name: samplers[name].state_dict() for name in here}
+            samplers = {name: lgc.elastic.Sampler(48, seed=3) for name in names}
+            for name, state in states.items():
+                samplers[name].load_state_dict(state)
+        taken = {name: taken[name] + more for name, more in drawn({n: samplers[n] for n in here}, 2).items()}
         counted = here[:1] if number == 4 else here  # what the others have taken is lost once
         used += [index for name in counted for index in taken[name]]
-        for name in here:
-            samplers[name].divide({each: 4 * (each in counted) for each in here}, name)
+        divide(counted)
     assert sorted(used) == sorted([*range(48), *range(48)])
     assert samplers["a"].epoch == 2
 
@@ -336,28 +431,52 @@ def test_every_sample_is_taken_once_an_epoch_whoever_is_there() -> None:
 # --- what the guide says ---
 
 
-def test_the_script_of_the_guide_trains() -> None:
-    guide = Path(__file__).parents[1] / "docs" / "elastic.md"
-    scripts = re.findall(r"```python\n(.*?)```", guide.read_text(), re.DOTALL)
-    (script,) = (each for each in scripts if "lgc.elastic.attach" in each)
+@contextmanager
+def two_running(script: str, folders: list[Path]) -> Iterator[list[Process]]:
+    """Two ranks of a script, and their lighthouse; killed at the end of the `with` block."""
     lighthouse = Process(serve_lighthouse, 2)
     ranks: list[Process] = []
     try:
         address = lighthouse.wait_for(lambda each: isinstance(each, str))
-        ranks += [Process(run_script, script, address) for _ in range(2)]
-        printed = [rank.result() for rank in ranks]
+        ranks += [Process(run_script, script, address, folder) for folder in folders]
+        yield ranks
     finally:
         for each in (*ranks, lighthouse):
             each.kill()
+
+
+def test_the_script_of_the_guide_goes_on_from_its_checkpoints_once_everything_is_gone(tmp_path: Path) -> None:
+    guide = Path(__file__).parents[1] / "docs" / "elastic.md"
+    scripts = re.findall(r"```python\n(.*?)```", guide.read_text(), re.DOTALL)
+    (script,) = (each for each in scripts if "lgc.elastic.attach" in each)
+    before, epochs, after = script.partition("8 * len(data)")
+    assert epochs
+    folders = [tmp_path / "first", tmp_path / "second"]
+    with two_running(f"{before}10**9{after}", folders) as ranks:
+        wait_for(lambda: all(map(lgc.checkpoint.latest, folders)))
+        assert all(rank.told == [] for rank in ranks)
+    newest = max((path for folder in folders for path in folder.glob("step-*[0-9]")), key=lambda path: path.name)
+    state = lgc.checkpoint.load(newest, group=None)
+    rounds, taken = int(newest.name.removeprefix("step-")), state["sampler"]["next"]
+    with two_running(f"{before}{taken} + {epochs}{after}", folders) as ranks:
+        printed = [rank.result() for rank in ranks]
     assert printed[0] == printed[1]
     found = re.fullmatch(r"rounds (\d+), accuracy (.*)", printed[0])
     assert found, printed
+    assert int(found[1]) == rounds + 14  # one after the first step, then as many of 640 samples as make 8 * 1024
     assert float(found[2]) > 0.9
 
 
 @pytest.mark.exhaustive
-def test_the_measurement_ends_with_the_same_weights_on_all_ranks() -> None:
-    size = ["--samples", "1600", "--width", "16", "--depth", "1"]
-    result = CliRunner().invoke(main, ["bench", "elastic", *size, "--ranks", "3", "--kills", "1", "--stops", "0"])
+def test_the_measurement_ends_with_the_same_weights_on_all_ranks(tmp_path: Path) -> None:
+    size = ["--recipe", "elastic_ranks:TINY", "--batch-size", "8", "--samples", "1600", "--ranks", "3"]
+    arguments = ["bench", "elastic", *size, "--kills", "1", "--stops", "0", "--out", str(tmp_path)]
+    result = CliRunner().invoke(main, arguments)
     assert result.exit_code == 0, result.output
-    assert [line.split()[-1] for line in result.output.splitlines()[-2:]] == ["alike", "alike"]
+    undisturbed, disturbed = (line.split() for line in result.stdout.splitlines()[-2:])
+    assert undisturbed[-1] == disturbed[-1] == "alike"
+    assert float(disturbed[-4]) - float(undisturbed[-4]) == pytest.approx(float(disturbed[-3]), abs=1e-3)
+    again = CliRunner().invoke(main, arguments)
+    assert again.stdout == result.stdout
+    other = CliRunner().invoke(main, [*arguments, "--seed", "1"])
+    assert "of other settings (seed: 0, now 1)" in other.output

@@ -124,18 +124,10 @@ def attach(
     with announcing(model) if group is None else site.announcing(Transport(group)):
         optimizers = as_optimizers(optimizer)
         model = model if isinstance(scheme, LocalSteps) else require_ddp(model)
-        module: nn.Module = model.module if isinstance(model, DistributedDataParallel) else model
-        require_unattached(model, module)
-        require_exchangeable(model, between=group)
         skips = grad_scaler is not None and grad_scaler.is_enabled()
         default: OnNonfinite = "propagate" if skips else "raise"
         policy = Policy(check_every, on_difference, default if on_nonfinite is None else on_nonfinite, buffers_every)
-        require_real(model, scheme)
-        require_optimizers_of(dict(trained(model)), optimizers)
-        for own in optimizers:
-            require_single_momentum(scheme, own)
-        if isinstance(scheme, LocalSteps):
-            require_local_steps(model, optimizers, grad_scaler, scheme, buffers_every, site=site)
+        require_attachable(model, scheme, optimizers, grad_scaler, buffers_every, site=site, between=group)
     device = trained(model)[0][1].device
     transport = Transport(group or group_of(model), device, member="rank" if group is None else MEMBER)
     if timeout is not None:
@@ -150,6 +142,7 @@ def attach(
     caller = _caller(model, scheme, site, transport, policy, optimizers, grad_scaler)
     if isinstance(model, DistributedDataParallel) and site.inside is None:
         hook_of(model).caller = caller
+    module: nn.Module = model.module if isinstance(model, DistributedDataParallel) else model
     for each in (model, module) if isinstance(scheme, LocalSteps) else (model,):
         attached[each] = weakref.ref(caller), scheme
     return Handle(scheme, site, transport, caller, model, broadcasts_buffers=broadcasts_buffers)
@@ -172,14 +165,31 @@ def _caller(
     return ReducedBuckets(require_ddp(model), scheme, transport, policy)
 
 
-def require_unattached(*modules: nn.Module) -> None:
-    for module in modules:
-        caller, scheme = attached.get(module, (lambda: None, None))
+def require_attachable(
+    model: nn.Module,
+    scheme: Scheme,
+    optimizers: Sequence[torch.optim.Optimizer],
+    grad_scaler: torch.amp.GradScaler | None,
+    buffers_every: int | None = None,
+    *,
+    site: Site,
+    between: dist.ProcessGroup | None = None,
+) -> None:
+    """Raise unless the scheme can be attached to this model with these optimizers, of a rank of this site."""
+    for module in (model, model.module) if isinstance(model, DistributedDataParallel) else (model,):
+        caller, there = attached.get(module, (lambda: None, None))
         if caller() is not None:
             raise RuntimeError(
-                f"attach: this model already has the scheme {scheme}; call handle.detach() on every rank to attach "
+                f"attach: this model already has the scheme {there}; call handle.detach() on every rank to attach "
                 "another."
             )
+    require_exchangeable(model, between=between)
+    require_real(model, scheme)
+    require_optimizers_of(dict(trained(model)), optimizers)
+    for own in optimizers:
+        require_single_momentum(scheme, own)
+    if isinstance(scheme, LocalSteps):
+        require_local_steps(model, optimizers, grad_scaler, scheme, buffers_every, site=site)
 
 
 class Handle:
@@ -320,7 +330,12 @@ class Handle:
     def count(self, samples: int) -> None:
         """Count samples that go into this rank's next step, where rounds are opened by time.
 
-        A rank then counts in a round for its samples in place of its steps. On every rank or on none.
+            loss.backward()
+            handle.count(len(x))
+            optimizer.step()
+
+        A rank then counts in a round for its samples in place of its steps. Before every step or before none, on every
+        rank; a step with samples after one without is refused, as those would be of the step before.
 
         Raises:
             ValueError: unless it is an integer of at least 1.

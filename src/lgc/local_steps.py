@@ -283,6 +283,9 @@ class LocalRounds(LocalState):
             return
         self._stepped.clear()
         self.step += 1
+        if self._pace:
+            with self._announcing():
+                self._pace.take_step(self.step)
         if not self._has_begun:
             assert self._start is not None
             self.phase, self.round_time = self._start.phase, self._start.round_time
@@ -376,7 +379,7 @@ class LocalRounds(LocalState):
         if self._pace is None:
             super().count(samples)
         else:
-            self._pace.samples += samples
+            self._pace.count(samples)
 
     def use_optimizers(self, optimizers: Sequence[Optimizer]) -> None:
         require_optimizers_of(self._parameters, optimizers)

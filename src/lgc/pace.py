@@ -76,7 +76,7 @@ class Pace:
         seconds: from the end of a round until the next one is due.
 
     Attributes:
-        samples: that this rank has counted since the others were told.
+        samples: that this rank has counted, by `count`, since the others were told.
         samples_of_start: of these, those of the start, which are told before the first round, as they weigh nothing.
         steps_done, samples_done: by the ranks in all rounds; of the steps their mean.
         work: of every rank in the last round.
@@ -88,6 +88,30 @@ class Pace:
         self.samples = self.samples_of_start = 0
         self.steps_done, self.samples_done = 0.0, 0
         self.work: tuple[Work, ...] = ()
+        self._samples_of_step = 0  # of the next one
+        self._counts: bool | None = None  # whether steps have samples, as the first one says
+
+    def count(self, samples: int) -> None:
+        """Count samples of the next step."""
+        self.samples += samples
+        self._samples_of_step += samples
+
+    def take_step(self, step: int) -> None:
+        """Note that a step has been made.
+
+        Raises:
+            RuntimeError: if it has samples and those before have none, or the other way round.
+        """
+        counted, self._samples_of_step = self._samples_of_step > 0, 0
+        if self._counts is None:
+            self._counts = counted
+        if counted != self._counts:
+            now, before = ("with", "without") if counted else ("without", "with")
+            raise RuntimeError(
+                f"lgc: handle.count(samples) must come before every optimizer.step() or before none; step {step} has "
+                f"been made {now} it, those before {before} it. Call it first, handle.count(len(x)) and then "
+                "optimizer.step(): after a step it would count for the next one, in another round."
+            )
 
     def start(self) -> None:
         """Count the time from now."""
@@ -114,5 +138,6 @@ class Pace:
         self.samples, self.steps_done, self.samples_done = (
             state[name] for name in ("samples", "steps_done", "samples_done")
         )
-        self.samples_of_start = self.samples
+        self.samples_of_start, self._samples_of_step = self.samples, 0
+        self._counts = self.samples + self.samples_done > 0 if self.steps_done else None
         self.start()

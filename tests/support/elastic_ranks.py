@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import io
 import multiprocessing
@@ -21,6 +22,9 @@ from ranks import start_fork_server
 from torch import nn
 
 from lgc.checkpoint.state import from_bytes, to_bytes
+from lgc_lab.recipes.digits import DIGITS
+
+TINY = dataclasses.replace(DIGITS, name="tiny", model=lambda: nn.Sequential(nn.Flatten(), nn.Linear(64, 10)))
 
 LIMIT_S = 90.0
 HEARTBEAT_TIMEOUT_MS = 1000
@@ -108,6 +112,14 @@ def _run(connection: Connection, function: Callable[..., None], *args: Any) -> N
     except Exception as error:
         ended = type(error)(str(error))
     connection.send(Ended(ended))
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    """Wait until something is so."""
+    deadline = time.monotonic() + LIMIT_S
+    while not condition():
+        assert time.monotonic() < deadline, f"is not so after {LIMIT_S:g} s"
+        time.sleep(0.05)
 
 
 def serve_lighthouse(tell: Callable[[Any], None], least: int, bind: str = "127.0.0.1:0") -> None:
@@ -266,13 +278,15 @@ def train(tell: Callable[[Any], None], address: str, seed: int, total: Any, opti
     import lgc.elastic
 
     torch.manual_seed(seed)
-    model = nn.Sequential(nn.Linear(6, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 3))
+    width = options.get("width", 16)
+    model = nn.Sequential(nn.Linear(6, width), nn.BatchNorm1d(width), nn.ReLU(), nn.Linear(width, 3))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0 / (1 + step))
     x = torch.randn(SAMPLES, 6, generator=torch.Generator().manual_seed(0))
     y = (x[:, 0] > 0).long() + (x[:, 1] > 0).long()
     sampler = lgc.elastic.Sampler(SAMPLES)
-    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, y), batch_size=8, sampler=sampler)
+    data = torch.utils.data.TensorDataset(x, y, torch.arange(SAMPLES))
+    loader = torch.utils.data.DataLoader(data, batch_size=8, sampler=sampler)
     waits = {"timeout": 5.0, "connect_timeout": 5.0, "quorum_timeout": 20.0, "heartbeat_every": 0.1}
     handle = lgc.elastic.attach(
         model,
@@ -301,7 +315,7 @@ def train(tell: Callable[[Any], None], address: str, seed: int, total: Any, opti
 
     if "fault" in options:
         options["fault"](handle, tell, ends if options.get("last") else together)
-    for inputs, labels in loader:
+    for inputs, labels, places in loader:
         loss = nn.functional.cross_entropy(model(inputs), labels)
         optimizer.zero_grad()
         loss.backward()
@@ -309,6 +323,7 @@ def train(tell: Callable[[Any], None], address: str, seed: int, total: Any, opti
         schedule.step()
         owed = norm(handle.synchronizer.aggregator.feedback.residual)  # type: ignore[union-attr]
         made = {"step": handle.step, "rounds": handle.rounds, "ranks": len(handle.ranks), "owed": owed}
+        made |= {"places": places.tolist(), "taken": sampler.taken}
         tell(made | {"digest": digest_of(handle), "rate": schedule.get_last_lr()[0]})
         if len(handle.ranks) == 3:
             met.append(handle.rounds)
@@ -333,7 +348,7 @@ def train(tell: Callable[[Any], None], address: str, seed: int, total: Any, opti
             "digest": digest_of(handle),
             "rate": schedule.get_last_lr()[0],
             "loss": loss.item(),
-            "data": sampler.state_dict(),
+            "taken": sampler.taken,
         }
     )
     handle.detach()
@@ -347,6 +362,15 @@ def breaks(handle: Any, tell: Callable[[Any], None], is_due: Callable[[], bool])
             next(module.parameters()).data.fill_(torch.nan)
 
     handle._model().register_forward_pre_hook(spoil)
+
+
+def cannot_connect(handle: Any, tell: Callable[[Any], None], is_due: Callable[[], bool]) -> None:
+    """Have this rank meet the others and not reach them, as behind a firewall."""
+
+    def made(*_: Any) -> None:
+        raise RuntimeError("no route to host")
+
+    handle.transport.group.made = made
 
 
 def shows_sockets(handle: Any, tell: Callable[[Any], None], is_due: Callable[[], bool]) -> None:
@@ -375,9 +399,16 @@ def listening() -> set[str]:
     return found
 
 
-def run_script(tell: Callable[[Any], None], script: str, address: str) -> None:
-    """Run a script as one of its ranks; tells what it prints."""
-    os.environ["LIGHTHOUSE"] = address
+def hold_store(tell: Callable[[Any], None]) -> None:
+    """Have a store at which a group may meet, until the end of the process; tells its port."""
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    tell(store.port)
+    signal.pause()
+
+
+def run_script(tell: Callable[[Any], None], script: str, address: str, folder: Path) -> None:
+    """Run a script as one of its ranks, with checkpoints in a folder; tells what it prints."""
+    os.environ |= {"LIGHTHOUSE": address, "CHECKPOINTS": str(folder)}
     with contextlib.redirect_stdout(io.StringIO()) as output:
         exec(compile(script, "script", "exec"), {"__name__": "__main__"})
     tell(output.getvalue().strip())

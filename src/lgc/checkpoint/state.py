@@ -291,11 +291,11 @@ def with_handles(value: Any, replacement: Callable[[Keys], Any], keys: Keys = ()
     return value
 
 
-def scheme_of(state: State) -> str | None:
-    """Find the scheme of the first handle in a nested state."""
+def of_first_handle(state: State, name: str) -> Any:
+    """Find this part of the state of the first handle in a nested state, None if there is no handle."""
     found: list[Keys] = []
     with_handles(state, found.append)
-    return at(state, found[0])["scheme"] if found else None
+    return at(state, found[0])[name] if found else None
 
 
 def at(state: Any, keys: Keys) -> Any:

@@ -9,7 +9,7 @@ import logging
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -18,7 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from lgc.checkpoint import files
 from lgc.checkpoint.files import CheckpointError, RefusedError
-from lgc.checkpoint.state import State, from_bytes, of_rank, placed, scheme_of, to_bytes
+from lgc.checkpoint.state import State, from_bytes, of_first_handle, of_rank, placed, to_bytes
 from lgc.comm.transport import SERVER, Transport
 
 logger = logging.getLogger("lgc")
@@ -26,23 +26,34 @@ logger = logging.getLogger("lgc")
 PART = 2**26  # bytes that are gathered at a time, which may be on a GPU meanwhile
 
 
+class _Alone(NamedTuple):
+    """A rank that saves and loads by itself, as do those that come and go."""
+
+    rank: int = 0
+    world_size: int = 1
+
+    def all_gather_json(self, value: object, _: str) -> list[Any]:
+        return [value]
+
+
 def save(
     directory: Path | str,
     state: State,
     *,
     step: int,
-    group: dist.ProcessGroup,
+    group: dist.ProcessGroup | None,
     keep: int = 2,
     shared: bool = True,
 ) -> Path:
-    """Write every rank's state as the checkpoint of `step`; a collective.
+    """Write every rank's state as the checkpoint of `step`; a collective, unless a rank is by itself.
 
     Args:
         directory: holds the checkpoints of one run; the same folder for all ranks, unless `shared` is False.
         state: this rank's; nested dicts (keys str or int), lists and tuples of tensors, numbers, strings, booleans
             and None, such as the `state_dict()` of a handle, a module and an optimizer.
         step: at least 0, and above that of every checkpoint that is there.
-        group: the ranks that save; the handle's.
+        group: the ranks that save; the handle's. None is this rank by itself, into a folder that no other has, as under
+            `lgc.elastic`; so it is for `resume`, `load` and `set_aside`.
         keep: how many complete checkpoints stay, at least 1; older ones are removed once this one is complete.
         shared: False where `directory` is another one on each rank, and empty, and something else makes one folder of
             them, as Ray Train does; that one has the checkpoint, and older ones are left to whoever makes it.
@@ -59,8 +70,13 @@ def save(
         raise ValueError(f"checkpoint.save(step=...) must be at least 0, got {step}.")
     if keep < 1:
         raise ValueError(f"checkpoint.save(keep=...) must be at least 1, got {keep}.")
+    if group is None and (ranks := of_first_handle(state, "world_size")) not in (None, 1):
+        raise ValueError(
+            f"checkpoint.save(group=...) must be the group of the handle's {ranks} ranks, got None, which is for ranks "
+            "that come and go (lgc.elastic)."
+        )
     path = Path(directory) / f"step-{step:010d}"
-    transport = _meeting(group)
+    transport = _ranks(group)
     together = partial(_together, transport, "checkpoint.save")
     steps = together(lambda: step)
     if len(set(steps)) != 1:
@@ -69,7 +85,8 @@ def save(
     together(lambda: files.prepare(path), only=makers)
     try:
         entries = together(lambda: files.write_rank(path, transport.rank, state))
-        together(lambda: files.publish(path, step, entries, scheme_of(state), shared=shared), only=SERVER)
+        scheme = of_first_handle(state, "scheme")
+        together(lambda: files.publish(path, step, entries, scheme, shared=shared), only=SERVER)
     except CheckpointError:
         if makers in (None, transport.rank):
             with contextlib.suppress(OSError):
@@ -112,7 +129,7 @@ def latest(directory: Path | str) -> Path | None:
     return next(iter(available(directory)), None)
 
 
-def set_aside(path: Path, *, group: dist.ProcessGroup) -> Path:
+def set_aside(path: Path, *, group: dist.ProcessGroup | None) -> Path:
     """Rename a checkpoint that `load` refused, so that it is not found any more; a collective. Returns the new path.
 
     Raises:
@@ -126,11 +143,11 @@ def set_aside(path: Path, *, group: dist.ProcessGroup) -> Path:
         path.rename(aside)
         return aside.name
 
-    return path.with_name(_together(_meeting(group), "checkpoint.set_aside", rename, only=SERVER)[SERVER])
+    return path.with_name(_together(_ranks(group), "checkpoint.set_aside", rename, only=SERVER)[SERVER])
 
 
 def resume(
-    directory: Path | str, *, group: dist.ProcessGroup, step: int | None = None, mesh: DeviceMesh | None = None
+    directory: Path | str, *, group: dist.ProcessGroup | None, step: int | None = None, mesh: DeviceMesh | None = None
 ) -> dict[str, Any] | None:
     """Load this rank's state from the newest checkpoint that is not refused, None if there is none; a collective.
 
@@ -145,6 +162,7 @@ def resume(
         CheckpointError: on every rank, if a file cannot be read or renamed, which may be no fault of the checkpoint,
             or a checkpoint is of an older schema; or there is none of `step`.
     """
+    is_first = group is None or dist.get_rank(group) == 0
     if step is not None:
         paths = {_step_of(path): path for path in available(directory, group=group)}
         if step not in paths:
@@ -157,10 +175,10 @@ def resume(
             state = load(path, group=group, mesh=mesh)
         except RefusedError as error:
             aside = set_aside(path, group=group)
-            if dist.get_rank(group) == 0:
+            if is_first:
                 logger.warning("%s\nThis checkpoint is now %s; going on from the one before it, if any.", error, aside)
         else:
-            if dist.get_rank(group) == 0:
+            if is_first:
                 logger.info("goes on from step %d (%s)", _step_of(path), path)
             return state
     return None
@@ -170,7 +188,7 @@ def _step_of(path: Path) -> int:
     return int(path.name.removeprefix("step-"))
 
 
-def load(path: Path, *, group: dist.ProcessGroup, mesh: DeviceMesh | None = None) -> dict[str, Any]:
+def load(path: Path, *, group: dist.ProcessGroup | None, mesh: DeviceMesh | None = None) -> dict[str, Any]:
     """Load this rank's state from a checkpoint of these ranks, or of another number of ranks; a collective.
 
     As `load_rank`, but a file that one rank refuses is refused by all.
@@ -186,7 +204,7 @@ def load(path: Path, *, group: dist.ProcessGroup, mesh: DeviceMesh | None = None
         CheckpointError: the same, where a file could not be read, which may be no fault of the checkpoint, or is of an
             older schema.
     """
-    transport = _meeting(group)
+    transport = _ranks(group)
     state: dict[str, Any] = {}
 
     def read() -> str:
@@ -286,6 +304,11 @@ def load_gathered(states: Sequence[Tensor], *, group: dist.ProcessGroup) -> dict
     return state
 
 
+def _ranks(group: dist.ProcessGroup | None) -> Transport | _Alone:
+    """The ranks that save or load together, which is a collective, or this one alone."""
+    return _Alone() if group is None else _meeting(group)
+
+
 def _meeting(group: dist.ProcessGroup) -> Transport:
     """A transport whose ranks are all about to save or load a checkpoint; a collective."""
     transport = Transport(group)
@@ -293,7 +316,9 @@ def _meeting(group: dist.ProcessGroup) -> Transport:
     return transport
 
 
-def _together(transport: Transport, what: str, action: Callable[[], Any], only: int | None = None) -> list[Any]:
+def _together(
+    transport: Transport | _Alone, what: str, action: Callable[[], Any], only: int | None = None
+) -> list[Any]:
     """Do something on every rank, or `only` on one; what it returned on each (JSON values). All raise if one fails."""
     result, error, cause = None, None, None
     try:

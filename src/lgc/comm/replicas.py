@@ -40,11 +40,11 @@ def require_agreement(transport: Transport, what: str, description: Mapping[str,
     for key in dict.fromkeys(key for rank in ranks for key in rank):
         values = [rank.get(key, "missing") for rank in ranks]
         if any(value != values[0] for value in values):
-            by_rank = ", ".join(f"{transport.member} {rank}: {value}" for rank, value in enumerate(values))
+            by_rank = ", ".join(f"{transport.called(rank)}: {value}" for rank, value in enumerate(values))
             raise RuntimeError(f"{what}: the {transport.member}s differ in {key}: {by_rank}.")
     for position, keys in enumerate(zip(*ranks, strict=True)):
         if len(set(keys)) > 1:
-            by_rank = ", ".join(f"{transport.member} {rank}: {key}" for rank, key in enumerate(keys))
+            by_rank = ", ".join(f"{transport.called(rank)}: {key}" for rank, key in enumerate(keys))
             raise RuntimeError(
                 f"{what}: the {transport.member}s differ in the order of parameters, at {position}: {by_rank}."
             )

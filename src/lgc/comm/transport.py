@@ -24,6 +24,7 @@ import json
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future as Task
 from datetime import timedelta
 from typing import Any, NamedTuple, TypeVar
 
@@ -115,6 +116,10 @@ class Transport:
             _release_at_exit()
         self.begin(SETUP, steps=0)
 
+    def called(self, rank: int) -> str:
+        """What a rank of the group is called in messages."""
+        return f"{self.member} {rank}"
+
     def of_new_group(self) -> Transport:
         """Another one, of a new group of the same ranks and timeout, with byte counts of its own; a collective."""
         ranks = dist.get_process_group_ranks(self.group)
@@ -191,13 +196,13 @@ class Transport:
             post = ToAll(content="errors", payload=payload, lengths=message_lengths, limit=MESSAGE_LIMIT)
             (messages,) = self.together([post])
             texts = [
-                f"{self.member} {rank}: {bytes(messages[rank].tolist()).decode(errors='replace')}" for rank in failed
+                f"{self.called(rank)}: {bytes(messages[rank].tolist()).decode(errors='replace')}" for rank in failed
             ]
             raise RankError(f"lgc: step {step}: {'; '.join(texts)}") from error
         numbers_of = [row[1] >> 3 & 2**OPERATION_BITS - 1 for row in rows]
         operations = [OPERATIONS[number] if number < len(OPERATIONS) else "another" for number in numbers_of]
         if set(operations) != {operation}:
-            texts = [f"{self.member} {rank} in {each}" for rank, each in enumerate(operations)]
+            texts = [f"{self.called(rank)} in {each}" for rank, each in enumerate(operations)]
             hint = (
                 " Where ranks make different numbers of steps, end the loop by handle.progress, which all have alike."
             )
@@ -370,7 +375,7 @@ class Transport:
 
     def _lost(self, error: RuntimeError) -> str:
         return (
-            f"as seen by {self.member} {self.rank}, an exchange with the others has failed: {error}. If no rank has "
+            f"as seen by {self.called(self.rank)}, an exchange with the others has failed: {error}. If no rank has "
             "failed, one has left out a backward pass or a call that the others make, or ended before them; or it was "
             "waited for too long: give attach a timeout= longer than what one rank does alone, such as an evaluation."
         )
@@ -384,7 +389,7 @@ class Transport:
                 for rank in others:
                     if self._store().check([self._error_key(rank)]):
                         message = self._store().get(self._error_key(rank))[:MESSAGE_LIMIT]
-                        return f"{self.member} {rank}: {message.decode(errors='replace')}"
+                        return f"{self.called(rank)}: {message.decode(errors='replace')}"
                 time.sleep(0.05)
             return None
 
@@ -424,21 +429,29 @@ def _release_at_exit() -> None:
     atexit.register(time.sleep, RELEASE_WAIT_S)
 
 
-def _within(seconds: float, action: Callable[[], T]) -> T | None:
-    """The result of an action, or None if it fails or takes longer; it is then left to itself.
+def within(seconds: float, action: Callable[[], T]) -> T:
+    """The result of an action; TimeoutError if it takes longer, when it is left to itself.
 
-    The store does not answer when the rank that hosts it is stopped or cut off, and its calls have no timeout then.
+    For torch's store, which does not answer when the rank that hosts it is stopped or cut off, and whose calls have no
+    timeout then.
     """
-    results: list[T] = []
+    task: Task[T] = Task()
 
     def run() -> None:
-        with contextlib.suppress(Exception):  # the store may be gone with its rank
-            results.append(action())
+        try:
+            task.set_result(action())
+        except Exception as error:
+            task.set_exception(error)
 
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    thread.join(seconds)
-    return results[0] if results else None
+    threading.Thread(target=run, daemon=True).start()
+    return task.result(seconds)
+
+
+def _within(seconds: float, action: Callable[[], T]) -> T | None:
+    """As `within`, and None if it fails, as it does where the store is gone with its rank, or takes longer."""
+    with contextlib.suppress(Exception):
+        return within(seconds, action)
+    return None
 
 
 def _message(error: Exception) -> bytes:

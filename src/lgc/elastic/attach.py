@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from lgc.attach import Handle, attached, require_unattached
+from lgc.attach import Handle, attached, require_attachable
 from lgc.comm.transport import LEAST_TIMEOUT, MOST_TIMEOUT
 from lgc.elastic.lighthouse import Lighthouse
 from lgc.elastic.rounds import ElasticRounds, Stateful
@@ -21,13 +21,9 @@ from lgc.elastic.transport import ElasticTransport
 from lgc.requirements import (
     as_optimizers,
     describe,
-    require_exchangeable,
-    require_local_steps,
+    frozen,
     require_module,
-    require_optimizers_of,
-    require_real,
     require_types,
-    trained,
 )
 from lgc.schemes import LocalSteps, Quantized, Scheme, TopK, parse_scheme
 from lgc.sites import Site
@@ -82,7 +78,7 @@ def attach(
         connect_timeout: seconds for one connection to the lighthouse or to the other ranks.
         quorum_timeout: seconds in which the ranks must meet for a round.
         heartbeat_every: seconds between two signs of life.
-        attempts: at one round, before a rank gives up.
+        attempts: at one round, before a rank gives up; half as many for a newcomer.
 
     Raises:
         TypeError, ValueError: a wrong argument, or something that is not done on ranks that come and go.
@@ -97,11 +93,7 @@ def attach(
             "attach(model=...) is in DistributedDataParallel, whose ranks cannot come and go; give it the module "
             "inside, model.module, or train with a fixed number of ranks by lgc.attach."
         )
-    require_unattached(model)
-    require_exchangeable(model)
-    require_real(model, method)
-    require_optimizers_of(dict(trained(model)), optimizers)
-    require_local_steps(model, optimizers, grad_scaler, method, None, site=Site())
+    require_attachable(model, method, optimizers, grad_scaler, site=Site())
     least = _majority(ranks, min_ranks, may_split)
     _require_seconds(
         timeout=timeout, connect_timeout=connect_timeout, quorum_timeout=quorum_timeout, heartbeat_every=heartbeat_every
@@ -114,6 +106,8 @@ def attach(
     if type(port) is not int or not 0 <= port < 2**16:
         raise ValueError(f"attach(port=...) must be an integer of 0 to {2**16 - 1}, got {port!r}.")
     given = {"optimizer": [type(each).__name__ for each in optimizers], "min_ranks": least, "carried": sorted(carried)}
+    rest = frozen(model) | {f"buffer {name}": each for name, each in model.named_buffers()}
+    forms = {name: [*each.shape, str(each.dtype)] for name, each in rest.items()}
     waiting = Lighthouse(
         lighthouse,
         name or socket.gethostname(),
@@ -124,7 +118,7 @@ def attach(
     )
     transport = ElasticTransport(
         waiting,
-        describe(model, method, given, ranks),
+        describe(model, method, given, ranks) | forms,
         address,
         port,
         timeout=timeout,

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from datetime import timedelta
 from typing import Any, NamedTuple
 
-from lgc.comm.transport import RankError
+from lgc.comm.transport import LEAST_TIMEOUT, RankError
 
 try:
     from torchft.coordination import LighthouseClient
@@ -22,7 +22,8 @@ except ImportError as error:
     ) from error
 
 PAUSE_S = 0.2  # between two tries to reach a lighthouse
-ANSWER_S = 5.0  # within which one that is there answers a heartbeat
+LONGER = 1.35  # times as long as torchft was told it may try to connect, by its pauses in between
+ANSWER_S = 5.0  # within which one that is there can be connected to, and answers a heartbeat
 
 
 class Member(NamedTuple):
@@ -61,7 +62,7 @@ class Lighthouse:
         least: fewer ranks make no round.
         heartbeat_every: seconds.
         connect_timeout: seconds, of one try to reach the lighthouse.
-        quorum_timeout: seconds, to wait for the others.
+        quorum_timeout: seconds, to wait for the others, those tries included.
     """
 
     def __init__(
@@ -77,10 +78,10 @@ class Lighthouse:
         self.address = address if "://" in address else f"http://{address}"
         self.name = f"{name}:{uuid.uuid4()}"
         self.least = least
-        self._connect_timeout = timedelta(seconds=connect_timeout)
+        self._connect_timeout = connect_timeout
         self._quorum_timeout = quorum_timeout
         self._client: Any = None
-        self._beat = _Heart(self.address, self.name, heartbeat_every, self._connect_timeout)
+        self._beat = _Heart(self.address, self.name, heartbeat_every, min(connect_timeout, ANSWER_S))
         weakref.finalize(self, self._beat.end)
 
     def meet(self, store: str, rounds: int, told: Mapping[str, Any]) -> Meeting:
@@ -97,11 +98,12 @@ class Lighthouse:
         self._beat.start()
         deadline = time.monotonic() + self._quorum_timeout
         failure: Exception | None = None
+        connected = True
         while (left := deadline - time.monotonic()) > 0:
             try:
-                found = self._connected().quorum(
+                found = self._connected(left).quorum(
                     self.name,
-                    timedelta(seconds=left),
+                    timedelta(seconds=max(LEAST_TIMEOUT, deadline - time.monotonic())),
                     address="",
                     store_address=store,
                     step=rounds,
@@ -110,8 +112,9 @@ class Lighthouse:
                     data=dict(told),
                 )
             except (RuntimeError, TimeoutError) as error:
-                self._client, failure = None, error
+                connected, self._client, failure = self._client is not None, None, error
             else:
+                connected, failure = True, None
                 strangers = [each.replica_id for each in found.participants if not isinstance(each.data, dict)]
                 if strangers:
                     raise RankError(
@@ -124,22 +127,22 @@ class Lighthouse:
                 if len(members) >= self.least:
                     created = found.created
                     return Meeting(members, f"{found.quorum_id}/{created.seconds}.{created.nanos}")
-                failure = None
             time.sleep(PAUSE_S)
-        raise NoQuorumError(self._reason(failure)) from failure
+        raise NoQuorumError(self._reason(failure, connected)) from failure
 
     def leave(self) -> None:
         """Be forgotten by the lighthouse, once its heartbeat timeout has passed."""
         self._beat.stop.set()
 
-    def _connected(self) -> Any:
+    def _connected(self, seconds: float) -> Any:
         if self._client is None:
-            self._client = LighthouseClient(self.address, connect_timeout=self._connect_timeout)
+            limit = timedelta(seconds=min(self._connect_timeout, seconds) / LONGER)
+            self._client = LighthouseClient(self.address, connect_timeout=limit)
         return self._client
 
-    def _reason(self, failure: Exception | None) -> str:
+    def _reason(self, failure: Exception | None, connected: bool) -> str:
         unheard = time.monotonic() - self._beat.heard
-        if unheard > ANSWER_S or self._beat.failed:
+        if not connected or unheard > ANSWER_S or self._beat.failed:
             return (
                 f"lgc: the lighthouse at {self.address} has not answered for {unheard:.0f} s ({failure}), and without "
                 "it no round can be made. Nothing of this one has changed. Start a lighthouse there again, and then "
@@ -163,12 +166,12 @@ class _Heart:
         failed: whether it has not answered the last one.
     """
 
-    def __init__(self, address: str, name: str, every: float, connect_timeout: timedelta) -> None:
+    def __init__(self, address: str, name: str, every: float, connect_timeout: float) -> None:
         self.stop = threading.Event()
         self.heard = time.monotonic()
         self.failed = False
         self._address, self._name, self._every = address, name, every
-        self._connect_timeout = connect_timeout
+        self._connect_timeout = timedelta(seconds=connect_timeout / LONGER)
         self._thread: threading.Thread | None = None
 
     def start(self) -> None:
@@ -181,7 +184,7 @@ class _Heart:
         """Stop, and wait for the thread: one that is in torchft's code when Python ends aborts the process."""
         self.stop.set()
         if self._thread is not None and self._thread is not threading.current_thread():
-            self._thread.join(self._connect_timeout.total_seconds() + ANSWER_S)
+            self._thread.join(2 * ANSWER_S)
 
     def _run(self) -> None:
         client: Any = None

@@ -68,7 +68,8 @@ class ElasticRounds(LocalRounds):
         optimizers: whose steps are counted.
         grad_scaler: whose skipped steps are counted too.
         carried: what else a newcomer must have like all others, by name.
-        attempts: at a round, before this rank gives up.
+        attempts: at a round, before this rank gives up; half as many for a newcomer, so that one whom the others cannot
+            reach leaves before they do.
     """
 
     _transport: ElasticTransport
@@ -125,6 +126,7 @@ class ElasticRounds(LocalRounds):
                 f"lgc: step {self.step}: {bad[0]} is not finite on this rank (parameters like it: {len(bad)}), which "
                 "leaves the others. They go on; start it again, and it takes their state."
             )
+        attempts = self._attempts if self._joined else -(-self._attempts // 2)
         try:
             failures, done = 0, False
             while not done:
@@ -134,7 +136,7 @@ class ElasticRounds(LocalRounds):
                     failures += 1
                     self._transport.disconnect()
                     logger.warning("round %d is tried again: %s", self._fragment.rounds, error)
-                    if failures == self._attempts:
+                    if failures == attempts:
                         raise RankError(
                             f"lgc: round {self._fragment.rounds} has failed {failures} times in sequence, the last "
                             f"time so: {error} Nothing of it has changed."
@@ -159,13 +161,13 @@ class ElasticRounds(LocalRounds):
         self.step = fragment.step = self._last_round = max(
             each.told["step"] for rank, each in enumerate(begun.ranks) if rank not in begun.behind
         )
-        names = [each.name for each in begun.ranks]
-        for place, sampler in enumerate(self._samplers):
-            drawn = [each.told["drawn"][place] * counts for each, counts in zip(begun.ranks, begun.counts, strict=True)]
-            sampler.divide(dict(zip(names, drawn, strict=True)), transport.lighthouse.name)
-        counted = [name for name, counts in zip(names, begun.counts, strict=True) if counts]
-        before = [item for item in self._counted.items() if item[0] not in counted]
-        self._counted = dict([*before, *((name, fragment.rounds - 1) for name in counted)][-REMEMBERED:])
+        counted = [each for each, counts in zip(begun.ranks, begun.counts, strict=True) if counts]
+        for number, sampler in enumerate(self._samplers):
+            drawn = [each.told["drawn"][number] for each in counted]
+            sampler.divide(drawn, rank=transport.rank, world_size=transport.world_size)
+        names = [each.name for each in counted]
+        before = [item for item in self._counted.items() if item[0] not in names]
+        self._counted = dict([*before, *((name, fragment.rounds - 1) for name in names)][-REMEMBERED:])
         return not closing
 
     def _make(self, fragment: Fragment, *, counts: bool) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,9 @@ class Sampler(data.Sampler[int]):
     counted is used up; what no rank has taken, or one that was lost, is what the next steps begin with. A loader with
     workers takes indices ahead of the steps; those of a rank that is lost are then not in the epoch.
 
+    Its state has this rank's share too: ranks that all start from checkpoints of one round go on with the batches that
+    they would have taken.
+
     Args:
         size: of the data set.
         seed: of the shuffling.
@@ -34,9 +37,8 @@ class Sampler(data.Sampler[int]):
         self._size, self._seed, self._shuffle = size, seed, shuffle
         self._left: list[int] = []  # places before `_next` that nobody has used
         self._next = 0
-        self._ranks: list[str] = []  # by name, that share what is left
-        self._rank, self._world_size = 0, 1
-        self.drawn = 0  # since the last round
+        self._rank, self._world_size = 0, 1  # of those that share what is left; before the first round each has all
+        self._drawn = 0  # since the last round
         self._order: tuple[int, list[int]] = (-1, [])
 
     @property
@@ -49,36 +51,43 @@ class Sampler(data.Sampler[int]):
         """Of the first place that no rank has taken, counted from 0."""
         return self._next // self._size
 
+    @property
+    def drawn(self) -> tuple[int, int]:
+        """This rank's number among those that share what is left, and how many samples it has taken of it."""
+        return self._rank, self._drawn
+
     def __iter__(self) -> Iterator[int]:
         while True:
-            place = self._place(self._rank + self.drawn * self._world_size)
-            self.drawn += 1
+            place = self._place(self._rank + self._drawn * self._world_size)
+            self._drawn += 1
             yield self._index(place)
 
-    def divide(self, drawn: Mapping[str, int], name: str) -> None:
+    def divide(self, drawn: Iterable[tuple[int, int]], *, rank: int, world_size: int) -> None:
         """Divide what is left anew, after a round.
 
         Args:
-            drawn: by name, the ranks that are there, in order, and how many places each has used.
-            name: of this rank.
+            drawn: of every rank whose samples the round has counted.
+            rank, world_size: this one's number from now on, and how many there are.
         """
-        ranks = self._ranks or [max(drawn, key=lambda each: drawn[each])]  # at first each of them is alone
-        used = {rank + len(ranks) * place for rank, each in enumerate(ranks) for place in range(drawn.get(each, 0))}
+        used = {before + self._world_size * number for before, count in drawn for number in range(count)}
         end = max(used, default=-1) + 1
         left = [self._place(number) for number in range(end) if number not in used] + self._left[end:]
         self._next += max(0, end - len(self._left))
         self._left = left
-        self._ranks = list(drawn)
-        self._rank, self._world_size, self.drawn = self._ranks.index(name), len(drawn), 0
+        self._rank, self._world_size, self._drawn = rank, world_size, 0
 
     def state_dict(self) -> dict[str, Any]:
-        """What all ranks have alike."""
-        return {"next": self._next, "left": list(self._left), "ranks": list(self._ranks)}
+        """What all ranks have alike, and this one's share of what is left."""
+        share = {"rank": self._rank, "world_size": self._world_size, "drawn": self._drawn}
+        return {"next": self._next, "left": list(self._left), **share}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Be where another rank is; which places are this one's, the next round says."""
-        self._next, self._left = int(state["next"]), [int(place) for place in state["left"]]
-        self._ranks = [str(name) for name in state["ranks"]]
+        """Be where this rank was, or where another is: which places are this one's, the next round then says."""
+        left = [int(place) for place in state["left"]]
+        taken, rank, world_size, drawn = (int(state[name]) for name in ("next", "rank", "world_size", "drawn"))
+        if min(taken, rank, drawn, *left) < 0 or rank >= world_size:
+            raise ValueError(f"Sampler: a state's counts must be at least 0, and rank below {world_size}, got {state}.")
+        self._next, self._left, self._rank, self._world_size, self._drawn = taken, left, rank, world_size, drawn
 
     def _place(self, number: int) -> int:
         """The place that is `number` after the first that nobody has used."""

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import errno
 import hashlib
+import ipaddress
 import json
-import logging
 import socket
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
 from typing import Any, NamedTuple
@@ -19,10 +21,8 @@ from torchft.process_group import ProcessGroupGloo
 
 from lgc.comm.replicas import require_agreement
 from lgc.comm.traffic import SETUP, Wire
-from lgc.comm.transport import Opening, RankError, Transport, _release_at_exit, clock
+from lgc.comm.transport import Opening, RankError, Transport, _release_at_exit, clock, within
 from lgc.elastic.lighthouse import Lighthouse, Member
-
-logger = logging.getLogger("lgc")
 
 CHUNK = 2**26  # bytes of a state that are sent at once
 
@@ -59,6 +59,9 @@ class ElasticTransport(Transport):
         port: of this rank's store; 0 is any that is free.
         timeout: seconds in which a rank has to take part in a collective, or to receive the next part of a state.
         connect_timeout: seconds in which the ranks of a new group have to connect.
+
+    Raises:
+        ValueError: if others could not reach this machine at the address, or another process has the port.
     """
 
     def __init__(
@@ -85,7 +88,7 @@ class ElasticTransport(Transport):
         self.group: Any = _Group(address, self._timeout, self._connect_timeout)
         self.rank, self.world_size = 0, 1
         self._identity = ""  # of the meeting whose ranks are connected
-        self.group.connect(dist.HashStore(), 0, 1)
+        self.group.be(self.group.made(dist.HashStore(), 0, 1))
         _release_at_exit()
         self.begin(SETUP, steps=0)
 
@@ -94,6 +97,9 @@ class ElasticTransport(Transport):
         other.wire = Wire()
         other.begin(SETUP, steps=0)
         return other
+
+    def called(self, rank: int) -> str:
+        return f"rank {self.ranks[rank].name}"
 
     def announce(self, error: Exception) -> None:
         """Nothing: the others go on without a rank that fails."""
@@ -127,18 +133,17 @@ class ElasticTransport(Transport):
         Raises:
             NoQuorumError: if they do not meet.
             LostError: if a rank is lost meanwhile.
-            RuntimeError: if this rank has another form than most, naming the first field.
+            RuntimeError: if this rank has another form than most, or than as many, naming the first field.
         """
         meeting = self.lighthouse.meet(
             self._store_address, rounds, {**told, "form": self._form, "group": self._identity}
         )
-        ranks = meeting.members
-        names = [each.name for each in ranks]
+        ranks, before = meeting.members, [each.name for each in self.ranks]
         groups = {each.told["group"] for each in ranks}
-        connected = self._identity and groups == {self._identity} and names == [each.name for each in self.ranks]
-        if not connected:
-            self._connect(ranks, meeting.identity)
+        connected = self._identity and groups == {self._identity} and [each.name for each in ranks] == before
         self.ranks = ranks
+        if not connected:
+            self._connect(meeting.identity)
         current = up_to_date(ranks)
         behind = [rank for rank in range(len(ranks)) if rank not in current]
         for place, rank in enumerate(behind):
@@ -169,28 +174,54 @@ class ElasticTransport(Transport):
         self.lighthouse.leave()
         self.disconnect()
 
-    def _connect(self, ranks: list[Member], identity: str) -> None:
+    def _connect(self, identity: str) -> None:
+        """Be a group of the ranks that have met, all of the same form."""
         self.disconnect()
+        ranks = self.ranks
         self.rank = [each.name for each in ranks].index(self.lighthouse.name)
         self.world_size = len(ranks)
-        host, _, port = ranks[0].store.rpartition(":")
-        with self._timed():
-            store = dist.TCPStore(host, int(port), timeout=self._connect_timeout, wait_for_workers=False)
-            self.group.connect(dist.PrefixStore(identity, store), self.rank, self.world_size)
+        seconds = self._connect_timeout.total_seconds()
+        try:
+            with self._timed():
+                self.group.be(within(seconds, lambda: self._group_of(ranks, self.rank, identity)))
+        except (LostError, TimeoutError) as error:
+            reason = str(error.__cause__ or "no answer").partition("\n")[0]
+            raise LostError(
+                f"lgc: {self.called(self.rank)} could not connect with the others within "
+                f"attach(connect_timeout=...)={seconds:g} s ({reason}). They give these addresses, at which each must "
+                f"be reached by all others, past any firewall: "
+                f"{', '.join(f'{each.name} at {each.store}' for each in ranks)}. Where one of them is wrong, as "
+                "127.0.0.1 is between machines, start that rank with another attach(address=...)."
+            ) from error
         self._identity = identity
-        self._require_same_form(ranks)
+        self._require_same_form()
 
-    def _require_same_form(self, ranks: list[Member]) -> None:
+    def _group_of(self, ranks: list[Member], rank: int, identity: str) -> dist.ProcessGroup:
+        host, _, port = ranks[0].store.rpartition(":")
+        store = dist.TCPStore(host, int(port), timeout=self._connect_timeout, wait_for_workers=False)
+        made: dist.ProcessGroup = self.group.made(dist.PrefixStore(identity, store), rank, len(ranks))
+        return made
+
+    def _require_same_form(self) -> None:
+        """Raise RuntimeError where this rank has another form than most, or than as many, of the newest ranks."""
         try:
             require_agreement(self.uncounted(), "lgc.elastic.attach", self._description)
         except LostError:
             raise
         except RuntimeError as error:
-            forms = [ranks[rank].told["form"] for rank in up_to_date(ranks)]
-            if ranks[self.rank].told["form"] != max(forms, key=forms.count):
-                self.leave()
-                raise
-            raise LostError(str(error)) from error
+            newest = max(each.rounds for each in self.ranks)
+            forms = Counter(each.told["form"] for each in self.ranks if each.rounds == newest)
+            own = forms.pop(self._form, 0)
+            most = max(forms.values(), default=0)
+            if own > most:
+                raise LostError(str(error)) from error
+            self.leave()
+            what = (
+                "The others go on without this one."
+                if own < most
+                else ("As many have the one as the other, so each of them ends; start those again that are right.")
+            )
+            raise RuntimeError(f"{error} {what}") from error
 
     def _send(self, data: bytes, rank: int) -> None:
         whole = torch.frombuffer(bytearray(data), dtype=torch.uint8)
@@ -201,7 +232,9 @@ class ElasticTransport(Transport):
         length = torch.zeros(1, dtype=torch.int64, device="cpu")
         self.group.recv([length], donor, 0).wait(self._timeout)
         if not 0 < int(length) <= limit:
-            raise LostError(f"lgc: rank {donor} announces a state of {int(length)} bytes, and {limit} are possible.")
+            raise LostError(
+                f"lgc: {self.called(donor)} announces a state of {int(length)} bytes, and {limit} are possible."
+            )
         whole = torch.empty(int(length), dtype=torch.uint8, device="cpu")
         for part in whole.split(CHUNK):
             self.group.recv([part], donor, 0).wait(self._timeout)
@@ -215,7 +248,9 @@ class ElasticTransport(Transport):
         except RankError:
             raise
         except RuntimeError as error:
-            raise LostError(f"lgc: a rank was lost amid a round, as seen by rank {self.rank}: {error}") from error
+            raise LostError(
+                f"lgc: a rank was lost amid a round, as seen by {self.called(self.rank)}: {error}"
+            ) from error
         finally:
             self.seconds += time.perf_counter() - started
 
@@ -236,8 +271,12 @@ class _Group(ProcessGroupGloo):  # type: ignore[misc]
         self._address, self._connect_timeout = address, connect_timeout
         self._set_group_name("lgc.elastic")
 
-    def connect(self, store: dist.Store, rank: int, world_size: int) -> None:
-        """Be a group of the ranks that meet in a store."""
+    def be(self, group: dist.ProcessGroup) -> None:
+        """Be this group from now on."""
+        self._pg = group
+
+    def made(self, store: dist.Store, rank: int, world_size: int) -> dist.ProcessGroup:
+        """A group of the ranks that meet in a store."""
         options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
         options._timeout = self._connect_timeout
         options._devices = [dist.ProcessGroupGloo.create_device(hostname=self._address)]
@@ -246,12 +285,27 @@ class _Group(ProcessGroupGloo):  # type: ignore[misc]
         backend = dist.ProcessGroupGloo(store, rank, world_size, options)
         backend._set_default_timeout(self._timeout)
         group._register_backend(torch.device("cpu"), dist.ProcessGroup.BackendType.GLOO, backend)
-        self._pg = group
+        return group
 
 
 def _listen(address: str, port: int) -> tuple[dist.TCPStore, str]:
-    """A store that listens on one address, and where it is, as host:port."""
-    with contextlib.closing(socket.create_server((address, port))) as listening:
+    """A store that listens on one address, and where it is, as host:port; raises ValueError if it cannot."""
+    must = f"attach(address=...) must be an address of this machine on which the other ranks reach it, got {address!r}"
+    if not isinstance(address, str) or not address:
+        raise ValueError(f"{must}.")
+    try:
+        family, *_, place = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)[0]
+        if ipaddress.ip_address(place[0]).is_unspecified:
+            raise ValueError(f"{must}, which is every address, and none to reach it on.")
+        listening = socket.create_server(place[:2], family=family)
+    except OSError as error:
+        if error.errno in (errno.EADDRINUSE, errno.EACCES):
+            raise ValueError(
+                f"attach(port=...) must be one that this process may listen on, at {address}, got {port} "
+                f"({error.strerror}); 0 is any that is free."
+            ) from error
+        raise ValueError(f"{must} ({error.strerror}); `ip -brief address` lists those that it has.") from error
+    with contextlib.closing(listening):
         port = listening.getsockname()[1]
         store = dist.TCPStore(
             address, port, is_master=True, wait_for_workers=False, master_listen_fd=listening.detach()

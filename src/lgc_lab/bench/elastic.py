@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import multiprocessing
 import os
 import random
 import signal
-import sysconfig
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,63 +17,80 @@ from typing import Any, NamedTuple
 import click
 import torch
 from torch import nn
+from tqdm import tqdm
 
 from lgc.schemes import parse_scheme
 from lgc_lab import options
+from lgc_lab.folder import occupied, read_objects, require_same, write_json
 from lgc_lab.launch.ranks import preload
-from lgc_lab.recipes.recipe import warmup_and_cosine
-from lgc_lab.recipes.text import BYTES, CONTEXT, GPT, bits_per_byte, load_text, next_byte_loss
+from lgc_lab.recipes import Metric, Recipe, Split, find_recipe
 from lgc_lab.terminal import aligned, notify
+from lgc_lab.training.loop import make_optimizer
 
-FOLDER = "asyncio"  # of the standard library
-BATCH = 8
-LEARNING_RATE = 2e-3
-TEST_WINDOWS = 256
+RESULTS = "results.json"
+TESTED_ON = 1024  # samples
 HEARTBEAT_TIMEOUT_S, JOIN_TIMEOUT_S = 2.0, 10.0
-TIMEOUT_S, QUORUM_TIMEOUT_S, STOPPED_S = 20.0, 60.0, 5.0
+TIMEOUT_S, QUORUM_TIMEOUT_S, STOPPED_S, ABSENT_S = 20.0, 60.0, 5.0, 1.0
 SHARE_OF_FAULTS = (0.05, 0.9)  # of the samples, between which they come
 
 
 class Job(NamedTuple):
     """What every rank trains."""
 
+    recipe: str
+    data: str | None
+    batch_size: int | None  # None is the recipe's
     scheme: str
     ranks: int
     samples: int  # of all ranks, those of lost rounds not counted
-    width: int
-    depth: int
+    seed: int
 
 
 class Result(NamedTuple):
     """What a rank has at the end."""
 
     rounds: int
-    bits: float  # per byte of the test
+    metric: float | None  # on the test data, of one of them
     digest: str  # of all weights
 
 
+class Outcome(NamedTuple):
+    """What came of a run.
+
+    Attributes:
+        ranks: that were there at the end.
+        alike: whether all of them had the same anchor by then, bit for bit.
+    """
+
+    rounds: int
+    seconds: float
+    metric: float
+    ranks: int
+    alike: bool
+
+
 @click.command()
+@options.recipe(default="text-gpt")
+@options.data
+@options.batch_size
 @click.option("--ranks", type=click.IntRange(2), default=4, help="Of the undisturbed run.")
-@click.option("--samples", type=click.IntRange(1), default=32_000, help=f"Of {CONTEXT} bytes, of all ranks together.")
+@click.option("--samples", type=click.IntRange(1), default=32_000, help="To train with, of all ranks together.")
 @click.option("--kills", type=click.IntRange(0), default=10, help="Ranks that are killed, and started again.")
 @click.option("--stops", type=click.IntRange(0), default=1, help=f"Ranks that are stopped for {STOPPED_S:g} seconds.")
 @click.option("--lighthouses", type=click.IntRange(0), default=1, help="Times that it is killed, and started again.")
 @click.option("--scheme", default="local:every=20:start_steps=0+quantized", help="Of local steps.")
-@click.option("--width", type=click.IntRange(4), default=64, help="Of the GPT.")
-@click.option("--depth", type=click.IntRange(1), default=2, help="Of the GPT.")
 @options.seed
-def elastic(
-    ranks: int, samples: int, kills: int, stops: int, lighthouses: int, scheme: str, width: int, depth: int, seed: int
-) -> None:
+@click.option("--out", type=options.FOLDER, help="Folder of the results, in which a second call goes on.")
+@click.option("--overwrite", is_flag=True, help="Measure again what is there already.")
+def elastic(kills: int, stops: int, lighthouses: int, out: Path | None, overwrite: bool, **given: Any) -> None:
     """Measure what training loses when ranks come and go.
 
     \b
-    lgc bench elastic --kills 10
+    lgc bench elastic --recipe text-gpt --kills 10 --out runs/elastic
 
-    Trains a small GPT on the asyncio of Python's standard library by the byte, undisturbed and then with faults at
-    random times: ranks are killed and started again a second later, or stopped for a while, and the lighthouse is
-    killed and started again. Both runs end when rounds have counted as many samples. Then the weights of all ranks are
-    compared bit for bit.
+    Trains a recipe undisturbed, and then with faults at random times: ranks are killed and started again a second
+    later, or stopped for a while, and the lighthouse is killed and started again. Both runs end when rounds have
+    counted as many samples. Then the weights of all ranks are compared bit for bit.
     """
     options.refuse_torchrun("bench elastic")
     try:
@@ -81,53 +98,90 @@ def elastic(
     except ImportError as error:
         raise click.UsageError(str(error)) from None
     with options.usage_errors():
-        job = Job(str(parse_scheme(scheme)), ranks, samples, width, depth)
-    with options.reported_errors():
+        job = Job(**given | {"scheme": str(parse_scheme(given["scheme"]))})
+        metric = find_recipe(job.recipe).metric
+    disturbed = ["kill"] * kills + ["stop"] * stops + ["lighthouse"] * lighthouses
+    runs = {"undisturbed": disturbed[:0], "disturbed": disturbed}
+    with options.reported_errors(), occupied(out) if out else contextlib.nullcontext():
+        wanted = job._asdict() | {"faults": disturbed}
+        outcomes = _found(out / RESULTS, wanted) if out and not overwrite else {}
         preload(__name__)
-        table = [["run", "killed", "stopped", "lighthouse", "rounds", "seconds", "bits per byte", "weights"]]
-        disturbed = ["kill"] * kills + ["stop"] * stops + ["lighthouse"] * lighthouses
-        for name, faults in {"undisturbed": disturbed[:0], "disturbed": disturbed}.items():
-            started = time.perf_counter()
-            results = _Run(job, random.Random(seed)).train(faults)
-            alike = "alike" if len({each.digest for each in results}) == 1 else "DIFFER"
-            row = [name, *(str(faults.count(each)) for each in ("kill", "stop", "lighthouse")), str(results[0].rounds)]
-            table.append([*row, f"{time.perf_counter() - started:.0f}", f"{results[0].bits:.3f}", alike])
-            notify("  ".join(table[-1]))
-        click.echo(aligned(table))
+        for name, faults in runs.items():
+            if name not in outcomes:
+                outcomes[name] = _Run(job, name).train(faults)
+                if out:
+                    found = {each: outcome._asdict() for each, outcome in outcomes.items()}
+                    write_json(out / RESULTS, {"configuration": wanted, "runs": found})
+    click.echo(_table(runs, outcomes, metric))
+
+
+def _found(file: Path, wanted: Mapping[str, Any]) -> dict[str, Outcome]:
+    """The runs of this configuration that are there already."""
+    if not file.exists():
+        return {}
+    (content,) = read_objects(file)
+    require_same(content.get("configuration", {}), wanted, f"{file} has a measurement")
+    return {name: Outcome(**outcome) for name, outcome in content["runs"].items()}
+
+
+def _table(runs: Mapping[str, Sequence[str]], outcomes: Mapping[str, Outcome], metric: Metric) -> str:
+    table = [["run", "killed", "stopped", "lighthouse", "rounds", "seconds", metric.name, "difference", "weights"]]
+    first = outcomes["undisturbed"].metric
+    for name, faults in runs.items():
+        each = outcomes[name]
+        counts = [str(faults.count(fault)) for fault in ("kill", "stop", "lighthouse")]
+        measured = [str(each.rounds), f"{each.seconds:.0f}", f"{each.metric:.4f}", f"{each.metric - first:+.4f}"]
+        table.append([name, *counts, *measured, f"{each.ranks} {'alike' if each.alike else 'DIFFER'}"])
+    return aligned(table)
 
 
 class _Run:
     """A run of ranks in processes of their own."""
 
-    def __init__(self, job: Job, chance: random.Random) -> None:
+    def __init__(self, job: Job, name: str) -> None:
         self._context = multiprocessing.get_context("forkserver")
-        self._job, self._chance = job, chance
+        self._job, self._name, self._chance = job, name, random.Random(job.seed)
         self._taken = self._context.RawValue("q", 0)
         self._lighthouse, self._address = self._serve("127.0.0.1:0")
         self._ranks: list[tuple[Any, Connection]] = []
+        self._started = 0
 
-    def train(self, faults: Sequence[str]) -> list[Result]:
-        """Train with faults of these kinds, in random order and at random times; what the ranks have at the end."""
+    def train(self, faults: Sequence[str]) -> Outcome:
+        """Train with faults of these kinds, in random order and at random times."""
+        started = time.perf_counter()
         for _ in range(self._job.ranks):
             self._start()
+        bar = tqdm(total=self._job.samples, desc=self._name, unit="sample", disable=None, leave=False)
         try:
             times = sorted(self._chance.uniform(*SHARE_OF_FAULTS) * self._job.samples for _ in faults)
             for when, fault in zip(times, self._chance.sample(faults, len(faults)), strict=True):
-                while self._taken.value < when:
-                    self._require_ranks()
-                    time.sleep(0.05)
+                self._wait(bar, lambda when=when: self._taken.value >= when, ending=False)  # type: ignore[misc]
                 self._disturb(fault)
-            return [result for _, connection in self._ranks if (result := _received(connection))]
+            for _, connection in self._ranks:
+                self._wait(bar, connection.poll, ending=True)
+            seconds = time.perf_counter() - started
+            results = [result for _, connection in self._ranks if (result := _received(connection))]
         finally:
+            bar.close()
             for process in (self._lighthouse, *(process for process, _ in self._ranks)):
                 process.kill()
+        (metric,) = (each.metric for each in results if each.metric is not None)
+        alike = len({each.digest for each in results}) == 1
+        return Outcome(results[0].rounds, round(seconds, 1), metric, len(results), alike)
+
+    def _wait(self, bar: Any, until: Callable[[], bool], *, ending: bool) -> None:
+        while not until():
+            if not ending:
+                self._require_ranks()
+            bar.update(self._taken.value - bar.n)
+            time.sleep(0.1)
 
     def _disturb(self, fault: str) -> None:
         notify(f"{fault} at {self._taken.value} samples")
         if fault == "lighthouse":
             self._lighthouse.kill()
             self._lighthouse.join()
-            time.sleep(1)
+            time.sleep(ABSENT_S)
             self._lighthouse, _ = self._serve(self._address)
             return
         process, connection = self._chance.choice(self._ranks)
@@ -139,7 +193,7 @@ class _Run:
         self._ranks.remove((process, connection))
         process.kill()
         process.join()
-        time.sleep(1)
+        time.sleep(ABSENT_S)
         self._start()
 
     def _require_ranks(self) -> None:
@@ -149,10 +203,12 @@ class _Run:
 
     def _start(self) -> None:
         own, child = self._context.Pipe()
-        process = self._context.Process(target=_train, args=(child, self._address, self._job, self._taken), daemon=True)
+        arguments = (child, self._address, self._job, self._started, self._taken)
+        process = self._context.Process(target=_train, args=arguments, daemon=True)
         process.start()
         child.close()
         self._ranks.append((process, own))
+        self._started += 1
 
     def _serve(self, bind: str) -> tuple[Any, str]:
         own, child = self._context.Pipe()
@@ -182,15 +238,16 @@ def _be_lighthouse(tell: Connection, bind: str, least: int) -> None:
     signal.pause()
 
 
-def _train(tell: Connection, address: str, job: Job, taken: Any) -> None:
+def _train(tell: Connection, address: str, job: Job, number: int, taken: Any) -> None:
     import lgc.elastic  # of an extra
 
     torch.set_num_threads(1)
-    torch.manual_seed(0)
-    text = load_text(str(Path(sysconfig.get_path("stdlib"), FOLDER)), None)
-    model: nn.Module = GPT(vocabulary=BYTES, context=CONTEXT, width=job.width, depth=job.depth, heads=2)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95))
-    sampler = lgc.elastic.Sampler(len(text.train))
+    torch.manual_seed(job.seed)
+    recipe, device = find_recipe(job.recipe), torch.device("cpu")
+    data = recipe.data(job.data, None)
+    model = recipe.make_model(device)
+    optimizer = make_optimizer(recipe, model, parse_scheme(job.scheme))
+    sampler = lgc.elastic.Sampler(len(data.train), seed=job.seed)
     handle = lgc.elastic.attach(
         model,
         job.scheme,
@@ -201,15 +258,28 @@ def _train(tell: Connection, address: str, job: Job, taken: Any) -> None:
         timeout=TIMEOUT_S,
         quorum_timeout=QUORUM_TIMEOUT_S,
     )
-    places = iter(sampler)
+    places, augmentation = iter(sampler), torch.Generator().manual_seed(number)
     while sampler.taken < job.samples:
         for group in optimizer.param_groups:
-            group["lr"] = LEARNING_RATE * warmup_and_cosine(sampler.taken / job.samples)
-        inputs, labels = text.train.batch(torch.tensor([next(places) for _ in range(BATCH)]), None)
+            group["lr"] = recipe.learning_rate * recipe.learning_rate_factor(sampler.taken / job.samples)
+        batch = torch.tensor([next(places) for _ in range(job.batch_size or recipe.batch_size)])
+        inputs, targets = recipe.make_batch(data.train, batch, augmentation, device)
         optimizer.zero_grad()
-        next_byte_loss(model(inputs), labels).backward()
+        recipe.loss(model(inputs), targets).backward()
         optimizer.step()
         taken.value = max(taken.value, sampler.taken)
     handle.finish()
-    digest = hashlib.sha256(b"".join(each.detach().numpy().tobytes() for each in model.parameters())).hexdigest()
-    tell.send(Result(handle.rounds, bits_per_byte(model, text.test, TEST_WINDOWS), digest))
+    with handle.anchored():
+        digest = hashlib.sha256(b"".join(each.detach().numpy().tobytes() for each in model.parameters())).hexdigest()
+        metric = _evaluate(recipe, model, data.test) if handle.rank == 0 else None
+    tell.send(Result(handle.rounds, metric, digest))
+
+
+@torch.no_grad()
+def _evaluate(recipe: Recipe, model: nn.Module, split: Split) -> float:
+    model.eval()
+    sums = []
+    for indices in torch.arange(min(TESTED_ON, len(split))).split(recipe.evaluation_batch):
+        inputs, targets = recipe.make_batch(split, indices, None, torch.device("cpu"))
+        sums.append(recipe.metric.sums(model(inputs), targets))
+    return float(recipe.metric.value(torch.stack(sums).sum(dim=0)))
