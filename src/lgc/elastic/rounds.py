@@ -151,6 +151,14 @@ class ElasticRounds(LocalRounds):
         told: dict[str, Any] = {"digest": self._digest(), "closing": closing, "step": self.step}
         told |= {"steps": self.step - self._last_round, "drawn": [each.drawn for each in self._samplers]}
         begun = transport.begin_round(fragment.rounds, told, self.shared_state, self.heal)
+        if self._joined and transport.rank in begun.behind:
+            logger.warning(
+                "the others are at round %d, which they have come to without this rank; it counts again from the next "
+                "one on. Where it had only taken longer for its steps than they, give the lighthouse a "
+                "--join_timeout_ms that is longer than %d steps take.",
+                fragment.rounds,
+                self._scheme.period,
+            )
         if all(each.told["closing"] for each in begun.ranks):
             return not begun.behind
         if any(begun.counts):
