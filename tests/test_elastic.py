@@ -37,7 +37,7 @@ from torch import nn
 import lgc
 import lgc.elastic
 from lgc.comm.transport import RankError
-from lgc.elastic.lighthouse import Member
+from lgc.elastic.lighthouse import MOST_DRAWN, Member, is_told
 from lgc.elastic.transport import LostError
 from lgc_lab.cli import main
 
@@ -214,7 +214,7 @@ def test_ranks_go_on_by_themselves_when_the_lighthouse_is_back_in_time() -> None
 
 
 def test_without_a_lighthouse_ranks_say_so_once_their_timeout_has_passed() -> None:
-    with crew(2, least=2, attach={"ranks": 2, "quorum_timeout": 1.0}) as ranks:
+    with crew(2, least=2, attach={"ranks": 2, "quorum_timeout": 5.0}) as ranks:
         ranks.wait_for_ranks(2)
         ranks.lighthouse.kill()
         for rank in ranks.ranks:
@@ -480,3 +480,27 @@ def test_the_measurement_ends_with_the_same_weights_on_all_ranks(tmp_path: Path)
     assert again.stdout == result.stdout
     other = CliRunner().invoke(main, [*arguments, "--seed", "1"])
     assert "of other settings (seed: 0, now 1)" in other.output
+
+
+TOLD = {"digest": "0a", "form": "1b", "group": "", "closing": False, "step": 20, "steps": 10, "drawn": [[1, 80]]}
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"digest": 1},
+        {"closing": 0},
+        {"step": -1},
+        {"steps": 10**18},
+        {"steps": True},
+        {"drawn": [[0, MOST_DRAWN]]},
+        {"drawn": [[0, -1]]},
+        {"drawn": [[0]]},
+        {"drawn": "all"},
+    ],
+    ids=str,
+)
+def test_what_a_rank_says_of_itself_is_within_bounds_or_not_of_this_job(wrong: dict[str, Any]) -> None:
+    assert is_told(TOLD)
+    assert not is_told(TOLD | wrong)
+    assert not is_told({name: value for name, value in TOLD.items() if name not in wrong})

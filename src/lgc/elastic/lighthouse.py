@@ -26,6 +26,25 @@ LONGER = 1.35  # times as long as torchft was told it may try to connect, by its
 ANSWER_S = 5.0  # within which one that is there can be connected to, and answers a heartbeat
 
 
+TOLD = {"digest": str, "form": str, "group": str, "closing": bool, "step": int, "steps": int, "drawn": list}
+MOST_TOLD = 2**53  # of a number, which JSON has exactly
+MOST_DRAWN = 2**26  # samples that a rank may have taken since the last round: each is a place to be used up
+
+
+def is_told(data: object) -> bool:
+    """Whether this is what a rank may say of itself: all fields, of their types, and numbers within their bounds."""
+    if not isinstance(data, dict) or any(type(data.get(name)) is not kind for name, kind in TOLD.items()):
+        return False
+    if not all(0 <= data[name] < MOST_TOLD for name in ("step", "steps")):
+        return False
+    return all(
+        isinstance(pair, list | tuple)
+        and len(pair) == 2
+        and all(type(number) is int and 0 <= number < MOST_DRAWN for number in pair)
+        for pair in data["drawn"]
+    )
+
+
 class Member(NamedTuple):
     """A rank that takes part.
 
@@ -90,7 +109,7 @@ class Lighthouse:
         Args:
             store: of this rank, as host:port.
             rounds: that this rank has made.
-            told: what else it says of itself: JSON, of few bytes.
+            told: what else it says of itself: JSON, of few bytes, as `is_told` has it.
 
         Raises:
             NoQuorumError: if they do not within the timeout.
@@ -115,7 +134,7 @@ class Lighthouse:
                 connected, self._client, failure = self._client is not None, None, error
             else:
                 connected, failure = True, None
-                strangers = [each.replica_id for each in found.participants if not isinstance(each.data, dict)]
+                strangers = [each.replica_id for each in found.participants if not is_told(each.data)]
                 if strangers:
                     raise RankError(
                         f"lgc: the lighthouse at {self.address} serves another job as well, of {strangers[0]}; start "
