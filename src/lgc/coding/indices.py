@@ -235,10 +235,13 @@ class Rice(_GapCoder):
         least = -(-2406 * (2 * segments.sizes - segments.counts) // (10_000 * segments.counts))  # below 2^61
         return bit_lengths(least - 1)
 
-    def length(self, positions: Integers, segments: Segments) -> int:
-        """Bytes of the code of these positions."""
+    def exceeds(self, size: int, positions: Integers, segments: Segments) -> bool:
+        """Whether the code of these positions takes more than `size` bytes."""
+        low = self._low_size(segments)
+        if low + octet_count(segments.count) > size:  # whatever the quotients are
+            return True
         quotients = segments.gaps(positions) >> segments.repeat(self._widths(segments))
-        return self._low_size(segments) + octet_count(segments.count + int(quotients.sum()))
+        return low + octet_count(segments.count + int(quotients.sum())) > size
 
     def _encode_quotients(self, quotients: Integers, segments: Segments) -> Octets:
         return pack_unary(quotients)
