@@ -406,10 +406,11 @@ class Handle:
             )
 
     def state_dict(self, *, whole: bool = False) -> dict[str, Any]:
-        """This rank's state, to be saved by every rank: tensors by parameter name, numbers and strings only.
+        """This rank's state, to be saved by every rank: only tensors by parameter name, numbers, strings and bytes.
 
-        It has the same keys at every step, which torch.distributed.checkpoint needs: it fills in those of the state
-        that it loads into. That is why the byte counts, one more phase after the other, are one text.
+        It has the same keys at every step, and tensors of the same shapes, which torch.distributed.checkpoint needs: it
+        fills in those of the state that it loads into. That is why the byte counts, one more phase after the other, are
+        one text, and what codes know of earlier rounds is bytes.
 
         Args:
             whole: with whole tensors, DTensors where they are sharded, in place of this rank's part of them; a

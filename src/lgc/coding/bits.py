@@ -23,6 +23,11 @@ def octet_count(bits: int) -> int:
     return (bits + 7) // 8
 
 
+def bit_lengths(values: Integers) -> Integers:
+    """Binary digits of each value, which is in [0, 2^53); 0 has none."""
+    return np.frexp(values.astype(np.float64))[1].astype(np.int64)
+
+
 def check_bits(data: Octets, count: int, field: str) -> None:
     """Raise PayloadError unless these are as many bytes as `count` bits need, with no bit set after the last."""
     if data.size != octet_count(count):

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lgc.coding.bits import Integers, octet_count, pack_bits, pack_unary, unpack_bits, unpack_unary
+from lgc.coding.bits import Integers, bit_lengths, octet_count, pack_bits, pack_unary, unpack_bits, unpack_unary
 from lgc.coding.payload import Octets, PayloadError, octets, tensor
 
 POSITION_BITS = 48
@@ -197,23 +197,22 @@ class _GapCoder(IndexCoder):
 
     def _decode(self, data: Octets, segments: Segments) -> Integers:
         length = self._low_size(segments)
-        widths = segments.repeat(self._widths(segments))
+        of_segments = self._widths(segments)
+        widths = segments.repeat(of_segments)
         low = unpack_bits(data[:length], widths, "indices.low")
         quotients = self._decode_quotients(data[length:], segments)
-        sums = [quotients[part].sum(dtype=np.float64) * 2.0 ** self._width(n, k) for n, k, part in segments.each()]
-        if sum(sums) >= 2**POSITION_BITS:  # positions could overflow
-            raise PayloadError("indices", "of gaps that sum to less than 2^48", sum(sums))
+        firsts = np.cumsum(segments.counts) - segments.counts
+        total = float((np.add.reduceat(quotients, firsts, dtype=np.float64) * 2.0**of_segments).sum())
+        if total >= 2**POSITION_BITS:  # positions could overflow
+            raise PayloadError("indices", "of gaps that sum to less than 2^48", total)
         return segments.positions((quotients << widths) + low)
-
-    def _widths(self, segments: Segments) -> Integers:
-        return np.array([self._width(n, k) for n, k, _ in segments.each()], np.int64)
 
     def _low_size(self, segments: Segments) -> int:
         return octet_count(int((self._widths(segments) * segments.counts).sum()))
 
     @abstractmethod
-    def _width(self, size: int, count: int) -> int:
-        """Low bits of the gaps of `count` in `size`, computed in integers: it must not differ between machines."""
+    def _widths(self, segments: Segments) -> Integers:
+        """Low bits of the gaps of each segment, computed exactly: they must not differ between machines."""
 
     @abstractmethod
     def _encode_quotients(self, quotients: Integers, segments: Segments) -> Octets: ...
@@ -232,14 +231,17 @@ class Rice(_GapCoder):
     2004.
     """
 
-    def _width(self, size: int, count: int) -> int:
-        least = -(-2406 * (2 * size - count) // (10_000 * count))
-        return (least - 1).bit_length()
+    def _widths(self, segments: Segments) -> Integers:
+        least = -(-2406 * (2 * segments.sizes - segments.counts) // (10_000 * segments.counts))  # below 2^61
+        return bit_lengths(least - 1)
 
-    def length(self, positions: Integers, segments: Segments) -> int:
-        """Bytes of the code of these positions."""
+    def exceeds(self, size: int, positions: Integers, segments: Segments) -> bool:
+        """Whether the code of these positions takes more than `size` bytes."""
+        low = self._low_size(segments)
+        if low + octet_count(segments.count) > size:  # whatever the quotients are
+            return True
         quotients = segments.gaps(positions) >> segments.repeat(self._widths(segments))
-        return self._low_size(segments) + octet_count(segments.count + int(quotients.sum()))
+        return low + octet_count(segments.count + int(quotients.sum())) > size
 
     def _encode_quotients(self, quotients: Integers, segments: Segments) -> Octets:
         return pack_unary(quotients)
@@ -274,15 +276,15 @@ class RangeCoder(_GapCoder):
             raise PayloadError("indices.range", "the code of what it decodes to", "another code")
         return positions
 
-    def _width(self, size: int, count: int) -> int:
-        return (size // (16 * count)).bit_length()  # least s with size / count < 16 * 2^s
+    def _widths(self, segments: Segments) -> Integers:
+        return bit_lengths(segments.sizes // (16 * segments.counts))  # least s with size / count < 16 * 2^s
 
     def _encode_quotients(self, quotients: Integers, segments: Segments) -> Octets:
         symbols = np.minimum(quotients, ESCAPE)
         excess = (quotients - symbols)[symbols == ESCAPE]
         encoder = _stream().queue.RangeEncoder()
-        for n, k, part in segments.each():
-            encoder.encode(symbols[part].astype(np.int32), _geometric(n, k, self._width(n, k)))
+        for (n, k, part), width in zip(segments.each(), self._widths(segments).tolist(), strict=True):
+            encoder.encode(symbols[part].astype(np.int32), _geometric(n, k, width))
         chunks = np.stack([excess & 0xFFFF, (excess >> 16) & 0xFFFF, excess >> 32], axis=1).ravel()
         encoder.encode(chunks.astype(np.int32), _stream().model.Uniform(2**16))
         words: Octets = encoder.get_compressed().astype("<u4").view(np.uint8)
@@ -294,8 +296,8 @@ class RangeCoder(_GapCoder):
         decoder = _stream().queue.RangeDecoder(np.frombuffer(data.tobytes(), "<u4").astype(np.uint32))
         quotients = np.zeros(segments.count, np.int64)
         try:
-            for n, k, part in segments.each():
-                quotients[part] = decoder.decode(_geometric(n, k, self._width(n, k)), k)
+            for (n, k, part), width in zip(segments.each(), self._widths(segments).tolist(), strict=True):
+                quotients[part] = decoder.decode(_geometric(n, k, width), k)
             escaped = np.flatnonzero(quotients == ESCAPE)
             chunks = decoder.decode(_stream().model.Uniform(2**16), 3 * escaped.size).astype(np.int64)
         except (AssertionError, ValueError) as error:

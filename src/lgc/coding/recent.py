@@ -79,7 +79,7 @@ class Recent(IndexCoder):
     def _encode(self, positions: Integers, segments: Segments) -> Octets:
         if self._known.size:
             relative = self._encode_relative(positions, segments)
-            if relative.size < Rice().length(positions, segments):
+            if Rice().exceeds(relative.size, positions, segments):
                 return np.concatenate([np.array([RELATIVE], np.uint8), relative])
         return np.concatenate([np.array([PLAIN], np.uint8), Rice()._encode(positions, segments)])
 
