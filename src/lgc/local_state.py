@@ -323,15 +323,15 @@ def _joined(groups: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     return {name: each for group in groups for name, each in group.items()}
 
 
-def _state_of(module: nn.Module) -> LocalState | None:
+def _kept_for(module: nn.Module) -> LocalState | None:
     return _states[module]() if module in _states else None
 
 
 def _on_state_dict(module: nn.Module, *_: object) -> None:
-    if (state := _state_of(module)) is not None:
+    if (state := _kept_for(module)) is not None:
         state.warn_of_own_weights()
 
 
 def _on_load_state_dict(module: nn.Module, *_: object) -> None:
-    if (state := _state_of(module)) is not None:
+    if (state := _kept_for(module)) is not None:
         state.refuse_replaced_weights()

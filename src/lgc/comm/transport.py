@@ -113,7 +113,7 @@ class Transport:
         self.wire = Wire()
         self.seconds = 0.0
         if self.device.type == "cpu":
-            _release_at_exit()
+            release_at_exit()
         self.begin(SETUP, steps=0)
 
     def called(self, rank: int) -> str:
@@ -423,7 +423,8 @@ def _staging_device(group: dist.ProcessGroup, device: torch.device | None) -> to
 
 
 @functools.cache
-def _release_at_exit() -> None:
+def release_at_exit() -> None:
+    """Have this process wait a moment before it ends."""
     # gloo's threads drop the tensors of the last collective a little after it has returned, and need the GIL for that:
     # in an interpreter that is ending by then, they abort the process (seen in one of ten short scripts).
     atexit.register(time.sleep, RELEASE_WAIT_S)

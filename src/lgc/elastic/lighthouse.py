@@ -24,11 +24,9 @@ except ImportError as error:
 PAUSE_S = 0.2  # between two tries to reach a lighthouse
 LONGER = 1.35  # times as long as torchft was told it may try to connect, by its pauses in between
 ANSWER_S = 5.0  # within which one that is there can be connected to, and answers a heartbeat
-
-
 TOLD = {"digest": str, "form": str, "group": str, "closing": bool, "step": int, "steps": int, "drawn": list}
 MOST_TOLD = 2**53  # of a number, which JSON has exactly
-MOST_DRAWN = 2**26  # samples that a rank may have taken since the last round: each is a place to be used up
+MOST_DRAWN = 2**24  # samples that a rank may have taken since the last round: each is a place to be used up
 
 
 def is_told(data: object) -> bool:
@@ -38,7 +36,7 @@ def is_told(data: object) -> bool:
     if not all(0 <= data[name] < MOST_TOLD for name in ("step", "steps")):
         return False
     return all(
-        isinstance(pair, list | tuple)
+        isinstance(pair, list)
         and len(pair) == 2
         and all(type(number) is int and 0 <= number < MOST_DRAWN for number in pair)
         for pair in data["drawn"]

@@ -21,7 +21,7 @@ from torchft.process_group import ProcessGroupGloo
 
 from lgc.comm.replicas import require_agreement
 from lgc.comm.traffic import SETUP, Wire
-from lgc.comm.transport import Opening, RankError, Transport, _release_at_exit, clock, within
+from lgc.comm.transport import Opening, RankError, Transport, clock, release_at_exit, within
 from lgc.elastic.lighthouse import Lighthouse, Member
 
 CHUNK = 2**26  # bytes of a state that are sent at once
@@ -89,7 +89,7 @@ class ElasticTransport(Transport):
         self.rank, self.world_size = 0, 1
         self._identity = ""  # of the meeting whose ranks are connected
         self.group.be(self.group.made(dist.HashStore(), 0, 1))
-        _release_at_exit()
+        release_at_exit()
         self.begin(SETUP, steps=0)
 
     def uncounted(self) -> ElasticTransport:

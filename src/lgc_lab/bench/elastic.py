@@ -16,14 +16,13 @@ from typing import Any, NamedTuple
 
 import click
 import torch
-from torch import nn
 from tqdm import tqdm
 
 from lgc.schemes import parse_scheme
 from lgc_lab import options
 from lgc_lab.folder import occupied, read_objects, require_same, write_json
 from lgc_lab.launch.ranks import preload
-from lgc_lab.recipes import Metric, Recipe, Split, find_recipe
+from lgc_lab.recipes import Metric, find_recipe
 from lgc_lab.terminal import aligned, notify
 from lgc_lab.training.loop import make_optimizer
 
@@ -271,15 +270,8 @@ def _train(tell: Connection, address: str, job: Job, number: int, taken: Any) ->
     handle.finish()
     with handle.anchored():
         digest = hashlib.sha256(b"".join(each.detach().numpy().tobytes() for each in model.parameters())).hexdigest()
-        metric = _evaluate(recipe, model, data.test) if handle.rank == 0 else None
+        metric = None
+        if handle.rank == 0:
+            samples = torch.arange(min(TESTED_ON, len(data.test)))
+            metric = recipe.metric.value(recipe.evaluate(model, data.test, samples, device))
     tell.send(Result(handle.rounds, metric, digest))
-
-
-@torch.no_grad()
-def _evaluate(recipe: Recipe, model: nn.Module, split: Split) -> float:
-    model.eval()
-    sums = []
-    for indices in torch.arange(min(TESTED_ON, len(split))).split(recipe.evaluation_batch):
-        inputs, targets = recipe.make_batch(split, indices, None, torch.device("cpu"))
-        sums.append(recipe.metric.sums(model(inputs), targets))
-    return float(recipe.metric.value(torch.stack(sums).sum(dim=0)))

@@ -19,7 +19,7 @@ from lgc_lab import options
 from lgc_lab.launch.ranks import preload, start_ranks
 from lgc_lab.recipes.data import Data
 from lgc_lab.recipes.recipe import warmup_and_cosine
-from lgc_lab.recipes.text import BYTES, CONTEXT, GPT, bits_per_byte, load_text, next_byte_loss
+from lgc_lab.recipes.text import BYTES, CONTEXT, GPT, TEXT_GPT, load_text, next_byte_loss
 from lgc_lab.terminal import aligned, notify
 
 BATCH = 2  # windows of a rank and step
@@ -118,4 +118,6 @@ def _train(arm: Arm, data: Data, step_s: float, steps: int, seed: int) -> Outcom
     seconds, done = time.perf_counter() - started, handle.progress.steps
     handle.finish()
     rate = (done - arm.scheme.start_steps) / seconds
-    return Outcome(ranks * BATCH * done, ranks * BATCH * rate, bits_per_byte(model, data.test, TESTED_ON))
+    samples = torch.arange(min(TESTED_ON, len(data.test)))
+    bits = TEXT_GPT.evaluate(model, data.test, samples, torch.device("cpu"))
+    return Outcome(ranks * BATCH * done, ranks * BATCH * rate, TEXT_GPT.metric.value(bits))

@@ -74,6 +74,16 @@ class Recipe:
         inputs, targets = split.batch(indices, generator)
         return inputs.to(device, memory_format=self.memory_format), targets.to(device)
 
+    @torch.no_grad()
+    def evaluate(self, model: nn.Module, split: Split, samples: Tensor, device: torch.device) -> Tensor:
+        """Add up the metric's sums over these samples; the model is in evaluation mode from then on."""
+        model.eval()
+        parts = []
+        for indices in samples.split(self.evaluation_batch):
+            inputs, targets = self.make_batch(split, indices, None, device)
+            parts.append(self.metric.sums(model(inputs).float(), targets))
+        return torch.stack(parts).sum(dim=0)
+
 
 def warmup_and_cosine(progress: float) -> float:
     """Rises linearly, then falls by half a cosine to zero. Source: Loshchilov and Hutter, SGDR, arXiv 1608.03983."""

@@ -15,7 +15,6 @@ from lgc_lab.recipes.recipe import Metric, Recipe, warmup_and_cosine
 
 BYTES = 256
 CONTEXT = 128
-AT_ONCE = 64  # windows that are evaluated
 TEST_EVERY = 20  # one file in this many is for testing
 NOT_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idlelib"}  # absent from some installations
 
@@ -125,14 +124,6 @@ def _sum_bits(outputs: Tensor, targets: Tensor) -> Tensor:
     return torch.stack([bits, torch.full_like(bits, targets.numel())])
 
 
-@torch.no_grad()
-def bits_per_byte(model: nn.Module, split: Split, limit: int) -> float:
-    """Measure what a model needs for a byte of the first windows, at most `limit`."""
-    batches = (split.batch(indices, None) for indices in torch.arange(min(limit, len(split))).split(AT_ONCE))
-    bits, count = torch.stack([_sum_bits(model(inputs), targets) for inputs, targets in batches]).sum(dim=0)
-    return float(bits / count)
-
-
 TEXT_GPT = Recipe(
     name="text-gpt",
     summary="Python's standard library by the byte, a GPT of 1.9 million parameters",
@@ -141,7 +132,7 @@ TEXT_GPT = Recipe(
     loss=next_byte_loss,
     metric=Metric(name="bits_per_byte", sums=_sum_bits, value=lambda sums: float(sums[0] / sums[1]), better="lower"),
     batch_size=16,
-    evaluation_batch=AT_ONCE,
+    evaluation_batch=64,
     epochs=4,
     optimizer="adamw",
     learning_rate=4e-3,

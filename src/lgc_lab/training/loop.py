@@ -156,16 +156,11 @@ class Training:
         with self.handle.anchored():
             for buffer in self.model.buffers():
                 dist.broadcast(buffer, src=0)
-            self.model.eval()
-            recipe, metric, test = self.recipe, self.recipe.metric, self.data.test
+            metric, test = self.recipe.metric, self.data.test
             count = min(self.settings.limit_test or len(test), len(test))
             share = torch.arange(dist.get_rank(), count, dist.get_world_size())
-            parts = []
-            for indices in share.split(recipe.evaluation_batch):
-                inputs, targets = recipe.make_batch(test, indices, None, self.device)
-                with self._autocast():
-                    parts.append(metric.sums(self.model(inputs).float(), targets))
-        sums = torch.stack(parts).sum(dim=0)
+            with self._autocast():
+                sums = self.recipe.evaluate(self.model, test, share, self.device)
         dist.all_reduce(sums)
         self.last = float(metric.value(sums.cpu()))
         pick = max if metric.better == "higher" else min
