@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cases import cases
 from click.testing import CliRunner
 from link_job import LIMIT_S, job, met
 from ranks import start_fork_server
@@ -224,7 +225,7 @@ def started(folder: Path) -> Iterator[tuple[subprocess.Popen[str], list[int]]]:
 
 
 @needs_root
-@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+@cases("name", ["SIGINT", "SIGTERM"], in_suite=["SIGTERM"])
 def test_nothing_is_left_by_a_program_that_is_stopped(tmp_path: Path, name: str) -> None:
     before = machine()
     with started(tmp_path) as (process, ranks):

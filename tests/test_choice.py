@@ -16,6 +16,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from cases import cases
 from ddp_models import MODELS, batch, build, seeded
 from ranks import Ranks
 from torch import Tensor, nn
@@ -200,7 +201,7 @@ def rehearsed(rank: int, world_size: int, scheme: Any, of: int) -> Rehearsed:
     )
 
 
-@pytest.mark.parametrize("scheme", EXACT)
+@cases("scheme", EXACT, in_suite=["dgc-two-stage", "scalecom", "quantized-two-stage", "lgc-ps"])
 def test_one_rank_sends_what_all_would(ranks: RankFactory, scheme: str) -> None:
     (alone,) = ranks(1).run(rehearsed, EXACT[scheme], 4)
     halves = ranks(2).run(rehearsed, EXACT[scheme], 4)

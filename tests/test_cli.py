@@ -340,7 +340,8 @@ def losses_through(rank: int, world_size: int, backends: list[str | None]) -> li
     return losses
 
 
-@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.exhaustive)])
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("backend", ["eager", "inductor"])
 def test_a_compiled_model_learns_as_another(ranks: Callable[[int], Ranks], backend: str) -> None:
     for plain, compiled in ranks(1 if backend == "inductor" else 2).run(losses_through, [None, backend]):
         assert compiled == pytest.approx(plain, rel=1e-3)

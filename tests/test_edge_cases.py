@@ -32,7 +32,7 @@ LOSSLESS = [name for name, config in CONFIGS.items() if config.feedback != "pape
 STEPS = 11  # three of them compressed, so that every rank leads once
 WORLD_SIZE = 3
 
-SOME = ("topk-two-stage", "dgc", "lgc-ring", "lgc-ps-paper")
+SOME = ("topk-two-stage", "lgc-ring", "lgc-ps-paper")
 every_scheme = cases("scheme", CONFIGS, in_suite=SOME)
 
 MODELS: dict[str, Shapes] = {

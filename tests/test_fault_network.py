@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from cases import cases
 from fault_job import Fault, read
 from fault_runs import SCHEMES, arguments, faulty, log_of, results, run_undisturbed
 from runs import ENVIRONMENT, LIMIT_S, TORCHRUN, measured, rows
@@ -45,9 +46,10 @@ def finish(processes: list[subprocess.Popen[str]]) -> list[str]:
 # --- a machine is lost ---
 
 
-def test_when_a_machine_is_lost_torchrun_goes_on_with_fewer_ranks(tmp_path: Path) -> None:
+@cases("scheme", ["quantized", "lgc-ring"], in_suite=["quantized"])
+def test_when_a_machine_is_lost_torchrun_goes_on_with_fewer_ranks(scheme: str, tmp_path: Path) -> None:
     out, endpoint = tmp_path / "run", f"127.0.0.1:{free_port()}"
-    run = faulty(out, [Fault("node", 1, 7, "during")], arguments(SCHEMES["lgc-ring"], out, timeout=60))
+    run = faulty(out, [Fault("node", 1, 7, "during")], arguments(SCHEMES[scheme], out, timeout=60))
     agents = []
     for machine, address in enumerate(("127.0.0.1", "127.0.0.2")):  # ranks are in order of the addresses
         elastic = ["--nnodes=1:2", "--nproc-per-node=1", "--max-restarts=3", f"--local-addr={address}"]
@@ -100,12 +102,13 @@ def start_rank(rank: int, namespace: str, starts: int, program: list[str]) -> su
     return start(["ip", "netns", "exec", namespace, sys.executable, *program], environment)
 
 
+@cases("scheme", ["quantized", "lgc-ps"], in_suite=["quantized"])
 def test_when_packets_are_dropped_every_rank_ends_in_time_and_can_be_restarted(
-    namespaces: list[str], tmp_path: Path
+    namespaces: list[str], scheme: str, tmp_path: Path
 ) -> None:
-    out, expected, scheme = tmp_path / "run", tmp_path / "undisturbed", SCHEMES["lgc-ps"]
+    out, expected = tmp_path / "run", tmp_path / "undisturbed"
     fault = Fault("partition", 1, 10, "during")
-    program = faulty(out, [fault], arguments(scheme, out, timeout=TIMEOUT_S))
+    program = faulty(out, [fault], arguments(SCHEMES[scheme], out, timeout=TIMEOUT_S))
 
     ranks = [start_rank(rank, name, 0, program) for rank, name in enumerate(namespaces)]
     outputs = finish(ranks)
@@ -117,7 +120,7 @@ def test_when_packets_are_dropped_every_rank_ends_in_time_and_can_be_restarted(
 
     ip("-n", namespaces[fault.rank], "link", "set", "lgc-link", "up")
     ranks = [start_rank(rank, name, 1, program) for rank, name in enumerate(namespaces)]
-    run_undisturbed(arguments(scheme, expected, timeout=60))
+    run_undisturbed(arguments(SCHEMES[scheme], expected, timeout=60))
     outputs = finish(ranks)
     assert [rank.returncode for rank in ranks] == [0, 0], outputs
     assert results(out) == results(expected)

@@ -36,6 +36,7 @@ def train_to(rank: int, _: int, scheme: lgc.LocalSteps, steps: int, ddp: bool = 
     return Run(scheme, ddp=ddp).train(rank, range(steps)).weights()
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("ddp", [False, True], ids=["module", "ddp"])
 @every_exchange
 def test_all_ranks_have_the_same_weights_and_buffers_after_a_round(
@@ -335,6 +336,7 @@ def go_on_with(rank: int, world_size: int, scheme: lgc.LocalSteps, states: list[
     return state, run.train(rank, range(10, 12)).weights()
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("world_size", [1, 3, 4])
 @pytest.mark.parametrize("exchange", ["dense", "two-stage", "topk"])
 def test_on_another_number_of_ranks_what_is_owed_stays(ranks: RankFactory, exchange: str, world_size: int) -> None:

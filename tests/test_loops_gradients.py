@@ -613,7 +613,7 @@ def do_something_alone(rank: int, _: int, scheme: str) -> None:
     train(rank, ddp, optimizer, range(3, 6))
 
 
-@every_scheme
+@cases("scheme", SCHEMES.values(), in_suite=[SCHEMES["local"]])
 def test_a_rank_that_does_something_alone_for_too_long_is_told_of_the_timeout(ranks: RankFactory, scheme: str) -> None:
     for failure in ranks(2).exceptions(do_something_alone, scheme):
         assert isinstance(failure, RankError | RuntimeError)

@@ -132,6 +132,7 @@ def resumed(rank: int, world_size: int, scheme: RoundScheme, folder: Path, stop:
     return found
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("stop", [3, 7])  # in the warm-up, and after it
 @pytest.mark.parametrize("name", ["dgc", "scalecom", "lgc-ps"])
 def test_a_run_that_goes_on_from_a_checkpoint_sends_the_same_bytes_as_an_undisturbed_one(
@@ -166,6 +167,7 @@ def on_other_ranks(rank: int, world_size: int, scheme: RoundScheme, states: list
     return Resharded(one.train(range(7, STEPS)), one.sent(), past)
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize(("before", "after"), [(4, 2), (2, 3), (1, 2)])
 @pytest.mark.parametrize("name", ["dgc", "lgc-ps"])
 def test_at_another_number_of_ranks_all_know_of_each_what_was_known_of_one_before(

@@ -264,7 +264,7 @@ SMALL: dict[str, tuple[int, int, int, Callable[[Path], str] | None]] = {
     "camvid-pspnet": (2, 2, 2, camvid_folder),
     "text-gpt": (4, 4, 5, None),
 }
-AS_ANOTHER = {"cifar10-resnet101": "cifar10-resnet50"}  # in all but its size
+AS_ANOTHER = {"cifar10-resnet50": "imagenet-resnet50", "cifar10-resnet101": "cifar10-resnet50"}  # in all but size
 
 
 @pytest.mark.parametrize(

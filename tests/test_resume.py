@@ -147,6 +147,7 @@ def test_a_run_of_other_settings_is_not_continued_and_not_touched(interrupted: P
     assert (interrupted / "metrics.jsonl").read_bytes() == before
 
 
+@pytest.mark.exhaustive
 def test_killed_a_run_sends_what_one_does_that_was_not_as_it_knows_what_was_sent_before(
     interrupted: Path, tmp_path: Path
 ) -> None:

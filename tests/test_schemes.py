@@ -70,6 +70,7 @@ CASES: dict[str, Config] = {
     "lgc-ps-coded": Config(scheme="lgc-ps", rate=0.1, values="sign", latent="uniform8", **LEARNED),
     "dgc-lloyd": Config(scheme="dgc", rate=0.1, momentum=0.9, warmup_steps=6, values="lloyd2"),
 }
+ALONE = ("topk-two-stage", "dgc", "scalecom-momentum", "lgc-ring", "lgc-ps", "lgc-ps-paper")
 LINEAR = [name for name, config in CASES.items() if not config.learned and config.reduction == "gather"]
 NEVER_ZERO = [name for name, config in CASES.items() if not config.values.startswith("uniform")]
 IN_TWO_STAGES = [name for name, config in CASES.items() if config.reduction == "two_stage"]
@@ -79,12 +80,13 @@ PAPER = [name for name, config in CASES.items() if config.feedback == "paper"]
 
 
 def on_ranks(cases: Iterable[str]) -> pytest.MarkDecorator:
-    """These cases on one rank, and by turns on two or three; in `make test-all` on four."""
+    """These cases by turns on two or three ranks, some of them on one; in `make test-all` all on one and on four."""
     world_sizes = {case: (1, 2 + number % 2, 4) for number, case in enumerate(CASES)}
+    left_out = [(case, 1) for case in CASES if case not in ALONE] + [(case, 4) for case in CASES]
     return pytest.mark.parametrize(
         ("case", "world_size"),
         [
-            pytest.param(case, world_size, marks=pytest.mark.exhaustive if world_size == 4 else ())
+            pytest.param(case, world_size, marks=pytest.mark.exhaustive if (case, world_size) in left_out else ())
             for case in cases
             for world_size in world_sizes[case]
         ],

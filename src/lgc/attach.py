@@ -43,7 +43,7 @@ from lgc.requirements import (
     take_buffers,
     trained,
 )
-from lgc.schemes import LocalSteps, Scheme, Seconds, parse_scheme
+from lgc.schemes import LocalSteps, Scheme, Seconds, as_scheme
 from lgc.sites import MEMBER, Site, site_of
 from lgc.synchronizer import OnNonfinite, Policy, Synchronizer
 
@@ -117,7 +117,7 @@ def attach(
     """
     model = require_module(model, shards=between is not None)
     with announcing(model):  # the others may wait in attach, where this rank has been given something else
-        scheme = parse_scheme(scheme) if isinstance(scheme, str) else scheme
+        scheme = as_scheme(scheme)
         require_types(scheme, grad_scaler, timeout)
         require_sites(between, scheme, on_difference)
         site, group = site_of(model, between)

@@ -56,11 +56,16 @@ def require_types(scheme: object, grad_scaler: object, timeout: float | None) ->
         raise TypeError(f"attach(scheme=...) must be a scheme, such as lgc.DGC(), or its text form, got {scheme!r}.")
     if not isinstance(grad_scaler, torch.amp.GradScaler | None):
         raise TypeError(f"attach(grad_scaler=...) must be a GradScaler or None, got {grad_scaler!r}.")
-    number = isinstance(timeout, int | float) and not isinstance(timeout, bool)
-    if timeout is not None and not (number and LEAST_TIMEOUT <= timeout <= MOST_TIMEOUT):
-        raise ValueError(
-            f"attach(timeout=...) must be {LEAST_TIMEOUT} to {MOST_TIMEOUT:g} seconds, or None, got {timeout!r}."
-        )
+    if timeout is not None:
+        require_seconds(timeout=timeout)
+
+
+def require_seconds(**given: float) -> None:
+    """Raise ValueError if one of these arguments of `attach` is no time that can be waited for."""
+    for name, value in given.items():
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not (number and LEAST_TIMEOUT <= value <= MOST_TIMEOUT):
+            raise ValueError(f"attach({name}=...) must be {LEAST_TIMEOUT} to {MOST_TIMEOUT:g} seconds, got {value!r}.")
 
 
 def is_collected(scheme: Scheme) -> TypeGuard[RoundScheme]:
@@ -81,6 +86,12 @@ def require_ddp(model: nn.Module) -> DistributedDataParallel:
     return model
 
 
+def uncompiled(model: nn.Module) -> nn.Module:
+    """The model, out of torch.compile's wrapper if it is in one."""
+    inner: nn.Module = getattr(model, "_orig_mod", model)
+    return inner
+
+
 def require_module(model: nn.Module, *, shards: bool = False) -> nn.Module:
     """The model, out of torch.compile's wrapper; raises TypeError if it is none, or sharded, or spread over devices.
 
@@ -88,7 +99,7 @@ def require_module(model: nn.Module, *, shards: bool = False) -> nn.Module:
         model: as given to `attach`.
         shards: whether one after `fully_shard` will do.
     """
-    model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper
+    model = uncompiled(model)
     fsdp = sys.modules.get("torch.distributed.fsdp")  # slow to import, and loaded if the model is of it
     if fsdp is not None and isinstance(model, fsdp.FullyShardedDataParallel):
         raise TypeError(

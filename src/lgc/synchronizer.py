@@ -13,7 +13,7 @@ from lgc.comm.replicas import OnDifference, ReplicaCheck, ReplicaError, require_
 from lgc.comm.transport import RankError, Transport
 from lgc.phase import Phase
 from lgc.rounds.aggregator import Round
-from lgc.schemes import RoundScheme, parse_scheme
+from lgc.schemes import RoundScheme, as_scheme
 
 logger = logging.getLogger("lgc")
 
@@ -84,7 +84,7 @@ class Synchronizer:
         *,
         unit: str = "step",
     ) -> None:
-        method = parse_scheme(scheme) if isinstance(scheme, str) else scheme
+        method = as_scheme(scheme)
         if not isinstance(method, RoundScheme):
             raise TypeError(f"Synchronizer(scheme=...) must have rounds, as lgc.DGC() has, got {scheme!r}.")
         if not isinstance(transport, Transport):

@@ -19,8 +19,8 @@ from lgc.choice.rehearsal import knows_past
 from lgc.comm.replicas import require_agreement
 from lgc.comm.transport import SERVER, Transport
 from lgc.fragments import fragmented
-from lgc.requirements import require_independent, require_real, trained
-from lgc.schemes import Dense, LocalSteps, PowerSGD, RoundScheme, Scheme, parse_scheme, require_rounds_by_count
+from lgc.requirements import require_independent, require_real, trained, uncompiled
+from lgc.schemes import Dense, LocalSteps, PowerSGD, RoundScheme, Scheme, as_scheme, require_rounds_by_count
 
 logger = logging.getLogger("lgc")
 
@@ -69,7 +69,7 @@ def choose(
         RankError: an argument of another rank is wrong.
         RuntimeError: the ranks differ in candidates, link or model; raised on every rank.
     """
-    inner = getattr(model, "_orig_mod", model)  # torch.compile's wrapper
+    inner = uncompiled(model)
     group, device = _place_of(inner, group)
     transport = Transport(group, device)
     with transport.failing_together():
@@ -144,7 +144,7 @@ def _checked(candidates: Sequence[Scheme | str], link: Link | None) -> list[Sche
     schemes = []
     for candidate in candidates:
         try:
-            scheme = parse_scheme(candidate) if isinstance(candidate, str) else candidate
+            scheme = as_scheme(candidate)
         except ValueError as error:
             raise ValueError(f"choose(candidates=...): {error}") from None
         if not isinstance(scheme, Scheme):
@@ -179,7 +179,7 @@ def _copied(
     model: nn.Module, make_loss: Callable[[nn.Module], Tensor], transport: Transport, bucket_cap_mb: int | None
 ) -> Job:
     """Make a job of a copy of the model, in DDP as the model is, or will be by default; a collective."""
-    inner = getattr(model, "_orig_mod", model)
+    inner = uncompiled(model)
     arguments, module = {}, inner
     if isinstance(inner, DistributedDataParallel):
         module = inner.module

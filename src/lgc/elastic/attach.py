@@ -14,7 +14,6 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from lgc.attach import Handle, attached, require_attachable
-from lgc.comm.transport import LEAST_TIMEOUT, MOST_TIMEOUT
 from lgc.elastic.lighthouse import Lighthouse
 from lgc.elastic.rounds import ElasticRounds, Stateful
 from lgc.elastic.transport import ElasticTransport
@@ -23,9 +22,10 @@ from lgc.requirements import (
     describe,
     frozen,
     require_module,
+    require_seconds,
     require_types,
 )
-from lgc.schemes import LocalSteps, Quantized, Scheme, TopK, parse_scheme
+from lgc.schemes import LocalSteps, Quantized, Scheme, TopK, as_scheme
 from lgc.sites import Site
 
 
@@ -83,7 +83,7 @@ def attach(
     Raises:
         TypeError, ValueError: a wrong argument, or something that is not done on ranks that come and go.
     """
-    method = parse_scheme(scheme) if isinstance(scheme, str) else scheme
+    method = as_scheme(scheme)
     model = require_module(model)
     require_types(method, grad_scaler, timeout)
     method = _gathered(method)
@@ -95,7 +95,7 @@ def attach(
         )
     require_attachable(model, method, optimizers, grad_scaler, site=Site())
     least = _majority(ranks, min_ranks, may_split)
-    _require_seconds(
+    require_seconds(
         timeout=timeout, connect_timeout=connect_timeout, quorum_timeout=quorum_timeout, heartbeat_every=heartbeat_every
     )
     if type(attempts) is not int or attempts < 1:
@@ -254,10 +254,3 @@ def _majority(ranks: int, min_ranks: int | None, may_split: bool) -> int:
             "they meet again. Where that is what you want, may_split=True."
         )
     return majority if min_ranks is None else min_ranks
-
-
-def _require_seconds(**given: float) -> None:
-    for name, value in given.items():
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not (number and LEAST_TIMEOUT <= value <= MOST_TIMEOUT):
-            raise ValueError(f"attach({name}=...) must be {LEAST_TIMEOUT} to {MOST_TIMEOUT:g} seconds, got {value!r}.")

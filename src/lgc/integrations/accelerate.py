@@ -18,6 +18,7 @@ import lgc
 from lgc import Handle, Scheme
 from lgc.integrations import own_state
 from lgc.integrations.own_state import Attached
+from lgc.requirements import uncompiled
 
 
 def attach(
@@ -72,7 +73,7 @@ def require_ddp(accelerator: Accelerator, model: nn.Module) -> None:
             f"lgc: Accelerate is set to DistributedType.{kind.name}, where a rank does not have the whole gradient; "
             "lgc needs plain DistributedDataParallel: DistributedType.MULTI_GPU or MULTI_CPU."
         )
-    if not isinstance(getattr(model, "_orig_mod", model), DistributedDataParallel):  # out of torch.compile's wrapper
+    if not isinstance(uncompiled(model), DistributedDataParallel):
         raise TypeError(
             f"attach(model=...) must be what accelerator.prepare returned, a DistributedDataParallel model, got "
             f"{type(model).__name__}: model, optimizer = accelerator.prepare(model, optimizer)."

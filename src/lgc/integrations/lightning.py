@@ -20,9 +20,9 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 import lgc
-from lgc import Handle, LocalSteps, Phase, Scheme, parse_scheme
+from lgc import Handle, LocalSteps, Phase, Scheme
 from lgc.integrations.own_state import Attached
-from lgc.schemes import require_rounds_by_count
+from lgc.schemes import as_scheme, require_rounds_by_count
 
 logger = logging.getLogger("lgc")
 
@@ -51,7 +51,7 @@ class LGCCallback(Callback):
     """
 
     def __init__(self, scheme: Scheme | str, **attach_arguments: Any) -> None:
-        self.scheme = parse_scheme(scheme) if isinstance(scheme, str) else scheme
+        self.scheme = as_scheme(scheme)
         require_rounds_by_count(self.scheme, "a Trainer")
         self.handle: Handle | None = None
         self.wire_summary: dict[str, object] | None = None

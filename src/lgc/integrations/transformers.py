@@ -12,11 +12,12 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer_utils import get_last_checkpoint
 
 import lgc
-from lgc import Handle, LocalSteps, PowerSGD, Scheme, parse_scheme
+from lgc import Handle, LocalSteps, PowerSGD, Scheme
 from lgc.integrations import own_state
 from lgc.integrations.accelerate import inner_optimizer, require_ddp
 from lgc.integrations.own_state import Attached
-from lgc.schemes import require_rounds_by_count
+from lgc.requirements import uncompiled
+from lgc.schemes import as_scheme, require_rounds_by_count
 
 logger = logging.getLogger("lgc")
 
@@ -47,7 +48,7 @@ class LGCCallback(TrainerCallback):  # type: ignore[misc]  # a framework without
         self.handle: Handle | None = None
         self._attached: Attached | None = None
         self._trainer = trainer
-        self._scheme = parse_scheme(scheme) if isinstance(scheme, str) else scheme
+        self._scheme = as_scheme(scheme)
         require_rounds_by_count(self._scheme, "a Trainer")
         self._arguments = {"timeout": None, **attach_arguments}
         self._resumed: Path | None = None
@@ -125,7 +126,7 @@ class LGCCallback(TrainerCallback):  # type: ignore[misc]  # a framework without
                 "max_grad_norm=0; clip_norm of the scheme clips each rank's gradient before the round."
             )
         model = self._trainer.model_wrapped
-        if isinstance(scheme, LocalSteps) and getattr(model, "_orig_mod", model).find_unused_parameters:
+        if isinstance(scheme, LocalSteps) and uncompiled(model).find_unused_parameters:
             raise ValueError(
                 "TrainingArguments(ddp_find_unused_parameters=True) makes DDP communicate at every step, which local "
                 "steps do not; leave it out, and freeze what is not used, by requires_grad_(False)."

@@ -106,6 +106,11 @@ def parse_scheme(text: str, defaults: Mapping[str, Any] | None = None) -> Scheme
     return scheme(**arguments)
 
 
+def as_scheme(scheme: Scheme | str) -> Scheme:
+    """The scheme itself, or the one that its text form describes; raises ValueError as `parse_scheme`."""
+    return parse_scheme(scheme) if isinstance(scheme, str) else scheme
+
+
 def require_different(texts: Sequence[str], schemes: Iterable[Scheme]) -> None:
     """Raise ValueError if two of these texts are the same scheme, once a recipe's defaults have completed them."""
     seen: dict[str, str] = {}

@@ -12,12 +12,11 @@ import math
 from itertools import permutations
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from scipy.stats import binom, entropy
 
-from lgc.coding import Recent, Rice
 from lgc_lab.analysis.estimators import MINIMUM_SAMPLES, Integers, log_binomial, sign_information
+from lgc_lab.analysis.lengths import CODES
 from lgc_lab.analysis.record import Recording
 
 AGES = 12
@@ -36,8 +35,8 @@ class IndexCosts:
     layer, and are to be compared with `independent`, which knows nothing else. With the exact number of entries of
     every layer, but nothing else, a coder needs `layer`, and `uniform` with only the total.
 
-    `rice` and `recent` are the lengths of two codes as they are, the plain one and the one that knows what the same
-    worker selected in the step before.
+    `rice` and `sign` are the lengths of plain codes as they are, `recent` and `recent_sign` of those that know what the
+    same worker has sent, over all rounds since the last record.
 
     `sign_last` and `sign_row` are bits that the sign of a leader's entry shares with the sign of what was last sent
     there, and with the sum of what was last sent in the same kernel or row.
@@ -87,16 +86,8 @@ class IndexCosts:
             row |= self._lengths(name, workers * np.bincount(grouped), np.bincount(grouped, hits).astype(np.int64))
         if workers > 1:
             row |= self._cost_given_worker(own)
-        return row | self._coded(own, self.recording.before[record]) | self._cost_of_kernels(own) | self._signs(record)
-
-    def _coded(self, own: Integers, before: Integers) -> dict[str, float]:
-        """Code every worker's selection."""
-        sizes = [layer.size for layer in self.recording.layers]
-        octets = {"rice": 0, "recent": 0}
-        for selected, last in zip(map(torch.from_numpy, own), map(torch.from_numpy, before), strict=True):
-            octets["rice"] += Rice().encode(selected, sizes).numel()
-            octets["recent"] += Recent().after(last).encode(selected, sizes).numel()
-        return {name: 8 * count / own.size for name, count in octets.items()}
+        coded = dict(zip(CODES, self.recording.lengths[record].mean(axis=0).tolist(), strict=True))
+        return row | coded | self._cost_of_kernels(own) | self._signs(record)
 
     def _by_layer(self, indices: Integers) -> Integers:
         """Count how many of these are in each layer."""

@@ -61,7 +61,7 @@ SHARED_COLUMNS = {
 INDEX_COLUMNS = {
     "index: uniform": "uniform",
     "index: Rice code": "rice",
-    "index: Rice code that knows the last selection": "recent",
+    "index: code that knows the earlier selections": "recent",
     "index: exact counts per layer": "layer",
     "index: independent, by layer": "independent",
     "index: time since last sent": "recency",
@@ -71,6 +71,8 @@ INDEX_COLUMNS = {
     "index: time and both densities": "past",
     "index: others in the kernel or row, same step": "kernel",
     "index: another worker's selection, same step": "worker",
+    "sign: plain code, with magnitudes": "sign",
+    "sign: code that knows the earlier signs, with magnitudes": "recent_sign",
     "sign: shared with the sign last sent there": "sign_last",
     "sign: shared with the sum last sent in the kernel or row": "sign_row",
 }

@@ -22,6 +22,7 @@ from lgc.rounds.aggregator import Aggregator, Round
 from lgc.rounds.layout import POOL, Layout
 from lgc.rounds.selection import Region
 from lgc.schemes import LocalSteps
+from lgc_lab.analysis.lengths import CodeLengths
 from lgc_lab.training.loop import Training
 from lgc_lab.training.settings import Settings
 
@@ -55,9 +56,9 @@ class Recording:
     gradient: NDArray[np.float32]  # (T, 2, K, M)
     accumulator: NDArray[np.float32]  # (T, 2, K, M)
     own: NDArray[np.int64]  # every worker's own top-k of v at the final rate, ascending: (T, K, k)
-    before: NDArray[np.int64]  # the same of the step before: (T, K, k)
     shared: NDArray[np.float32]  # every worker's v at the indices of the leader: (T, K, k)
     momentum: NDArray[np.float32]  # the outer optimizer's, which all know, before the recorded step: (T, M)
+    lengths: NDArray[np.float64]  # bits an entry in each of `CODES`, of all rounds since the last record: (T, K, 4)
     sent: list[tuple[NDArray[np.int64], NDArray[np.float32]]]
     seconds: dict[str, float]  # of training, and of recording beside it
     warmup_end: int  # the first step at the final rate
@@ -81,9 +82,9 @@ class Recording:
         counts, where, values = (arrays.pop(f"sent_{name}") for name in ("count", "where", "values"))
         ends = np.cumsum(counts)
         sent = list(zip(np.split(where.astype(np.int64), ends), np.split(values, ends), strict=True))[:-1]
-        selected = {name: arrays.pop(name).astype(np.int64) for name in ("own", "before")}
+        own = arrays.pop("own").astype(np.int64)
         layers = [Layer(**layer) for layer in header.pop("layers")]
-        return cls(layers=layers, sent=sent, **selected, **arrays, **header)
+        return cls(layers=layers, sent=sent, own=own, **arrays, **header)
 
 
 class Recorder:
@@ -113,24 +114,26 @@ class Recorder:
         self.seconds = 0.0
         self.steps: list[int] = []
         self.outer_momentum = outer_momentum
-        self._before: tuple[Tensor, Tensor] | None = None  # samples and selection of the last step
+        self.lengths = CodeLengths(self.region, aggregator.feedback.residual.numel())
+        self._before: Tensor | None = None  # samples of the last step
         self._momentum = torch.zeros(len(self.coordinates), device=self.coordinates.device)
-        self._kept: dict[str, list[Tensor]] = {"samples": [], "own": [], "before": [], "shared": [], "momentum": []}
+        self._kept: dict[str, list[Tensor]] = {name: [] for name in ("samples", "own", "shared", "lengths", "momentum")}
         self._sent: list[tuple[Tensor, Tensor]] = []
 
     def before_round(self, step: int, gradient: Tensor) -> None:
         """Sample what a round is about to take in; a collective at every recorded step."""
         started = clock(gradient.device)
         before, self._before = self._before, None
+        given = gradient.clone()
+        v = self.aggregator.feedback.accumulate(given)  # changes no state, as the round does it again
+        schedule = self.aggregator.schedule
+        self.lengths.count(v, schedule.at(step), warm=step < schedule.warmup_end)
         if (step + 1) % self.every == 0 or step % self.every == 0:
-            given = gradient.clone()
-            v = self.aggregator.feedback.accumulate(given)  # changes no state, as the round does it again
             samples = torch.stack([given[self.coordinates], v[self.coordinates]])
-            own = self.region.elements(self.region.select(v)).to(torch.int32)
             if step % self.every == 0 and before is not None:
-                self._record(step, torch.stack([before[0], samples]), v, own, before[1])
-            self._before = samples, own
-            gradient.copy_(given)  # whose memory was taken
+                self._record(step, torch.stack([before, samples]), v)
+            self._before = samples
+        gradient.copy_(given)  # whose memory was taken
         self.seconds += clock(gradient.device) - started
 
     def after_round(self, step: int, result: Round) -> None:
@@ -152,8 +155,8 @@ class Recorder:
             "gradient": gradient.contiguous(),
             "accumulator": accumulator.contiguous(),
             "own": torch.stack(self._kept["own"]),
-            "before": torch.stack(self._kept["before"]),
             "shared": torch.stack(self._kept["shared"]),
+            "lengths": torch.stack(self._kept["lengths"]),
             "momentum": torch.stack(self._kept["momentum"]),
             "sent_count": torch.tensor([len(where) for where, _ in self._sent], dtype=torch.int64),
             "sent_where": torch.cat([torch.empty(0, dtype=torch.int32), *(where for where, _ in self._sent)]),
@@ -168,10 +171,12 @@ class Recorder:
         }
         save_file(tensors, file, metadata={"lgc": json.dumps(header)})
 
-    def _record(self, step: int, samples: Tensor, v: Tensor, own: Tensor, before: Tensor) -> None:
+    def _record(self, step: int, samples: Tensor, v: Tensor) -> None:
+        own = self.region.elements(self.region.select(v)).to(torch.int32)
         leader = step % self.transport.world_size
         leaders = self.transport.broadcast(own.clone(), "indices", source=leader).long()
-        for name, tensor in (("samples", samples), ("own", own), ("before", before), ("shared", v[leaders])):
+        lengths = self.lengths.take().to(v.device)
+        for name, tensor in (("samples", samples), ("own", own), ("shared", v[leaders]), ("lengths", lengths)):
             gathered = self.transport.gather(tensor, name)
             if gathered is not None:
                 self._kept[name].append(gathered.cpu())

@@ -46,8 +46,8 @@ def codec(entries: int) -> None:
     An index costs at least log2 C(N, k) / k bits: 4.7 at a density of 10 %, 8.1 at 1 %, 11.4 at 0.1 %, 14.7 at 0.01 %.
     "/ bound" is how far a code is from that. "layers" is a ResNet50 whose layers' densities differ, 0.1 % over all;
     codes that know the layers' sizes gain from that. Recent() knows an earlier selection with half of these positions
-    and as many others. Times are processor time of one core. An entry is a value with its
-    Rice-coded index; the last column is how many times smaller it is than int32 and float32.
+    and as many others, RecentSign() the signs of half of the values. Times are processor time of one core. An entry is
+    a value with its Rice-coded index; the last column is how many times smaller it is than int32 and float32.
     """
     torch.set_num_threads(1)
     for line in measure(entries, np.random.default_rng(0)):
@@ -154,7 +154,8 @@ def _value_rows(generator: np.random.Generator, counts: Sequence[int], index_bit
     scales = np.repeat(generator.lognormal(-7.0, 1.0, len(counts)), counts)
     tail = scales * generator.uniform(size=total) ** (-1 / 3) * generator.choice([-1.0, 1.0], total)
     values = torch.from_numpy(tail.astype(np.float32))
-    for codec in VALUE_CODECS:
+    expected = values.sign().to(torch.int8) * (torch.arange(total) % 2).to(torch.int8)
+    for codec in (*VALUE_CODECS, lgc.RecentSign().given(expected)):
         data = codec.encode(values, counts)
         lost = (values - codec.decode(data, counts)).double().square().sum() / values.double().square().sum()
         bits = 8 * len(data) / total
