@@ -145,9 +145,8 @@ def test_files_and_tests_that_the_documents_name_exist(document: Path) -> None:
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=document_id)
 def test_commands_in_the_documents_have_arguments_that_exist(document: Path) -> None:
-    pattern = (
-        r"lgc (train|compare|report|analyze|plan|bench (?:link|round|sites|stragglers|codec))((?: [^`\n\\]+|\\\n)*)"
-    )
+    benches = "link|round|sites|stragglers|elastic|codec"
+    pattern = rf"lgc (train|compare|report|analyze|plan|bench (?:{benches}))((?: [^`\n\\]+|\\\n)*)"
     for command, arguments in re.findall(pattern, document.read_text()):
         help_text = CliRunner().invoke(main, [*command.split(), "--help"]).output
         for option in re.findall(r"--[a-z0-9-]+", arguments):
