@@ -64,15 +64,15 @@ RUN_OPTIONS = [  # what `train` and `compare` have in common
     options.steps,
     options.batch_size,
     click.option("--learning-rate", type=float, help="Learning rate, before the schedule's factor.  [the recipe's]"),
-    click.option("--data", multiple=True, help=f"{options.DATA_HELP} Repeatable, as RECIPE=DATA."),
+    click.option("--data", multiple=True, help=f"Repeatable, as RECIPE=DATA. {options.DATA_HELP}"),
     options.limit_train,
     click.option("--limit-test", type=click.IntRange(1), help="Evaluate on the first so many samples.  [all]"),
-    click.option("--backbone", multiple=True, help=f"{options.BACKBONE_HELP} Repeatable, as RECIPE=BACKBONE."),
+    click.option("--backbone", multiple=True, help=f"Repeatable, as RECIPE=BACKBONE. {options.BACKBONE_HELP}"),
     options.bf16,
     click.option(
         "--compile", is_flag=True, help="Use torch.compile: slow start, fast steps; CPUs need a C++ compiler."
     ),
-    click.option("--checkpoint-every", type=click.IntRange(0), help="Steps between them; 0 is never.  [an epoch]"),
+    click.option("--checkpoint-every", type=click.IntRange(0), help="Steps between checkpoints; 0: none.  [an epoch]"),
     click.option("--tensorboard", is_flag=True, help="Write TensorBoard events too; needs lgc[tensorboard]."),
     options.timeout,
     options.out,

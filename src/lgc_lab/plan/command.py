@@ -77,7 +77,8 @@ class Question(NamedTuple):
     "--bandwidth",
     "bandwidths",
     multiple=True,
-    help="Speed of each rank's link (kbit, mbit, gbit); one table each.  [measured under torchrun, else 100mbit]",
+    help="Speed of each rank's link (kbit, mbit, gbit); repeatable, with a table for each.  "
+    "[measured under torchrun, else 100mbit]",
 )
 @click.option("--latency", default="0ms", help="Delay of a message, about what ping shows (us, ms, s).")
 @click.option("--schemes", default=SCHEMES, help="Schemes to choose from, beside dense; as for lgc compare.")
