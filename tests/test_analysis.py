@@ -272,8 +272,8 @@ def test_command_writes_recording_rows_and_page(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--scheme=lgc-ring"], "must be topk, dgc or scalecom, or local steps with one of them, got lgc-ring"),
-        (["--scheme=dense"], "must be topk, dgc or scalecom, or local steps with one of them, got dense"),
+        (["--scheme=lgc-ring"], "or local steps that exchange by topk or scalecom, got lgc-ring"),
+        (["--scheme=dense"], "or local steps that exchange by topk or scalecom, got dense"),
         (["--scheme=scalecom:rate=2"], "ScaleCom(rate=...) must be in (0, 1], got 2"),
         (["--scheme=topk:rate=1"], "rate must be below 1"),
         (["--every=50", "--steps=60"], "--every 50 leaves fewer than 2 records in 60 rounds"),

@@ -34,8 +34,10 @@ from lgc_lab.training.train import run_in_job, run_locally
 SCHEME_HELP = (
     "A name ({names}), with arguments after colons: lgc-ring:rate=0.002:feedback=paper. "
     "Local steps have their exchange after a plus sign: local:every=8+quantized. "
-    "What is not set has the recipe's default, an exchange of local steps its own."
+    "What is not set has the recipe's default; in the exchange of local steps, the library's."
 ).format(names=", ".join(SCHEMES))
+LIST_HELP = "One or more, separated by commas."
+SCHEMES_HELP = f"{LIST_HELP} {SCHEME_HELP}"
 
 HELP = {"help_option_names": ["-h", "--help"], "max_content_width": 100, "show_default": True}
 LINKS = ("10mbit", "100mbit", "1gbit")
@@ -61,14 +63,16 @@ RUN_OPTIONS = [  # what `train` and `compare` have in common
     options.epochs,
     options.steps,
     options.batch_size,
-    click.option("--learning-rate", type=float, help="Before the schedule's factor.  [the recipe's]"),
-    click.option("--data", multiple=True, help=f"Repeatable, also as RECIPE=FOLDER. {options.DATA_HELP}"),
+    click.option("--learning-rate", type=float, help="Learning rate, before the schedule's factor.  [the recipe's]"),
+    click.option("--data", multiple=True, help=f"Repeatable, as RECIPE=DATA. {options.DATA_HELP}"),
     options.limit_train,
     click.option("--limit-test", type=click.IntRange(1), help="Evaluate on the first so many samples.  [all]"),
-    click.option("--backbone", multiple=True, help=f"Repeatable, also as RECIPE=BACKBONE. {options.BACKBONE_HELP}"),
+    click.option("--backbone", multiple=True, help=f"Repeatable, as RECIPE=BACKBONE. {options.BACKBONE_HELP}"),
     options.bf16,
-    click.option("--compile", is_flag=True, help="By torch.compile: slow start, fast steps; CPUs need a C++ compiler."),
-    click.option("--checkpoint-every", type=click.IntRange(0), help="So many steps; 0 is never.  [an epoch]"),
+    click.option(
+        "--compile", is_flag=True, help="Use torch.compile: slow start, fast steps; CPUs need a C++ compiler."
+    ),
+    click.option("--checkpoint-every", type=click.IntRange(0), help="Steps between checkpoints; 0: none.  [an epoch]"),
     click.option("--tensorboard", is_flag=True, help="Write TensorBoard events too; needs lgc[tensorboard]."),
     options.timeout,
     options.out,
@@ -114,20 +118,21 @@ def train(recipe: str, scheme: str, workers: int | None, seed: int, out: Path, *
 
 
 @main.command()
-@click.option("--recipe", "recipes", metavar="NAMES", default="digits", help=f"With commas. {options.RECIPE_HELP}")
+@click.option("--recipe", "recipes", metavar="NAMES", default="digits", help=f"{LIST_HELP} {options.RECIPE_HELP}")
 @options.workers
-@click.option("--schemes", default="dense,topk,dgc,scalecom,lgc-ring,lgc-ps", help=SCHEME_HELP)
-@click.option("--seeds", type=click.IntRange(1), default=1, help="Train with so many: 0, 1, 2, ...")
+@click.option("--schemes", default="dense,topk,dgc,scalecom,lgc-ring,lgc-ps", help=SCHEMES_HELP)
+@click.option("--seeds", type=click.IntRange(1), default=1, help="Number of seeds to train with: 0, 1, 2, ...")
 @run_options
 def compare(recipes: str, workers: int, schemes: str, seeds: int, out: Path, **run: Any) -> None:
-    """Train with several schemes, one after the other, and report on them side by side.
+    """Train with several schemes, and report on them side by side.
 
     \b
     lgc compare --recipe digits --workers 4 --schemes dense,lgc-ring,lgc-ring:feedback=paper --seeds 3 --out runs/c
 
-    OUT/SCHEME gets the run of seed 0 (summary.json, metrics.jsonl), OUT/SCHEME/seed-1 and so on those of further
-    seeds, OUT/report.html the figures; with several recipes there is a folder for each in between. What is
-    finished is not run again and what was interrupted goes on from its last checkpoint; seeds can be added later.
+    The runs are made one after the other. OUT/SCHEME gets that of seed 0 (summary.json, metrics.jsonl),
+    OUT/SCHEME/seed-1 and so on those of further seeds, OUT/report.html the figures; with several recipes there is a
+    folder for each in between. What is finished is not run again, and what was interrupted goes on from its last
+    checkpoint; seeds can be added later.
     """
     options.refuse_torchrun("compare")
     overwrite = run["overwrite"]
@@ -150,16 +155,7 @@ def compare(recipes: str, workers: int, schemes: str, seeds: int, out: Path, **r
 
 @main.group()
 def bench() -> None:
-    """Measure one part by itself.
-
-    \b
-    lgc bench codec    bits per index and per entry, time per million, of every coder
-    lgc bench link     time and bytes a step of every scheme on links of several speeds
-    lgc bench round    time of the parts of a compressed round, in copies of as many numbers
-    lgc bench sites    time and bytes a step of local steps between sites that have a fast network inside
-    lgc bench elastic  the loss of local steps on ranks that are killed, stopped and started again
-    lgc bench stragglers  samples a second and loss with one slow rank, in rounds by count and by time
-    """
+    """Measure one part by itself."""
 
 
 bench.add_command(codec)
@@ -175,7 +171,7 @@ main.add_command(plan)
 @main.command()
 @click.argument("folders", nargs=-1, required=True, type=options.EXISTING_FOLDER)
 @click.option(
-    "--out", type=click.Path(dir_okay=False, path_type=Path), help="The page.  [report.html in the first folder]"
+    "--out", type=click.Path(dir_okay=False, path_type=Path), help="File to write.  [report.html in the first folder]"
 )
 @click.option("--link", "links", multiple=True, default=LINKS, help=LINK_HELP)
 def report(folders: tuple[Path, ...], out: Path | None, links: tuple[str, ...]) -> None:

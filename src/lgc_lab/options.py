@@ -33,21 +33,21 @@ class Finite(click.FloatRange):
 RECIPE_HELP = f"One of {', '.join(RECIPES)}; or your own, as MODULE:NAME."
 recipe = partial(click.option, "--recipe", metavar="NAME", help=RECIPE_HELP)  # with a default, required, or neither
 epochs = click.option("--epochs", type=click.IntRange(1), help="Passes over the training data.  [the recipe's]")
-steps = click.option("--steps", type=click.IntRange(1), help="Stop after so many.  [at the end of the epochs]")
+steps = click.option("--steps", type=click.IntRange(1), help="Stop after so many steps.  [after the epochs]")
 batch_size = click.option("--batch-size", type=click.IntRange(1), help="Samples per rank and step.  [the recipe's]")
-DATA_HELP = "Folder in the hub's layout, or name on the Hugging Face hub.  [the recipe's, if it has one]"
+DATA_HELP = "Data set: a folder, or a name on the Hugging Face hub.  [the recipe's, if it has one]"
 data = click.option("--data", help=DATA_HELP)
 limit_train = click.option("--limit-train", type=click.IntRange(1), help="Train on the first so many samples.  [all]")
-BACKBONE_HELP = "For recipes that offer several.  [the recipe's first]"
+BACKBONE_HELP = "One of those that the recipe offers.  [the first]"
 backbone = click.option("--backbone", help=BACKBONE_HELP)
 bf16 = click.option("--bf16", is_flag=True, help="Compute in bfloat16 by autocast, on the CPU and the GPU.")
 workers = click.option("--workers", type=click.IntRange(1), default=4, help="Ranks on this machine.")
-seed = click.option("--seed", type=click.IntRange(0), default=0, help="Of the model and the shuffling.")
+seed = click.option("--seed", type=click.IntRange(0), default=0, help="Seed of the model and of the shuffling.")
 timeout = click.option(
     "--timeout", type=Finite(1, MOST_TIMEOUT), default=60.0, help="Seconds for which a rank waits for another."
 )
 FOLDER = click.Path(file_okay=False, path_type=Path)
-out = click.option("--out", type=FOLDER, required=True, help="Folder of the results.")
+out = click.option("--out", type=FOLDER, required=True, help="Folder for the results.")
 EXISTING_FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
 
 

@@ -27,7 +27,9 @@ LEAST_RECORDS = 2
 @options.workers
 @click.option("--every", type=click.IntRange(2), default=25, help="Rounds from record to record.")
 @click.option(
-    "--scheme", default="scalecom:values=float32", help="That trains: topk, dgc, scalecom, or local steps with one."
+    "--scheme",
+    default="scalecom:values=float32",
+    help="Scheme to train with: topk, dgc, scalecom, or local steps that exchange by topk or scalecom.",
 )
 @click.option("--samples", type=click.IntRange(128), default=2048, help="Coordinates of each layer that are recorded.")
 @options.seed
@@ -52,7 +54,7 @@ def analyze(workers: int, every: int, samples: int, timeout: float, out: Path, o
     Under local steps, `--scheme local:every=20+topk:rate=0.03`, what is recorded is what every worker has moved since
     the last round, and a step is a round.
 
-    OUT gets recording.safetensors (the samples), redundancy.jsonl (one JSON object a layer, quantity and step,
+    OUT gets recording.safetensors (the samples), redundancy.jsonl (one JSON object for each layer, quantity and step,
     information in bits) and redundancy.html (the figures).
     """
     options.refuse_torchrun("analyze")
@@ -64,8 +66,8 @@ def analyze(workers: int, every: int, samples: int, timeout: float, out: Path, o
         exchange = scheme.exchange if isinstance(scheme, LocalSteps) else scheme
         if not isinstance(exchange, TopK | ScaleCom):  # others do not send values themselves
             raise ValueError(
-                f"analyze: scheme must be {TopK.name}, dgc or {ScaleCom.name}, or local steps with one of them, got "
-                f"{scheme}."
+                f"analyze: scheme must be {TopK.name}, dgc or {ScaleCom.name}, or local steps that exchange by "
+                f"{TopK.name} or {ScaleCom.name}, got {scheme}."
             )
         if isinstance(scheme, LocalSteps) and (scheme.overlap or scheme.fragments > 1):
             raise ValueError(

@@ -44,7 +44,7 @@ def codec(entries: int) -> None:
     """Measure what an index and a value cost on the wire.
 
     An index costs at least log2 C(N, k) / k bits: 4.7 at a density of 10 %, 8.1 at 1 %, 11.4 at 0.1 %, 14.7 at 0.01 %.
-    "/ bound" is how far a code is from that. "layers" is a ResNet50 whose layers' densities differ, 0.1 % over all;
+    "/ bound" is how far a code is from that. "layers" is a ResNet50 whose layers' densities differ, 0.1 % overall;
     codes that know the layers' sizes gain from that. Recent() knows an earlier selection with half of these positions
     and as many others, RecentSign() the signs of half of the values. Times are processor time of one core. An entry is
     a value with its Rice-coded index; the last column is how many times smaller it is than int32 and float32.

@@ -72,14 +72,16 @@ class Outcome(NamedTuple):
 @options.recipe(default="text-gpt")
 @options.data
 @options.batch_size
-@click.option("--ranks", type=click.IntRange(2), default=4, help="Of the undisturbed run.")
-@click.option("--samples", type=click.IntRange(1), default=32_000, help="To train with, of all ranks together.")
+@click.option("--ranks", type=click.IntRange(2), default=4, help="Number of ranks.")
+@click.option("--samples", type=click.IntRange(1), default=32_000, help="Samples to train with, of all ranks together.")
 @click.option("--kills", type=click.IntRange(0), default=10, help="Ranks that are killed, and started again.")
 @click.option("--stops", type=click.IntRange(0), default=1, help=f"Ranks that are stopped for {STOPPED_S:g} seconds.")
-@click.option("--lighthouses", type=click.IntRange(0), default=1, help="Times that it is killed, and started again.")
-@click.option("--scheme", default="local:every=20:start_steps=0+quantized", help="Of local steps.")
+@click.option(
+    "--lighthouses", type=click.IntRange(0), default=1, help="Times that the lighthouse is killed, and started again."
+)
+@click.option("--scheme", default="local:every=20:start_steps=0+quantized", help="Local steps to train with.")
 @options.seed
-@click.option("--out", type=options.FOLDER, help="Folder of the results, in which a second call goes on.")
+@click.option("--out", type=options.FOLDER, help="Folder for the results, in which a second call goes on.")
 @click.option("--overwrite", is_flag=True, help="Measure again what is there already.")
 def elastic(kills: int, stops: int, lighthouses: int, out: Path | None, overwrite: bool, **given: Any) -> None:
     """Measure what training loses when ranks come and go.
@@ -89,7 +91,7 @@ def elastic(kills: int, stops: int, lighthouses: int, out: Path | None, overwrit
 
     Trains a recipe undisturbed, and then with faults at random times: ranks are killed and started again a second
     later, or stopped for a while, and the lighthouse is killed and started again. Both runs end when rounds have
-    counted as many samples. Then the weights of all ranks are compared bit for bit.
+    counted as many samples. Then the weights of all ranks are compared bit for bit. Needs lgc[elastic].
     """
     options.refuse_torchrun("bench elastic")
     try:

@@ -32,18 +32,20 @@ ROW = "{:<32}" + "{:>11}" * len(PARTS) + "{:>12}"
 
 @click.command("round")
 @click.option("--schemes", default=SCHEMES, help="As for lgc compare.")
-@click.option("--parameters", default=10_000_000, type=click.IntRange(10_000), help="In ten square tensors.")
+@click.option(
+    "--parameters", default=10_000_000, type=click.IntRange(10_000), help="Their number, in ten square tensors."
+)
 @click.option("--workers", "world_size", default=4, type=click.IntRange(1), help="Ranks, of which only one is there.")
-@click.option("--threads", default=1, type=click.IntRange(1), help="Of this process.")
+@click.option("--threads", default=1, type=click.IntRange(1), help="Threads of this process.")
 @click.option("--repeats", default=9, type=click.IntRange(1), help="Rounds of every scheme, which take turns.")
 def bench_round(schemes: str, parameters: int, world_size: int, threads: int, repeats: int) -> None:
     """Measure what a compressed round computes, by its parts.
 
     One rank does the work of one of several, as in lgc plan, and sends nothing. Figures are processor times in units of
     a plain copy of as many float32 numbers, made right before each round, and their medians, so that what else the
-    machine does hardly matters: "take in" copies the gradients, "accumulate" is u and v, "look" whether they are
-    finite, "prepare" selects and encodes, "exchange" decodes and averages, "settle" and "commit" are feedback, "rest"
-    adds up the mean.
+    machine does hardly matters: "take in" copies the gradients, "accumulate" adds them to momentum and residual, "look"
+    is whether these are finite, "prepare" selects and encodes, "exchange" decodes and averages, "settle" and "commit"
+    take what was sent off the residual, "rest" adds up the mean.
     """
     torch.set_num_threads(threads)
     with options.usage_errors():

@@ -44,11 +44,14 @@ class Question(NamedTuple):
 
 
 @click.command()
-@click.option("--sites", "sites", type=click.IntRange(2), default=2, help=f"Of {RANKS} ranks each.")
-@click.option("--rates", default="10mbit,100mbit", help="Of the links between them, in both directions.")
-@click.option("--scheme", default="local:every=20+quantized", help="Of local steps.")
+@click.option("--sites", "sites", type=click.IntRange(2), default=2, help=f"Number of sites, of {RANKS} ranks each.")
+@click.option("--rates", default="10mbit,100mbit", help="Speeds of the links between them, in both directions.")
+@click.option("--scheme", default="local:every=20+quantized", help="Local steps to measure.")
 @click.option(
-    "--steps", type=click.IntRange(1), default=2, help="Of dense, and rounds of local steps, after one to warm up."
+    "--steps",
+    type=click.IntRange(1),
+    default=2,
+    help="Steps of dense, and rounds of local steps, after one to warm up.",
 )
 def sites(sites: int, rates: str, scheme: str, steps: int) -> None:
     """Measure what a step costs between sites.

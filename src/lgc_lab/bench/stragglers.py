@@ -47,11 +47,11 @@ class Outcome(NamedTuple):
 @click.command()
 @options.workers
 @click.option("--slower", type=options.Finite(1), default=3.0, help="How many times slower the last rank is.")
-@click.option("--step-ms", type=options.Finite(1), default=50.0, help="Time of a step of the others.")
-@click.option("--every", type=click.IntRange(1), default=20, help="Steps of a round, of those others, by time too.")
+@click.option("--step-ms", type=options.Finite(1), default=50.0, help="Milliseconds of a step of the others.")
+@click.option("--every", type=click.IntRange(1), default=20, help="Steps of a round; by time, of the others.")
 @click.option("--exchange", default="quantized", help="A scheme, as after the plus sign of local steps.")
-@click.option("--steps", type=click.IntRange(20), default=400, help="Of a rank, on average.")
-@click.option("--seeds", type=click.IntRange(1), default=1, help="Train with so many: 0, 1, 2, ...")
+@click.option("--steps", type=click.IntRange(20), default=400, help="Steps of a rank, on average.")
+@click.option("--seeds", type=click.IntRange(1), default=1, help="Number of seeds to train with: 0, 1, 2, ...")
 def stragglers(workers: int, slower: float, step_ms: float, every: int, exchange: str, steps: int, seeds: int) -> None:
     """Measure what one slow rank costs.
 

@@ -70,20 +70,25 @@ class Question(NamedTuple):
     help="The model, from Python: a function without arguments that returns it and its loss on one batch.",
 )
 @click.option("--workers", type=click.IntRange(2), help="Ranks that will train; not under torchrun.  [4]")
-@click.option("--ranks-per-machine", type=click.IntRange(1), default=1, help="A divisor of --workers. So many measure.")
+@click.option(
+    "--ranks-per-machine", type=click.IntRange(1), default=1, help="So many measure here at once; divides --workers."
+)
 @click.option(
     "--bandwidth",
     "bandwidths",
     multiple=True,
-    help="Of each rank's link (kbit, mbit, gbit); several give a table each.  [measured under torchrun, else 100mbit]",
+    help="Speed of each rank's link (kbit, mbit, gbit); repeatable, with a table for each.  "
+    "[measured under torchrun, else 100mbit]",
 )
-@click.option("--latency", default="0ms", help="Of a message, about what ping shows (us, ms, s).")
-@click.option("--schemes", default=SCHEMES, help="To choose from, beside dense.")
+@click.option("--latency", default="0ms", help="Delay of a message, about what ping shows (us, ms, s).")
+@click.option("--schemes", default=SCHEMES, help="Schemes to choose from, beside dense; as for lgc compare.")
 @options.batch_size
 @options.data
 @options.backbone
 @options.bf16
-@click.option("--check", type=options.EXISTING_FOLDER, help="Of a finished lgc bench link: predict it, and print both.")
+@click.option(
+    "--check", type=options.EXISTING_FOLDER, help="Folder of a finished lgc bench link: predict what it measured."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
 def plan(
     workers: int | None,
@@ -94,7 +99,7 @@ def plan(
     as_json: bool,
     **run: Any,
 ) -> None:
-    """Predict a step's time under every scheme, and recommend one for your link.
+    """Predict a step's time under every scheme, and recommend one.
 
     Measures a model's computation and every scheme's own on this machine, counts what would be sent, and adds what
     that takes on the link:
@@ -112,8 +117,8 @@ def plan(
         model, x, y = Net(), torch.randn(32, 3, 32, 32), torch.randint(10, (32,))
         return model, lambda model: cross_entropy(model(x), y)
 
-    Of the schemes that are within 10 % of the fastest it recommends the one that lost least when that was measured, on
-    another model than yours: lgc compare tells what yours loses.
+    Of the schemes that are within 10 % of the fastest on your link it recommends the one that lost least where that was
+    measured, which was on another model than yours: lgc compare tells what yours loses.
     """
     if check is not None:
         options.refuse_torchrun("plan --check")

@@ -32,13 +32,15 @@ SCHEMES = "dense,bf16,powersgd:rank=1,powersgd:rank=2,powersgd:rank=4,dgc,scalec
 @options.batch_size
 @click.option("--workers", "world_size", type=click.IntRange(2), default=4, help="Number of ranks.")
 @click.option("--schemes", default=SCHEMES, help="As for lgc compare.")
-@click.option("--rates", default="10mbit,100mbit,1gbit,unshaped", help="Of the links; 1gbit/20ms has a delay each way.")
-@click.option("--steps", type=click.IntRange(1), default=20, help="Measured at a time, at most.")
-@click.option("--warm-up", type=click.IntRange(1), default=2, help="Steps before these.")
-@click.option("--seconds", type=options.Finite(0.001), default=5.0, help="Measured at a time, at most.")
-@click.option("--repeats", type=click.IntRange(1), default=3, help="Times that all schemes take turns.")
+@click.option(
+    "--rates", default="10mbit,100mbit,1gbit,unshaped", help="Speeds of the links; 1gbit/20ms has a delay each way."
+)
+@click.option("--steps", type=click.IntRange(1), default=20, help="Steps measured in a turn, at most.")
+@click.option("--warm-up", type=click.IntRange(1), default=2, help="Steps before these, which do not count.")
+@click.option("--seconds", type=options.Finite(0.001), default=5.0, help="Seconds measured in a turn, at most.")
+@click.option("--repeats", type=click.IntRange(1), default=3, help="Turns of every scheme on every link.")
 @click.option("--loopback", is_flag=True, help="No network of its own, and no root: the link is not shaped.")
-@click.option("--timeout", type=options.Finite(1, MOST_TIMEOUT), default=600.0, help="Seconds a rank may wait.")
+@click.option("--timeout", type=options.Finite(1, MOST_TIMEOUT), default=600.0, help="Seconds for which a rank waits.")
 @click.option("--target", type=float, help="Value of the recipe's metric to reach; needs --runs.")
 @click.option("--runs", type=options.EXISTING_FOLDER, help="Folder of lgc compare with a finished run of each scheme.")
 @options.out
