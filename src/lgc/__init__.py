@@ -21,7 +21,9 @@ from lgc.coding import (
     Sign,
     Uniform,
 )
+from lgc.comm.replicas import ReplicaError
 from lgc.comm.traffic import Traffic, Wire
+from lgc.comm.transport import RankError
 from lgc.phase import Phase
 from lgc.rounds.layout import Role
 from lgc.schemes import (
@@ -64,9 +66,11 @@ __all__ = [
     "PowerSGD",
     "Quantized",
     "RangeCoder",
+    "RankError",
     "RawIndices",
     "Recent",
     "RecentSign",
+    "ReplicaError",
     "Rice",
     "Role",
     "ScaleCom",
