@@ -117,7 +117,7 @@ def train(recipe: str, scheme: str, workers: int | None, seed: int, out: Path, *
 @click.option("--recipe", "recipes", metavar="NAMES", default="digits", help=f"With commas. {options.RECIPE_HELP}")
 @options.workers
 @click.option("--schemes", default="dense,topk,dgc,scalecom,lgc-ring,lgc-ps", help=SCHEME_HELP)
-@click.option("--seeds", type=click.IntRange(1), default=1, help="Train with so many: 0, 1, 2, ...")
+@options.seeds
 @run_options
 def compare(recipes: str, workers: int, schemes: str, seeds: int, out: Path, **run: Any) -> None:
     """Train with several schemes, one after the other, and report on them side by side.
@@ -150,24 +150,11 @@ def compare(recipes: str, workers: int, schemes: str, seeds: int, out: Path, **r
 
 @main.group()
 def bench() -> None:
-    """Measure one part by itself.
-
-    \b
-    lgc bench codec    bits per index and per entry, time per million, of every coder
-    lgc bench link     time and bytes a step of every scheme on links of several speeds
-    lgc bench round    time of the parts of a compressed round, in copies of as many numbers
-    lgc bench sites    time and bytes a step of local steps between sites that have a fast network inside
-    lgc bench elastic  the loss of local steps on ranks that are killed, stopped and started again
-    lgc bench stragglers  samples a second and loss with one slow rank, in rounds by count and by time
-    """
+    """Measure one part by itself."""
 
 
-bench.add_command(codec)
-bench.add_command(link)
-bench.add_command(bench_round)
-bench.add_command(sites)
-bench.add_command(elastic)
-bench.add_command(stragglers)
+for command in (codec, link, bench_round, sites, elastic, stragglers):
+    bench.add_command(command)
 main.add_command(analyze)
 main.add_command(plan)
 

@@ -34,18 +34,17 @@ ROW = "{:<32}" + "{:>11}" * len(PARTS) + "{:>12}"
 @click.option("--schemes", default=SCHEMES, help="As for lgc compare.")
 @click.option("--parameters", default=10_000_000, type=click.IntRange(10_000), help="In ten square tensors.")
 @click.option("--workers", "world_size", default=4, type=click.IntRange(1), help="Ranks, of which only one is there.")
-@click.option("--threads", default=1, type=click.IntRange(1), help="Of this process.")
 @click.option("--repeats", default=9, type=click.IntRange(1), help="Rounds of every scheme, which take turns.")
-def bench_round(schemes: str, parameters: int, world_size: int, threads: int, repeats: int) -> None:
+def bench_round(schemes: str, parameters: int, world_size: int, repeats: int) -> None:
     """Measure what a compressed round computes, by its parts.
 
-    One rank does the work of one of several, as in lgc plan, and sends nothing. Figures are processor times in units of
-    a plain copy of as many float32 numbers, made right before each round, and their medians, so that what else the
-    machine does hardly matters: "take in" copies the gradients, "accumulate" is u and v, "look" whether they are
-    finite, "prepare" selects and encodes, "exchange" decodes and averages, "settle" and "commit" are feedback, "rest"
-    adds up the mean.
+    One rank does the work of one of several, as in lgc plan, in one thread, and sends nothing. Figures are processor
+    times in units of a plain copy of as many float32 numbers, made right before each round, and their medians, so that
+    what else the machine does hardly matters: "take in" copies the gradients, "accumulate" is u and v, "look" whether
+    they are finite, "prepare" selects and encodes, "exchange" decodes and averages, "settle" and "commit" are feedback,
+    "rest" adds up the mean.
     """
-    torch.set_num_threads(threads)
+    torch.set_num_threads(1)
     with options.usage_errors():
         wanted = {text: _lasting(lgc.parse_scheme(text)) for text in options.split(schemes)}
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
