@@ -26,7 +26,7 @@ from lgc.ddp import CollectedBuckets
 from lgc.fragments import Fragment, fragmented
 from lgc.gradients import OptimizedGradients, all_zero
 from lgc.local_state import Launched, LocalState, Result, Start
-from lgc.optimizers import FEW_STEPS, Streak, end_watch, share_scale, share_state, uncompiled, watch_steps
+from lgc.optimizers import FEW_STEPS, Streak, end_watch, share_scale, share_state, watch_steps
 from lgc.pace import Progress, Work, scale_of, weights_of
 from lgc.requirements import frozen, require_optimizers_of, trained
 from lgc.rounds.schedule import FOREVER, Schedule
@@ -389,14 +389,10 @@ class LocalRounds(LocalState):
         self._stepped.clear()
         if isinstance(self._start, CollectedBuckets):
             self._start.use_optimizers(optimizers)
-        self._step_hooks = [
-            hook
-            for each in optimizers
-            for hook in (
-                each.register_step_pre_hook(uncompiled(self._before_step)),
-                each.register_step_post_hook(uncompiled(lambda optimizer, *_: self._after_step(optimizer))),
-            )
-        ]
+        before = torch.compiler.disable(self._before_step)  # as a step may be compiled, but not its hooks
+        after = torch.compiler.disable(lambda optimizer, *_: self._after_step(optimizer))
+        self._step_hooks = [each.register_step_pre_hook(before) for each in optimizers]
+        self._step_hooks += [each.register_step_post_hook(after) for each in optimizers]
 
     def finish(self) -> None:
         """Exchange what has been moved since the last round, at any step, the same on every rank; a collective.
