@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import fields, replace
 from statistics import median
 from typing import Any
@@ -108,16 +108,11 @@ class TimedRounds:
 
     def make(self, step: int) -> dict[str, float]:
         """Seconds of the parts of one round."""
-        self._seconds = dict.fromkeys((*PARTS, "aggregate"), 0.0)
+        seconds = self._seconds = dict.fromkeys((*PARTS, "aggregate"), 0.0)
         started = time.process_time()
         self._synchronizer.synchronize(self._gradients, step)
-        seconds = self._seconds
-        seconds["round"] = time.process_time() - started
-        inner: Sequence[str] = ("accumulate", "look", "prepare", "exchange", "settle", "commit")
-        aggregated = seconds.pop("aggregate")
-        seconds["take in"] = seconds["round"] - aggregated
-        seconds["rest"] = aggregated - sum(seconds[part] for part in inner)
-        return seconds
+        whole, aggregated = time.process_time() - started, seconds.pop("aggregate")
+        return seconds | {"take in": whole - aggregated, "rest": aggregated - sum(seconds.values()), "round": whole}
 
     def _time(self, of: object, parts: dict[str, str]) -> None:
         for name, part in parts.items():
