@@ -9,6 +9,7 @@ from concurrent.futures import Future as Task
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -66,7 +67,7 @@ class LocalRounds(LocalState):
         module: nn.Module = model.module if isinstance(model, DistributedDataParallel) else model
         site.rest(module)
         if ddp is None:
-            site.take_first(_state_of(module), transport)
+            site.take_first(chain(module.parameters(), module.buffers()), transport)
         parameters, round_transport = dict(trained(model)), transport
         if scheme.overlap:  # the model's own group stays free for what the loop does meanwhile
             round_transport, site = transport.of_new_group(), site.of_new_group()
@@ -118,7 +119,7 @@ class LocalRounds(LocalState):
         buffers = self._buffers.current()
         weights = None
         if not wait:
-            weights = fragment.weights()
+            weights = {name: own.clone() for name, own in fragment.part().items()}
             buffers = {name: buffer.clone() for name, buffer in buffers.items()}
         exchange = partial(
             self._exchange,
@@ -479,11 +480,6 @@ def _start(
         start.synchronizer.aggregator.schedule = Schedule(1.0, warmup_steps=FOREVER)
     start.phase = start.synchronizer.phase(0)
     return start
-
-
-def _state_of(module: nn.Module) -> Iterator[Tensor]:
-    yield from module.parameters()
-    yield from module.buffers()
 
 
 def _tensors_of(optimizers: Sequence[Optimizer]) -> Iterator[Tensor]:
