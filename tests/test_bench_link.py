@@ -23,9 +23,9 @@ from link_job import LIMIT_S, job, met
 from ranks import start_fork_server
 from runs import is_running, lgc
 
-from lgc.schemes import SCHEMES, LGCServer, TopK, parse_scheme
+from lgc.schemes import LGCServer, TopK, parse_scheme
 from lgc_lab.bench.link import command
-from lgc_lab.bench.link.measure import Measurement, full_text, shortened
+from lgc_lab.bench.link.measure import Measurement, shortened
 from lgc_lab.bench.link.results import COMPUTE, LOOPBACK, RESULTS, Cell, Results
 from lgc_lab.bench.link.target import times_to_target
 from lgc_lab.cli import main
@@ -417,18 +417,6 @@ def require_whole_rounds(found: list[Cell], schemes: list[str]) -> None:
 
 
 # --- what is made of it ---
-
-
-@pytest.mark.parametrize("name", SCHEMES)
-@pytest.mark.parametrize("recipe", RECIPES)
-def test_full_text_is_the_scheme_whatever_the_recipe(name: str, recipe: str) -> None:
-    scheme = parse_scheme(name)
-    assert parse_scheme(full_text(scheme), RECIPES[recipe].scheme_defaults) == scheme
-
-
-def test_full_text_of_local_steps_has_their_exchange() -> None:
-    scheme = parse_scheme("local:every=30:outer_lr=0.5+topk:rate=0.02")
-    assert parse_scheme(full_text(scheme), RECIPES["digits"].scheme_defaults) == scheme
 
 
 def test_shortened_phases_are_those_of_the_scheme() -> None:

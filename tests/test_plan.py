@@ -63,7 +63,7 @@ def test_plan_knows_the_peers_and_the_phases_of_what_learns() -> None:
 
 def predicted(**steps: float) -> list[Prediction]:
     """Predictions of a step's seconds, by full text."""
-    return [Prediction(name, "compressed", 0, 1, 0, 0, step, 9 / step, [], 0) for name, step in steps.items()]
+    return [Prediction(name, 0, 1, 0, 0, step, 9 / step, [], 0) for name, step in steps.items()]
 
 
 def test_what_lost_least_of_the_fast_ones_is_recommended(monkeypatch: pytest.MonkeyPatch) -> None:

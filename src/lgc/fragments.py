@@ -82,10 +82,6 @@ class Fragment:
             name: self.anchor[name].to(own.dtype) - own.to(self.anchor[name].dtype) for name, own in self.part().items()
         }
 
-    def weights(self) -> dict[str, Tensor]:
-        """Copies of this rank's own weights, by name."""
-        return {name: own.clone() for name, own in self.part().items()}
-
     @torch.no_grad()
     def apply(self, mean: Mapping[str, Tensor], before: Mapping[str, Tensor] | None) -> None:
         """Move the anchor by the mean, and the weights to it; a collective inside the site.

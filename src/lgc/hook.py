@@ -28,16 +28,10 @@ class Hook:
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.caller: Exchanges | None = None
-        self._group = group
+        self.group = group
 
     def __reduce__(self) -> tuple[type[Detached], tuple[()]]:
         return Detached, ()
-
-    def exchange(self, bucket: dist.GradBucket) -> Future[Tensor]:
-        """The mean of a bucket over the ranks, in its buffer."""
-        if self.caller is None:
-            return allreduce_hook(self._group, bucket)
-        return self.caller.exchange(bucket)
 
 
 def hook_of(ddp: DistributedDataParallel) -> Hook:
@@ -52,4 +46,4 @@ def hook_of(ddp: DistributedDataParallel) -> Hook:
 
 def _exchange(hook: Hook, bucket: dist.GradBucket) -> Future[Tensor]:
     # A function, which copies of the model can share.
-    return hook.exchange(bucket)
+    return allreduce_hook(hook.group, bucket) if hook.caller is None else hook.caller.exchange(bucket)

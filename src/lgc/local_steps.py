@@ -9,6 +9,7 @@ from concurrent.futures import Future as Task
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ from lgc.ddp import CollectedBuckets
 from lgc.fragments import Fragment, fragmented
 from lgc.gradients import OptimizedGradients, all_zero
 from lgc.local_state import Launched, LocalState, Result, Start
-from lgc.optimizers import FEW_STEPS, Streak, end_watch, share_scale, share_state, uncompiled, watch_steps
+from lgc.optimizers import FEW_STEPS, Streak, end_watch, share_scale, share_state, watch_steps
 from lgc.pace import Progress, Work, scale_of, weights_of
 from lgc.requirements import frozen, require_optimizers_of, trained
 from lgc.rounds.schedule import FOREVER, Schedule
@@ -66,7 +67,7 @@ class LocalRounds(LocalState):
         module: nn.Module = model.module if isinstance(model, DistributedDataParallel) else model
         site.rest(module)
         if ddp is None:
-            site.take_first(_state_of(module), transport)
+            site.take_first(chain(module.parameters(), module.buffers()), transport)
         parameters, round_transport = dict(trained(model)), transport
         if scheme.overlap:  # the model's own group stays free for what the loop does meanwhile
             round_transport, site = transport.of_new_group(), site.of_new_group()
@@ -118,7 +119,7 @@ class LocalRounds(LocalState):
         buffers = self._buffers.current()
         weights = None
         if not wait:
-            weights = fragment.weights()
+            weights = {name: own.clone() for name, own in fragment.part().items()}
             buffers = {name: buffer.clone() for name, buffer in buffers.items()}
         exchange = partial(
             self._exchange,
@@ -389,14 +390,10 @@ class LocalRounds(LocalState):
         self._stepped.clear()
         if isinstance(self._start, CollectedBuckets):
             self._start.use_optimizers(optimizers)
-        self._step_hooks = [
-            hook
-            for each in optimizers
-            for hook in (
-                each.register_step_pre_hook(uncompiled(self._before_step)),
-                each.register_step_post_hook(uncompiled(lambda optimizer, *_: self._after_step(optimizer))),
-            )
-        ]
+        before = torch.compiler.disable(self._before_step)  # as a step may be compiled, but not its hooks
+        after = torch.compiler.disable(lambda optimizer, *_: self._after_step(optimizer))
+        self._step_hooks = [each.register_step_pre_hook(before) for each in optimizers]
+        self._step_hooks += [each.register_step_post_hook(after) for each in optimizers]
 
     def finish(self) -> None:
         """Exchange what has been moved since the last round, at any step, the same on every rank; a collective.
@@ -483,11 +480,6 @@ def _start(
         start.synchronizer.aggregator.schedule = Schedule(1.0, warmup_steps=FOREVER)
     start.phase = start.synchronizer.phase(0)
     return start
-
-
-def _state_of(module: nn.Module) -> Iterator[Tensor]:
-    yield from module.parameters()
-    yield from module.buffers()
 
 
 def _tensors_of(optimizers: Sequence[Optimizer]) -> Iterator[Tensor]:

@@ -49,12 +49,6 @@ def parameters_of(*optimizers: Optimizer) -> set[int]:
     return {id(parameter) for each in optimizers for group in each.param_groups for parameter in group["params"]}
 
 
-def uncompiled(hook: Callable[..., None]) -> Callable[..., None]:
-    """A hook that is called as it is from a step that is compiled (`torch.compile(optimizer.step)`)."""
-    disabled: Callable[..., None] = torch.compiler.disable(hook)  # slow to import, and every optimizer has by now
-    return disabled
-
-
 def watch_steps(model: nn.Module, parameters: Iterable[Tensor], before: Callable[[Optimizer], None]) -> None:
     """Call `before(optimizer)` before every step of any optimizer of torch's kind that has one of the parameters.
 
@@ -75,8 +69,9 @@ def end_watch(model: nn.Module) -> None:
 @functools.cache
 def _look_at_every_step() -> None:
     # Once and for good: torch fails if a hook is removed while it calls them, as collecting a model then would.
-    register_optimizer_step_pre_hook(uncompiled(_look))
-    register_optimizer_step_post_hook(uncompiled(lambda optimizer, *_: _within_steps.discard(optimizer)))
+    # A step may be compiled (`torch.compile(optimizer.step)`), its hooks are not. Every optimizer has imported dynamo.
+    register_optimizer_step_pre_hook(torch.compiler.disable(_look))
+    register_optimizer_step_post_hook(torch.compiler.disable(lambda optimizer, *_: _within_steps.discard(optimizer)))
 
 
 def is_within_step() -> bool:

@@ -137,7 +137,7 @@ def group_of(model: nn.Module) -> dist.ProcessGroup:
     return dist.group.WORLD
 
 
-def require_exchangeable(model: nn.Module, *, between: dist.ProcessGroup | None = None) -> None:
+def require_exchangeable(model: nn.Module, *, between: dist.ProcessGroup | None) -> None:
     """Raise if DDP is set to something, or the model has something, that lgc cannot do.
 
     Args:

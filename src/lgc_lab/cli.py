@@ -121,7 +121,7 @@ def train(recipe: str, scheme: str, workers: int | None, seed: int, out: Path, *
 @click.option("--recipe", "recipes", metavar="NAMES", default="digits", help=f"{LIST_HELP} {options.RECIPE_HELP}")
 @options.workers
 @click.option("--schemes", default="dense,topk,dgc,scalecom,lgc-ring,lgc-ps", help=SCHEMES_HELP)
-@click.option("--seeds", type=click.IntRange(1), default=1, help="Number of seeds to train with: 0, 1, 2, ...")
+@options.seeds
 @run_options
 def compare(recipes: str, workers: int, schemes: str, seeds: int, out: Path, **run: Any) -> None:
     """Train with several schemes, and report on them side by side.
@@ -158,12 +158,8 @@ def bench() -> None:
     """Measure one part by itself."""
 
 
-bench.add_command(codec)
-bench.add_command(link)
-bench.add_command(bench_round)
-bench.add_command(sites)
-bench.add_command(elastic)
-bench.add_command(stragglers)
+for command in (codec, link, bench_round, sites, elastic, stragglers):
+    bench.add_command(command)
 main.add_command(analyze)
 main.add_command(plan)
 

@@ -43,11 +43,13 @@ backbone = click.option("--backbone", help=BACKBONE_HELP)
 bf16 = click.option("--bf16", is_flag=True, help="Compute in bfloat16 by autocast, on the CPU and the GPU.")
 workers = click.option("--workers", type=click.IntRange(1), default=4, help="Ranks on this machine.")
 seed = click.option("--seed", type=click.IntRange(0), default=0, help="Seed of the model and of the shuffling.")
+seeds = click.option("--seeds", type=click.IntRange(1), default=1, help="Number of seeds to train with: 0, 1, 2, ...")
 timeout = click.option(
     "--timeout", type=Finite(1, MOST_TIMEOUT), default=60.0, help="Seconds for which a rank waits for another."
 )
 FOLDER = click.Path(file_okay=False, path_type=Path)
 out = click.option("--out", type=FOLDER, required=True, help="Folder for the results.")
+measure_again = click.option("--overwrite", is_flag=True, help="Measure again what is there already.")
 EXISTING_FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
 
 

@@ -155,7 +155,6 @@ class Prediction(NamedTuple):
     """Prediction of a step under one scheme on one link, once its early stages are over; seconds and bytes."""
 
     scheme: str
-    phase: str  # the one it stays in
     sent_bytes: float
     compute: float
     compression: float
@@ -177,7 +176,6 @@ def predict(profile: Profile, link: Link) -> list[Prediction]:
         early = [Early(stage.phase, stage.steps or 0, step(stage)) for stage in first]
         return Prediction(
             scheme=arm.scheme,
-            phase=last.phase,
             sent_bytes=last.sent_bytes(profile.world_size),
             compute=profile.compute,
             compression=last.compression,

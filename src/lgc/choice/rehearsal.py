@@ -91,8 +91,7 @@ class Rehearsal(Transport):
     ) -> Result:
         started = clock(tensor.device)
         result = action(tensor, content, **source)
-        size = tensor.numel() * tensor.element_size()
-        self.collectives.append(Collective(kind, size, clock(tensor.device) - started))
+        self.collectives.append(Collective(kind, tensor.nbytes, clock(tensor.device) - started))
         return result
 
 

@@ -183,7 +183,7 @@ class Sum(Post):
         return [torch.cat(sums).view(flat.dtype).view(self.tensor.shape).to(self.tensor.device)]
 
     def size(self) -> int:
-        return self.tensor.numel() * self.tensor.element_size()
+        return self.tensor.nbytes
 
 
 Posting = Generator[Post, list[Tensor], Result]  # an exchange, or a part of one

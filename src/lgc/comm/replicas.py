@@ -157,13 +157,8 @@ class ReplicaCheck:
         if self._transport.rank == 0:
             logger.warning("%s; taking those of the others.", message)
         for name, difference in differences.items():
-            synchronise(self._transport, replicas[name], source=difference.source)
-
-
-def synchronise(transport: Transport, tensor: Tensor, *, source: int) -> None:
-    """Overwrite a tensor with that of rank `source`; a collective."""
-    with torch.no_grad():
-        tensor.copy_(transport.broadcast(tensor.detach(), "replica check", source=source))
+            own = replicas[name].detach()
+            own.copy_(self._transport.broadcast(own, "replica check", source=difference.source))
 
 
 def digest(tensor: Tensor) -> Tensor:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field
-from typing import NamedTuple
+from dataclasses import asdict, dataclass, field, replace
 
 from lgc.phase import Phase
 
@@ -26,6 +25,15 @@ class Traffic:
     upload_bytes: int = 0
     contents: dict[str, int] = field(default_factory=dict)
 
+    def add(self, other: Traffic) -> None:
+        """Count what another one has counted too."""
+        self.steps += other.steps
+        self.sent_bytes += other.sent_bytes
+        self.received_bytes += other.received_bytes
+        self.upload_bytes += other.upload_bytes
+        for content, sent in other.contents.items():
+            self.contents[content] = self.contents.get(content, 0) + sent
+
 
 @dataclass
 class Wire:
@@ -36,13 +44,7 @@ class Wire:
     def take(self, other: Wire) -> None:
         """Add what another one has counted, and empty it."""
         for name, traffic in other.phases.items():
-            own = self.phases.setdefault(name, Traffic())
-            own.steps += traffic.steps
-            own.sent_bytes += traffic.sent_bytes
-            own.received_bytes += traffic.received_bytes
-            own.upload_bytes += traffic.upload_bytes
-            for content, sent in traffic.contents.items():
-                own.contents[content] = own.contents.get(content, 0) + sent
+            self.phases.setdefault(name, Traffic()).add(traffic)
         other.phases.clear()
 
     def to_json(self) -> str:
@@ -68,21 +70,6 @@ def wire_from_json(text: object) -> Wire:
     return wire
 
 
-class Baseline(NamedTuple):
-    """Bytes of plain data-parallel training: ring all-reduce of float32 gradients."""
-
-    parameters: float
-    world_size: int
-
-    def bytes(self, steps: int) -> float:
-        """Bytes sent and received by all ranks together."""
-        return 4 * (self.world_size - 1) * self.upload(1) * steps
-
-    def upload(self, steps: int) -> float:
-        """Bytes that one rank contributes."""
-        return FLOAT32_BYTES * self.parameters * steps
-
-
 def summarise(ranks: list[Wire], parameters: float, world_size: int) -> dict[str, object]:
     """Sums over these ranks, and ratios against float32 ring all-reduce of the same steps, by groups of `world_size`
     ranks, of `parameters` each.
@@ -91,47 +78,41 @@ def summarise(ranks: list[Wire], parameters: float, world_size: int) -> dict[str
     paper's way of counting, uploads averaged over the ranks. A ratio is None where nothing was sent or there was no
     such phase.
     """
-    baseline = Baseline(parameters, world_size)
-    phases = [{"name": str(name)} | _sum([wire.phases[name] for wire in ranks]) for name in ranks[0].phases]
-    compressed = [phase for phase in phases if phase["name"] == Phase.COMPRESSED]
+    phases = {str(name): _sum([wire.phases[name] for wire in ranks]) for name in ranks[0].phases}
+    gradient = FLOAT32_BYTES * parameters
+    compressed, total = phases.get(Phase.COMPRESSED, Traffic()), Traffic()
+    for traffic in phases.values():
+        total.add(traffic)
 
-    def total(key: str, of: list[dict[str, object]]) -> int:
-        return sum(value for phase in of if isinstance(value := phase[key], int))
+    def ratio(of_group: float, counted: int) -> float | None:
+        return of_group * len(ranks) / world_size / counted if of_group and counted else None
 
-    def ratio(base: float, sent: int) -> float | None:
-        return base * len(ranks) / world_size / sent if base and sent else None
+    def both_ways(of: Traffic) -> float | None:
+        return ratio(4 * (world_size - 1) * gradient * of.steps, of.sent_bytes + of.received_bytes)
 
-    def both(of: list[dict[str, object]]) -> int:
-        return total("sent_bytes", of) + total("received_bytes", of)
+    def uploads(of: Traffic) -> float | None:
+        return ratio(gradient * of.steps * world_size, of.upload_bytes)
 
-    steps, compressed_steps = total("steps", phases), total("steps", compressed)
     return {
-        "sent_bytes": total("sent_bytes", phases),
-        "received_bytes": total("received_bytes", phases),
+        "sent_bytes": total.sent_bytes,
+        "received_bytes": total.received_bytes,
         "max_rank_bytes": max(
             sum(traffic.sent_bytes + traffic.received_bytes for traffic in wire.phases.values()) for wire in ranks
         ),
-        "ratio": ratio(baseline.bytes(steps), both(phases)),
-        "ratio_compressed_phase": ratio(baseline.bytes(compressed_steps), both(compressed)),
+        "ratio": both_ways(total),
+        "ratio_compressed_phase": both_ways(compressed),
         "paper": {
-            "upload_bytes_per_rank": total("upload_bytes", phases) / len(ranks),
-            "ratio": ratio(baseline.upload(steps) * world_size, total("upload_bytes", phases)),
-            "ratio_compressed_phase": ratio(
-                baseline.upload(compressed_steps) * world_size, total("upload_bytes", compressed)
-            ),
+            "upload_bytes_per_rank": total.upload_bytes / len(ranks),
+            "ratio": uploads(total),
+            "ratio_compressed_phase": uploads(compressed),
         },
-        "phases": phases,
+        "phases": [{"name": name} | asdict(traffic) for name, traffic in phases.items()],
     }
 
 
-def _sum(ranks: list[Traffic]) -> dict[str, object]:
-    return {
-        "steps": sum(traffic.steps for traffic in ranks) // len(ranks),  # the mean, of ranks that may go their own way
-        "sent_bytes": sum(traffic.sent_bytes for traffic in ranks),
-        "received_bytes": sum(traffic.received_bytes for traffic in ranks),
-        "upload_bytes": sum(traffic.upload_bytes for traffic in ranks),
-        "contents": {
-            content: sum(traffic.contents.get(content, 0) for traffic in ranks)
-            for content in sorted({content for traffic in ranks for content in traffic.contents})
-        },
-    }
+def _sum(ranks: list[Traffic]) -> Traffic:
+    """What they have counted together, in as many steps as they have made on average: they may go their own way."""
+    total = Traffic()
+    for traffic in ranks:
+        total.add(traffic)
+    return replace(total, steps=total.steps // len(ranks), contents=dict(sorted(total.contents.items())))

@@ -248,12 +248,12 @@ class Transport:
 
     def all_reduce(self, tensor: Tensor, content: str) -> Tensor:
         """Sum over the ranks, the same bits on each; shape and dtype of `tensor`."""
-        self.count_all_reduce(_bytes(tensor), content)
+        self.count_all_reduce(tensor.nbytes, content)
         return self._run(tensor.clone(), lambda buffer: dist.all_reduce(buffer, group=self.group))
 
     def all_reduce_async(self, tensor: Tensor, content: str) -> torch.futures.Future[Tensor]:
         """Sum over the ranks into `tensor`, in the background."""
-        self.count_all_reduce(_bytes(tensor), content)
+        self.count_all_reduce(tensor.nbytes, content)
         work = dist.all_reduce(tensor, group=self.group, async_op=True)
         assert work is not None
         future: torch.futures.Future[Tensor] = work.get_future().then(self._summed)
@@ -272,8 +272,8 @@ class Transport:
 
     def all_gather(self, tensor: Tensor, content: str) -> Tensor:
         """The tensors of all ranks, which must have one shape and dtype: shape (K, *shape)."""
-        others = (self.world_size - 1) * _bytes(tensor)
-        self._count(content, sent=others, received=others, upload=_bytes(tensor))
+        others = (self.world_size - 1) * tensor.nbytes
+        self._count(content, sent=others, received=others, upload=tensor.nbytes)
         staged = self._stage(tensor)
         gathered = staged.new_empty((self.world_size, *staged.shape))
         with self._timed():
@@ -285,7 +285,7 @@ class Transport:
 
     def broadcast(self, tensor: Tensor, content: str, *, source: int) -> Tensor:
         """The tensor of rank `source`; the others pass one of the same shape and dtype to receive into."""
-        size = _bytes(tensor)
+        size = tensor.nbytes
         is_source = self.rank == source
         self._count(
             content,
@@ -297,7 +297,7 @@ class Transport:
 
     def gather(self, tensor: Tensor, content: str) -> Tensor | None:
         """The tensors of all ranks at rank 0, shape (K, *shape); None elsewhere."""
-        size, others = _bytes(tensor), self.world_size - 1
+        size, others = tensor.nbytes, self.world_size - 1
         staged = self._stage(tensor)
         gathered = [torch.empty_like(staged) for _ in range(self.world_size)] if self.rank == SERVER else None
         sent, received = (size, 0) if gathered is None else (0, others * size)
@@ -457,10 +457,6 @@ def _within(seconds: float, action: Callable[[], T]) -> T | None:
 
 def _message(error: Exception) -> bytes:
     return f"{type(error).__name__}: {error}".encode()[:MESSAGE_LIMIT]
-
-
-def _bytes(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
 
 
 def _tree_children(position: int, world_size: int) -> int:

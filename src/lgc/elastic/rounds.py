@@ -98,9 +98,7 @@ class ElasticRounds(LocalRounds):
         """Number of rounds that the run has made."""
         return self._fragment.rounds
 
-    @property
-    def _number(self) -> int:
-        return self._fragment.rounds
+    _number = rounds
 
     @property
     def _fragment(self) -> Fragment:

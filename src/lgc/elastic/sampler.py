@@ -28,13 +28,12 @@ class Sampler(data.Sampler[int]):
     Args:
         size: of the data set.
         seed: of the shuffling.
-        shuffle: whether an epoch is in an order of its own.
     """
 
-    def __init__(self, size: int, *, seed: int = 0, shuffle: bool = True) -> None:
+    def __init__(self, size: int, *, seed: int = 0) -> None:
         if type(size) is not int or size < 1:
             raise ValueError(f"Sampler(size=...) must be an integer of at least 1, got {size!r}.")
-        self._size, self._seed, self._shuffle = size, seed, shuffle
+        self._size, self._seed = size, seed
         self._left: list[int] = []  # places before `_next` that nobody has used
         self._next = 0
         self._rank, self._world_size = 0, 1  # of those that share what is left; before the first round each has all
@@ -95,8 +94,6 @@ class Sampler(data.Sampler[int]):
 
     def _index(self, place: int) -> int:
         epoch, within = divmod(place, self._size)
-        if not self._shuffle:
-            return within
         if self._order[0] != epoch:
             seed = np.random.SeedSequence((self._seed, epoch)).generate_state(1, np.uint64)
             generator = torch.Generator().manual_seed(int(seed[0]))

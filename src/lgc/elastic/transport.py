@@ -69,7 +69,7 @@ class ElasticTransport(Transport):
         lighthouse: Lighthouse,
         description: Mapping[str, object],
         address: str,
-        port: int = 0,
+        port: int,
         *,
         timeout: float,
         connect_timeout: float,

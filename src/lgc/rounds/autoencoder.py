@@ -49,7 +49,7 @@ class Encoder(nn.Module):
         self.out = _skip_init(nn.Conv1d, channels[-1], LATENT_CHANNELS, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        h = _pad(x).unsqueeze(1)
+        h = F.pad(x, (0, -x.shape[-1] % STRIDE)).unsqueeze(1)
         for down in self.downs:
             h = F.leaky_relu(down(h), SLOPE, inplace=True)
         z: Tensor = self.out(h)
@@ -285,7 +285,3 @@ def _initialise(module: nn.Module, generator: torch.Generator) -> None:
             nn.init.ones_(decoder.out.weight[:, decoder.hidden_channels :])
             assert decoder.out.bias is not None
             nn.init.zeros_(decoder.out.bias)
-
-
-def _pad(x: Tensor) -> Tensor:
-    return F.pad(x, (0, -x.shape[-1] % STRIDE))

@@ -101,8 +101,7 @@ class Layout:
                 f"positions must fit into int32: at most {INDEX_LIMIT - 1} parameters, got {self.size}; train fewer, "
                 "or use LocalSteps(fragments=..., start_steps=0), or dense, bf16, fp16 or powersgd."
             )
-        sizes = {role: sum(math.prod(shapes[name]) for name in shapes if roles[name] is role) for role in Role}
-        self.dense = slice(0, sizes[Role.DENSE])
+        self.dense = slice(0, sum(math.prod(shape) for name, shape in shapes.items() if roles[name] is Role.DENSE))
         self.own = [segment for segment in segments if segment.role is Role.OWN]
         self.shared = [segment for segment in segments if segment.role is Role.SHARED]
 

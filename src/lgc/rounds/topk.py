@@ -100,10 +100,11 @@ class OwnTopK(TopKExchange):
         assert payload is not None
         if not self.region.segments:
             return Exchanged([], Piece(slice(0), v[:0]))
-        payloads = yield ToAll(content="entries", payload=payload, lengths=lengths, limit=self._limit(stage))
-        parts = [unpack(each, kind=Kind.ENTRIES, step=stage.step, bounds=self._bounds(stage)) for each in payloads]
-        indices = self.decode_indices(dict(enumerate(code for code, _ in parts)), stage, v.device)
         counts = self.region.element_counts(stage.least_rate)
+        bounds = [self.index_bound(stage), self.codecs.values.bound(counts)]
+        payloads = yield ToAll(content="entries", payload=payload, lengths=lengths, limit=size_limit(bounds))
+        parts = [unpack(each, kind=Kind.ENTRIES, step=stage.step, bounds=bounds) for each in payloads]
+        indices = self.decode_indices(dict(enumerate(code for code, _ in parts)), stage, v.device)
         pieces = [
             Piece(where, self.past.codec(sender, where).decode(code, counts).to(v.device))
             for sender, (where, (_, code)) in enumerate(zip(indices, parts, strict=True))
@@ -111,13 +112,6 @@ class OwnTopK(TopKExchange):
         self.past.learn_sent(indices, [values for _, values in pieces])
         mean = [Piece(where, values / self.transport.world_size) for where, values in pieces]
         return Exchanged(mean, pieces[self.transport.rank])
-
-    def _bounds(self, stage: Stage) -> list[int]:
-        """The largest possible numbers of bytes of indices and values."""
-        return [self.index_bound(stage), self.codecs.values.bound(self.region.element_counts(stage.least_rate))]
-
-    def _limit(self, stage: Stage) -> int:
-        return size_limit(self._bounds(stage))
 
 
 class TwoStageTopK(TwoStage):

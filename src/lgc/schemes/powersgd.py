@@ -86,7 +86,7 @@ class PowerSGDHook:
                 "(lgc.schemes.powersgd.one_bucket_mb(model)), and in one dtype."
             )
         if self.phase is Phase.DENSE:
-            self._transport.count_all_reduce(buffer.numel() * buffer.element_size(), "values")
+            self._transport.count_all_reduce(buffer.nbytes, "values")
             return powerSGD_hook(self._state, bucket)
         before = self._state.total_numel_after_compression
         future = powerSGD_hook(self._state, bucket)
@@ -97,7 +97,7 @@ class PowerSGDHook:
 
 def one_bucket_mb(model: nn.Module) -> int:
     """A `bucket_cap_mb` with which DDP has all gradients of `model` in one bucket, if they are of one dtype."""
-    return bucket_mb(sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad))
+    return bucket_mb(sum(p.nbytes for p in model.parameters() if p.requires_grad))
 
 
 def bucket_mb(size: int) -> int:

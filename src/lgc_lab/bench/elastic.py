@@ -82,7 +82,7 @@ class Outcome(NamedTuple):
 @click.option("--scheme", default="local:every=20:start_steps=0+quantized", help="Local steps to train with.")
 @options.seed
 @click.option("--out", type=options.FOLDER, help="Folder for the results, in which a second call goes on.")
-@click.option("--overwrite", is_flag=True, help="Measure again what is there already.")
+@options.measure_again
 def elastic(kills: int, stops: int, lighthouses: int, out: Path | None, overwrite: bool, **given: Any) -> None:
     """Measure what training loses when ranks come and go.
 

@@ -6,7 +6,7 @@ import logging
 import multiprocessing
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import timedelta
 from multiprocessing.synchronize import Barrier
@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import click
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
@@ -165,17 +165,12 @@ def _arm(question: Question, mesh: DeviceMesh) -> tuple[Callable[[], None], int]
     if scheme is not None:
         lgc.attach(model, scheme, optimizer, timeout=TIMEOUT_S, check_every=0, between=mesh["site"])
     samples = RANKS if question.inside == PLAIN else 1
-    batches = _batches(torch.Generator().manual_seed(dist.get_rank()), samples)
+    generator = torch.Generator().manual_seed(dist.get_rank())
 
     def step() -> None:
-        tokens = next(batches)
+        tokens = torch.randint(BYTES, (samples, CONTEXT + 1), generator=generator)
         optimizer.zero_grad()
         next_byte_loss(model(tokens[:, :-1]), tokens[:, 1:]).backward()
         optimizer.step()
 
     return step, every
-
-
-def _batches(generator: torch.Generator, samples: int) -> Iterator[Tensor]:
-    while True:
-        yield torch.randint(BYTES, (samples, CONTEXT + 1), generator=generator)

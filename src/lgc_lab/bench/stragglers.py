@@ -51,7 +51,7 @@ class Outcome(NamedTuple):
 @click.option("--every", type=click.IntRange(1), default=20, help="Steps of a round; by time, of the others.")
 @click.option("--exchange", default="quantized", help="A scheme, as after the plus sign of local steps.")
 @click.option("--steps", type=click.IntRange(20), default=400, help="Steps of a rank, on average.")
-@click.option("--seeds", type=click.IntRange(1), default=1, help="Number of seeds to train with: 0, 1, 2, ...")
+@options.seeds
 def stragglers(workers: int, slower: float, step_ms: float, every: int, exchange: str, steps: int, seeds: int) -> None:
     """Measure what one slow rank costs.
 

@@ -25,7 +25,7 @@ class TextSplit(Split):
     With a generator they start anywhere.
     """
 
-    def __init__(self, text: Tensor, limit: int | None = None) -> None:
+    def __init__(self, text: Tensor, limit: int | None) -> None:
         windows = max(0, len(text) - 1) // CONTEXT
         self.windows = windows if limit is None else min(limit, windows)
         self.text = text[: self.windows * CONTEXT + 1]

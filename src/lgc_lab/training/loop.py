@@ -28,6 +28,8 @@ ADAM_SECOND_BETA = 0.95  # as for GPT-3: Brown et al., arXiv 2005.14165, appendi
 class Training:
     """Rank of a run: the model, what trains it, and how far it is. Made by all ranks together.
 
+    A scheme may be given in place of the settings' own, and trains with the same recipe.
+
     Attributes:
         step: updates done.
         batch_number: of the next batch, from 0; the same as `step` unless the number of ranks has changed.
@@ -37,12 +39,14 @@ class Training:
         world_sizes: [step, number of ranks] from the start and from each change on.
     """
 
-    def __init__(self, settings: Settings, device: torch.device, *, check_every: int = 100) -> None:
+    def __init__(
+        self, settings: Settings, device: torch.device, *, scheme: Scheme | None = None, check_every: int = 100
+    ) -> None:
         self._started = time.monotonic()
         self.started = datetime.now(UTC).isoformat(timespec="milliseconds")
         self.settings = settings
         self.device = device
-        self.recipe, self.scheme = settings.resolve_recipe(), settings.resolve_scheme()
+        self.recipe, self.scheme = settings.resolve_recipe(), scheme or settings.resolve_scheme()
         if source_digest(settings.recipe) != settings.source:
             raise ValueError(f"the file of {settings.recipe} has changed since the run was asked for; start it again.")
         torch.manual_seed(settings.seed)

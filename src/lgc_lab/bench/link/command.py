@@ -44,7 +44,7 @@ SCHEMES = "dense,bf16,powersgd:rank=1,powersgd:rank=2,powersgd:rank=4,dgc,scalec
 @click.option("--target", type=float, help="Value of the recipe's metric to reach; needs --runs.")
 @click.option("--runs", type=options.EXISTING_FOLDER, help="Folder of lgc compare with a finished run of each scheme.")
 @options.out
-@click.option("--overwrite", is_flag=True, help="Measure again what is there already.")
+@options.measure_again
 def link(
     target: float | None, runs: Path | None, loopback: bool, timeout: float, out: Path, overwrite: bool, **run: Any
 ) -> None:

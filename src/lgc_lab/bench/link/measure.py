@@ -26,7 +26,7 @@ from torch import Tensor
 
 from lgc.phase import Phase
 from lgc.rounds.schedule import Schedule
-from lgc.schemes import LGCScheme, LocalSteps, PowerSGD, Scheme, SparseScheme, require_different
+from lgc.schemes import Dense, LGCScheme, LocalSteps, PowerSGD, Scheme, SparseScheme, require_different
 from lgc.version import __version__
 from lgc_lab.bench.link.results import (
     COMPUTE,
@@ -49,7 +49,6 @@ START_STEPS = 2
 TRAIN_STEPS = 4
 SETTLED_STEPS = 2  # compressed ones before anything is measured
 ENDLESS = 1_000_000  # epochs
-UNWRITTEN = ("roles", "exchange")  # arguments that have no text of their own
 LEARNING_RATE = 1e-4  # so low that no scheme diverges: a round whose gradient is not finite is cut short
 
 
@@ -111,15 +110,8 @@ def shortened(scheme: Scheme) -> Scheme:
     return replace(scheme, **short)
 
 
-def full_text(scheme: Scheme) -> str:
-    """Write a scheme with all its arguments, so that no recipe's default takes the place of one."""
-    arguments = {name: text for name, text in scheme.arguments().items() if name.partition(".")[0] not in UNWRITTEN}
-    text = ":".join([scheme.name, *(f"{name}={value}" for name, value in arguments.items())])
-    return f"{text}+{full_text(scheme.exchange)}" if isinstance(scheme, LocalSteps) else text
-
-
 def measure_links(
-    wanted: Measurement, out: Path, network: Network | None, timeout: timedelta, done: Sequence[Cell] = ()
+    wanted: Measurement, out: Path, network: Network | None, timeout: timedelta, done: Sequence[Cell]
 ) -> None:
     """Start the ranks, which write `out`/results.json after every link of the network, or over loopback without one.
 
@@ -131,7 +123,7 @@ def measure_links(
     """
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # else each rank warns that its address has no name
     preload(__name__)
-    wanted.training("dense").load_data()  # decodes into the cache that the ranks map
+    wanted.training(Dense.name).load_data()  # decodes into the cache that the ranks map
     barrier = multiprocessing.get_context("forkserver").Barrier(wanted.world_size)
     # NCCL would not take the network, but go from GPU to GPU.
     start = partial(start_ranks, world_size=wanted.world_size, timeout=timeout, network=network, backend="gloo")
@@ -144,12 +136,12 @@ def _measure_cells(
     """Run in every rank of the default process group; rank 0 writes the results."""
     is_first = dist.get_rank() == 0
     tell = notify if is_first else lambda _: None
-    arms: dict[str, Arm] = {COMPUTE: ComputeArm(wanted.training("dense"), device, barrier)}
+    arms: dict[str, Arm] = {COMPUTE: ComputeArm(wanted.training(Dense.name), Dense(), device, barrier)}
     for text in wanted.schemes:
-        scheme = wanted.scheme(text)
-        arms[text] = Arm(wanted.training(full_text(shortened(scheme))), device)
+        scheme, settings = wanted.scheme(text), wanted.training(text)
+        arms[text] = Arm(settings, shortened(scheme), device)
         if isinstance(scheme, LocalSteps) and scheme.start_steps:
-            arms[text].start = Arm(wanted.training(full_text(scheme.start_exchange)), device)
+            arms[text].start = Arm(settings, scheme.start_exchange, device)
     for text, arm in arms.items():
         tell(f"preparing {text}")
         arm.prepare()
@@ -201,14 +193,13 @@ class Arm:
 
     start: Arm | None = None
 
-    def __init__(self, settings: Settings, device: torch.device) -> None:
-        self.run = Training(settings, device, check_every=0)  # not every first step of a phase
+    def __init__(self, settings: Settings, scheme: Scheme, device: torch.device) -> None:
+        self.run = Training(settings, device, scheme=scheme, check_every=0)  # not every first step of a phase
         self.run.recipe = replace(self.run.recipe, learning_rate=LEARNING_RATE)
         self.batches = self.run.batches()
-        scheme = self.run.scheme if isinstance(self.run.scheme, LocalSteps) else None
-        self.every, self._period, self.overlaps = (
-            (scheme.steps_a_round, scheme.period, scheme.overlap) if scheme else (1, 1, False)
-        )
+        self.every, self._period, self.overlaps = 1, 1, False
+        if isinstance(scheme, LocalSteps):
+            self.every, self._period, self.overlaps = scheme.steps_a_round, scheme.period, scheme.overlap
 
     def sample(self) -> tuple[float, float, float]:
         """Take `every` steps: seconds of one on average, and of it compression and communication, NaN if unknown."""
@@ -259,8 +250,8 @@ class Arm:
 class ComputeArm(Arm):
     """Forward and backward pass and optimizer, without any exchange; a step is over when all ranks are done."""
 
-    def __init__(self, settings: Settings, device: torch.device, barrier: Barrier) -> None:
-        super().__init__(settings, device)
+    def __init__(self, settings: Settings, scheme: Scheme, device: torch.device, barrier: Barrier) -> None:
+        super().__init__(settings, scheme, device)
         self.barrier = barrier
 
     def step(self) -> None:
