@@ -45,7 +45,7 @@ from lgc_lab.training.settings import Settings
 
 SCHEMES = (
     "dense,bf16,powersgd:rank=1,powersgd:rank=2,powersgd:rank=4,dgc,topk,scalecom,lgc-ring,lgc-ps,quantized,"
-    "local:every=2:outer_lr=1.5+quantized,local:every=20+dense,local:every=20+quantized,local:every=50+quantized,"
+    "local:every=2+quantized,local:every=20+dense,local:every=20+quantized,local:every=50+quantized,"
     "local:every=100+quantized"
 )
 MEASURED = "measured"

@@ -17,7 +17,7 @@ LOSSES: dict[str, float | None] = {  # by text form, which the recipe completes;
     "lgc-ring": None,
     "lgc-ps": None,
     "quantized": None,
-    "local:every=2:outer_lr=1.5+quantized": 0.044,
+    "local:every=2+quantized": 0.045,
     "local:every=20+dense": None,
     "local:every=20+quantized": 0.057,
     "local:every=50+quantized": None,
