@@ -242,6 +242,8 @@ def test_what_is_frozen_comes_together_at_the_next_round_and_rests(ranks: RankFa
 
 def poison(rank: int, _: int, on_nonfinite: Any) -> tuple[str, dict[str, Tensor]]:
     run = Run(exact(), on_nonfinite=on_nonfinite).train(rank, range(6))
+    run.net.norm.eval()  # which leaves its statistics as they are
+    run.net.norm.running_mean.fill_(1 + rank)
     if rank == 1:
         with torch.no_grad():
             run.net.hidden.weight[0, 0] = torch.nan
@@ -249,13 +251,14 @@ def poison(rank: int, _: int, on_nonfinite: Any) -> tuple[str, dict[str, Tensor]
         run.train(rank, range(6, 12))
     except FloatingPointError as error:
         return str(error), {}
-    return "", run.weights()
+    return "", run.weights() | {"running_mean": run.net.norm.running_mean}
 
 
 def test_a_rank_whose_weights_are_not_finite_counts_for_nothing_and_goes_on(ranks: RankFactory) -> None:
     results = ranks(2).run(poison, "propagate")
     assert not differ([weights for _, weights in results])
     assert all(each.isfinite().all() for each in results[0][1].values())
+    assert (results[0][1]["running_mean"] == 1).all()  # nor do its buffers
 
 
 def test_or_all_ranks_raise(ranks: RankFactory) -> None:

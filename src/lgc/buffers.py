@@ -15,9 +15,9 @@ UNCHANGED, CHANGED, NOT_FINITE = range(3)
 class Buffers:
     """Brings together again what the ranks have changed: batch norm's statistics, counters, masks.
 
-    Floats become their mean over the ranks whose own are finite, integers their maximum over these ranks, everything
-    else that of the first of them. What no rank has changed is not sent; what is new, or has another shape than at
-    first, stays each rank's own.
+    Floats become their mean over the ranks that count and whose own are finite, integers their maximum over these
+    ranks, everything else that of the first of them. What no rank has changed is not sent; what is new, or has another
+    shape than at first, stays each rank's own.
 
     Attributes:
         shared: what all ranks had after the last round, by name.
@@ -39,16 +39,27 @@ class Buffers:
         """What has become of each of them: unchanged, changed, or changed and not finite."""
         return [_state(buffers[name], shared) for name, shared in self.shared.items()]
 
-    def combine(self, buffers: Mapping[str, Tensor], states: Sequence[int], transport: Transport) -> dict[str, Tensor]:
+    def combine(
+        self,
+        buffers: Mapping[str, Tensor],
+        states: Sequence[int],
+        transport: Transport,
+        counts: Sequence[bool] | None = None,
+    ) -> dict[str, Tensor]:
         """What all ranks have from now on of those that some rank has changed, by name; a collective.
 
         Args:
             buffers: this rank's, all of them.
             states: of these.
             transport: between the ranks.
+            counts: by rank, whether its own do; None if those of all.
         """
         rows = transport.all_gather(torch.tensor(states, dtype=torch.uint8, device="cpu"), "buffers").T.tolist()
-        ranks = {name: _counting(row) for name, row in zip(self.shared, rows, strict=True) if any(row)}
+        ranks = {
+            name: _counting(row, counts or [True] * len(row))
+            for name, row in zip(self.shared, rows, strict=True)
+            if any(row)
+        }
         floats = {name: buffers[name] for name in ranks if buffers[name].is_floating_point()}
         integers = {name: buffers[name] for name in ranks if _is_integer(buffers[name])}
         combined: dict[str, Tensor] = {}
@@ -91,10 +102,10 @@ def _state(buffer: Tensor, shared: Tensor) -> int:
     return CHANGED if bool(buffer.isfinite().all()) else NOT_FINITE
 
 
-def _counting(states: list[int]) -> list[int]:
-    """The ranks that count; all of them where none is finite."""
-    finite = [rank for rank, state in enumerate(states) if state != NOT_FINITE]
-    return finite or list(range(len(states)))
+def _counting(states: Sequence[int], counts: Sequence[bool]) -> list[int]:
+    """The ranks whose own count: of those that may, the ones where it is finite; all of them where none is."""
+    ranks = [rank for rank, each in enumerate(counts) if each]
+    return [rank for rank in ranks if states[rank] != NOT_FINITE] or ranks
 
 
 def _flat(tensors: Sequence[Tensor]) -> Tensor:

@@ -175,7 +175,9 @@ class LocalRounds(LocalState):
                 mean = fragment.synchronizer.synchronize(distance, number, resting=resting)
                 fragment.synchronizer.aggregator.feedback.release()  # but for the mean, until it has been applied
                 changed = any(opening.votes)
-                combined = self._site.combine(self._buffers, buffers, states, transport) if changed else {}
+                combined = (
+                    self._site.combine(self._buffers, buffers, states, transport, opening.finite) if changed else {}
+                )
             if self._pace:
                 self._pace.take(done, transport.rank)
             return Result(mean, combined, finite)
@@ -351,9 +353,12 @@ class LocalRounds(LocalState):
     def _combine_buffers(self) -> None:
         buffers = self._buffers.current()
         states = self._buffers.states(buffers)
-        if states and any(self._call_roll(vote=any(states)).votes):
+        if not states:
+            return
+        opening = self._call_roll(vote=any(states))
+        if any(opening.votes):
             with self._site.together(self.step):
-                combined = self._site.combine(self._buffers, buffers, states, self._transport)
+                combined = self._site.combine(self._buffers, buffers, states, self._transport, opening.finite)
             self._buffers.apply(combined, buffers)
 
     def _call_roll(self, *, vote: bool = False, work: Work | None = None, operation: str = ROUND) -> Opening:

@@ -186,13 +186,18 @@ class Site:
                 local(tensor).copy_(own)
 
     def combine(
-        self, buffers: Buffers, own: Mapping[str, Tensor], states: Sequence[int], transport: Transport
+        self,
+        buffers: Buffers,
+        own: Mapping[str, Tensor],
+        states: Sequence[int],
+        transport: Transport,
+        counts: Sequence[bool] | None = None,
     ) -> dict[str, Tensor]:
-        """As `Buffers.combine`, between the ranks of all sites, of which one a site sends; a collective."""
+        """As `Buffers.combine`, between the ranks of all sites that count, of which one a site sends; a collective."""
         if self.inside is None:
-            return buffers.combine(own, states, transport)
+            return buffers.combine(own, states, transport, counts)
         of_site = {**own, **buffers.combine(own, states, self.inside)}
-        combined = buffers.combine(of_site, buffers.states(of_site), transport) if self.place == 0 else {}
+        combined = buffers.combine(of_site, buffers.states(of_site), transport, counts) if self.place == 0 else {}
         names = self.inside.all_gather_json(list(combined), "buffers")[0]
         return {
             name: self.inside.broadcast(combined.get(name, buffers.shared[name]).clone(), "buffers", source=0)

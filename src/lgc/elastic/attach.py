@@ -105,7 +105,8 @@ def attach(
         raise ValueError(f"attach(lighthouse=...) must be host:port, such as 10.0.0.1:29510, got {lighthouse!r}.")
     if type(port) is not int or not 0 <= port < 2**16:
         raise ValueError(f"attach(port=...) must be an integer of 0 to {2**16 - 1}, got {port!r}.")
-    given = {"optimizer": [type(each).__name__ for each in optimizers], "min_ranks": least, "carried": sorted(carried)}
+    described = [f"{name}: {type(each).__name__}" for name, each in sorted(carried.items())]
+    given = {"optimizer": [type(each).__name__ for each in optimizers], "min_ranks": least, "carried": described}
     rest = frozen(model) | {f"buffer {name}": each for name, each in model.named_buffers()}
     forms = {name: [*each.shape, str(each.dtype)] for name, each in rest.items()}
     waiting = Lighthouse(

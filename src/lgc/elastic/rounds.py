@@ -149,6 +149,12 @@ class ElasticRounds(LocalRounds):
         told: dict[str, Any] = {"digest": self._digest(), "closing": closing, "step": self.step}
         told |= {"steps": self.step - self._last_round, "drawn": [each.drawn for each in self._samplers]}
         begun = transport.begin_round(fragment.rounds, told, self.shared_state, self.heal)
+        for each in begun.ranks:
+            if len(each.told["drawn"]) != len(self._samplers):
+                raise LostError(
+                    f"lgc: rank {each.name} tells of {len(each.told['drawn'])} samplers, and there are "
+                    f"{len(self._samplers)}."
+                )
         if self._joined and transport.rank in begun.behind:
             logger.warning(
                 "the others are at round %d, which they have come to without this rank; it counts again from the next "
