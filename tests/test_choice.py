@@ -465,7 +465,7 @@ def chosen(
         return Chosen(str(lgc.choose(of, loss_of(rank), candidates, link=link)), messages)
 
 
-@pytest.mark.parametrize("form", ["ddp", "compiled", "module"])
+@cases("form", ["ddp", "compiled", "module"], in_suite=["ddp", "module"])
 def test_all_ranks_choose_the_same_compressor_on_a_slow_link(ranks: RankFactory, form: str) -> None:
     compressors = ["topk:rate=0.01", "powersgd" if form == "module" else "lgc-ring:rate=0.02"]
     candidates = ["bf16", lgc.TopK(rate=0.01), "dense", compressors[1]]

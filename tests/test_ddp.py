@@ -553,7 +553,7 @@ def test_two_models_in_one_process_train_as_each_alone(ranks: RankFactory, alone
 
 @pytest.mark.grid
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-@pytest.mark.parametrize("scheme", ["dense", "topk", "lgc-ring"])
+@cases("scheme", ["dense", "topk", "lgc-ring"], in_suite=["topk", "lgc-ring"])
 def test_a_compiled_model_trains_as_an_uncompiled_one(ranks: RankFactory, scheme: str, backend: str) -> None:
     plain = ranks(2).run(train, "wider", SCHEMES[scheme], STEPS, {"bucket_cap_mb": 1})
     compiled = ranks(2).run(train, "wider", SCHEMES[scheme], STEPS, {"bucket_cap_mb": 1}, 1, backend)

@@ -46,7 +46,8 @@ def finish(processes: list[subprocess.Popen[str]]) -> list[str]:
 # --- a machine is lost ---
 
 
-@cases("scheme", ["quantized", "lgc-ring"], in_suite=["quantized"])
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("scheme", ["quantized", "lgc-ring"])
 def test_when_a_machine_is_lost_torchrun_goes_on_with_fewer_ranks(scheme: str, tmp_path: Path) -> None:
     out, endpoint = tmp_path / "run", f"127.0.0.1:{free_port()}"
     run = faulty(out, [Fault("node", 1, 7, "during")], arguments(SCHEMES[scheme], out, timeout=60))

@@ -157,6 +157,7 @@ def owed_by_servers(real: Sequence[Run]) -> Tensor:
 # --- the contract ---
 
 
+@pytest.mark.grid
 @every_reduction
 @every_world_size
 def test_all_ranks_have_the_same_bits(runs: Runs, world_size: int, reduction: str) -> None:
