@@ -170,15 +170,15 @@ def test_codes_are_measured_as_they_are_sent(generator: np.random.Generator) -> 
     region = Region([Segment("weight", Role.OWN, slice(0, SIZE), ENTRIES / SIZE)])
     lengths = CodeLengths(region, SIZE)
     again, other = torch.from_numpy(generator.standard_normal((2, SIZE)).astype(np.float32))
-    lengths.count(again, Stage(0, Phase.WARMUP, 4 * ENTRIES / SIZE), warm=True)
+    lengths.count(again, Stage(0, Phase.WARMUP, 4 * ENTRIES / SIZE))
     assert lengths.take().tolist() == [0, 0, 0, 0]
     for step, v in enumerate([other, again], 1):
-        lengths.count(v, Stage(step, Phase.COMPRESSED), warm=False)
+        lengths.count(v, Stage(step, Phase.COMPRESSED))
     positions, values = region.select(again), again[region.select(again)]
     known = Recent().after(region.select(again, 4 * ENTRIES / SIZE)).after(region.select(other))
     recent = known.encode(positions, [SIZE]).numel()
     rice, both, sign, recent_sign = (ENTRIES * lengths.take() / 8 * 2).tolist()
-    lengths.count(again, Stage(3, Phase.COMPRESSED), warm=False)
+    lengths.count(again, Stage(3, Phase.COMPRESSED))
     assert sign == 2 * Sign().encode(values, [ENTRIES]).numel()
     assert recent < both < rice
     assert recent_sign < sign

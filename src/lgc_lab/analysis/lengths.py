@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from lgc.coding import IndexCoder, Recent, RecentSign, Rice, Sign
+from lgc.phase import Phase
 from lgc.rounds.schedule import Stage
 from lgc.rounds.selection import Region
 
@@ -15,7 +16,7 @@ CODES = ("rice", "recent", "sign", "recent_sign")
 class CodeLengths:
     """Counts the bytes of one rank's own top-k, round after round, in four codes.
 
-    These are the payloads' own codes, given what `topk` and `dgc` would give them; their headers are left out.
+    They are given what `topk` and `dgc` give them; the payloads' headers are left out.
 
     Args:
         region: that is selected from.
@@ -29,14 +30,14 @@ class CodeLengths:
         self._octets = torch.zeros(len(CODES), dtype=torch.float64)
         self._entries = 0
 
-    def count(self, v: Tensor, stage: Stage, *, warm: bool) -> None:
-        """Code what `v` has selected in this round, and know it from now on; counts unless still in the `warm`-up."""
+    def count(self, v: Tensor, stage: Stage) -> None:
+        """Code the top-k of `v` in a round, which is known from then on; what is sent in the warm-up is not counted."""
         positions = self._region.select(v, stage.least_rate)
         elements = self._region.elements(positions)
         sizes, counts = self._region.sizes, self._region.element_counts(stage.least_rate)
         values = v[elements].cpu()
         elements = elements.cpu()
-        if not warm:
+        if stage.phase is not Phase.WARMUP:
             signs = RecentSign().given(self._signs[elements])
             index_codes = [coder.encode(positions, sizes) for coder in (Rice(), self._coder)]
             sign_codes = [codec.encode(values, counts) for codec in (Sign(), signs)]

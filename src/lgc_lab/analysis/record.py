@@ -126,8 +126,7 @@ class Recorder:
         before, self._before = self._before, None
         given = gradient.clone()
         v = self.aggregator.feedback.accumulate(given)  # changes no state, as the round does it again
-        schedule = self.aggregator.schedule
-        self.lengths.count(v, schedule.at(step), warm=step < schedule.warmup_end)
+        self.lengths.count(v, self.aggregator.schedule.at(step))
         if (step + 1) % self.every == 0 or step % self.every == 0:
             samples = torch.stack([given[self.coordinates], v[self.coordinates]])
             if step % self.every == 0 and before is not None:
