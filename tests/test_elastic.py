@@ -173,6 +173,18 @@ def test_of_two_different_models_that_meet_first_each_ends_with_what_differs_by_
             assert re.search(r"rank narrow:[-0-9a-f]+: \[8, 6, 'torch.float32'\]", str(raised.value))
 
 
+def test_of_two_that_carry_different_things_by_one_name_each_ends_with_what_they_are() -> None:
+    with crew(0, least=2) as ranks:
+        for name, carries in {"one": True, "other": False}.items():
+            ranks.start(**named(name, carries_sampler=carries))
+        for rank in ranks.ranks:
+            with pytest.raises(RuntimeError, match=r"so each of them ends") as raised:
+                rank.result()
+            assert "differ in carried" in str(raised.value)
+            assert "sampler: Sampler" in str(raised.value)
+            assert "sampler: LambdaLR" in str(raised.value)
+
+
 @pytest.mark.exhaustive
 def test_of_three_that_meet_first_the_two_of_one_model_go_on() -> None:
     with crew(0, least=3) as ranks:

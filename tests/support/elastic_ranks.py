@@ -293,7 +293,7 @@ def train(tell: Callable[[Any], None], address: str, seed: int, total: Any, opti
         options.get("scheme", f"local:every={EVERY}:start_steps=0+quantized"),
         optimizer,
         lighthouse=address,
-        carried={"schedule": schedule, "sampler": sampler},
+        carried={"schedule": schedule, "sampler": sampler if options.get("carries_sampler", True) else schedule},
         **waits | options["attach"],
     )
     if "state" in options:
