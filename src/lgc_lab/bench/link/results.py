@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from lgc.choice.cost import PAYLOAD, Link, parse_rate
+from lgc.choice.cost import Link, parse_rate
 from lgc.phase import Phase
 from lgc.schemes import Dense
 from lgc_lab.folder import read_objects
@@ -205,5 +205,7 @@ def delay_of(rate: str) -> float:
 
 def link_of(rate: str) -> Link:
     """Make the link of a rate. Under gloo a message takes two delays: its receiver says that it is ready before."""
-    bandwidth = bits_per_second(rate)
-    return Link(math.inf if bandwidth is None else bandwidth / 8 * PAYLOAD, DELAYS_OF_MESSAGE * delay_of(rate))
+    latency = DELAYS_OF_MESSAGE * delay_of(rate)
+    if bits_per_second(rate) is None:
+        return Link(math.inf, latency)
+    return Link(Link.parse(rate.partition("/")[0]).bandwidth, latency)
