@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 import lgc
 from lgc.checkpoint.state import reshard
 from lgc.comm.transport import RankError
-from lgc.pace import Progress, Work, scale_of, weights_of
+from lgc.pace import Progress, Work, counted, scale_of, weights_of
 from lgc_lab.training.settings import Settings
 
 RankFactory = Callable[[int], Ranks]
@@ -38,9 +38,13 @@ def by_time(every: lgc.Seconds = NEVER, **arguments: Any) -> lgc.LocalSteps:
 
 
 class Account(NamedTuple):
-    """Of one rank: what it has moved in each round, what the anchor has by the end, and what the rank owes."""
+    """Of one rank: what it has moved in each round, what the anchor has by the end, and what the rank owes.
+
+    `means` are batch norm's, before and after each round.
+    """
 
     moved: list[dict[str, Tensor]]
+    means: list[tuple[Tensor, Tensor]]
     by_anchor: dict[str, Tensor]
     owed: dict[str, Tensor]
     progress: Progress
@@ -48,7 +52,7 @@ class Account(NamedTuple):
 
 def work_unequally(rank: int, _: int, exchange: Any, counts: bool) -> Account:
     run = Run(by_time(exchange=exchange, outer_momentum=0.0))
-    initial, moved, done = run.weights(), [], 0
+    initial, moved, means, done = run.weights(), [], [], 0
     for steps in (of_round[rank] for of_round in WORK):
         before = run.weights()
         for step in range(done, done + steps):
@@ -58,11 +62,13 @@ def work_unequally(rank: int, _: int, exchange: Any, counts: bool) -> Account:
         done += steps
         after = run.weights()
         moved.append({name: before[name] - after[name] for name, _ in run.net.named_parameters()})
+        mean = run.net.norm.running_mean.clone()
         run.handle.finish()
+        means.append((mean, run.net.norm.running_mean.clone()))
     per_rank = run.handle.state_dict()["aggregator"]["per_rank"]["round 0"]
     owed = {name: own + per_rank.get("server_residual", {}).get(name, 0) for name, own in per_rank["residual"].items()}
     weights = run.weights()
-    return Account(moved, {name: initial[name] - weights[name] for name in owed}, owed, run.handle.progress)
+    return Account(moved, means, {name: initial[name] - weights[name] for name in owed}, owed, run.handle.progress)
 
 
 @pytest.mark.parametrize("exchange", EXCHANGES.values(), ids=EXCHANGES)
@@ -85,9 +91,17 @@ def test_the_mean_is_weighted_by_steps_or_samples_and_what_is_owed_stays(ranks: 
         assert (samples, work) == (sum(map(sum, weights)) * counts, last)
 
 
+def test_buffers_are_the_mean_of_the_ranks_that_have_made_a_step(ranks: RankFactory) -> None:
+    accounts = ranks(3).run(work_unequally, lgc.Dense(), False)
+    for number, of_round in enumerate(WORK):
+        before = [account.means[number][0] for account, steps in zip(accounts, of_round, strict=True) if steps]
+        for account in accounts:
+            torch.testing.assert_close(account.means[number][1], torch.stack(before).mean(0))
+
+
 def test_what_ranks_multiply_by_is_one_on_average_and_nothing_where_there_is_no_work_or_no_number() -> None:
     def scales(weights: Sequence[int], finite: Sequence[bool]) -> list[float]:
-        return [scale_of(rank, weights, finite) for rank in range(len(weights))]
+        return [scale_of(rank, counted(weights, finite)) for rank in range(len(weights))]
 
     assert scales([5, 0, 15], [True] * 3) == [0.75, 0, 2.25]
     assert scales([5, 0, 15], [True, True, False]) == [3, 0, 0]

@@ -28,7 +28,7 @@ from lgc.fragments import Fragment, fragmented
 from lgc.gradients import OptimizedGradients, all_zero
 from lgc.local_state import Launched, LocalState, Result, Start
 from lgc.optimizers import FEW_STEPS, Streak, end_watch, share_scale, share_state, watch_steps
-from lgc.pace import Progress, Work, scale_of, weights_of
+from lgc.pace import Progress, Work, counted, scale_of, weights_of
 from lgc.requirements import frozen, require_optimizers_of, trained
 from lgc.rounds.schedule import FOREVER, Schedule
 from lgc.schemes import Dense, LocalSteps
@@ -166,7 +166,8 @@ class LocalRounds(LocalState):
             opening = transport.open_round(step, finite=finite, vote=vote, numbers=work)
             self._report_nonfinite(opening.finite, step)
             done = [Work(*each) for each in opening.numbers]
-            scale = scale_of(transport.rank, weights_of(done, transport.member), opening.finite)
+            weights = counted(weights_of(done, transport.member), opening.finite)
+            scale = scale_of(transport.rank, weights)
             if scale == 0:
                 distance = {name: torch.zeros_like(each) for name, each in distance.items()}
             elif scale != 1:
@@ -174,10 +175,10 @@ class LocalRounds(LocalState):
             with self._site.together(step):
                 mean = fragment.synchronizer.synchronize(distance, number, resting=resting)
                 fragment.synchronizer.aggregator.feedback.release()  # but for the mean, until it has been applied
-                changed = any(opening.votes)
-                combined = (
-                    self._site.combine(self._buffers, buffers, states, transport, opening.finite) if changed else {}
-                )
+                combined = {}
+                if any(opening.votes):
+                    counts = [weight > 0 for weight in weights]
+                    combined = self._site.combine(self._buffers, buffers, states, transport, counts)
             if self._pace:
                 self._pace.take(done, transport.rank)
             return Result(mean, combined, finite)

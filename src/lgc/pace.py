@@ -56,16 +56,21 @@ def weights_of(work: Sequence[Work], member: str) -> list[int]:
     return [each.samples if each.steps else 0 for each in work]
 
 
-def scale_of(rank: int, weights: Sequence[int], finite: Sequence[bool]) -> float:
+def counted(weights: Sequence[int], finite: Sequence[bool]) -> list[int]:
+    """How much each rank counts for in a round in which some may not be finite, which then weigh nothing.
+
+    Where all others weigh nothing too, each counts for as much as the others. One of them must be finite.
+    """
+    found = [weight * each for weight, each in zip(weights, finite, strict=True)]
+    return found if any(found) else list(map(int, finite))
+
+
+def scale_of(rank: int, counted: Sequence[int]) -> float:
     """What a rank multiplies its movement by before it codes it, K w / (sum of all w).
 
     The plain mean of what all K ranks send is then the mean weighted by w, whatever the exchange, and so is what a
-    rank still owes when its weight is another one. A rank that is not finite has weight 0; where all others have weight
-    0 too, each counts for as much as the others. One of them must be finite.
+    rank still owes when its weight is another one.
     """
-    counted = [weight * each for weight, each in zip(weights, finite, strict=True)]
-    if not any(counted):
-        counted = list(map(int, finite))
     return len(counted) * counted[rank] / sum(counted)
 
 
