@@ -27,6 +27,7 @@ from lgc.ddp import CollectedBuckets
 from lgc.fragments import Fragment, fragmented
 from lgc.gradients import OptimizedGradients, all_zero
 from lgc.local_state import Launched, LocalState, Result, Start
+from lgc.moments import MomentsOfAll, require_adam
 from lgc.optimizers import FEW_STEPS, Streak, end_watch, share_scale, share_state, watch_steps
 from lgc.pace import Progress, Work, counted, scale_of, weights_of
 from lgc.requirements import frozen, require_optimizers_of, trained
@@ -87,6 +88,7 @@ class LocalRounds(LocalState):
         self._trainable = {id(each) for each in (*active, *parameters.values())}
         self._round_transport = round_transport
         self._executor = ThreadPoolExecutor(1, "lgc") if scheme.overlap else None
+        self._moments = MomentsOfAll(transport.world_size) if scheme.second_moments == "all" else None
         self._in_step = False  # between an optimizer's two hooks
         self._stepped: list[Optimizer] = []  # since the last step that was counted
         self._step_hooks: list[RemovableHandle] = []
@@ -276,12 +278,16 @@ class LocalRounds(LocalState):
                 self._start.exchange_gradients()
             if self.step == self._scheme.start_steps and not (self._in_step or self._stepped):
                 self._begin()
+            if self._moments and not self._is_starting:
+                self._moments.before_step(optimizer)
         self._in_step = True
 
     def _after_step(self, optimizer: Optimizer) -> None:
         if not self._in_step:  # of a class that calls its base class's step, for which torch runs the hooks as well
             return
         self._in_step = False
+        if self._moments and not self._is_starting:
+            self._moments.after_step(optimizer)
         self._stepped.append(optimizer)
         if len(self._stepped) < len(self._optimizers):
             return
@@ -390,6 +396,8 @@ class LocalRounds(LocalState):
 
     def use_optimizers(self, optimizers: Sequence[Optimizer]) -> None:
         require_optimizers_of(self._parameters, optimizers)
+        if self._moments:
+            require_adam(optimizers)
         for hook in self._step_hooks:
             hook.remove()
         self._optimizers = optimizers

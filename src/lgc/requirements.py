@@ -19,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from lgc.caller import Detached
 from lgc.comm.transport import LEAST_TIMEOUT, MOST_TIMEOUT, Transport
 from lgc.hook import Hook
+from lgc.moments import require_adam
 from lgc.optimizers import parameters_of
 from lgc.schemes import Dense, LocalSteps, RoundScheme, Scheme, Seconds, require_rounds_by_count
 from lgc.sites import Site, is_sharded
@@ -282,6 +283,8 @@ def require_local_steps(
         raise ValueError("attach(optimizer=...) must be the model's under LocalSteps, which count its steps, got None.")
     for optimizer in optimizers:
         require_own_updates(optimizer)
+    if scheme.second_moments == "all":
+        require_adam(optimizers)
     require_independent(model, None if site.inside is None else site.inside.group)
     start_steps = scheme.start_steps
     if isinstance(scheme.every, Seconds) and isinstance(model, DistributedDataParallel) and start_steps < DDP_SETTLES:

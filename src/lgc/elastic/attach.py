@@ -223,10 +223,13 @@ def _gathered(scheme: Scheme) -> LocalSteps:
         "overlap": (False, "a round that is under way cannot be tried again"),
         "fragments": (1, "a newcomer takes all of a state"),
         "start_steps": (0, "every step of the start needs all ranks"),
+        "second_moments": ("own", "the number of ranks may change"),
     }
     for name, (only, why) in refused.items():
         if (value := getattr(scheme, name)) != only:
-            raise ValueError(f"LocalSteps({name}=...) must be {only} on ranks that come and go, as {why}, got {value}.")
+            raise ValueError(
+                f"LocalSteps({name}=...) must be {only!r} on ranks that come and go, as {why}, got {value!r}."
+            )
     return replace(scheme, exchange=replace(exchange, reduction="gather"))
 
 

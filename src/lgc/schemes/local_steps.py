@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import ClassVar
+from typing import ClassVar, Literal, get_args
 
 from lgc.coding import Float32, LloydMax, ValueCodec
-from lgc.schemes.arguments import Default, Seconds, require, require_integer, require_number
+from lgc.schemes.arguments import Default, Seconds, require, require_integer, require_number, require_one_of
 from lgc.schemes.dense import Dense
 from lgc.schemes.quantized import Quantized
 from lgc.schemes.scalecom import ScaleCom
@@ -16,6 +16,8 @@ from lgc.schemes.topk import TopK
 
 EXCHANGES = (Dense, Quantized, TopK, ScaleCom)
 USUAL = 20  # steps from round to round
+
+SecondMoments = Literal["own", "all"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +42,8 @@ class LocalSteps(Scheme):
             `every` is at least 10 (0.7 from 100 on) or a time, 0 elsewhere, where it destroys.
         start_steps: at first, so many steps exchange their gradients; the first hundreds decide much.
         start: how their values become bytes; Float32 is uncompressed.
+        second_moments: what Adam divides by: "own" is what a rank's own gradients vary by, "all" what their mean over
+            all ranks does, estimated from the rank's own, so that the learning rate of dense training is right.
         overlap: exchange while the next steps compute; what comes back is applied when the next exchange begins.
         fragments: the tensors in so many groups, one of them exchanged every `every / fragments` steps.
     """
@@ -52,6 +56,7 @@ class LocalSteps(Scheme):
     outer_momentum: float | None = None
     start_steps: int = 300
     start: ValueCodec = LloydMax(4)
+    second_moments: SecondMoments = "own"
     overlap: bool = False
     fragments: int = 1
 
@@ -70,6 +75,7 @@ class LocalSteps(Scheme):
             require(self, "outer_momentum", "in [0, 1)", 0 <= require_number(self, "outer_momentum") < 1)
         require_integer(self, "start_steps", 0)
         require(self, "start", "a value codec, such as lgc.LloydMax(4)", isinstance(self.start, ValueCodec))
+        require_one_of(self, "second_moments", get_args(SecondMoments))
         require(self, "overlap", "True or False", isinstance(self.overlap, bool))
         require_integer(self, "fragments", 1)
         if isinstance(self.every, Seconds):
