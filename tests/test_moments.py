@@ -34,6 +34,16 @@ def step_with(ranks: int, gradients: Tensor, start: int, **arguments: Any) -> tu
     return parameter.detach(), optimizer.state[parameter]["exp_avg_sq"] / (1 - BETA ** len(gradients))
 
 
+@pytest.mark.parametrize("arguments", [{"foreach": True}, {"maximize": True}, {"fused": True}], ids=str)
+def test_a_step_divides_by_them(arguments: dict[str, Any]) -> None:
+    gradients = torch.randn(101, 8, generator=torch.Generator().manual_seed(0))
+    before, _ = step_with(4, gradients[:100], 50, weight_decay=0.5, **arguments)
+    after, v = step_with(4, gradients, 50, weight_decay=0.5, **arguments)
+    m = sum(0.1 * 0.9 ** (100 - step) * gradient for step, gradient in enumerate(gradients)) / (1 - 0.9**101)
+    sign = 1 if "maximize" in arguments else -1
+    torch.testing.assert_close(after, before * (1 - 0.1 * 0.5) + sign * 0.1 * m / (v.sqrt() + 1e-8))
+
+
 @pytest.mark.parametrize("foreach", [False, True])
 def test_of_one_rank_they_are_its_own(foreach: bool) -> None:
     gradients = torch.randn(30, 8, generator=torch.Generator().manual_seed(0))

@@ -9,19 +9,19 @@ import torch
 from torch import Tensor
 from torch.optim import Adam, Optimizer
 
-SECOND_MOMENT = "exp_avg_sq"  # in torch's state of a parameter
+FIRST_MOMENT, SECOND_MOMENT = "exp_avg", "exp_avg_sq"  # in torch's state of a parameter
 
 
 class MomentsOfAll:
-    """Keeps, in Adam's state, what the mean gradient of K ranks varies by, of which a rank sees only its own.
+    """Has Adam step by what the mean gradient of K ranks varies by, of which a rank sees only its own.
 
-    Where gradients are mostly noise, that of the mean has a K-th of the square of a rank's own. A rank that goes by its
-    own steps too short by the root of K, and divides by an average over K times fewer samples. So in every step
+    Where gradients are mostly noise, the square of their mean is a K-th of that of a rank's own. A rank that goes by
+    its own steps too short by the root of K, and divides by an average over K times fewer samples. So in every step
 
         v = (1 - (1 - beta_2) / K) v + (1 - beta_2) / K g^2 / K      in place of v = beta_2 v + (1 - beta_2) g^2
 
-    from which the next step begins: in the step itself, v is torch's. The first averages are plain ones, of all steps
-    so far, as long as these are fewer than K / (1 - beta_2).
+    The first averages are plain ones, of all steps so far, while these are fewer than K / (1 - beta_2). All of it is
+    done after the optimizer's step, which may make the gradients itself, and may fail.
 
     Args:
         ranks: K.
@@ -42,24 +42,29 @@ class MomentsOfAll:
 
     @torch.no_grad()
     def after_step(self, optimizer: Optimizer) -> None:
-        """Make the second moments those of all ranks, where the step has changed them."""
+        """Make the step that was made one by the second moments of all ranks."""
         before, self._before = self._before, {}
         for group in optimizer.param_groups:
             for parameter in group["params"]:
-                if SECOND_MOMENT in (state := optimizer.state.get(parameter, {})):
-                    self._correct(state, group["betas"][1], before.get(parameter))
+                state = optimizer.state.get(parameter, {})
+                old_step, old = before.get(parameter, (0.0, None))
+                if SECOND_MOMENT in state and float(state["step"]) > old_step:
+                    self._correct(parameter, state, group, old_step, old)
 
-    def _correct(self, state: dict[str, Any], beta: float, before: tuple[float, Tensor] | None) -> None:
-        step, v = float(state["step"]), state[SECOND_MOMENT]
-        if before is not None and before[0] == step:  # no gradient, or skipped
-            return
-        new = 1 - beta**step  # Adam's v is smaller than what it stands for by this
-        share = max((1 - beta) / (self._ranks * new), 1 / step)
-        if before is not None:
-            v.sub_(before[1], alpha=beta).clamp_(min=0)  # (1 - beta_2) g^2
-        v.mul_(new * share / (self._ranks * (1 - beta)))
-        if before is not None and before[0] > 0:
-            v.add_(before[1], alpha=new * (1 - share) / (1 - beta ** before[0]))
+    def _correct(
+        self, parameter: Tensor, state: dict[str, Any], group: dict[str, Any], old_step: float, old: Tensor | None
+    ) -> None:
+        (beta_1, beta_2), v, step = group["betas"], state[SECOND_MOMENT], float(state["step"])
+        bias = 1 - beta_2**step  # Adam's v is smaller than what it stands for by this
+        towards = state[FIRST_MOMENT] * (group["lr"] / (1 - beta_1**step))
+        parameter.addcdiv_(towards, (v / bias).sqrt_().add_(group["eps"]))
+        share = max((1 - beta_2) / (self._ranks * bias), 1 / step)
+        if old is not None:
+            v.sub_(old, alpha=beta_2).clamp_(min=0)  # (1 - beta_2) g^2
+        v.mul_(bias * share / (self._ranks * (1 - beta_2)))
+        if old is not None and old_step > 0:
+            v.add_(old, alpha=bias * (1 - share) / (1 - beta_2**old_step))
+        parameter.addcdiv_(towards, (v / bias).sqrt_().add_(group["eps"]), value=-1)
 
 
 def require_adam(optimizers: Iterable[Optimizer]) -> None:
