@@ -351,6 +351,7 @@ def test_a_state_of_all_ranks_together_is_refused(alone: lgc.elastic.ElasticHand
         ("local:start_steps=0+topk:values=recentsign", r"TopK\(values=.*\) codes by what each rank has sent before"),
         ("local:start_steps=0:overlap=True", r"LocalSteps\(overlap=\.\.\.\) must be False .* got True"),
         ("local:start_steps=0:fragments=2", r"LocalSteps\(fragments=\.\.\.\) must be 1 .* got 2"),
+        ("local:start_steps=0:second_moments=all", r"LocalSteps\(second_moments=\.\.\.\) must be 'own' .* got 'all'"),
         ("local", r"LocalSteps\(start_steps=\.\.\.\) must be 0 .* got 300"),
         ("local:start_steps=0:every=30s", r"LocalSteps\(every=\.\.\.\) must be a number of steps"),
     ],
