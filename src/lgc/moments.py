@@ -57,14 +57,15 @@ class MomentsOfAll:
         (beta_1, beta_2), v, step = group["betas"], state[SECOND_MOMENT], float(state["step"])
         bias = 1 - beta_2**step  # Adam's v is smaller than what it stands for by this
         towards = state[FIRST_MOMENT] * (group["lr"] / (1 - beta_1**step))
-        parameter.addcdiv_(towards, (v / bias).sqrt_().add_(group["eps"]))
+        divided = (v / bias).sqrt_().add_(group["eps"]).reciprocal_()
         share = max((1 - beta_2) / (self._ranks * bias), 1 / step)
         if old is not None:
             v.sub_(old, alpha=beta_2).clamp_(min=0)  # (1 - beta_2) g^2
         v.mul_(bias * share / (self._ranks * (1 - beta_2)))
         if old is not None and old_step > 0:
             v.add_(old, alpha=bias * (1 - share) / (1 - beta_2**old_step))
-        parameter.addcdiv_(towards, (v / bias).sqrt_().add_(group["eps"]), value=-1)
+        divided -= (v / bias).sqrt_().add_(group["eps"]).reciprocal_()
+        parameter.addcmul_(towards, divided)  # the step is taken back and made again, rounded once
 
 
 def require_adam(optimizers: Iterable[Optimizer]) -> None:
