@@ -15,13 +15,15 @@ FIRST_MOMENT, SECOND_MOMENT = "exp_avg", "exp_avg_sq"  # in torch's state of a p
 class MomentsOfAll:
     """Has Adam step by what the mean gradient of K ranks varies by, of which a rank sees only its own.
 
-    Where gradients are mostly noise, the square of their mean is a K-th of that of a rank's own. A rank that goes by
-    its own steps too short by the root of K, and divides by an average over K times fewer samples. So in every step
+    Of a gradient's square the mean over K ranks leaves all of the signal and a K-th of the noise. A rank that goes by
+    its own steps too short, where that is mostly noise by the root of K, and divides by an average over K times fewer
+    samples. But it has another mean, its momentum m, of n = (1 + beta_1) / (1 - beta_1) steps; so in every step
 
-        v = (1 - (1 - beta_2) / K) v + (1 - beta_2) / K g^2 / K      in place of v = beta_2 v + (1 - beta_2) g^2
+        v = (1 - (1 - beta_2) / K) v + (1 - beta_2) / K (a g^2 + (1 - a) m^2),    a = (n - K) / (K (n - 1)),
 
-    The first averages are plain ones, of all steps so far, while these are fewer than K / (1 - beta_2). All of it is
-    done after the optimizer's step, which may make the gradients itself, and may fail.
+    in place of v = beta_2 v + (1 - beta_2) g^2; a is 0 from K = n on. At first v is the plain mean over all steps,
+    while these are fewer than K / (1 - beta_2). All of it is done after the optimizer's step, which may make the
+    gradients itself, and may fail.
 
     Args:
         ranks: K.
@@ -56,16 +58,23 @@ class MomentsOfAll:
     ) -> None:
         (beta_1, beta_2), v, step = group["betas"], state[SECOND_MOMENT], float(state["step"])
         bias = 1 - beta_2**step  # Adam's v is smaller than what it stands for by this
-        towards = state[FIRST_MOMENT] * (group["lr"] / (1 - beta_1**step))
+        m = state[FIRST_MOMENT] / (1 - beta_1**step)
+        part = _part_of_own(self._ranks, beta_1, step)
         divided = (v / bias).sqrt_().add_(group["eps"]).reciprocal_()
         share = max((1 - beta_2) / (self._ranks * bias), 1 / step)
         if old is not None:
             v.sub_(old, alpha=beta_2).clamp_(min=0)  # (1 - beta_2) g^2
-        v.mul_(bias * share / (self._ranks * (1 - beta_2)))
+        v.mul_(part / (1 - beta_2)).addcmul_(m, m, value=1 - part).mul_(bias * share)
         if old is not None and old_step > 0:
             v.add_(old, alpha=bias * (1 - share) / (1 - beta_2**old_step))
         divided -= (v / bias).sqrt_().add_(group["eps"]).reciprocal_()
-        parameter.addcmul_(towards, divided)  # the step is taken back and made again, rounded once
+        parameter.addcmul_(m.mul_(group["lr"]), divided)  # the step is taken back and made again, rounded once
+
+
+def _part_of_own(ranks: int, beta: float, step: float) -> float:
+    """How much of g^2 there is in the estimate, from 0 to 1; the rest is m^2."""
+    averaged = (1 + beta) / (1 - beta) * (1 - beta**step) / (1 + beta**step)  # steps, fewer in the first ones
+    return max(0.0, (averaged - ranks) / (ranks * (averaged - 1))) if averaged > 1 else 1.0
 
 
 def require_adam(optimizers: Iterable[Optimizer]) -> None:
