@@ -106,18 +106,11 @@ def test_the_ladder_knows_the_schemes_that_are_planned_however_they_are_written(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     assert {str(parse_scheme(text)) for text in ladder.LOSSES} == {
-        str(parse_scheme(text)) for text in (*command.SCHEMES.split(","), command.FOR_ADAM)
+        str(parse_scheme(text)) for text in command.SCHEMES.split(",")
     }
     monkeypatch.setitem(ladder.LOSSES, "local:every=20+quantized", 0.5)
     assert ladder.find_loss("local+quantized:bits=2") == 0.5
     assert ladder.find_loss("local+quantized:bits=3") is None
-
-
-@pytest.mark.parametrize(("recipe", "planned"), [("digits", False), ("text-gpt", True)])
-def test_second_moments_of_all_are_planned_where_the_optimizer_has_them(recipe: str, planned: bool) -> None:
-    given: dict[str, Any] = {"batch_size": None, "data": None, "backbone": None, "bf16": False}
-    question = command._question(4, recipe=recipe, model=None, schemes=command.SCHEMES, **given)
-    assert (command.FOR_ADAM in question.schemes) == planned
 
 
 JOB = """

@@ -271,7 +271,7 @@ class Handle:
         for each in optimizers:
             require_single_momentum(self.scheme, each)
             if isinstance(self.scheme, LocalSteps):
-                require_own_updates(each)
+                require_own_updates(each, self.scheme)
         self._caller.use_optimizers(optimizers)
 
     def detach(self) -> None:

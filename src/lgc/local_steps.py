@@ -27,7 +27,7 @@ from lgc.ddp import CollectedBuckets
 from lgc.fragments import Fragment, fragmented
 from lgc.gradients import OptimizedGradients, all_zero
 from lgc.local_state import Launched, LocalState, Result, Start
-from lgc.moments import MomentsOfAll, require_adam
+from lgc.moments import MomentsOfAll
 from lgc.optimizers import FEW_STEPS, Streak, end_watch, share_scale, share_state, watch_steps
 from lgc.pace import Progress, Work, counted, scale_of, weights_of
 from lgc.requirements import frozen, require_optimizers_of, trained
@@ -396,8 +396,6 @@ class LocalRounds(LocalState):
 
     def use_optimizers(self, optimizers: Sequence[Optimizer]) -> None:
         require_optimizers_of(self._parameters, optimizers)
-        if self._moments:
-            require_adam(optimizers)
         for hook in self._step_hooks:
             hook.remove()
         self._optimizers = optimizers

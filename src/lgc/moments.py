@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import Adam, Optimizer
+from torch.optim import Optimizer
 
 FIRST_MOMENT, SECOND_MOMENT = "exp_avg", "exp_avg_sq"  # in torch's state of a parameter
 
@@ -39,7 +38,7 @@ class MomentsOfAll:
         self._before = {
             parameter: (float(state["step"]), state[SECOND_MOMENT].clone())
             for parameter, state in optimizer.state.items()
-            if SECOND_MOMENT in state
+            if SECOND_MOMENT in state and state["step"] > 0
         }
 
     @torch.no_grad()
@@ -48,13 +47,12 @@ class MomentsOfAll:
         before, self._before = self._before, {}
         for group in optimizer.param_groups:
             for parameter in group["params"]:
-                state = optimizer.state.get(parameter, {})
-                old_step, old = before.get(parameter, (0.0, None))
-                if SECOND_MOMENT in state and float(state["step"]) > old_step:
-                    self._correct(parameter, state, group, old_step, old)
+                state, old = optimizer.state.get(parameter, {}), before.get(parameter)
+                if SECOND_MOMENT in state and state["step"] > (old[0] if old else 0):
+                    self._correct(parameter, state, group, old)
 
     def _correct(
-        self, parameter: Tensor, state: dict[str, Any], group: dict[str, Any], old_step: float, old: Tensor | None
+        self, parameter: Tensor, state: dict[str, Any], group: dict[str, Any], old: tuple[float, Tensor] | None
     ) -> None:
         (beta_1, beta_2), v, step = group["betas"], state[SECOND_MOMENT], float(state["step"])
         bias = 1 - beta_2**step  # Adam's v is smaller than what it stands for by this
@@ -62,11 +60,11 @@ class MomentsOfAll:
         part = _part_of_own(self._ranks, beta_1, step)
         divided = (v / bias).sqrt_().add_(group["eps"]).reciprocal_()
         share = max((1 - beta_2) / (self._ranks * bias), 1 / step)
-        if old is not None:
-            v.sub_(old, alpha=beta_2).clamp_(min=0)  # (1 - beta_2) g^2
+        if old:
+            v.sub_(old[1], alpha=beta_2).clamp_(min=0)  # (1 - beta_2) g^2
         v.mul_(part / (1 - beta_2)).addcmul_(m, m, value=1 - part).mul_(bias * share)
-        if old is not None and old_step > 0:
-            v.add_(old, alpha=bias * (1 - share) / (1 - beta_2**old_step))
+        if old:
+            v.add_(old[1], alpha=bias * (1 - share) / (1 - beta_2 ** old[0]))
         divided -= (v / bias).sqrt_().add_(group["eps"]).reciprocal_()
         parameter.addcmul_(m.mul_(group["lr"]), divided)  # the step is taken back and made again, rounded once
 
@@ -75,15 +73,3 @@ def _part_of_own(ranks: int, beta: float, step: float) -> float:
     """How much of g^2 there is in the estimate, from 0 to 1; the rest is m^2."""
     averaged = (1 + beta) / (1 - beta) * (1 - beta**step) / (1 + beta**step)  # steps, fewer in the first ones
     return max(0.0, (averaged - ranks) / (ranks * (averaged - 1))) if averaged > 1 else 1.0
-
-
-def require_adam(optimizers: Iterable[Optimizer]) -> None:
-    """Raise ValueError for optimizers whose second moments are kept in another way."""
-    for optimizer in optimizers:
-        adam = isinstance(optimizer, Adam)
-        if not adam or any(group["amsgrad"] for group in optimizer.param_groups):
-            kind = type(optimizer).__name__ + ("(amsgrad=True)" if adam else "")
-            raise ValueError(
-                f'LocalSteps(second_moments="all") is for torch.optim.Adam and AdamW without amsgrad, got {kind}; use '
-                'second_moments="own", which is for any optimizer.'
-            )

@@ -65,13 +65,13 @@ def counted(weights: Sequence[int], finite: Sequence[bool]) -> list[int]:
     return found if any(found) else list(map(int, finite))
 
 
-def scale_of(rank: int, counted: Sequence[int]) -> float:
+def scale_of(rank: int, weights: Sequence[int]) -> float:
     """What a rank multiplies its movement by before it codes it, K w / (sum of all w).
 
     The plain mean of what all K ranks send is then the mean weighted by w, whatever the exchange, and so is what a
     rank still owes when its weight is another one.
     """
-    return len(counted) * counted[rank] / sum(counted)
+    return len(weights) * weights[rank] / sum(weights)
 
 
 class Pace:

@@ -19,7 +19,6 @@ from torch.nn.parallel import DistributedDataParallel
 from lgc.caller import Detached
 from lgc.comm.transport import LEAST_TIMEOUT, MOST_TIMEOUT, Transport
 from lgc.hook import Hook
-from lgc.moments import require_adam
 from lgc.optimizers import parameters_of
 from lgc.schemes import Dense, LocalSteps, RoundScheme, Scheme, Seconds, require_rounds_by_count
 from lgc.sites import Site, is_sharded
@@ -282,9 +281,7 @@ def require_local_steps(
     if not optimizers:
         raise ValueError("attach(optimizer=...) must be the model's under LocalSteps, which count its steps, got None.")
     for optimizer in optimizers:
-        require_own_updates(optimizer)
-    if scheme.second_moments == "all":
-        require_adam(optimizers)
+        require_own_updates(optimizer, scheme)
     require_independent(model, None if site.inside is None else site.inside.group)
     start_steps = scheme.start_steps
     if isinstance(scheme.every, Seconds) and isinstance(model, DistributedDataParallel) and start_steps < DDP_SETTLES:
@@ -308,8 +305,18 @@ def require_local_steps(
             )
 
 
-def require_own_updates(optimizer: torch.optim.Optimizer) -> None:
-    """Raise ValueError if an optimizer communicates at every step, or counts on nobody else's moving the weights."""
+def require_own_updates(optimizer: torch.optim.Optimizer, scheme: LocalSteps) -> None:
+    """Raise ValueError if an optimizer communicates at every step, or counts on nobody else's moving the weights.
+
+    And if it has not the second moments that local steps are to correct.
+    """
+    adam = isinstance(optimizer, torch.optim.Adam)
+    if scheme.second_moments == "all" and not (adam and not any(group["amsgrad"] for group in optimizer.param_groups)):
+        kind = type(optimizer).__name__ + ("(amsgrad=True)" if adam else "")
+        raise ValueError(
+            f'LocalSteps(second_moments="all") is for torch.optim.Adam and AdamW without amsgrad, got {kind}; use '
+            'second_moments="own", which is for any optimizer.'
+        )
     if isinstance(optimizer, torch.optim.LBFGS):
         raise ValueError(
             "attach(optimizer=...) is an LBFGS, which takes what rounds move the weights by for a step of its own, and "

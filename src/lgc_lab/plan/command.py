@@ -38,7 +38,7 @@ from lgc_lab.bench.link.results import Results, link_of
 from lgc_lab.folder import read_objects, write_json
 from lgc_lab.launch.ranks import place_under_torchrun, preload, process_group, start_ranks, under_torchrun
 from lgc_lab.plan.ladder import CONDITIONS, find_loss
-from lgc_lab.recipes import find_object, find_recipe
+from lgc_lab.recipes import find_object
 from lgc_lab.terminal import aligned, notify
 from lgc_lab.training.loop import make_optimizer
 from lgc_lab.training.settings import Settings
@@ -48,7 +48,6 @@ SCHEMES = (
     "local:every=2+quantized,local:every=20+dense,local:every=20+quantized,local:every=50+quantized,"
     "local:every=100+quantized"
 )
-FOR_ADAM = "local:every=2:second_moments=all+quantized"
 MEASURED = "measured"
 FAST_ENOUGH = 0.1  # so much longer than the fastest a step may take, if less is lost
 THOROUGH = 3.0  # seconds after which a scheme is not measured again
@@ -82,11 +81,7 @@ class Question(NamedTuple):
     "[measured under torchrun, else 100mbit]",
 )
 @click.option("--latency", default="0ms", help="Delay of a message, about what ping shows (us, ms, s).")
-@click.option(
-    "--schemes",
-    default=SCHEMES,
-    help=f"Schemes to choose from, beside dense; as for lgc compare. For recipes with AdamW also {FOR_ADAM}.",
-)
+@click.option("--schemes", default=SCHEMES, help="Schemes to choose from, beside dense; as for lgc compare.")
 @options.batch_size
 @options.data
 @options.backbone
@@ -159,8 +154,6 @@ def _question(world_size: int, *, recipe: str | None, model: str | None, schemes
     if (recipe is None) == (model is None):
         raise ValueError("one of --recipe and --model must be given.")
     texts = options.split(schemes)
-    if recipe is not None and schemes == SCHEMES and find_recipe(recipe).optimizer == "adamw":
-        texts.append(FOR_ADAM)
     make_job: Callable[..., Job]
     if recipe is not None:
         settings = {text: Settings(recipe=recipe, scheme=text, world_size=world_size, **run) for text in texts}

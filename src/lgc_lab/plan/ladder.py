@@ -18,7 +18,6 @@ LOSSES: dict[str, float | None] = {  # by text form, which the recipe completes;
     "lgc-ps": None,
     "quantized": None,
     "local:every=2+quantized": 0.045,
-    "local:every=2:second_moments=all+quantized": 0.027,
     "local:every=20+dense": None,
     "local:every=20+quantized": 0.057,
     "local:every=50+quantized": None,
