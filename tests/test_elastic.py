@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -517,3 +519,11 @@ def test_what_a_rank_says_of_itself_is_within_bounds_or_not_of_this_job(wrong: d
     assert is_told(TOLD)
     assert not is_told(TOLD | wrong)
     assert not is_told({name: value for name, value in TOLD.items() if name not in wrong})
+
+
+def test_without_torchft_all_else_is_there_and_the_error_says_what_to_do() -> None:
+    code = "import sys; sys.modules['torchft'] = None; import lgc; print('imported'); import lgc.elastic"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.stdout == "imported\n"
+    assert "ImportError: lgc.elastic needs torchft 0.2: pip install 'lgc[elastic]'" in done.stderr
+    assert "wheels for Linux on x86-64" in done.stderr
