@@ -1,4 +1,5 @@
-"""Adam's second moments under local steps: those of the mean gradient, estimated by each rank from its own."""
+"""Moments under local steps: the momentum of all ranks, from what they have moved, and Adam's second moments of the
+mean gradient, estimated by each rank from its own."""
 
 from __future__ import annotations
 
@@ -7,12 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from local_runs import Net, Run, differ
+import torch.distributed as dist
+from local_runs import Net, Run, batch, differ, exact
 from ranks import Ranks
 from torch import Tensor
 
 import lgc
-from lgc.moments import MomentsOfAll
+from lgc.moments import SecondMoments
 
 RankFactory = Callable[[int], Ranks]
 
@@ -23,7 +25,7 @@ def step_with(ranks: int, gradients: Tensor, start: int, **arguments: Any) -> tu
     """Adam's steps with these gradients, the first `start` of them plain; the parameter, and what v stands for."""
     parameter = torch.nn.Parameter(torch.zeros(gradients.shape[1]))
     optimizer = torch.optim.AdamW([parameter], lr=0.1, betas=(0.9, BETA), **arguments)
-    moments = MomentsOfAll(ranks)
+    moments = SecondMoments(ranks, None)
     for step, gradient in enumerate(gradients):
         parameter.grad = gradient.clone()
         if step >= start:
@@ -70,7 +72,98 @@ def test_they_end_where_those_of_the_mean_do(ranks: int, signal: float) -> None:
     assert of_rank.std() < of_mean.std()  # as from more steps
 
 
-ALL = lgc.LocalSteps(every=4, start_steps=2, second_moments="all")
+@pytest.mark.parametrize("signal", [0.0, 0.5])
+@pytest.mark.parametrize("every", [1, 2, 20])
+@pytest.mark.parametrize("ranks", [4, 16])
+def test_they_do_too_where_rounds_make_the_momentum_common(ranks: int, every: int, signal: float) -> None:
+    gradients = signal + torch.randn(600, ranks, 256, generator=torch.Generator().manual_seed(0))
+    parameters = [torch.nn.Parameter(torch.zeros(256)) for _ in range(ranks)]
+    optimizers = [torch.optim.Adam([each], betas=(0.9, BETA)) for each in parameters]
+    moments = [SecondMoments(ranks, every) for _ in range(ranks)]
+    momentum, in_round = [one.state[each] for one, each in zip(optimizers, parameters, strict=True)], []
+    for step in range(600):
+        for each, optimizer, correction, gradient in zip(parameters, optimizers, moments, gradients[step], strict=True):
+            each.grad = gradient.clone()
+            correction.before_step(optimizer)
+            optimizer.step()
+            correction.after_step(optimizer)
+        in_round.append(torch.stack([each["exp_avg"].clone() for each in momentum]))
+        if len(in_round) == every:
+            own = torch.stack(in_round).mean(0)
+            for rank, each in enumerate(momentum):
+                each["exp_avg"] += own.mean(0) - own[rank]
+            in_round.clear()
+    found = torch.stack([each["exp_avg_sq"] for each in momentum]).mean() / (1 - BETA**600)
+    assert found.item() == pytest.approx(signal**2 + 1 / ranks, rel=0.1)
+
+
+def by_one_process(rank: int, world_size: int, nesterov: bool) -> list[dict[str, Tensor]]:
+    """Weights and momentum of local steps of one, and of the same training by the mean gradient."""
+    nets = [Net(), Net()]
+    nets[1].load_state_dict(nets[0].state_dict())
+    ours, plain = [torch.optim.SGD(each.parameters(), lr=0.1, momentum=0.9, nesterov=nesterov) for each in nets]
+    handle = lgc.attach(nets[0], exact(1, first_moments="all"), ours)
+    nets[1].load_state_dict(nets[0].state_dict())
+    for step in range(6):
+        x, y = batch(rank, step)
+        for net, optimizer in zip(nets, (ours, plain), strict=True):
+            optimizer.zero_grad()
+            torch.nn.functional.cross_entropy(net(x), y).backward()
+            if optimizer is plain:
+                for parameter in net.parameters():
+                    assert parameter.grad is not None
+                    dist.all_reduce(parameter.grad.div_(world_size))
+            optimizer.step()
+    handle.finish()
+    return [
+        dict(net.named_parameters())
+        | {f"momentum of {name}": each["momentum_buffer"] for name, each in momentum_of(net, one).items()}
+        for net, one in zip(nets, (ours, plain), strict=True)
+    ]
+
+
+def momentum_of(net: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    return {name: optimizer.state[each] for name, each in net.named_parameters()}
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_with_the_momentum_of_all_ranks_rounds_after_every_step_are_training_by_the_mean_gradient(
+    ranks: RankFactory, nesterov: bool
+) -> None:
+    for ours, plain in ranks(3).run(by_one_process, nesterov):
+        for name, each in plain.items():
+            if not (nesterov and name.startswith("momentum")):
+                torch.testing.assert_close(ours[name], each, rtol=1e-3, atol=1e-6)
+
+
+def momentum_after_a_round(rank: int, world_size: int) -> list[dict[str, Tensor]]:
+    """Adam's momentum after a round of three steps, as it is and as it should be; and the rank's own before."""
+    run, alone = Run(exact(3, first_moments="all")), Run(exact(100))
+    before = alone.weights()
+    alone.train(rank, range(3))
+    expected, own = {}, {}
+    for name, each in alone.net.named_parameters():
+        state = alone.optimizer.state[each]
+        moved = (before[name] - each).detach()
+        dist.all_reduce(mean := moved / world_size)
+        denominator = (state["exp_avg_sq"] / (1 - 0.999**3)).sqrt() + 1e-8
+        own[name] = state["exp_avg"].clone()
+        expected[name] = own[name] + (mean - moved) * denominator * (1 - 0.9**3) / (3 * 0.01)
+    run.train(rank, range(3))
+    return [{name: each["exp_avg"] for name, each in momentum_of(run.net, run.optimizer).items()}, expected, own]
+
+
+def test_the_momentum_of_a_round_becomes_that_of_all_ranks_and_its_mean_stays(ranks: RankFactory) -> None:
+    results = ranks(2).run(momentum_after_a_round)
+    for found, expected, _ in results:
+        for name, each in expected.items():
+            torch.testing.assert_close(found[name], each, rtol=1e-3, atol=1e-5)
+    (one, _, own), (other, _, others) = results
+    apart = {name: (one[name] - other[name]).norm() / (own[name] - others[name]).norm() for name in ("out.weight",)}
+    assert apart["out.weight"] < 0.7
+
+
+ALL = lgc.LocalSteps(every=4, start_steps=2, first_moments="all", second_moments="all")
 
 
 def train(rank: int, _: int, ddp: bool) -> tuple[list[dict[str, Tensor]], list[dict[str, Tensor]]]:
@@ -101,29 +194,39 @@ def test_a_run_begins_with_the_moments_of_the_start_and_resumes_bit_for_bit(rank
     assert not differ([weights for _, both in results for weights in both])
 
 
-def ask(_: int, __: int) -> list[str]:
+def ask(_: int, __: int, which: str) -> list[str]:
     net, messages = Net(), []
+    scheme = lgc.parse_scheme(f"local:{which}=all+quantized")
     for optimizer in (
+        torch.optim.RMSprop(net.parameters(), momentum=0.9),
         torch.optim.SGD(net.parameters(), lr=0.1),
         torch.optim.Adam(net.parameters(), amsgrad=True),
     ):
         with pytest.raises(ValueError, match=r"attach|LocalSteps") as caught:
-            lgc.attach(net, ALL, optimizer)
+            lgc.attach(net, scheme, optimizer)
         messages.append(str(caught.value))
-    handle = lgc.attach(net, ALL, torch.optim.Adam(net.parameters()))
+    handle = lgc.attach(net, scheme, torch.optim.Adam(net.parameters()))
     with pytest.raises(ValueError, match="LocalSteps") as caught:
         handle.use_optimizer(torch.optim.SGD(net.parameters(), lr=0.1))
     return [*messages, str(caught.value)]
 
 
-def test_other_optimizers_are_refused_by_name(ranks: RankFactory) -> None:
-    for kind, message in zip(("SGD", r"Adam(amsgrad=True)", "SGD"), ranks(1).run(ask)[0], strict=True):
+@pytest.mark.parametrize("which", ["first_moments", "second_moments"])
+def test_other_optimizers_are_refused_by_name(ranks: RankFactory, which: str) -> None:
+    kinds = ("RMSprop(momentum=0.9)", "SGD(momentum=0)", "Adam(amsgrad=True)", "SGD(momentum=0)")
+    for kind, message in zip(kinds, ranks(1).run(ask, which)[0], strict=True):
         assert f"got {kind}" in message
-        assert 'second_moments="own"' in message
+        assert f'{which}="own"' in message
+
+
+@pytest.mark.parametrize("arguments", [{"every": lgc.Seconds(30)}, {"overlap": True}], ids=str)
+def test_the_momentum_of_all_ranks_needs_rounds_by_count_that_are_waited_for(arguments: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="first_moments"):
+        lgc.LocalSteps(first_moments="all", **arguments)
 
 
 def test_the_text_form_has_them() -> None:
-    assert lgc.parse_scheme("local:every=4:second_moments=all:start_steps=2+quantized") == ALL
+    assert lgc.parse_scheme("local:every=4:first_moments=all:second_moments=all:start_steps=2+quantized") == ALL
     assert lgc.parse_scheme(str(ALL)) == ALL
     with pytest.raises(ValueError, match="second_moments"):
         lgc.parse_scheme("local:second_moments=mean")

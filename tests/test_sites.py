@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import TestCase
@@ -44,8 +45,12 @@ def train(
 
 
 @every_inside
-def test_sites_train_as_single_ranks_with_all_of_a_sites_samples(ranks: RankFactory, inside: Inside) -> None:
-    of_sites, of_ranks = ranks(4).run(train, 2, UNCODED, inside, 9), ranks(2).run(train, 1, UNCODED, "plain", 9)
+@pytest.mark.parametrize("moments", ["own", "all"])
+def test_sites_train_as_single_ranks_with_all_of_a_sites_samples(
+    ranks: RankFactory, inside: Inside, moments: Any
+) -> None:
+    scheme = replace(UNCODED, first_moments=moments)
+    of_sites, of_ranks = ranks(4).run(train, 2, scheme, inside, 9), ranks(2).run(train, 1, scheme, "plain", 9)
     assert not differ([weights for weights, _, _ in of_sites])
     for name, each in of_ranks[0][0].items():
         torch.testing.assert_close(of_sites[0][0][name], each, rtol=1e-4, atol=1e-5)

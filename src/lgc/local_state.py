@@ -44,12 +44,14 @@ class Launched(NamedTuple):
 
     Attributes:
         fragment: that is exchanged.
+        steps: that this rank has made since its last round.
         weights: this rank's when it began, where they go on moving.
         buffers: the same.
         result: of the round, once it is done.
     """
 
     fragment: Fragment
+    steps: int
     weights: dict[str, Tensor] | None
     buffers: dict[str, Tensor]
     result: Task[Result]
@@ -278,7 +280,7 @@ class LocalState(Caller):
         result: Task[Result] = Task()
         finite = all(bool(each.isfinite().all()) for each in weights.values())
         result.set_result(Result(mean, _copies(given["buffers"], device) if of_first else {}, finite))
-        self._launched = Launched(fragment, weights, _copies(before["buffers"], device), result)
+        self._launched = Launched(fragment, 0, weights, _copies(before["buffers"], device), result)
 
     def warn_of_own_weights(self) -> None:
         """Warn, once, that the model has weights of this rank alone."""

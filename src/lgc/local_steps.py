@@ -27,7 +27,7 @@ from lgc.ddp import CollectedBuckets
 from lgc.fragments import Fragment, fragmented
 from lgc.gradients import OptimizedGradients, all_zero
 from lgc.local_state import Launched, LocalState, Result, Start
-from lgc.moments import MomentsOfAll
+from lgc.moments import SecondMoments, take_first_moments
 from lgc.optimizers import FEW_STEPS, Streak, end_watch, share_scale, share_state, watch_steps
 from lgc.pace import Progress, Work, counted, scale_of, weights_of
 from lgc.requirements import frozen, require_optimizers_of, trained
@@ -88,7 +88,7 @@ class LocalRounds(LocalState):
         self._trainable = {id(each) for each in (*active, *parameters.values())}
         self._round_transport = round_transport
         self._executor = ThreadPoolExecutor(1, "lgc") if scheme.overlap else None
-        self._moments = MomentsOfAll(transport.world_size) if scheme.second_moments == "all" else None
+        self._second_moments = _second_moments(scheme, transport.world_size)
         self._in_step = False  # between an optimizer's two hooks
         self._stepped: list[Optimizer] = []  # since the last step that was counted
         self._step_hooks: list[RemovableHandle] = []
@@ -135,14 +135,14 @@ class LocalRounds(LocalState):
             finite=finite,
             error=self._unfrozen(),
         )
+        steps, fragment.step, self._last_round = self.step - fragment.step, self.step, self.step
         fragment.rounds += 1
-        fragment.step = self._last_round = self.step
         result: Task[Result] = Task()
         if wait or self._executor is None:
             result.set_result(exchange())
         else:
             result = self._executor.submit(exchange)
-        self._launched = Launched(fragment, weights, buffers, result)
+        self._launched = Launched(fragment, steps, weights, buffers, result)
 
     def _exchange(
         self,
@@ -190,10 +190,12 @@ class LocalRounds(LocalState):
         self.settle()
         if self._launched is None:
             return
-        fragment, weights, buffers, task = self._launched
+        fragment, steps, weights, buffers, task = self._launched
         self._launched = None
         result = task.result()
         self._site.rest(self._module)
+        if self._scheme.first_moments == "all" and result.finite:
+            take_first_moments(fragment, result.mean, steps, self._optimizers)
         fragment.apply(result.mean, weights if result.finite else None)
         self._buffers.apply(result.buffers, buffers)
         if not result.finite:
@@ -278,16 +280,16 @@ class LocalRounds(LocalState):
                 self._start.exchange_gradients()
             if self.step == self._scheme.start_steps and not (self._in_step or self._stepped):
                 self._begin()
-            if self._moments and not self._is_starting:
-                self._moments.before_step(optimizer)
+            if self._second_moments and not self._is_starting:
+                self._second_moments.before_step(optimizer)
         self._in_step = True
 
     def _after_step(self, optimizer: Optimizer) -> None:
         if not self._in_step:  # of a class that calls its base class's step, for which torch runs the hooks as well
             return
         self._in_step = False
-        if self._moments and not self._is_starting:
-            self._moments.after_step(optimizer)
+        if self._second_moments and not self._is_starting:
+            self._second_moments.after_step(optimizer)
         self._stepped.append(optimizer)
         if len(self._stepped) < len(self._optimizers):
             return
@@ -492,6 +494,13 @@ def _start(
         start.synchronizer.aggregator.schedule = Schedule(1.0, warmup_steps=FOREVER)
     start.phase = start.synchronizer.phase(0)
     return start
+
+
+def _second_moments(scheme: LocalSteps, ranks: int) -> SecondMoments | None:
+    """What corrects them, if anything does."""
+    if scheme.second_moments == "own":
+        return None
+    return SecondMoments(ranks, scheme.steps_a_round if scheme.first_moments == "all" else None)
 
 
 def _tensors_of(optimizers: Sequence[Optimizer]) -> Iterator[Tensor]:

@@ -1,35 +1,82 @@
-"""Adam's second moments under local steps, as if a rank's own batch were that of all ranks."""
+"""An optimizer's moments under local steps, as if a rank's own batch were that of all ranks."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
+from torch.optim import SGD, Adam, Optimizer
 
-FIRST_MOMENT, SECOND_MOMENT = "exp_avg", "exp_avg_sq"  # in torch's state of a parameter
+from lgc.fragments import Fragment
+
+FIRST_MOMENT, SECOND_MOMENT = "exp_avg", "exp_avg_sq"  # in torch's state of a parameter, for Adam
+MOMENTUM = "momentum_buffer"  # for SGD
 
 
-class MomentsOfAll:
+def has_first_moments(optimizer: Optimizer) -> bool:
+    """Whether it has a momentum, and it is known how far that moves the weights."""
+    of_sgd = isinstance(optimizer, SGD) and any(group["momentum"] for group in optimizer.param_groups)
+    return of_sgd or has_second_moments(optimizer)
+
+
+def has_second_moments(optimizer: Optimizer) -> bool:
+    """Whether it divides by an average of squares."""
+    return isinstance(optimizer, Adam) and not any(group["amsgrad"] for group in optimizer.param_groups)
+
+
+@torch.no_grad()
+def take_first_moments(
+    fragment: Fragment, mean: Mapping[str, Tensor], steps: int, optimizers: Iterable[Optimizer]
+) -> None:
+    """Have this rank go on by the momentum of all ranks, as far as a round tells; a collective inside the site.
+
+    With learning rate lr a step moves the weights by lr m / d, where d is Adam's denominator, or 1 for SGD. So what all
+    ranks' m were in the mean over H steps, this rank's were too but for (mean - moved) d / (H lr), which m takes.
+
+    Args:
+        fragment: whose weights are still where this rank has moved them.
+        mean: of what the ranks have moved, by name.
+        steps: H, since the fragment's last round.
+        optimizers: that made them.
+    """
+    apart = {name: mean[name] - moved for name, moved in fragment.moved().items()}
+    apart = fragment.site.whole(fragment.parameters, apart)
+    named = {parameter: apart[name] for name, parameter in fragment.parameters.items() if parameter.requires_grad}
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            for parameter in named.keys() & set(group["params"]):
+                state = optimizer.state.get(parameter, {})
+                m = state.get(FIRST_MOMENT if SECOND_MOMENT in state else MOMENTUM)
+                if m is not None and steps * group["lr"] > 0:
+                    velocity = named[parameter] / (steps * float(group["lr"]))
+                    if SECOND_MOMENT in state:
+                        beta, step = group["betas"][0], float(state["step"])
+                        velocity *= _denominator(state, group).mul_(1 - beta**step)
+                    m.add_(velocity)
+
+
+class SecondMoments:
     """Has Adam step by what the mean gradient of K ranks varies by, of which a rank sees only its own.
 
     Of a gradient's square the mean over K ranks leaves all of the signal and a K-th of the noise. A rank that goes by
     its own steps too short, where that is mostly noise by the root of K, and divides by an average over K times fewer
-    samples. But it has another mean, its momentum m, of n = (1 + beta_1) / (1 - beta_1) steps; so in every step
+    samples. But it has another mean, its momentum m, with a share q of the noise; so in every step
 
-        v = (1 - (1 - beta_2) / K) v + (1 - beta_2) / K (a g^2 + (1 - a) m^2),    a = (n - K) / (K (n - 1)),
+        v = (1 - (1 - beta_2) / K) v + (1 - beta_2) / K (a g^2 + (1 - a) m^2),    a = (1 / K - q) / (1 - q) or 0,
 
-    in place of v = beta_2 v + (1 - beta_2) g^2; a is 0 from K = n on. At first v is the plain mean over all steps,
-    while these are fewer than K / (1 - beta_2). All of it is done after the optimizer's step, which may make the
-    gradients itself, and may fail.
+    in place of v = beta_2 v + (1 - beta_2) g^2. At first v is the plain mean over all steps, while these are fewer than
+    K / (1 - beta_2). All of it is done after the optimizer's step, which may make the gradients itself, and may fail.
 
     Args:
         ranks: K.
+        steps: from round to round, if each makes m common to all ranks; else None.
     """
 
-    def __init__(self, ranks: int) -> None:
-        self._ranks = ranks
+    def __init__(self, ranks: int, steps: int | None) -> None:
+        self._ranks, self._steps = ranks, steps
         self._before: dict[Tensor, tuple[float, Tensor]] = {}  # of each parameter, the step and the second moment
 
     @torch.no_grad()
@@ -57,19 +104,40 @@ class MomentsOfAll:
         (beta_1, beta_2), v, step = group["betas"], state[SECOND_MOMENT], float(state["step"])
         bias = 1 - beta_2**step  # Adam's v is smaller than what it stands for by this
         m = state[FIRST_MOMENT] / (1 - beta_1**step)
-        part = _part_of_own(self._ranks, beta_1, step)
-        divided = (v / bias).sqrt_().add_(group["eps"]).reciprocal_()
+        part = self._part_of_own(beta_1, step)
+        divided = _denominator(state, group).reciprocal_()
         share = max((1 - beta_2) / (self._ranks * bias), 1 / step)
         if old:
             v.sub_(old[1], alpha=beta_2).clamp_(min=0)  # (1 - beta_2) g^2
         v.mul_(part / (1 - beta_2)).addcmul_(m, m, value=1 - part).mul_(bias * share)
         if old:
             v.add_(old[1], alpha=bias * (1 - share) / (1 - beta_2 ** old[0]))
-        divided -= (v / bias).sqrt_().add_(group["eps"]).reciprocal_()
+        divided -= _denominator(state, group).reciprocal_()
         parameter.addcmul_(m.mul_(group["lr"]), divided)  # the step is taken back and made again, rounded once
 
+    def _part_of_own(self, beta: float, step: float) -> float:
+        """How much of g^2 there is in the estimate, from 0 to 1; the rest is m^2."""
+        q = _noise_of_own(beta) if self._steps is None else _noise_of_common(beta, self._steps, self._ranks)
+        q *= (1 + beta**step) / (1 - beta**step)  # m is a mean of fewer steps in the first ones
+        return min(max(0.0, (1 / self._ranks - q) / (1 - q)), 1.0) if q < 1 else 1.0
 
-def _part_of_own(ranks: int, beta: float, step: float) -> float:
-    """How much of g^2 there is in the estimate, from 0 to 1; the rest is m^2."""
-    averaged = (1 + beta) / (1 - beta) * (1 - beta**step) / (1 + beta**step)  # steps, fewer in the first ones
-    return max(0.0, (averaged - ranks) / (ranks * (averaged - 1))) if averaged > 1 else 1.0
+
+def _denominator(state: Mapping[str, Any], group: Mapping[str, Any]) -> Tensor:
+    """What Adam has divided its last step by."""
+    bias = 1 - group["betas"][1] ** float(state["step"])
+    divisor: Tensor = (state[SECOND_MOMENT] / bias).sqrt_().add_(group["eps"])
+    return divisor
+
+
+def _noise_of_own(beta: float) -> float:
+    """The share of a gradient's noise, as variance, that is in a rank's momentum."""
+    return (1 - beta) / (1 + beta)
+
+
+@cache
+def _noise_of_common(beta: float, steps: int, ranks: int) -> float:
+    """The same, in the mean over a round, where at its beginning every rank has taken the momentum of all."""
+    own = _noise_of_own(beta)
+    left = sum(((1 - beta) * beta**age - (1 - beta ** (age + 1)) / steps) ** 2 for age in range(steps))
+    kept = sum(beta ** (2 * step) for step in range(1, steps + 1)) / steps
+    return own * (1 - kept) + (own / ranks + left) * kept

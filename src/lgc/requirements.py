@@ -19,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from lgc.caller import Detached
 from lgc.comm.transport import LEAST_TIMEOUT, MOST_TIMEOUT, Transport
 from lgc.hook import Hook
+from lgc.moments import has_first_moments, has_second_moments
 from lgc.optimizers import parameters_of
 from lgc.schemes import Dense, LocalSteps, RoundScheme, Scheme, Seconds, require_rounds_by_count
 from lgc.sites import Site, is_sharded
@@ -308,15 +309,18 @@ def require_local_steps(
 def require_own_updates(optimizer: torch.optim.Optimizer, scheme: LocalSteps) -> None:
     """Raise ValueError if an optimizer communicates at every step, or counts on nobody else's moving the weights.
 
-    And if it has not the second moments that local steps are to correct.
+    And if it has not the moments that local steps are to correct.
     """
-    adam = isinstance(optimizer, torch.optim.Adam)
-    if scheme.second_moments == "all" and not (adam and not any(group["amsgrad"] for group in optimizer.param_groups)):
-        kind = type(optimizer).__name__ + ("(amsgrad=True)" if adam else "")
-        raise ValueError(
-            f'LocalSteps(second_moments="all") is for torch.optim.Adam and AdamW without amsgrad, got {kind}; use '
-            'second_moments="own", which is for any optimizer.'
-        )
+    for name, has, which in (
+        ("first_moments", has_first_moments, "torch.optim.SGD with momentum, and Adam and AdamW without amsgrad"),
+        ("second_moments", has_second_moments, "torch.optim.Adam and AdamW without amsgrad"),
+    ):
+        if getattr(scheme, name) == "all" and not has(optimizer):
+            settings = [each for each in ("momentum", "amsgrad") if each in optimizer.defaults]
+            kind = f"{type(optimizer).__name__}({', '.join(f'{each}={optimizer.defaults[each]}' for each in settings)})"
+            raise ValueError(
+                f'LocalSteps({name}="all") is for {which}, got {kind}; use {name}="own", which is for any optimizer.'
+            )
     if isinstance(optimizer, torch.optim.LBFGS):
         raise ValueError(
             "attach(optimizer=...) is an LBFGS, which takes what rounds move the weights by for a step of its own, and "

@@ -17,7 +17,7 @@ from lgc.schemes.topk import TopK
 EXCHANGES = (Dense, Quantized, TopK, ScaleCom)
 USUAL = 20  # steps from round to round
 
-SecondMoments = Literal["own", "all"]
+Moments = Literal["own", "all"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +42,8 @@ class LocalSteps(Scheme):
             `every` is at least 10 (0.7 from 100 on) or a time, 0 elsewhere, where it destroys.
         start_steps: at first, so many steps exchange their gradients; the first hundreds decide much.
         start: how their values become bytes; Float32 is uncompressed.
+        first_moments: by which momentum a rank goes on after a round: its "own", or that of "all" ranks, as far as what
+            they have moved tells. For SGD and Adam.
         second_moments: what Adam divides by: "own" is what a rank's own gradients vary by, "all" what their mean over
             all ranks does, estimated from the rank's own, so that the learning rate of dense training is right.
         overlap: exchange while the next steps compute; what comes back is applied when the next exchange begins.
@@ -56,7 +58,8 @@ class LocalSteps(Scheme):
     outer_momentum: float | None = None
     start_steps: int = 300
     start: ValueCodec = LloydMax(4)
-    second_moments: SecondMoments = "own"
+    first_moments: Moments = "own"
+    second_moments: Moments = "own"
     overlap: bool = False
     fragments: int = 1
 
@@ -75,10 +78,15 @@ class LocalSteps(Scheme):
             require(self, "outer_momentum", "in [0, 1)", 0 <= require_number(self, "outer_momentum") < 1)
         require_integer(self, "start_steps", 0)
         require(self, "start", "a value codec, such as lgc.LloydMax(4)", isinstance(self.start, ValueCodec))
-        require_one_of(self, "second_moments", get_args(SecondMoments))
+        require_one_of(self, "first_moments", get_args(Moments))
+        require_one_of(self, "second_moments", get_args(Moments))
         require(self, "overlap", "True or False", isinstance(self.overlap, bool))
         require_integer(self, "fragments", 1)
+        if self.overlap:
+            why = "own, which the round is too late for, with overlap=True"
+            require(self, "first_moments", why, self.first_moments == "own")
         if isinstance(self.every, Seconds):
+            require(self, "first_moments", f"left at own with every={self.every}", self.first_moments == "own")
             require(self, "overlap", f"left at False with every={self.every}", not self.overlap)
             require(self, "fragments", f"left at 1 with every={self.every}", self.fragments == 1)
         else:
