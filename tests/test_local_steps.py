@@ -118,6 +118,7 @@ INTERRUPTED = {
     "topk": lgc.LocalSteps(every=4, exchange=lgc.TopK(rate=0.1), start_steps=2, decay=0.9),
     "overlap": lgc.LocalSteps(every=4, start_steps=2, overlap=True),
     "fragments": lgc.LocalSteps(every=4, start_steps=2, fragments=2, overlap=True),
+    "ahead": lgc.LocalSteps(every=4, exchange=lgc.TopK(rate=0.1), start_steps=2, fragments=2, ahead=0.5),
     "recent": lgc.LocalSteps(every=4, exchange=RECENT, start_steps=2, fragments=2, overlap=True),
 }
 
@@ -140,14 +141,48 @@ def finished_anywhere(rank: int, _: int, scheme: lgc.LocalSteps) -> tuple[dict[s
     return first, rounds, run.train(rank, range(11, 16)).weights()
 
 
-@pytest.mark.parametrize("scheme", [exact(), exact(fragments=2), exact(overlap=True)], ids=["", "fragments", "overlap"])
+AHEAD = lgc.LocalSteps(every=4, exchange=lgc.TopK(rate=0.1), start_steps=0, ahead=0.5)
+FINISHED = {"": exact(), "fragments": exact(fragments=2), "overlap": exact(overlap=True), "ahead": AHEAD}
+
+
+@pytest.mark.parametrize("scheme", FINISHED.values(), ids=FINISHED)
 def test_finish_makes_the_last_round_at_any_step_and_training_may_go_on(
     ranks: RankFactory, scheme: lgc.LocalSteps
 ) -> None:
     results = ranks(2).run(finished_anywhere, scheme)
     assert not differ([first for first, _, _ in results])
     assert [steps for _, steps, _ in results] == [11, 11]
-    assert scheme.overlap or scheme.fragments > 1 or not differ([last for _, _, last in results])
+    assert scheme.overlap or scheme.ahead or scheme.fragments > 1 or not differ([last for _, _, last in results])
+
+
+def begin_ahead(rank: int, _: int) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor], int]:
+    """Weights after a round, where they should be, those after an immediate finish, and the number of warnings."""
+    run = Run(AHEAD).train(rank, range(8))
+    state = run.handle.state_dict()["aggregator"]
+    residual, anchor = state["per_rank"]["round 0"]["residual"], state["replicated"]["anchor"]
+    expected = {name: each - 0.5 * residual[name] for name, each in anchor.items()}
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        run.net.state_dict()
+    ahead = {name: each for name, each in run.weights().items() if name in anchor}
+    run.handle.finish()
+    assert not differ([anchor, {name: run.weights()[name] for name in anchor}])
+    return ahead, expected, run.weights(), len(caught)
+
+
+def test_ahead_a_rank_begins_a_round_with_some_of_what_it_still_owes_in_its_weights(ranks: RankFactory) -> None:
+    results = ranks(2).run(begin_ahead)
+    for ahead, expected, _, warned in results:
+        assert not differ([ahead, expected])
+        assert warned == 1  # the weights are its own from the first step of a round on
+    assert differ([ahead for ahead, _, _, _ in results])
+    assert not differ([finished for _, _, finished, _ in results])
+
+
+@pytest.mark.parametrize("arguments", [{"every": lgc.Seconds(30)}, {"overlap": True}], ids=str)
+def test_ahead_needs_rounds_by_count_that_are_waited_for(arguments: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="ahead"):
+        lgc.LocalSteps(ahead=0.5, **arguments)
 
 
 def look_at_the_anchor(rank: int, _: int) -> tuple[bool, dict[str, Tensor], dict[str, Tensor], bool]:

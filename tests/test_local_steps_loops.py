@@ -695,9 +695,10 @@ def test_one_rank_may_evaluate_alone_and_an_error_there_puts_its_weights_back(ra
     assert not differ(ranks(2).run(evaluate_on_one_rank))
 
 
-def sum_of_steps(rank: int, _: int, exchange: Any) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
+def sum_of_steps(rank: int, _: int, exchange: Any, ahead: float) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
     """By parameter: what this rank's optimizer has moved, what the anchor has, and what this rank owes."""
-    run = Run(lgc.LocalSteps(every=3, exchange=exchange, start_steps=0, outer_lr=1.0, outer_momentum=0.0))
+    scheme = lgc.LocalSteps(every=3, exchange=exchange, start_steps=0, outer_lr=1.0, outer_momentum=0.0, ahead=ahead)
+    run = Run(scheme)
     initial = run.weights()
     moved = {name: torch.zeros_like(parameter) for name, parameter in run.net.named_parameters()}
     for number in range(12):
@@ -716,18 +717,22 @@ def sum_of_steps(rank: int, _: int, exchange: Any) -> dict[str, tuple[Tensor, Te
         run.optimizer.step()
     owed = run.handle.state_dict()["aggregator"]["per_rank"]["round 0"]
     residuals = [owed["residual"], owed.get("server_residual", {})]
-    weights = run.weights()
+    with run.handle.anchored():
+        weights = run.weights()
     return {
         name: (moved[name], initial[name] - weights[name], residuals[0][name] + residuals[1].get(name, 0))
         for name in moved
     }
 
 
+@pytest.mark.parametrize("ahead", [0.0, 0.5])
 @pytest.mark.parametrize("exchange", ["gather", "two_stage", "topk", "scalecom"])
-def test_what_the_ranks_have_moved_is_what_the_anchor_has_and_what_is_owed(ranks: RankFactory, exchange: str) -> None:
+def test_what_the_ranks_have_moved_is_what_the_anchor_has_and_what_is_owed(
+    ranks: RankFactory, exchange: str, ahead: float
+) -> None:
     sparse: dict[str, Any] = {"topk": lgc.TopK(rate=0.1), "scalecom": lgc.ScaleCom(rate=0.1)}
     reduction: Any = exchange
-    results = ranks(3).run(sum_of_steps, sparse.get(exchange) or lgc.Quantized(reduction=reduction))
+    results = ranks(3).run(sum_of_steps, sparse.get(exchange) or lgc.Quantized(reduction=reduction), ahead)
     for name in results[0]:
         moved, by_anchor, owed = (sum(of[name][part] for of in results) / 3 for part in range(3))
         torch.testing.assert_close(by_anchor + owed, moved, rtol=1e-4, atol=1e-5)

@@ -31,6 +31,7 @@ class Fragment:
     Attributes:
         anchor: where all ranks were after the last round, by name, float32 or wider.
         momentum: of the outer optimizer, like the anchor; empty if it has none.
+        is_ahead: whether this rank has begun the present round ahead of the anchor.
         rounds: number of rounds begun.
         step: of the optimizer, at the last of them.
     """
@@ -50,6 +51,7 @@ class Fragment:
         self._outer_lr, self._outer_momentum = scheme.outer
         moved = self.anchor if self._outer_momentum else {}
         self.momentum = {name: torch.zeros_like(tensor) for name, tensor in moved.items()}
+        self._ahead, self.is_ahead = scheme.ahead, False
         self.rounds = 0
         self.step = scheme.start_steps
         self._others = others
@@ -77,27 +79,42 @@ class Fragment:
 
     @torch.no_grad()
     def moved(self) -> dict[str, Tensor]:
-        """What this rank has moved since the last round, `anchor - weights`, by name."""
-        return {
-            name: self.anchor[name].to(own.dtype) - own.to(self.anchor[name].dtype) for name, own in self.part().items()
-        }
+        """What this rank has moved since the last round, `origin - weights`, by name."""
+        origin = self._origin()
+        return {name: origin[name].to(own.dtype) - own.to(origin[name].dtype) for name, own in self.part().items()}
+
+    def _origin(self) -> dict[str, Tensor]:
+        """Where this rank has begun the round, by name: at the anchor, or ahead of it by some of what it still owes."""
+        if not self.is_ahead:
+            return self.anchor
+        aggregator = self.synchronizer.aggregator
+        owed = aggregator.layout.by_name(aggregator.feedback.residual)
+        return {name: anchor - self._ahead * owed[name] for name, anchor in self.anchor.items()}
 
     @torch.no_grad()
-    def apply(self, mean: Mapping[str, Tensor], before: Mapping[str, Tensor] | None) -> None:
-        """Move the anchor by the mean, and the weights to it; a collective inside the site.
+    def apply(self, mean: Mapping[str, Tensor], before: Mapping[str, Tensor] | None, *, last: bool = False) -> None:
+        """Move the anchor by the mean, and the weights to it or ahead of it; a collective inside the site.
 
         Args:
             mean: of what was moved, by name.
             before: the weights when the round began: what they have moved since then is kept. None keeps nothing.
+            last: whether all ranks are to have the same weights now.
         """
         unmoved = self.site.common(all_zero(mean), mean)
-        weights = {}
-        for name, own in self.part().items():
-            anchor = self.anchor[name]
+        for name, anchor in self.anchor.items():
             if name not in unmoved:  # the outer momentum alone does not move what no rank has
                 anchor.sub_(self._outer_step(name, mean[name], rests=not self.parameters[name].requires_grad))
-            weights[name] = anchor if before is None else anchor + (own.to(anchor.dtype) - before[name])
+        self.is_ahead = self._ahead > 0 and not last
+        weights = self._origin()
+        if before is not None:
+            own = self.part()
+            weights = {name: each + (own[name].to(each.dtype) - before[name]) for name, each in weights.items()}
         self.site.fill(self.parameters, weights)
+
+    def come_back(self) -> None:
+        """Have the anchor as the weights, where this rank has not moved since the last round; inside the site alike."""
+        self.is_ahead = False
+        self.site.fill(self.parameters, self.anchor)
 
     def _outer_step(self, name: str, d: Tensor, *, rests: bool) -> Tensor:
         """What the anchor moves by, given the mean d; what is frozen takes d itself, and comes to rest."""

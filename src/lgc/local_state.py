@@ -45,6 +45,7 @@ class Launched(NamedTuple):
     Attributes:
         fragment: that is exchanged.
         steps: that this rank has made since its last round.
+        moved: by this rank since then, by name, where it is asked for after the exchange.
         weights: this rank's when it began, where they go on moving.
         buffers: the same.
         result: of the round, once it is done.
@@ -52,6 +53,7 @@ class Launched(NamedTuple):
 
     fragment: Fragment
     steps: int
+    moved: dict[str, Tensor]
     weights: dict[str, Tensor] | None
     buffers: dict[str, Tensor]
     result: Task[Result]
@@ -115,8 +117,8 @@ class LocalState(Caller):
     @property
     def _is_together(self) -> bool:
         """Whether all ranks have the same weights now."""
-        rounds_done = self._launched is None and all(each.step == self.step for each in self._fragments)
-        return rounds_done or not self._has_begun
+        at_anchor = all(each.step == self.step and not each.is_ahead for each in self._fragments)
+        return (self._launched is None and at_anchor) or not self._has_begun
 
     @contextlib.contextmanager
     def anchored(self) -> Iterator[None]:
@@ -177,6 +179,8 @@ class LocalState(Caller):
             "round_steps": {number: fragment.step for number, fragment in numbered.items()},
             "last_round": self._last_round,
         }
+        if self._scheme.ahead:
+            replicated["ahead"] = {number: int(fragment.is_ahead) for number, fragment in numbered.items()}
         if self._pace:
             replicated["pace"] = self._pace.state_dict()
         if self._scheme.overlap:
@@ -260,6 +264,7 @@ class LocalState(Caller):
             _copy({each: replicated["anchor"][name] for name, each in fragment.anchor.items()})
             _copy({each: replicated["outer_momentum"][name] for name, each in fragment.momentum.items()})
             fragment.rounds, fragment.step = replicated["rounds"][str(number)], replicated["round_steps"][str(number)]
+            fragment.is_ahead = self._scheme.ahead > 0 and replicated["ahead"][str(number)] == 1
         self._last_round = replicated["last_round"]
         if self._pace:
             self._pace.load_state_dict(replicated["pace"])
@@ -280,7 +285,7 @@ class LocalState(Caller):
         result: Task[Result] = Task()
         finite = all(bool(each.isfinite().all()) for each in weights.values())
         result.set_result(Result(mean, _copies(given["buffers"], device) if of_first else {}, finite))
-        self._launched = Launched(fragment, 0, weights, _copies(before["buffers"], device), result)
+        self._launched = Launched(fragment, 0, {}, weights, _copies(before["buffers"], device), result)
 
     def warn_of_own_weights(self) -> None:
         """Warn, once, that the model has weights of this rank alone."""

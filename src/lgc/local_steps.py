@@ -137,12 +137,13 @@ class LocalRounds(LocalState):
         )
         steps, fragment.step, self._last_round = self.step - fragment.step, self.step, self.step
         fragment.rounds += 1
+        moved = distance if self._scheme.first_moments == "all" else {}
         result: Task[Result] = Task()
         if wait or self._executor is None:
             result.set_result(exchange())
         else:
             result = self._executor.submit(exchange)
-        self._launched = Launched(fragment, steps, weights, buffers, result)
+        self._launched = Launched(fragment, steps, moved, weights, buffers, result)
 
     def _exchange(
         self,
@@ -185,18 +186,18 @@ class LocalRounds(LocalState):
                 self._pace.take(done, transport.rank)
             return Result(mean, combined, finite)
 
-    def _complete(self) -> None:
-        """Wait for the round that is under way, if any, and apply it."""
+    def _complete(self, *, last: bool = False) -> None:
+        """Wait for the round that is under way, if any, apply it; after the last, all ranks have the same weights."""
         self.settle()
         if self._launched is None:
             return
-        fragment, steps, weights, buffers, task = self._launched
+        fragment, steps, moved, weights, buffers, task = self._launched
         self._launched = None
         result = task.result()
         self._site.rest(self._module)
         if self._scheme.first_moments == "all" and result.finite:
-            take_first_moments(fragment, result.mean, steps, self._optimizers)
-        fragment.apply(result.mean, weights if result.finite else None)
+            take_first_moments(fragment, moved, result.mean, steps, self._optimizers)
+        fragment.apply(result.mean, weights if result.finite else None, last=last)
         self._buffers.apply(result.buffers, buffers)
         if not result.finite:
             for tensor in _tensors_of(self._optimizers):
@@ -438,7 +439,9 @@ class LocalRounds(LocalState):
             for fragment in self._fragments:
                 if fragment.step < self.step or any(votes):
                     self._launch(fragment, wait=True)
-                    self._complete()
+                    self._complete(last=True)
+                elif fragment.is_ahead and not self._replaced:
+                    fragment.come_back()
 
     def _has_moved_since(self) -> bool:
         """Whether a loop has changed what was just brought together, as Lookahead may after a step."""

@@ -29,7 +29,11 @@ def has_second_moments(optimizer: Optimizer) -> bool:
 
 @torch.no_grad()
 def take_first_moments(
-    fragment: Fragment, mean: Mapping[str, Tensor], steps: int, optimizers: Iterable[Optimizer]
+    fragment: Fragment,
+    moved: Mapping[str, Tensor],
+    mean: Mapping[str, Tensor],
+    steps: int,
+    optimizers: Iterable[Optimizer],
 ) -> None:
     """Have this rank go on by the momentum of all ranks, as far as a round tells; a collective inside the site.
 
@@ -37,13 +41,13 @@ def take_first_moments(
     ranks' m were in the mean over H steps, this rank's were too but for (mean - moved) d / (H lr), which m takes.
 
     Args:
-        fragment: whose weights are still where this rank has moved them.
-        mean: of what the ranks have moved, by name.
+        fragment: that the round was of.
+        moved: by this rank, by name.
+        mean: of what all ranks have moved.
         steps: H, since the fragment's last round.
         optimizers: that made them.
     """
-    apart = {name: mean[name] - moved for name, moved in fragment.moved().items()}
-    apart = fragment.site.whole(fragment.parameters, apart)
+    apart = fragment.site.whole(fragment.parameters, {name: mean[name] - each for name, each in moved.items()})
     named = {parameter: apart[name] for name, parameter in fragment.parameters.items() if parameter.requires_grad}
     for optimizer in optimizers:
         for group in optimizer.param_groups:

@@ -223,6 +223,7 @@ def _gathered(scheme: Scheme) -> LocalSteps:
         "overlap": (False, "a round that is under way cannot be tried again"),
         "fragments": (1, "a newcomer takes all of a state"),
         "start_steps": (0, "every step of the start needs all ranks"),
+        "ahead": (0, "what a rank owes is lost with it"),
         "first_moments": ("own", "a newcomer takes another rank's optimizer"),
         "second_moments": ("own", "the number of ranks may change"),
     }

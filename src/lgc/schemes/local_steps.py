@@ -46,6 +46,8 @@ class LocalSteps(Scheme):
             they have moved tells. For SGD and Adam.
         second_moments: what Adam divides by: "own" is what a rank's own gradients vary by, "all" what their mean over
             all ranks does, estimated from the rank's own, so that the learning rate of dense training is right.
+        ahead: how much of what a rank still owes it keeps in its own weights, 0 to 1: it begins a round ahead of the
+            anchor, at 1 where in the mean the ranks would be if nothing were left to send.
         overlap: exchange while the next steps compute; what comes back is applied when the next exchange begins.
         fragments: the tensors in so many groups, one of them exchanged every `every / fragments` steps.
     """
@@ -60,6 +62,7 @@ class LocalSteps(Scheme):
     start: ValueCodec = LloydMax(4)
     first_moments: Moments = "own"
     second_moments: Moments = "own"
+    ahead: float = 0.0
     overlap: bool = False
     fragments: int = 1
 
@@ -80,13 +83,15 @@ class LocalSteps(Scheme):
         require(self, "start", "a value codec, such as lgc.LloydMax(4)", isinstance(self.start, ValueCodec))
         require_one_of(self, "first_moments", get_args(Moments))
         require_one_of(self, "second_moments", get_args(Moments))
+        require(self, "ahead", "in [0, 1]", 0 <= require_number(self, "ahead") <= 1)
         require(self, "overlap", "True or False", isinstance(self.overlap, bool))
         require_integer(self, "fragments", 1)
         if self.overlap:
-            why = "own, which the round is too late for, with overlap=True"
-            require(self, "first_moments", why, self.first_moments == "own")
+            require(self, "first_moments", "left at own with overlap=True", self.first_moments == "own")
+            require(self, "ahead", "left at 0 with overlap=True", self.ahead == 0)
         if isinstance(self.every, Seconds):
             require(self, "first_moments", f"left at own with every={self.every}", self.first_moments == "own")
+            require(self, "ahead", f"left at 0 with every={self.every}", self.ahead == 0)
             require(self, "overlap", f"left at False with every={self.every}", not self.overlap)
             require(self, "fragments", f"left at 1 with every={self.every}", self.fragments == 1)
         else:
