@@ -63,7 +63,11 @@ def test_sites_train_as_single_ranks_with_all_of_a_sites_samples(
 @pytest.mark.grid
 @every_inside
 @pytest.mark.parametrize("exchange", EXCHANGES.values(), ids=EXCHANGES)
-@pytest.mark.parametrize("arguments", [{}, {"overlap": True}, {"fragments": 2, "overlap": True}], ids=str)
+@pytest.mark.parametrize(
+    "arguments",
+    [{}, {"overlap": True}, {"fragments": 2, "overlap": True}, {"ahead": 0.5, "first_moments": "all"}],
+    ids=str,
+)
 def test_all_ranks_of_all_sites_have_the_same_weights_at_the_end(
     ranks: RankFactory, exchange: Any, arguments: dict[str, Any], inside: Inside
 ) -> None:
@@ -168,7 +172,11 @@ def interrupted(rank: int, world_size: int, scheme: lgc.LocalSteps, inside: Insi
 
 @pytest.mark.grid
 @every_inside
-@pytest.mark.parametrize(("arguments", "stop"), [({}, 1), ({}, 8), ({"overlap": True}, 9)], ids=str)
+@pytest.mark.parametrize(
+    ("arguments", "stop"),
+    [({}, 1), ({}, 8), ({"overlap": True}, 9), ({"ahead": 0.5, "first_moments": "all"}, 8)],
+    ids=str,
+)
 def test_a_run_of_sites_goes_on_from_its_state_with_the_same_bits(
     ranks: RankFactory, inside: Inside, arguments: dict[str, Any], stop: int
 ) -> None:
