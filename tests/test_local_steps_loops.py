@@ -241,9 +241,9 @@ def test_finish_notices_that_another_optimizer_has_made_the_steps(ranks: RankFac
 
 
 def change_weights_after_the_last_round(
-    rank: int, _: int, overlap: bool
+    rank: int, _: int, arguments: dict[str, Any]
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    run = Run(exact(2, overlap=overlap)).train(rank, range(4))
+    run = Run(exact(2, **arguments)).train(rank, range(4))
     run.handle.finish()
     shared = copies(run.net)
     with torch.no_grad():
@@ -258,9 +258,11 @@ def change_weights_after_the_last_round(
     return shared, after
 
 
-@pytest.mark.parametrize("overlap", [False, True], ids=["waiting", "overlap"])
-def test_finish_exchanges_what_has_changed_after_the_last_round_too(ranks: RankFactory, overlap: bool) -> None:
-    results = ranks(2).run(change_weights_after_the_last_round, overlap)
+@pytest.mark.parametrize("arguments", [{}, {"overlap": True}, {"ahead": 0.5}], ids=str)
+def test_finish_exchanges_what_has_changed_after_the_last_round_too(
+    ranks: RankFactory, arguments: dict[str, Any]
+) -> None:
+    results = ranks(2).run(change_weights_after_the_last_round, arguments)
     assert not differ([after for _, after in results])
     for shared, after in results:
         for name in dict(Net().named_parameters()):

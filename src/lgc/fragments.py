@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from lgc.comm.transport import Transport
 from lgc.gradients import all_zero
@@ -31,7 +32,8 @@ class Fragment:
     Attributes:
         anchor: where all ranks were after the last round, by name, float32 or wider.
         momentum: of the outer optimizer, like the anchor; empty if it has none.
-        is_ahead: whether this rank has begun the present round ahead of the anchor.
+        ahead: names of what this rank has begun the present round with ahead of the anchor.
+        rates: the sum of the optimizer's learning rates since the last round, by name, where it is asked for.
         rounds: number of rounds begun.
         step: of the optimizer, at the last of them.
     """
@@ -46,12 +48,15 @@ class Fragment:
         others: Mapping[str, Tensor],
     ) -> None:
         self.parameters = dict(parameters)
+        self._names = {parameter: name for name, parameter in self.parameters.items()}
         self.site = site
         self.anchor = {name: _wide(part) for name, part in self.part().items()}
         self._outer_lr, self._outer_momentum = scheme.outer
         moved = self.anchor if self._outer_momentum else {}
         self.momentum = {name: torch.zeros_like(tensor) for name, tensor in moved.items()}
-        self._ahead, self.is_ahead = scheme.ahead, False
+        self._by = scheme.ahead
+        self.ahead: frozenset[str] = frozenset()
+        self.rates: dict[str, float] = dict.fromkeys(self.parameters, 0.0) if scheme.first_moments == "all" else {}
         self.rounds = 0
         self.step = scheme.start_steps
         self._others = others
@@ -85,11 +90,16 @@ class Fragment:
 
     def _origin(self) -> dict[str, Tensor]:
         """Where this rank has begun the round, by name: at the anchor, or ahead of it by some of what it still owes."""
-        if not self.is_ahead:
-            return self.anchor
+        owed = self.owed() if self.ahead else {}
+        return {
+            name: anchor - self._by * owed[name] if name in self.ahead else anchor
+            for name, anchor in self.anchor.items()
+        }
+
+    def owed(self) -> dict[str, Tensor]:
+        """This rank's residual, by name."""
         aggregator = self.synchronizer.aggregator
-        owed = aggregator.layout.by_name(aggregator.feedback.residual)
-        return {name: anchor - self._ahead * owed[name] for name, anchor in self.anchor.items()}
+        return aggregator.layout.by_name(aggregator.feedback.residual)
 
     @torch.no_grad()
     def apply(self, mean: Mapping[str, Tensor], before: Mapping[str, Tensor] | None, *, last: bool = False) -> None:
@@ -104,17 +114,41 @@ class Fragment:
         for name, anchor in self.anchor.items():
             if name not in unmoved:  # the outer momentum alone does not move what no rank has
                 anchor.sub_(self._outer_step(name, mean[name], rests=not self.parameters[name].requires_grad))
-        self.is_ahead = self._ahead > 0 and not last
+        trained = frozenset(name for name, each in self.parameters.items() if each.requires_grad)
+        self.ahead = trained if self._by > 0 and not last else frozenset()
         weights = self._origin()
         if before is not None:
             own = self.part()
             weights = {name: each + (own[name].to(each.dtype) - before[name]) for name, each in weights.items()}
         self.site.fill(self.parameters, weights)
 
+    def add_rates(self, optimizer: Optimizer) -> None:
+        """Add the learning rates of an optimizer's step, if they are asked for."""
+        if not self.rates:
+            return
+        for group in optimizer.param_groups:
+            rate = float(group["lr"])
+            for name in filter(None, map(self._names.get, group["params"])):
+                self.rates[name] += rate
+
     def come_back(self) -> None:
-        """Have the anchor as the weights, where this rank has not moved since the last round; inside the site alike."""
-        self.is_ahead = False
+        """Have the anchor as the weights, whatever this rank has moved; inside the site alike."""
+        self.ahead = frozenset()
         self.site.fill(self.parameters, self.anchor)
+
+    @torch.no_grad()
+    def go_ahead(self, ahead: Iterable[str], before: Mapping[str, Tensor]) -> None:
+        """Have begun the round ahead of the anchor, by the residual, where the weights are so by another one.
+
+        Args:
+            ahead: names of what is ahead.
+            before: the residual by which it was, by name.
+        """
+        self.ahead = frozenset(ahead)
+        owed, own = self.owed(), self.part()
+        for name in self.ahead:
+            own[name] = own[name] - self._by * (owed[name] - before[name])
+        self.site.fill(self.parameters, own)
 
     def _outer_step(self, name: str, d: Tensor, *, rests: bool) -> Tensor:
         """What the anchor moves by, given the mean d; what is frozen takes d itself, and comes to rest."""

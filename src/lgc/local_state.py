@@ -44,15 +44,13 @@ class Launched(NamedTuple):
 
     Attributes:
         fragment: that is exchanged.
-        steps: that this rank has made since its last round.
-        moved: by this rank since then, by name, where it is asked for after the exchange.
+        moved: by this rank, by name, where it is asked for after the exchange.
         weights: this rank's when it began, where they go on moving.
         buffers: the same.
         result: of the round, once it is done.
     """
 
     fragment: Fragment
-    steps: int
     moved: dict[str, Tensor]
     weights: dict[str, Tensor] | None
     buffers: dict[str, Tensor]
@@ -117,7 +115,7 @@ class LocalState(Caller):
     @property
     def _is_together(self) -> bool:
         """Whether all ranks have the same weights now."""
-        at_anchor = all(each.step == self.step and not each.is_ahead for each in self._fragments)
+        at_anchor = all(each.step == self.step and not each.ahead for each in self._fragments)
         return (self._launched is None and at_anchor) or not self._has_begun
 
     @contextlib.contextmanager
@@ -180,7 +178,10 @@ class LocalState(Caller):
             "last_round": self._last_round,
         }
         if self._scheme.ahead:
-            replicated["ahead"] = {number: int(fragment.is_ahead) for number, fragment in numbered.items()}
+            ahead = frozenset[str]().union(*(fragment.ahead for fragment in self._fragments))
+            replicated["ahead"] = {name: int(name in ahead) for name in self._parameters}
+        if self._scheme.first_moments == "all":
+            replicated["rates"] = {name: rate for each in self._fragments for name, rate in each.rates.items()}
         if self._pace:
             replicated["pace"] = self._pace.state_dict()
         if self._scheme.overlap:
@@ -264,7 +265,10 @@ class LocalState(Caller):
             _copy({each: replicated["anchor"][name] for name, each in fragment.anchor.items()})
             _copy({each: replicated["outer_momentum"][name] for name, each in fragment.momentum.items()})
             fragment.rounds, fragment.step = replicated["rounds"][str(number)], replicated["round_steps"][str(number)]
-            fragment.is_ahead = self._scheme.ahead > 0 and replicated["ahead"][str(number)] == 1
+            fragment.rates = {name: replicated["rates"][name] for name in fragment.rates}
+            if self._scheme.ahead:
+                ahead = [name for name in fragment.anchor if replicated["ahead"][name]]
+                fragment.go_ahead(ahead, per_rank[f"round {number}"]["residual"])
         self._last_round = replicated["last_round"]
         if self._pace:
             self._pace.load_state_dict(replicated["pace"])
@@ -285,7 +289,7 @@ class LocalState(Caller):
         result: Task[Result] = Task()
         finite = all(bool(each.isfinite().all()) for each in weights.values())
         result.set_result(Result(mean, _copies(given["buffers"], device) if of_first else {}, finite))
-        self._launched = Launched(fragment, 0, {}, weights, _copies(before["buffers"], device), result)
+        self._launched = Launched(fragment, {}, weights, _copies(before["buffers"], device), result)
 
     def warn_of_own_weights(self) -> None:
         """Warn, once, that the model has weights of this rank alone."""

@@ -135,15 +135,15 @@ class LocalRounds(LocalState):
             finite=finite,
             error=self._unfrozen(),
         )
-        steps, fragment.step, self._last_round = self.step - fragment.step, self.step, self.step
         fragment.rounds += 1
-        moved = distance if self._scheme.first_moments == "all" else {}
+        fragment.step = self._last_round = self.step
+        moved = distance if fragment.rates else {}
         result: Task[Result] = Task()
         if wait or self._executor is None:
             result.set_result(exchange())
         else:
             result = self._executor.submit(exchange)
-        self._launched = Launched(fragment, steps, moved, weights, buffers, result)
+        self._launched = Launched(fragment, moved, weights, buffers, result)
 
     def _exchange(
         self,
@@ -191,15 +191,20 @@ class LocalRounds(LocalState):
         self.settle()
         if self._launched is None:
             return
-        fragment, steps, moved, weights, buffers, task = self._launched
+        fragment, moved, weights, buffers, task = self._launched
         self._launched = None
         result = task.result()
         self._site.rest(self._module)
-        if self._scheme.first_moments == "all" and result.finite:
-            take_first_moments(fragment, moved, result.mean, steps, self._optimizers)
+        if fragment.rates:
+            if result.finite:
+                take_first_moments(fragment, moved, result.mean, self._optimizers)
+            fragment.rates = dict.fromkeys(fragment.rates, 0.0)
         fragment.apply(result.mean, weights if result.finite else None, last=last)
         self._buffers.apply(result.buffers, buffers)
         if not result.finite:
+            for other in self._fragments:
+                if other is not fragment:  # or it would make the others not finite again
+                    other.come_back()
             for tensor in _tensors_of(self._optimizers):
                 torch.nan_to_num_(tensor, 0.0, 0.0, 0.0)
         if self._pace:
@@ -291,6 +296,9 @@ class LocalRounds(LocalState):
         self._in_step = False
         if self._second_moments and not self._is_starting:
             self._second_moments.after_step(optimizer)
+        if not self._is_starting:
+            for each in self._fragments:
+                each.add_rates(optimizer)
         self._stepped.append(optimizer)
         if len(self._stepped) < len(self._optimizers):
             return
@@ -426,6 +434,11 @@ class LocalRounds(LocalState):
         with self._announcing():
             self._complete()
             self._site.rest(self._module)
+            if self._replaced and any(fragment.step < self.step for fragment in self._fragments):
+                raise RuntimeError(
+                    "lgc: the model's weights were loaded amid a round, so that what this rank had moved is lost; call "
+                    "handle.finish() before loading them, as well as after."
+                )
             moved = self._has_begun and not self._replaced and self._has_moved_since()
             if self._pace:  # by their own count, not all ranks know that some have made steps since the last round
                 moved |= self.step > self._last_round
@@ -440,7 +453,9 @@ class LocalRounds(LocalState):
                 if fragment.step < self.step or any(votes):
                     self._launch(fragment, wait=True)
                     self._complete(last=True)
-                elif fragment.is_ahead and not self._replaced:
+                elif self._replaced:
+                    fragment.ahead = frozenset()
+                elif fragment.ahead:
                     fragment.come_back()
 
     def _has_moved_since(self) -> bool:

@@ -14,6 +14,7 @@ from lgc.fragments import Fragment
 
 FIRST_MOMENT, SECOND_MOMENT = "exp_avg", "exp_avg_sq"  # in torch's state of a parameter, for Adam
 MOMENTUM = "momentum_buffer"  # for SGD
+MOST = 4.0
 
 
 def has_first_moments(optimizer: Optimizer) -> bool:
@@ -29,37 +30,46 @@ def has_second_moments(optimizer: Optimizer) -> bool:
 
 @torch.no_grad()
 def take_first_moments(
-    fragment: Fragment,
-    moved: Mapping[str, Tensor],
-    mean: Mapping[str, Tensor],
-    steps: int,
-    optimizers: Iterable[Optimizer],
+    fragment: Fragment, moved: Mapping[str, Tensor], mean: Mapping[str, Tensor], optimizers: Iterable[Optimizer]
 ) -> None:
     """Have this rank go on by the momentum of all ranks, as far as a round tells; a collective inside the site.
 
     With learning rate lr a step moves the weights by lr m / d, where d is Adam's denominator, or 1 for SGD. So what all
-    ranks' m were in the mean over H steps, this rank's were too but for (mean - moved) d / (H lr), which m takes.
+    ranks' m were in the mean over a round, this rank's were too but for (mean - moved) d / (sum of lr), which m takes.
+    Nesterov's step by SGD moves lr (g + mu m), that is mu / H more in H steps.
+
+    Where a rank has moved little, and the mean is much of what was owed before, that is no measure of its momentum: it
+    takes at most `MOST` times what it has moved, and nothing where it has not moved at all, as without gradients.
 
     Args:
         fragment: that the round was of.
         moved: by this rank, by name.
         mean: of what all ranks have moved.
-        steps: H, since the fragment's last round.
-        optimizers: that made them.
+        optimizers: that moved them.
     """
-    apart = fragment.site.whole(fragment.parameters, {name: mean[name] - each for name, each in moved.items()})
-    named = {parameter: apart[name] for name, parameter in fragment.parameters.items() if parameter.requires_grad}
+    apart = {name: _limited(mean[name] - each, each) for name, each in moved.items()}
+    apart = fragment.site.whole(fragment.parameters, apart)
+    named = {parameter: name for name, parameter in fragment.parameters.items()}
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             for parameter in named.keys() & set(group["params"]):
-                state = optimizer.state.get(parameter, {})
+                state, rates = optimizer.state.get(parameter, {}), fragment.rates[named[parameter]]
                 m = state.get(FIRST_MOMENT if SECOND_MOMENT in state else MOMENTUM)
-                if m is not None and steps * group["lr"] > 0:
-                    velocity = named[parameter] / (steps * float(group["lr"]))
-                    if SECOND_MOMENT in state:
+                if m is None or not rates > 0:
+                    continue
+                velocity = apart[named[parameter]] / rates
+                if SECOND_MOMENT in state:
+                    if state["step"] > 0:
                         beta, step = group["betas"][0], float(state["step"])
-                        velocity *= _denominator(state, group).mul_(1 - beta**step)
-                    m.add_(velocity)
+                        m.add_(velocity.mul_(_denominator(state, group)).mul_(1 - beta**step))
+                else:
+                    m.add_(velocity, alpha=1 / (1 + group["nesterov"] * group["momentum"] * group["lr"] / rates))
+
+
+def _limited(apart: Tensor, moved: Tensor) -> Tensor:
+    """The same, or shorter."""
+    length, most = float(apart.norm()), MOST * float(moved.norm())
+    return apart if length <= most else apart * (most / length)
 
 
 class SecondMoments:

@@ -78,14 +78,14 @@ def differ(results: list[dict[str, Tensor]]) -> set[str]:
     return {name for name in results[0] for each in results if not torch.equal(each[name], results[0][name])}
 
 
-def owed(states: list[dict[str, Any]]) -> dict[str, Tensor]:
-    """The mean over the ranks of residual + anchor - weights."""
+def owed(states: list[dict[str, Any]], ahead: float = 0.0) -> dict[str, Tensor]:
+    """The mean over the ranks of residual + origin - weights, where all began the round so far ahead of the anchor."""
     total: dict[str, Tensor] = {}
     for state in states:
         per_rank, anchor = state["aggregator"]["per_rank"], state["aggregator"]["replicated"]["anchor"]
         for name, weights in per_rank["weights"].items():
             buffers = per_rank["round 0"]
             server = buffers["server_residual"][name] if "server_residual" in buffers else 0
-            each = buffers["residual"][name] + server + anchor[name] - weights
+            each = (1 - ahead) * buffers["residual"][name] + server + anchor[name] - weights
             total[name] = total.get(name, 0) + each / len(states)
     return total
