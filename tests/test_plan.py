@@ -102,6 +102,14 @@ def test_codes_that_know_earlier_rounds_are_said_to_be_counted_as_in_the_first()
     assert said == ["dgc:indices=recent", "local+topk:values=recentsign"]
 
 
+@pytest.mark.parametrize(("recipe", "optimizer"), [("digits", "sgd"), ("text-gpt", "adamw")])
+def test_schemes_for_adam_are_planned_where_it_trains(recipe: str, optimizer: str) -> None:
+    run: dict[str, Any] = {"batch_size": None, "data": None, "backbone": None, "bf16": False}
+    schemes = command._question(2, recipe=recipe, model=None, schemes=None, **run).schemes
+    assert find_recipe(recipe).optimizer == optimizer
+    assert any("second_moments=all" in text for text in schemes) == (optimizer == "adamw")
+
+
 def test_the_ladder_knows_the_schemes_that_are_planned_however_they_are_written(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -38,13 +38,15 @@ from lgc_lab.bench.link.results import Results, link_of
 from lgc_lab.folder import read_objects, write_json
 from lgc_lab.launch.ranks import place_under_torchrun, preload, process_group, start_ranks, under_torchrun
 from lgc_lab.plan.ladder import CONDITIONS, find_loss
-from lgc_lab.recipes import find_object
+from lgc_lab.recipes import find_object, find_recipe
 from lgc_lab.terminal import aligned, notify
 from lgc_lab.training.loop import make_optimizer
 from lgc_lab.training.settings import Settings
 
 SCHEMES = (
     "dense,bf16,powersgd:rank=1,powersgd:rank=2,powersgd:rank=4,dgc,topk,scalecom,lgc-ring,lgc-ps,quantized,"
+    "local:every=2:first_moments=all:second_moments=all:ahead=0.5+quantized,"
+    "local:every=6:first_moments=all:second_moments=all:ahead=0.5+quantized:values=deadzone1.5:mean_values=deadzone1.25,"
     "local:every=2+quantized,local:every=20+dense,local:every=20+quantized,local:every=50+quantized,"
     "local:every=100+quantized"
 )
@@ -81,7 +83,10 @@ class Question(NamedTuple):
     "[measured under torchrun, else 100mbit]",
 )
 @click.option("--latency", default="0ms", help="Delay of a message, about what ping shows (us, ms, s).")
-@click.option("--schemes", default=SCHEMES, help="Schemes to choose from, beside dense; as for lgc compare.")
+@click.option(
+    "--schemes",
+    help="Schemes to choose from, beside dense; as for lgc compare.  [some of every kind]",
+)
 @options.batch_size
 @options.data
 @options.backbone
@@ -150,10 +155,12 @@ def plan(
         click.echo("\n\n".join(_as_text(name, link, profile, rows, labels) for name, link, rows in answers))
 
 
-def _question(world_size: int, *, recipe: str | None, model: str | None, schemes: str, **run: Any) -> Question:
+def _question(world_size: int, *, recipe: str | None, model: str | None, schemes: str | None, **run: Any) -> Question:
     if (recipe is None) == (model is None):
         raise ValueError("one of --recipe and --model must be given.")
-    texts = options.split(schemes)
+    texts = options.split(SCHEMES if schemes is None else schemes)
+    if schemes is None and recipe is not None and find_recipe(recipe).optimizer != "adamw":
+        texts = [text for text in texts if not _is_for_adam(parse_scheme(text))]
     make_job: Callable[..., Job]
     if recipe is not None:
         settings = {text: Settings(recipe=recipe, scheme=text, world_size=world_size, **run) for text in texts}
@@ -174,6 +181,10 @@ def _question(world_size: int, *, recipe: str | None, model: str | None, schemes
         make_job = partial(_job_of_function, model)
     require_different(texts, (planned[text] for text in texts))
     return Question(make_job, planned, world_size)
+
+
+def _is_for_adam(scheme: Scheme) -> bool:
+    return isinstance(scheme, LocalSteps) and scheme.second_moments == "all"
 
 
 def _job_of_recipe(
@@ -336,6 +347,8 @@ def _advice(rows: Sequence[Prediction], labels: Mapping[str, str], profile: Prof
         )
     if isinstance(scheme, LocalSteps):
         paragraphs.append("Evaluate and save within handle.anchored(), and end with handle.finish().")
+    if _is_for_adam(scheme):
+        paragraphs.append("It is for torch.optim.Adam and AdamW.")
     if scheme.makes_adams_step:
         paragraphs.append("It makes Adam's step: train with SGD without momentum.")
     elif scheme.corrected_momentum:
