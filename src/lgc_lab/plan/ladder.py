@@ -17,7 +17,7 @@ LOSSES: dict[str, float | None] = {  # by text form, which the recipe completes;
     "lgc-ring": None,
     "lgc-ps": None,
     "quantized": None,
-    "local:every=2:first_moments=all:second_moments=all:ahead=0.5+quantized": None,
+    "local:every=2:first_moments=all:second_moments=all:ahead=0.5+quantized": 0.004,
     "local:every=6:first_moments=all:second_moments=all:ahead=0.5+quantized:values=deadzone1.5"
     ":mean_values=deadzone1.25": 0.031,
     "local:every=2+quantized": 0.045,
