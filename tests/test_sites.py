@@ -248,14 +248,24 @@ def flat(state: Any, path: str = "") -> dict[str, Tensor]:
     return {path: whole(state if isinstance(state, Tensor) else torch.tensor(state))}
 
 
-@pytest.mark.parametrize("inside", [pytest.param("ddp", marks=pytest.mark.exhaustive), "fsdp"])
+@pytest.mark.parametrize(
+    ("inside", "reduction", "arguments"),
+    [
+        pytest.param("ddp", "two_stage", {"overlap": True}, marks=pytest.mark.exhaustive),
+        pytest.param("ddp", "gather", {"ahead": 0.5, "first_moments": "all"}, marks=pytest.mark.exhaustive),
+        pytest.param("fsdp", "gather", {"ahead": 0.5, "first_moments": "all"}, marks=pytest.mark.exhaustive),
+        ("fsdp", "two_stage", {"overlap": True}),
+    ],
+    ids=str,
+)
 def test_torchs_checkpoint_brings_the_state_to_other_numbers_of_sites_and_ranks(
-    ranks: RankFactory, inside: Inside, tmp_path: Path
+    ranks: RankFactory, inside: Inside, reduction: Any, arguments: dict[str, Any], tmp_path: Path
 ) -> None:
-    exchange = lgc.Quantized(reduction="two_stage")
-    scheme = lgc.LocalSteps(every=4, exchange=exchange, start_steps=2, fragments=2, overlap=True, outer_momentum=0.9)
+    exchange = lgc.Quantized(reduction=reduction)
+    scheme = lgc.LocalSteps(every=4, exchange=exchange, start_steps=2, fragments=2, outer_momentum=0.9, **arguments)
     saved = ranks(4).run(keep, tmp_path, 2, inside, scheme, False)
-    assert any("server_residual" in path and each.any() for path, each in saved[0][0].items())
+    served = any("server_residual" in path and each.any() for path, each in saved[0][0].items())
+    assert served == (reduction == "two_stage")
     taken_over = {(2, 2): [[0], [1], [2], [3]], (2, 1): [[0, 1], [2, 3]], (1, 4): [[0, 1, 2, 3]] * 4}
     for (sites, places), takes in taken_over.items():
         for rank, (state, sent) in enumerate(ranks(sites * places).run(keep, tmp_path, places, inside, scheme, True)):
