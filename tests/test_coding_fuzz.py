@@ -19,6 +19,7 @@ from lgc.coding import (
     Float32,
     IndexCoder,
     Kind,
+    Largest,
     LloydMax,
     PayloadError,
     RangeCoder,
@@ -39,7 +40,7 @@ SIZES, COUNTS = [1000, 0, 7, 50_000, 3], [20, 0, 7, 40, 0]
 ZEROS_COUNT = 1503
 
 
-TARGETS = 19  # four coders, what one of them knows, twelve codecs, zeros, the payload
+TARGETS = 20  # four coders, what one of them knows, thirteen codecs, zeros, the payload
 
 
 class Target(NamedTuple):
@@ -65,7 +66,7 @@ def targets(generator: np.random.Generator) -> Iterator[Target]:
     yield Target("known", recent.after(indices).known(sum(SIZES)), check_known)
     values = torch.from_numpy(generator.standard_t(3, sum(COUNTS)).astype(np.float32))
     quantisers = (Uniform(3), Uniform(8), Uniform(4, block=16), LloydMax(1), LloydMax(), LloydMax(3, block=16))
-    for codec in (Float32(), Float16(), BFloat16(), Sign(), DeadZone(0.5), *quantisers):
+    for codec in (Float32(), Float16(), BFloat16(), Sign(), DeadZone(0.5), Largest(), *quantisers):
         yield Target(repr(codec), codec.encode(values, COUNTS).numpy().tobytes(), partial(check_values, codec))
     known = torch.from_numpy(generator.random(sum(COUNTS)) < 0.9)
     signs = RecentSign().given(values.sign().to(torch.int8) * known)

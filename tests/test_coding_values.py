@@ -23,11 +23,13 @@ from lgc.coding import (
     DeadZone,
     Float16,
     Float32,
+    Largest,
     LloydMax,
     PayloadError,
     Sign,
     Uniform,
     ValueCodec,
+    Zoned,
     lane_width,
     lane_words,
     pack_lanes,
@@ -55,6 +57,8 @@ CODECS: list[ValueCodec] = [
     LloydMax(bits=4, block=2),
     DeadZone(),
     DeadZone(step=0.25),
+    Largest(),
+    Largest(share=0.5),
 ]
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "values.json").read_text())
 
@@ -75,7 +79,7 @@ def test_any_finite_values_have_a_code_of_the_promised_length(codec: ValueCodec,
     data = codec.encode(values, counts)
     assert data.dtype == torch.uint8
     assert data.numel() <= codec.bound(counts)
-    if bool(values.all()) and not isinstance(codec, DeadZone):
+    if bool(values.all()) and not isinstance(codec, Zoned):
         assert data.numel() == codec.size(counts)
     decoded = codec.decode(data, counts)
     assert not bool(decoded[values == 0].any())
@@ -85,7 +89,7 @@ def test_any_finite_values_have_a_code_of_the_promised_length(codec: ValueCodec,
     assert torch.equal(codec.decode(data.numpy().tobytes(), counts), decoded)
 
 
-@pytest.mark.parametrize("codec", [each for each in CODECS if not isinstance(each, DeadZone)], ids=repr)
+@pytest.mark.parametrize("codec", [each for each in CODECS if not isinstance(each, Zoned)], ids=repr)
 def test_what_is_decoded_is_coded_without_further_loss(codec: ValueCodec) -> None:
     """Every rank may code again what it decoded: the representable values are kept.
 
@@ -385,6 +389,9 @@ def test_lloyd_and_max_have_levels_of_one_to_eight_bits(bits: int) -> None:
         (Uniform(bits=4, block=256), "uniform4x256"),
         (DeadZone(), "deadzone1.6"),
         (DeadZone(0.5), "deadzone0.5"),
+        (Largest(), "largest0.01"),
+        (Largest(0.00001), "largest0.00001"),
+        (Largest(1), "largest1"),
     ],
 )
 def test_a_codec_with_levels_has_a_text_form(codec: ValueCodec, text: str) -> None:
@@ -392,14 +399,16 @@ def test_a_codec_with_levels_has_a_text_form(codec: ValueCodec, text: str) -> No
     assert from_text("values", text, ValueCodec) == codec
 
 
-@pytest.mark.parametrize("text", ["lloyd", "lloyd2x", "lloydx64", "max2", "deadzone", "deadzone.5"])
+@pytest.mark.parametrize(
+    "text", ["lloyd", "lloyd2x", "lloydx64", "max2", "deadzone", "deadzone.5", "largest", "largest1e-2"]
+)
 def test_another_text_is_refused_with_what_it_may_be(text: str) -> None:
-    with pytest.raises(ValueError, match=r"uniformBITSxBLOCK, lloydBITS, lloydBITSxBLOCK, deadzoneSTEP, got"):
+    with pytest.raises(ValueError, match=r"lloydBITS, lloydBITSxBLOCK, deadzoneSTEP, largestSHARE, got"):
         from_text("values", text, ValueCodec)
 
 
 @pytest.mark.parametrize(
-    ("step", "bits", "error"), [(0.5, 2.73, 0.0438), (1.0, 1.43, 0.221), (1.6, 0.63, 0.548), (2.5, 0.11, 0.900)]
+    ("step", "bits", "error"), [(0.5, 2.73, 0.0438), (1.0, 1.43, 0.221), (1.6, 0.63, 0.548), (2.4, 0.14, 0.875)]
 )
 @pytest.mark.parametrize("magnitude", [1e-10, 1.0, 1e10])
 def test_a_wider_dead_zone_takes_fewer_bits(step: float, bits: float, error: float, magnitude: float) -> None:
@@ -411,7 +420,7 @@ def test_a_wider_dead_zone_takes_fewer_bits(step: float, bits: float, error: flo
     assert float((values - decoded).square().mean()) == pytest.approx(error, rel=0.02)
 
 
-@pytest.mark.parametrize("step", [0.25, 1.6, 4.0])
+@pytest.mark.parametrize("step", [0.25, 1.6, 2.4])
 @pytest.mark.parametrize(
     "values", [[0.5], [1.0, 1.0, 1.0], [-3e-30, 2e-30], [1.0, *[1e-6] * 30], [1e30, *[-1e29] * 12]], ids=str
 )
@@ -433,10 +442,47 @@ def test_a_dead_zone_by_hand() -> None:
     assert DeadZone().decode(data, [4]).tolist() == [0, -2.90625 * 1.375, 0, 0]
 
 
-@pytest.mark.parametrize("step", [0, -1.0, 4.1, float("nan"), True, "1"])
+@pytest.mark.parametrize("step", [0, -1.0, 2.5, float("nan"), True, "1"])
 def test_a_dead_zone_has_a_width(step: float) -> None:
-    with pytest.raises(ValueError, match=r"DeadZone\(step=\.\.\.\) must be a number above 0 and at most 4, got"):
+    with pytest.raises(ValueError, match=r"DeadZone\(step=\.\.\.\) must be a number above 0 and at most 2.4, got"):
         DeadZone(step)
+
+
+@pytest.mark.parametrize("share", [0.001, 0.01, 0.1, 1.0])
+def test_the_largest_are_sent_in_every_segment_and_nothing_else(share: float) -> None:
+    values = normal(3000) * torch.tensor([1e-10, 1.0, 1e10]).repeat_interleave(1000)
+    decoded = Largest(share).decode(Largest(share).encode(values, [1000] * 3), [1000] * 3)
+    for sent, whole in zip(decoded.split(1000), values.split(1000), strict=True):
+        places = sent.nonzero().flatten()
+        assert places.numel() == 1000 * share
+        assert set(places.tolist()) == set(whole.abs().topk(places.numel()).indices.tolist())
+
+
+def test_of_few_values_all_may_be_among_the_largest() -> None:
+    """A share of the segment's size is rounded up, and zeros are not sent."""
+    values = torch.tensor([3.0, 0.0, -1e-38, 1.0, 1.0, 0.0, 0.0, 0.5, -0.5])
+    counts = [1, 2, 2, 2, 2]
+    codec = Largest(0.5)
+    decoded = codec.decode(codec.encode(values, counts), counts)
+    assert decoded.ne(0).tolist() == [True, False, True, True, True, False, False, True, True]
+
+
+@pytest.mark.parametrize("share", [0, -0.1, 1.1, float("nan"), True, "1"])
+def test_the_largest_have_a_share(share: float) -> None:
+    with pytest.raises(ValueError, match=r"Largest\(share=\.\.\.\) must be a number above 0 and at most 1, got"):
+        Largest(share)
+
+
+def test_with_error_feedback_the_largest_leave_nothing_behind() -> None:
+    """What chance has filled the zone with is sent, at the same bytes a round, once nothing more comes."""
+    owed, codec = torch.zeros(4096), Largest(0.01)
+    for number in range(300):
+        owed += normal(4096, seed=number)
+        owed -= codec.decode(codec.encode(owed, [4096]), [4096])
+    before = float(owed.norm())
+    for _ in range(300):
+        owed -= codec.decode(codec.encode(owed, [4096]), [4096])
+    assert float(owed.norm()) < 0.2 * before
 
 
 def test_the_benchmark_shows_what_a_codec_costs_and_loses() -> None:

@@ -48,6 +48,7 @@ CODECS: dict[str, Any] = {
     "uniform4x256": lgc.Uniform(4, 256),
     **{f"lloyd{bits}": lgc.LloydMax(bits) for bits in (1, 2, 4, 8)},
     "deadzone": lgc.DeadZone(),
+    "largest": lgc.Largest(0.1),
 }
 
 HOST = torch.device("cpu")

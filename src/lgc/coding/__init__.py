@@ -1,7 +1,7 @@
 """Bytes for indices, values and payloads. Nothing here communicates."""
 
 from lgc.coding.bits import lane_width, lane_words, pack_lanes, unpack_lanes
-from lgc.coding.dead_zone import DeadZone
+from lgc.coding.dead_zone import DeadZone, Largest, Zoned
 from lgc.coding.indices import IndexCoder, RangeCoder, RawIndices, Rice
 from lgc.coding.payload import Kind, PayloadError, header_size, pack, size_limit, unpack
 from lgc.coding.recent import Recent
@@ -16,6 +16,7 @@ __all__ = [
     "Float32",
     "IndexCoder",
     "Kind",
+    "Largest",
     "LloydMax",
     "PayloadError",
     "RangeCoder",
@@ -26,6 +27,7 @@ __all__ = [
     "Sign",
     "Uniform",
     "ValueCodec",
+    "Zoned",
     "decode_zeros",
     "encode_zeros",
     "header_size",

@@ -1,7 +1,9 @@
-"""A code of less than two bits a value: most values are near zero, and are left out."""
+"""Codes of less than two bits a value: most values are near zero, and are left out."""
 
 from __future__ import annotations
 
+import math
+from abc import abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar, final
 
@@ -14,33 +16,24 @@ from lgc.coding.payload import Octets, PayloadError
 from lgc.coding.values import BFloat16, Floats, ValueCodec, counts_of, require_scales
 
 LENGTH_BYTES = 4
+WIDEST = 2.4  # of dead zones; below the square root of 6
 
 
-@final
 @dataclass(frozen=True)
-class DeadZone(ValueCodec):
+class Zoned(ValueCodec):
     """Multiples of a step, with a zone around zero that is twice as wide; zeros stay zeros.
 
         x -> sign(x) (k + 3/8) f,  k = floor(|x| / s) from 1 to 15;  x -> 0 where |x| < s
-        s = step sqrt(mean x^2) of the segment, or max |x| if that is less
         f = sum |x| (k + 3/8) / sum (k + 3/8)^2 over what is not left out, a bfloat16
 
-    f is the best factor, and the largest value is always sent; so a segment loses less than it holds, unless f is too
-    small for a bfloat16. The larger the step, the fewer bits: for Gaussian values 1.4 a value at a step of 1, 0.6 at
-    1.6. Which values reach k = 1, which of these k = 2, and so on, are positions in `Rice` code, so the length depends
-    on the values.
+    f is the best factor, and the largest value of a segment is always sent; so a segment loses less than it holds,
+    unless f is too small for a bfloat16. The step s of a segment is chosen by the encoder alone, and is not in the
+    code. Which values reach k = 1, which of these k = 2, and so on, are positions in `Rice` code, so the length
+    depends on the values.
 
     Source: Sullivan, Efficient Scalar Quantization of Exponential and Laplacian Random Variables, IEEE Trans.
     Information Theory, 1996, for the zone and the offset of the levels.
-
-    Args:
-        step: in root mean squares, above 0 and at most 4.
-
-    Raises:
-        ValueError: if it is out of its range.
     """
-
-    step: float = 1.6
 
     _has_fixed_size = False
     _levels: ClassVar[int] = 15
@@ -48,9 +41,9 @@ class DeadZone(ValueCodec):
     _factor: ClassVar[BFloat16] = BFloat16()
     _largest: ClassVar[float] = 2.0**123  # of a factor: no product with 15.375 overflows
 
-    def __post_init__(self) -> None:
-        if isinstance(self.step, bool) or not isinstance(self.step, int | float) or not 0 < self.step <= 4:
-            raise ValueError(f"DeadZone(step=...) must be a number above 0 and at most 4, got {self.step!r}.")
+    @abstractmethod
+    def _steps(self, magnitudes: Floats, counts: Integers) -> Floats:
+        """The step of every segment, none of which is empty: at most its largest magnitude; 0 if all are zeros."""
 
     def _encode(self, values: Floats, counts: Integers) -> Octets:
         if not values.size:
@@ -58,10 +51,9 @@ class DeadZone(ValueCodec):
         filled = counts[counts > 0]
         starts = np.cumsum(filled) - filled
         magnitudes = np.abs(values)
-        squares = np.add.reduceat(np.square(magnitudes, dtype=np.float64), starts)
-        greatest = np.maximum.reduceat(magnitudes, starts)
-        steps = np.minimum(self.step * np.sqrt(squares / filled), greatest).astype(np.float32)
-        multiples = magnitudes / np.repeat(np.where(steps > 0, steps, np.float32(1)), filled)
+        steps = self._steps(magnitudes, filled)
+        with np.errstate(over="ignore"):
+            multiples = magnitudes / np.repeat(np.where(steps > 0, steps, np.float32(1)), filled)
         levels = np.minimum(multiples, self._levels).astype(np.uint8)
         sent = np.where(levels > 0, levels + self._offset, 0).astype(np.float64)
         products, norms = np.add.reduceat(sent * magnitudes, starts), np.add.reduceat(sent * sent, starts)
@@ -128,6 +120,73 @@ class DeadZone(ValueCodec):
         header = octet_count(64 * counts.size) + LENGTH_BYTES + 8
         total = int(counts.sum())
         return 2 * counts.size + self._levels * (header + octet_count(9 * total // 8)) + octet_count(total)
+
+
+@final
+@dataclass(frozen=True)
+class DeadZone(Zoned):
+    """Multiples of a step, with a zone around zero that is twice as wide; zeros stay zeros.
+
+    The step is so many root mean squares of a segment, or its largest magnitude if that is less. The larger it is, the
+    fewer bits: for Gaussian values 1.4 a value at a step of 1, 0.6 at 1.6. See `Zoned` for the code.
+
+    With error feedback what is left out fills the zone. Evenly filled up to z by what comes and goes by chance, it has
+    a root mean square of z / sqrt(6); so a step above 2.4 would only widen the zone, and less and less would be sent.
+    `Largest` sends as much in every round.
+
+    Args:
+        step: in root mean squares, above 0 and at most 2.4.
+
+    Raises:
+        ValueError: if it is out of its range.
+    """
+
+    step: float = 1.6
+
+    def __post_init__(self) -> None:
+        if isinstance(self.step, bool) or not isinstance(self.step, int | float) or not 0 < self.step <= WIDEST:
+            raise ValueError(
+                f"DeadZone(step=...) must be a number above 0 and at most {WIDEST}, got {self.step!r}; for fewer bits "
+                "use Largest."
+            )
+
+    def _steps(self, magnitudes: Floats, counts: Integers) -> Floats:
+        starts = np.cumsum(counts) - counts
+        squares = np.add.reduceat(np.square(magnitudes, dtype=np.float64), starts)
+        greatest = np.maximum.reduceat(magnitudes, starts)
+        steps: Floats = np.minimum(self.step * np.sqrt(squares / counts), greatest).astype(np.float32)
+        return steps
+
+
+@final
+@dataclass(frozen=True)
+class Largest(Zoned):
+    """The largest values of every segment, as multiples of the least of them; all others are zeros.
+
+    Of n values in a segment `share` n, rounded up, are sent, and what is as large; zeros are not. See `Zoned` for the
+    code.
+
+    Args:
+        share: of a segment's values, above 0 and at most 1.
+
+    Raises:
+        ValueError: if it is out of its range.
+    """
+
+    share: float = 0.01
+
+    def __post_init__(self) -> None:
+        if isinstance(self.share, bool) or not isinstance(self.share, int | float) or not 0 < self.share <= 1:
+            raise ValueError(f"Largest(share=...) must be a number above 0 and at most 1, got {self.share!r}.")
+
+    def _steps(self, magnitudes: Floats, counts: Integers) -> Floats:
+        return np.array([self._least(part) for part in np.split(magnitudes, np.cumsum(counts)[:-1])], np.float32)
+
+    def _least(self, magnitudes: Floats) -> np.float32:
+        """The least that is sent."""
+        place = magnitudes.size - math.ceil(self.share * magnitudes.size)
+        least: np.float32 = np.partition(magnitudes, place)[place]
+        return least if least > 0 else magnitudes.min(where=magnitudes > 0, initial=magnitudes.max())
 
 
 def _widths(counts: Integers) -> Integers:

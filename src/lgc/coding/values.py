@@ -27,7 +27,7 @@ VALUES_AT_ONCE = 2**16  # that are coded before the next ones: with what is comp
 class ValueCodec(ABC):
     """Codes float32 values, `counts[s]` of segment s. Zeros, also negative ones, are decoded as zeros.
 
-    The number of bytes follows from the counts alone, but for `DeadZone`, and unless a codec has no number for zero and
+    The number of bytes follows from the counts alone, but for `Zoned`, and unless a codec has no number for zero and
     there is one: then the places of the zeros come first, and the code of all others after them.
 
     The code is computed on the CPU, so the bytes do not depend on the device, and decoding uses only exactly rounded

@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from decimal import Decimal
 from typing import Any, Literal, get_args, get_origin
 
 from lgc.coding import (
@@ -14,6 +15,7 @@ from lgc.coding import (
     Float16,
     Float32,
     IndexCoder,
+    Largest,
     LloydMax,
     RangeCoder,
     RawIndices,
@@ -35,7 +37,7 @@ VALUE_CODECS: dict[str, type[ValueCodec]] = {
     "recentsign": RecentSign,
 }
 QUANTISERS: dict[str, type[Uniform] | type[LloydMax]] = {"uniform": Uniform, "lloyd": LloydMax}
-DEAD_ZONE = "deadzone"
+ZONED: dict[str, type[DeadZone] | type[Largest]] = {"deadzone": DeadZone, "largest": Largest}
 
 
 @dataclass(frozen=True)
@@ -64,8 +66,10 @@ def to_text(value: object) -> str:
     if isinstance(value, Uniform | LloydMax):
         (name,) = [name for name, codec in QUANTISERS.items() if type(value) is codec]
         return f"{name}{value.bits}" + ("" if value.block == type(value).block else f"x{value.block}")
-    if isinstance(value, DeadZone):
-        return f"{DEAD_ZONE}{value.step}"
+    if isinstance(value, DeadZone | Largest):
+        number = value.step if isinstance(value, DeadZone) else value.share
+        (name,) = [name for name, codec in ZONED.items() if type(value) is codec]
+        return f"{name}{Decimal(str(number)):f}"
     for name, codec in (INDEX_CODERS | VALUE_CODECS).items():
         if type(value) is codec:
             return name
@@ -138,10 +142,11 @@ def _codec(where: str, text: str, codecs: Mapping[str, type[IndexCoder] | type[V
     if quantiser:
         name, *numbers = quantiser.groups()
         return QUANTISERS[name](*(int(number) for number in numbers if number is not None))
-    if of_values and re.fullmatch(rf"{DEAD_ZONE}\d+(\.\d+)?", text):
-        return DeadZone(float(text.removeprefix(DEAD_ZONE)))
+    zoned = re.fullmatch(rf"({'|'.join(ZONED)})(\d+(?:\.\d+)?)", text) if of_values else None
+    if zoned:
+        return ZONED[zoned[1]](float(zoned[2]))
     if text not in codecs:
-        quantisers = [f"{name}BITS, {name}BITSxBLOCK" for name in QUANTISERS] + [f"{DEAD_ZONE}STEP"]
+        quantisers = [f"{name}BITS, {name}BITSxBLOCK" for name in QUANTISERS] + ["deadzoneSTEP", "largestSHARE"]
         options = ", ".join([*codecs, *(quantisers if of_values else [])])
         raise ValueError(f"{where} must be one of {options}, got {text!r}.")
     return codecs[text]()

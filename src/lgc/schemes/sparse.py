@@ -10,7 +10,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from lgc.coding import DeadZone, Float32, IndexCoder, RawIndices, Rice, Sign, ValueCodec
+from lgc.coding import Float32, IndexCoder, RawIndices, Rice, Sign, ValueCodec, Zoned
 from lgc.comm.transport import Transport
 from lgc.rounds.feedback import Feedback
 from lgc.rounds.layout import Layout, Role, Unit
@@ -87,8 +87,8 @@ class SparseScheme(RoundScheme, ABC):
             self, "unit", 'an integer of at least 1, or "kernel"', unit == "kernel" or (integral and int(unit) >= 1)
         )
         require(self, "indices", "an index coder, such as lgc.Rice()", isinstance(self.indices, IndexCoder))
-        chooses = isinstance(self.values, DeadZone)  # by itself what is sent
-        codec = "a value codec other than DeadZone, such as lgc.Sign()"
+        chooses = isinstance(self.values, Zoned)  # by itself what is sent
+        codec = "a value codec other than DeadZone and Largest, such as lgc.Sign()"
         require(self, "values", codec, isinstance(self.values, ValueCodec) and not chooses)
 
     @property

@@ -35,7 +35,7 @@ VALUE_ROW = "{:<30}{:>11}{:>15}{:>12}{:>14}"
 UNIFORMS = [lgc.Uniform(bits, block) for bits, block in ((16, None), (8, None), (4, None), (4, 64), (2, 64))]
 LLOYD_MAXES = [lgc.LloydMax(bits) for bits in (4, 2)]
 VALUE_CODECS: list[ValueCodec] = [lgc.Float32(), lgc.Float16(), lgc.BFloat16(), *UNIFORMS, *LLOYD_MAXES]
-VALUE_CODECS += [lgc.DeadZone(), lgc.Sign()]
+VALUE_CODECS += [lgc.DeadZone(), lgc.Largest(), lgc.Sign()]
 
 
 @click.command()
