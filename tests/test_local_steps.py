@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -155,8 +155,15 @@ def test_finish_makes_the_last_round_at_any_step_and_training_may_go_on(
     assert scheme.overlap or scheme.ahead or scheme.fragments > 1 or not differ([last for _, _, last in results])
 
 
-def begin_ahead(rank: int, _: int) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor], int]:
-    """Weights after a round, where they should be, those after an immediate finish, and the number of warnings."""
+class Ahead(NamedTuple):
+    """By name: weights after a round, and where they should be; and the number of warnings."""
+
+    begun: dict[str, Tensor]
+    expected: dict[str, Tensor]
+    warned: int
+
+
+def begin_ahead(rank: int, _: int) -> Ahead:
     run = Run(AHEAD).train(rank, range(8))
     state = run.handle.state_dict()["aggregator"]
     residual, anchor = state["per_rank"]["round 0"]["residual"], state["replicated"]["anchor"]
@@ -164,19 +171,56 @@ def begin_ahead(rank: int, _: int) -> tuple[dict[str, Tensor], dict[str, Tensor]
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         run.net.state_dict()
-    ahead = {name: each for name, each in run.weights().items() if name in anchor}
-    run.handle.finish()
-    assert not differ([anchor, {name: run.weights()[name] for name in anchor}])
-    return ahead, expected, run.weights(), len(caught)
+    return Ahead({name: run.weights()[name] for name in anchor}, expected, len(caught))
 
 
 def test_ahead_a_rank_begins_a_round_with_some_of_what_it_still_owes_in_its_weights(ranks: RankFactory) -> None:
     results = ranks(2).run(begin_ahead)
-    for ahead, expected, _, warned in results:
-        assert not differ([ahead, expected])
+    for begun, expected, warned in results:
+        assert not differ([begun, expected])
         assert warned == 1  # the weights are its own from the first step of a round on
-    assert differ([ahead for ahead, _, _, _ in results])
-    assert not differ([finished for _, _, finished, _ in results])
+    assert differ([each.begun for each in results])
+
+
+class Finish(NamedTuple):
+    """By name: a rank's weights, the anchor, and what it owes."""
+
+    weights: dict[str, Tensor]
+    anchor: dict[str, Tensor]
+    owed: dict[str, Tensor]
+    steps: int
+
+
+def finish_ahead(rank: int, _: int, scheme: lgc.LocalSteps) -> tuple[Finish, Finish]:
+    run = Run(scheme).train(rank, range(8))
+
+    def look() -> Finish:
+        state = run.handle.state_dict()["aggregator"]
+        part, anchor = state["per_rank"]["round 0"], state["replicated"]["anchor"]
+        owed = {name: each + part["server_residual"][name] for name, each in part["residual"].items()}
+        return Finish(run.weights(), anchor, owed, run.handle.wire.phases["compressed"].steps)
+
+    before = look()
+    run.handle.finish()
+    return before, look()
+
+
+@pytest.mark.parametrize("start", [lgc.LloydMax(4), lgc.Float32()], ids=repr)
+def test_finish_brings_ranks_that_are_ahead_together_at_their_mean(ranks: RankFactory, start: Any) -> None:
+    """Even right after a round; what moves the anchor leaves the residual, and counts as no step."""
+    exchange = lgc.Quantized(bits=1, reduction="two_stage")
+    scheme = lgc.LocalSteps(every=4, exchange=exchange, start=start, start_steps=0, ahead=0.5)
+    results = ranks(4).run(finish_ahead, scheme)
+    assert not differ([after.weights for _, after in results])
+    assert [(before.steps, after.steps) for before, after in results] == [(8, 8)] * 4
+    for name, anchor in results[0][0].anchor.items():
+        mean = sum(before.weights[name] for before, _ in results) / 4
+        after = results[0][1].weights[name]
+        assert float((after - mean).norm()) <= (0.25 if start == lgc.LloydMax(4) else 1e-4) * float(
+            (mean - anchor).norm()
+        )
+        taken = sum(before.owed[name] - after.owed[name] for before, after in results) / 4
+        torch.testing.assert_close(anchor - after, taken, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("arguments", [{"every": lgc.Seconds(30)}, {"overlap": True}], ids=str)

@@ -55,6 +55,7 @@ class Fragment:
         moved = self.anchor if self._outer_momentum else {}
         self.momentum = {name: torch.zeros_like(tensor) for name, tensor in moved.items()}
         self._by = scheme.ahead
+        self._last_exchange = scheme.start_exchange
         self.ahead: frozenset[str] = frozenset()
         self.rates: dict[str, float] = dict.fromkeys(self.parameters, 0.0) if scheme.first_moments == "all" else {}
         self.rounds = 0
@@ -102,20 +103,19 @@ class Fragment:
         return aggregator.layout.by_name(aggregator.feedback.residual)
 
     @torch.no_grad()
-    def apply(self, mean: Mapping[str, Tensor], before: Mapping[str, Tensor] | None, *, last: bool = False) -> None:
+    def apply(self, mean: Mapping[str, Tensor], before: Mapping[str, Tensor] | None) -> None:
         """Move the anchor by the mean, and the weights to it or ahead of it; a collective inside the site.
 
         Args:
             mean: of what was moved, by name.
             before: the weights when the round began: what they have moved since then is kept. None keeps nothing.
-            last: whether all ranks are to have the same weights now.
         """
         unmoved = self.site.common(all_zero(mean), mean)
         for name, anchor in self.anchor.items():
             if name not in unmoved:  # the outer momentum alone does not move what no rank has
                 anchor.sub_(self._outer_step(name, mean[name], rests=not self.parameters[name].requires_grad))
         trained = frozenset(name for name, each in self.parameters.items() if each.requires_grad)
-        self.ahead = trained if self._by > 0 and not last else frozenset()
+        self.ahead = trained if self._by > 0 else frozenset()
         weights = self._origin()
         if before is not None:
             own = self.part()
@@ -130,6 +130,26 @@ class Fragment:
             rate = float(group["lr"])
             for name in filter(None, map(self._names.get, group["params"])):
                 self.rates[name] += rate
+
+    @torch.no_grad()
+    def come_together(self) -> None:
+        """Move the anchor, and all ranks, to the mean of where they have begun the round ahead of it; a collective.
+
+        By the code of the start, whose loss stays in the residual.
+        """
+        owed, transport = self.owed(), self.synchronizer.transport
+        ahead = {name: self._by * each for name, each in owed.items()}
+        synchronizer = Synchronizer(self._last_exchange, self.anchor, transport, Policy(check_every=0), unit="round")
+        synchronizer.aggregator.schedule = Schedule(1.0)
+        transport.begin(synchronizer.phase(0), steps=-1)  # it is no step of the optimizer
+        mean = synchronizer.synchronize(ahead, 0, resting=ahead.keys() - self.ahead)
+        left = synchronizer.state_dict()["per_rank"]
+        for name in self.ahead:
+            self.anchor[name].sub_(mean[name])
+            owed[name].sub_(ahead[name]).add_(left["residual"][name])
+            if "server_residual" in left:
+                owed[name].add_(left["server_residual"][name])
+        self.come_back()
 
     def come_back(self) -> None:
         """Have the anchor as the weights, whatever this rank has moved; inside the site alike."""

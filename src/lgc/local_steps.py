@@ -186,8 +186,8 @@ class LocalRounds(LocalState):
                 self._pace.take(done, transport.rank)
             return Result(mean, combined, finite)
 
-    def _complete(self, *, last: bool = False) -> None:
-        """Wait for the round that is under way, if any, apply it; after the last, all ranks have the same weights."""
+    def _complete(self) -> None:
+        """Wait for the round that is under way, if any, and apply it."""
         self.settle()
         if self._launched is None:
             return
@@ -199,7 +199,7 @@ class LocalRounds(LocalState):
             if result.finite:
                 take_first_moments(fragment, moved, result.mean, self._optimizers)
             fragment.rates = dict.fromkeys(fragment.rates, 0.0)
-        fragment.apply(result.mean, weights if result.finite else None, last=last)
+        fragment.apply(result.mean, weights if result.finite else None)
         self._buffers.apply(result.buffers, buffers)
         if not result.finite:
             for other in self._fragments:
@@ -452,11 +452,12 @@ class LocalRounds(LocalState):
             for fragment in self._fragments:
                 if fragment.step < self.step or any(votes):
                     self._launch(fragment, wait=True)
-                    self._complete(last=True)
+                    self._complete()
                 elif self._replaced:
                     fragment.ahead = frozenset()
-                elif fragment.ahead:
-                    fragment.come_back()
+                if fragment.ahead:
+                    with self._site.together(self.step):
+                        fragment.come_together()
 
     def _has_moved_since(self) -> bool:
         """Whether a loop has changed what was just brought together, as Lookahead may after a step."""
