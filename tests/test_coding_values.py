@@ -407,9 +407,7 @@ def test_another_text_is_refused_with_what_it_may_be(text: str) -> None:
         from_text("values", text, ValueCodec)
 
 
-@pytest.mark.parametrize(
-    ("step", "bits", "error"), [(0.5, 2.73, 0.0438), (1.0, 1.43, 0.221), (1.6, 0.63, 0.548), (2.4, 0.14, 0.875)]
-)
+@pytest.mark.parametrize(("step", "bits", "error"), [(0.5, 2.73, 0.0438), (1.0, 1.43, 0.221), (1.6, 0.63, 0.548)])
 @pytest.mark.parametrize("magnitude", [1e-10, 1.0, 1e10])
 def test_a_wider_dead_zone_takes_fewer_bits(step: float, bits: float, error: float, magnitude: float) -> None:
     """Within 2 % of the entropy of the levels of Gaussian values."""
@@ -420,7 +418,7 @@ def test_a_wider_dead_zone_takes_fewer_bits(step: float, bits: float, error: flo
     assert float((values - decoded).square().mean()) == pytest.approx(error, rel=0.02)
 
 
-@pytest.mark.parametrize("step", [0.25, 1.6, 2.4])
+@pytest.mark.parametrize("step", [0.25, 1.6, 1.7])
 @pytest.mark.parametrize(
     "values", [[0.5], [1.0, 1.0, 1.0], [-3e-30, 2e-30], [1.0, *[1e-6] * 30], [1e30, *[-1e29] * 12]], ids=str
 )
@@ -442,9 +440,9 @@ def test_a_dead_zone_by_hand() -> None:
     assert DeadZone().decode(data, [4]).tolist() == [0, -2.90625 * 1.375, 0, 0]
 
 
-@pytest.mark.parametrize("step", [0, -1.0, 2.5, float("nan"), True, "1"])
+@pytest.mark.parametrize("step", [0, -1.0, 1.8, float("nan"), True, "1"])
 def test_a_dead_zone_has_a_width(step: float) -> None:
-    with pytest.raises(ValueError, match=r"DeadZone\(step=\.\.\.\) must be a number above 0 and at most 2.4, got"):
+    with pytest.raises(ValueError, match=r"DeadZone\(step=\.\.\.\) must be a number above 0 and at most 1.7, got"):
         DeadZone(step)
 
 
@@ -473,16 +471,13 @@ def test_the_largest_have_a_share(share: float) -> None:
         Largest(share)
 
 
-def test_with_error_feedback_the_largest_leave_nothing_behind() -> None:
-    """What chance has filled the zone with is sent, at the same bytes a round, once nothing more comes."""
-    owed, codec = torch.zeros(4096), Largest(0.01)
-    for number in range(300):
-        owed += normal(4096, seed=number)
-        owed -= codec.decode(codec.encode(owed, [4096]), [4096])
+@pytest.mark.parametrize("codec", [DeadZone(1.7), Largest(0.01)], ids=repr)
+def test_what_error_feedback_has_left_in_the_zone_is_sent_once_nothing_more_comes(codec: ValueCodec) -> None:
+    owed = torch.rand(4096, generator=torch.Generator().manual_seed(0)) * 2 - 1
     before = float(owed.norm())
     for _ in range(300):
         owed -= codec.decode(codec.encode(owed, [4096]), [4096])
-    assert float(owed.norm()) < 0.2 * before
+    assert float(owed.norm()) < 0.1 * before
 
 
 def test_the_benchmark_shows_what_a_codec_costs_and_loses() -> None:

@@ -16,7 +16,7 @@ from lgc.coding.payload import Octets, PayloadError
 from lgc.coding.values import BFloat16, Floats, ValueCodec, counts_of, require_scales
 
 LENGTH_BYTES = 4
-WIDEST = 2.4  # of dead zones; below the square root of 6
+WIDEST = 1.7  # of dead zones; below the square root of 3
 
 
 @dataclass(frozen=True)
@@ -130,12 +130,12 @@ class DeadZone(Zoned):
     The step is so many root mean squares of a segment, or its largest magnitude if that is less. The larger it is, the
     fewer bits: for Gaussian values 1.4 a value at a step of 1, 0.6 at 1.6. See `Zoned` for the code.
 
-    With error feedback what is left out fills the zone. Evenly filled up to z by what comes and goes by chance, it has
-    a root mean square of z / sqrt(6); so a step above 2.4 would only widen the zone, and less and less would be sent.
-    `Largest` sends as much in every round.
+    With error feedback what is left out fills the zone. Where it does so evenly, up to z, its root mean square is
+    z / sqrt(3): a step above 1.7 would then send one value at a time, and the zone would stay as wide as it is, however
+    little comes in later. `Largest` sends as much in every round.
 
     Args:
-        step: in root mean squares, above 0 and at most 2.4.
+        step: in root mean squares, above 0 and at most 1.7.
 
     Raises:
         ValueError: if it is out of its range.
