@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import pytest
@@ -327,8 +328,8 @@ def test_what_is_frozen_comes_together_at_the_next_round_and_rests(ranks: RankFa
         assert torch.equal(at_round, at_end)
 
 
-def poison(rank: int, _: int, on_nonfinite: Any, fragments: int = 1) -> tuple[str, dict[str, Tensor]]:
-    run = Run(exact(fragments=fragments), on_nonfinite=on_nonfinite).train(rank, range(6))
+def poison(rank: int, _: int, on_nonfinite: Any, scheme: lgc.LocalSteps | None = None) -> tuple[str, dict[str, Tensor]]:
+    run = Run(scheme or exact(), on_nonfinite=on_nonfinite).train(rank, range(6))
     run.net.norm.eval()  # which leaves its statistics as they are
     run.net.norm.running_mean.fill_(1 + rank)
     if rank == 1:
@@ -341,12 +342,14 @@ def poison(rank: int, _: int, on_nonfinite: Any, fragments: int = 1) -> tuple[st
     return "", run.weights() | {"running_mean": run.net.norm.running_mean}
 
 
-@pytest.mark.parametrize("fragments", [1, 2])
-def test_a_rank_whose_weights_are_not_finite_counts_for_nothing_and_goes_on(ranks: RankFactory, fragments: int) -> None:
-    results = ranks(2).run(poison, "propagate", fragments)
+@pytest.mark.parametrize("scheme", [exact(), exact(fragments=2), replace(AHEAD, fragments=2)], ids=str)
+def test_a_rank_whose_weights_are_not_finite_counts_for_nothing_and_goes_on(
+    ranks: RankFactory, scheme: lgc.LocalSteps
+) -> None:
+    results = ranks(2).run(poison, "propagate", scheme)
     assert not differ([weights for _, weights in results])
     assert all(each.isfinite().all() for each in results[0][1].values())
-    if fragments == 1:  # else a round of another fragment may have been finite
+    if scheme.fragments == 1:  # else a round of another fragment may have been finite
         assert (results[0][1]["running_mean"] == 1).all()  # nor do its buffers
 
 

@@ -269,6 +269,26 @@ def test_finish_exchanges_what_has_changed_after_the_last_round_too(
             torch.testing.assert_close(after[name], 1.5 * shared[name])
 
 
+def load_the_best_on_one_rank(rank: int, _: int) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
+    """What was loaded, the weights after finish, and the anchor."""
+    coarse = lgc.Quantized(bits=1)
+    run = Run(lgc.LocalSteps(every=2, exchange=coarse, start_steps=0, ahead=0.5)).train(rank, range(4))
+    with run.handle.anchored():
+        best = {name: each + 1 for name, each in copies(run.net).items()}
+    if rank == 0:
+        run.net.load_state_dict(best)
+    run.handle.finish()
+    return best, copies(run.net), run.handle.state_dict()["aggregator"]["replicated"]["anchor"]
+
+
+def test_ahead_one_rank_may_load_the_best_model_before_the_last_finish(ranks: RankFactory) -> None:
+    """It takes part, and keeps what it has loaded."""
+    (best, first, _), *others = ranks(3).run(load_the_best_on_one_rank)
+    assert not differ([best, first])
+    for _, weights, anchor in others:
+        assert not differ([{name: weights[name] for name in anchor}, anchor, others[0][2]])
+
+
 def hooks_of_steps(_: int, __: int) -> list[bool]:
     optimizer = Run(exact()).optimizer
     hooks = [*optimizer._optimizer_step_pre_hooks.values(), *optimizer._optimizer_step_post_hooks.values()]

@@ -33,6 +33,7 @@ class Fragment:
         anchor: where all ranks were after the last round, by name, float32 or wider.
         momentum: of the outer optimizer, like the anchor; empty if it has none.
         ahead: names of what this rank has begun the present round with ahead of the anchor.
+        apart: whether some rank may have, the same on all.
         rates: the sum of the optimizer's learning rates since the last round, by name, where it is asked for.
         rounds: number of rounds begun.
         step: of the optimizer, at the last of them.
@@ -57,6 +58,7 @@ class Fragment:
         self._by = scheme.ahead
         self._last_exchange = scheme.start_exchange
         self.ahead: frozenset[str] = frozenset()
+        self.apart = False
         self.rates: dict[str, float] = dict.fromkeys(self.parameters, 0.0) if scheme.first_moments == "all" else {}
         self.rounds = 0
         self.step = scheme.start_steps
@@ -116,6 +118,7 @@ class Fragment:
                 anchor.sub_(self._outer_step(name, mean[name], rests=not self.parameters[name].requires_grad))
         trained = frozenset(name for name, each in self.parameters.items() if each.requires_grad)
         self.ahead = trained if self._by > 0 else frozenset()
+        self.apart = self._by > 0
         weights = self._origin()
         if before is not None:
             own = self.part()
@@ -132,10 +135,13 @@ class Fragment:
                 self.rates[name] += rate
 
     @torch.no_grad()
-    def come_together(self) -> None:
-        """Move the anchor, and all ranks, to the mean of where they have begun the round ahead of it; a collective.
+    def come_together(self, *, keep: bool) -> None:
+        """Move the anchor to the mean of where the ranks have begun the round ahead of it, and all there; a collective.
 
         By the code of the start, whose loss stays in the residual.
+
+        Args:
+            keep: leave this rank's weights as they are.
         """
         owed, transport = self.owed(), self.synchronizer.transport
         ahead = {name: self._by * each for name, each in owed.items()}
@@ -144,12 +150,16 @@ class Fragment:
         transport.begin(synchronizer.phase(0), steps=-1)  # it is no step of the optimizer
         mean = synchronizer.synchronize(ahead, 0, resting=ahead.keys() - self.ahead)
         left = synchronizer.state_dict()["per_rank"]
-        for name in self.ahead:
-            self.anchor[name].sub_(mean[name])
-            owed[name].sub_(ahead[name]).add_(left["residual"][name])
+        for name, anchor in self.anchor.items():
+            anchor.sub_(mean[name])
+            if name in self.ahead:
+                owed[name].sub_(ahead[name])
+            owed[name].add_(left["residual"][name])
             if "server_residual" in left:
                 owed[name].add_(left["server_residual"][name])
-        self.come_back()
+        self.ahead, self.apart = frozenset(), False
+        if not keep:
+            self.site.fill(self.parameters, self.anchor)
 
     def come_back(self) -> None:
         """Have the anchor as the weights, whatever this rank has moved; inside the site alike."""
@@ -165,6 +175,7 @@ class Fragment:
             before: the residual by which it was, by name.
         """
         self.ahead = frozenset(ahead)
+        self.apart = bool(self.ahead)
         owed, own = self.owed(), self.part()
         for name in self.ahead:
             own[name] = own[name] - self._by * (owed[name] - before[name])

@@ -453,11 +453,9 @@ class LocalRounds(LocalState):
                 if fragment.step < self.step or any(votes):
                     self._launch(fragment, wait=True)
                     self._complete()
-                elif self._replaced:
-                    fragment.ahead = frozenset()
-                if fragment.ahead:
+                if fragment.apart:
                     with self._site.together(self.step):
-                        fragment.come_together()
+                        fragment.come_together(keep=self._replaced)
 
     def _has_moved_since(self) -> bool:
         """Whether a loop has changed what was just brought together, as Lookahead may after a step."""
