@@ -19,7 +19,7 @@ LOSSES: dict[str, float | None] = {  # by text form, which the recipe completes;
     "quantized": None,
     "local:every=2:first_moments=all:second_moments=all:ahead=0.5+quantized": 0.004,
     "local:every=6:first_moments=all:second_moments=all:ahead=0.5+quantized:values=deadzone1.5"
-    ":mean_values=deadzone1.25": 0.031,
+    ":mean_values=deadzone1.25": 0.032,
     "local:every=2:first_moments=all:second_moments=all:ahead=0.5+quantized:reduction=gather"
     ":values=largest0.006": 0.082,
     "local:every=2+quantized": 0.045,
