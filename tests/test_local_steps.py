@@ -206,6 +206,29 @@ def finish_ahead(rank: int, _: int, scheme: lgc.LocalSteps) -> tuple[Finish, Fin
     return before, look()
 
 
+def begin_again(rank: int, _: int) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, int]]:
+    """Weights after a round of one fragment where rank 1's were not finite, where they should be, and what is ahead."""
+    run = Run(replace(AHEAD, fragments=2), on_nonfinite="propagate").train(rank, range(4))
+    if rank == 1:
+        with torch.no_grad():
+            for parameter in run.net.parameters():
+                parameter.fill_(torch.nan)
+    run.train(rank, range(4, 6))
+    state = run.handle.state_dict()["aggregator"]
+    owed = state["per_rank"]["round 0"]["residual"] | state["per_rank"]["round 1"]["residual"]
+    replicated = state["replicated"]
+    expected = {name: each - 0.5 * owed[name] for name, each in replicated["anchor"].items()}
+    return {name: run.weights()[name] for name in expected}, expected, replicated["ahead"]
+
+
+def test_ahead_a_rank_that_was_not_finite_begins_again_where_it_had_begun(ranks: RankFactory) -> None:
+    """In the fragments of other rounds too, so that all ranks are ahead with the same, as checkpoints have it."""
+    (_, _, ahead), (weights, expected, ahead_too) = ranks(2).run(begin_again)
+    assert ahead == ahead_too
+    assert set(ahead.values()) == {1}
+    assert not differ([weights, expected])
+
+
 @pytest.mark.parametrize("start", [lgc.LloydMax(4), lgc.Float32()], ids=repr)
 def test_finish_brings_ranks_that_are_ahead_together_at_their_mean(ranks: RankFactory, start: Any) -> None:
     """Even right after a round; what moves the anchor leaves the residual, and counts as no step."""

@@ -162,9 +162,8 @@ class Fragment:
             self.site.fill(self.parameters, self.anchor)
 
     def come_back(self) -> None:
-        """Have the anchor as the weights, whatever this rank has moved; inside the site alike."""
-        self.ahead = frozenset()
-        self.site.fill(self.parameters, self.anchor)
+        """Have the weights with which the round began, whatever this rank has moved; inside the site alike."""
+        self.site.fill(self.parameters, self._origin())
 
     @torch.no_grad()
     def go_ahead(self, ahead: Iterable[str], before: Mapping[str, Tensor]) -> None:

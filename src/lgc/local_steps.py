@@ -423,7 +423,8 @@ class LocalRounds(LocalState):
 
         Where rounds are opened by time, each rank may be at another step.
 
-        All ranks have the same weights then. Nothing that an exchange has not sent is lost: it stays in the residual.
+        All ranks have the same weights then: the anchor, which with `ahead` moves to the mean of where they are.
+        Nothing that an exchange has not sent is lost: it stays in the residual.
         Weights that were loaded after the last round, as of the best model, stay as they are.
 
         Raises:
