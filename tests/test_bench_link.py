@@ -426,7 +426,7 @@ def test_shortened_phases_are_those_of_the_scheme() -> None:
     assert (server.rate, server.refresh_below) == (0.001, 0.0)
     assert shortened(TopK()) == TopK()
     assert shortened(parse_scheme("bf16")) == parse_scheme("bf16")
-    local = shortened(parse_scheme("local:every=30:growth=2+topk:rate=0.02:warmup_steps=9"))
+    local = shortened(parse_scheme("local:every=30+topk:rate=0.02:warmup_steps=9"))
     assert local == parse_scheme("local:every=30:start_steps=0+topk:rate=0.02")
 
 

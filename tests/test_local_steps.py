@@ -134,79 +134,6 @@ def test_a_run_goes_on_from_its_state_with_the_same_bits(ranks: RankFactory, sch
             assert torch.equal(each, resumed[0][name]), name
 
 
-def train_at(run: Run, rank: int, rates: dict[int, float]) -> list[int]:
-    """Train one step at each learning rate, by number of the step from 0; the steps after which there was a round."""
-    rounds = []
-    for step, rate in rates.items():
-        run.optimizer.param_groups[0]["lr"] = rate
-        before = sent_in_rounds(run)
-        run.train(rank, range(step, step + 1))
-        if sent_in_rounds(run) > before:
-            rounds.append(step + 1)
-    return rounds
-
-
-def sent_in_rounds(run: Run) -> int:
-    phase = run.handle.wire.phases.get("compressed")
-    return phase.contents.get("values", 0) if phase else 0
-
-
-GROWING = exact(2, growth=2, start_steps=2)
-RATES = dict(enumerate([0.01] * 2 + [0.001] * 2 + [0.01] * 4 + [0.005] * 12 + [0.0] * 200))
-
-
-def make_rarer_rounds(rank: int, _: int) -> list[int]:
-    return train_at(Run(GROWING), rank, RATES)
-
-
-def test_with_growth_rounds_become_rarer_as_the_learning_rate_falls(ranks: RankFactory) -> None:
-    """By its square, from what has been the highest in local steps; and never rarer than after 100 times as many."""
-    for rounds in ranks(2).run(make_rarer_rounds):
-        assert rounds == [4, 6, 8, 16, 216]
-
-
-def interrupt_rarer_rounds(rank: int, _: int, stop: int) -> tuple[list[int], dict[str, Tensor]]:
-    first, second = [{step: rate for step, rate in RATES.items() if (step < stop) is early} for early in (True, False)]
-    run = Run(GROWING)
-    rounds = train_at(run, rank, first)
-    run = Run(GROWING).load(run.state())
-    return rounds + train_at(run, rank, second), run.weights()
-
-
-def test_they_do_so_in_a_run_that_goes_on(ranks: RankFactory) -> None:
-    (rounds, weights), *_ = ranks(2).run(interrupt_rarer_rounds, len(RATES))
-    for stop in (5, 11, 16):
-        for again, resumed in ranks(2).run(interrupt_rarer_rounds, stop):
-            assert again == rounds
-            assert all(torch.equal(each, resumed[name]) for name, each in weights.items() if "norm" not in name)
-
-
-def differ_in_rates(rank: int, _: int) -> str:
-    try:
-        train_at(Run(GROWING), rank, {step: 0.01 if step < 4 + 4 * rank else 0.005 for step in range(20)})
-    except RankError as error:
-        return str(error)
-    return "went on"
-
-
-def test_ranks_with_different_learning_rates_raise_by_count(ranks: RankFactory) -> None:
-    for message in ranks(2).run(differ_in_rates):
-        assert "different steps" in message
-
-
-@pytest.mark.parametrize(
-    ("given", "message"),
-    [
-        ({"growth": -1}, r"growth=...\) must be in \[0, 4\], got -1"),
-        ({"growth": 2, "fragments": 2}, "left at 1 with growth=2"),
-        ({"growth": 2, "every": lgc.Seconds(1)}, "growth=...\\) must be left at 0 with every=1s"),
-    ],
-)
-def test_growth_is_of_rounds_of_the_whole_model_by_count(given: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        lgc.LocalSteps(**given)
-
-
 def finished_anywhere(rank: int, _: int, scheme: lgc.LocalSteps) -> tuple[dict[str, Tensor], int, dict[str, Tensor]]:
     run = Run(scheme).train(rank, range(11))
     run.handle.finish()
@@ -615,7 +542,6 @@ def test_other_exchanges_are_refused_by_name(exchange: Any) -> None:
         "local:every=50:start_steps=100:start=float32+quantized:bits=1",
         "local:every=4:outer_momentum=0.0:overlap=True:fragments=2+dense",
         "local+topk:rate=0.03:momentum=0.0:low_pass=1.0",
-        "local:every=2:growth=2.0+quantized",
     ],
 )
 def test_the_text_form_has_the_exchange_after_a_plus_sign(text: str) -> None:

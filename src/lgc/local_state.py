@@ -91,7 +91,6 @@ class LocalState(Caller):
         self._pace = Pace(scheme.every.number) if isinstance(scheme.every, Seconds) else None
         self.synchronizer = fragments[0].synchronizer
         self._last_round = scheme.start_steps  # the step of the last round
-        self._highest_rate = 0.0  # learning rate of the local steps until now
         self._launched: Launched | None = None
         self._own: dict[Tensor, Tensor] | None = None  # what `anchored` has put aside
         self._replaced = False  # the weights are not those of this anchor
@@ -183,8 +182,6 @@ class LocalState(Caller):
             replicated["ahead"] = {name: int(name in ahead) for name in self._parameters}
         if self._scheme.first_moments == "all":
             replicated["rates"] = {name: rate for each in self._fragments for name, rate in each.rates.items()}
-        if self._scheme.growth:
-            replicated["highest_rate"] = self._highest_rate
         if self._pace:
             replicated["pace"] = self._pace.state_dict()
         if self._scheme.overlap:
@@ -273,7 +270,6 @@ class LocalState(Caller):
                 ahead = [name for name in fragment.anchor if replicated["ahead"][name]]
                 fragment.go_ahead(ahead, per_rank[f"round {number}"]["residual"])
         self._last_round = replicated["last_round"]
-        self._highest_rate = replicated.get("highest_rate", 0.0)
         if self._pace:
             self._pace.load_state_dict(replicated["pace"])
         if step > self._scheme.start_steps:

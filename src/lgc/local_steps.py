@@ -88,14 +88,13 @@ class LocalRounds(LocalState):
         self._trainable = {id(each) for each in (*active, *parameters.values())}
         self._round_transport = round_transport
         self._executor = ThreadPoolExecutor(1, "lgc") if scheme.overlap else None
-        self._second_moments = SecondMoments(transport.world_size) if scheme.second_moments == "all" else None
-        self._steps_a_round = FEW_STEPS if self._pace else scheme.steps_a_round  # at the present learning rate
+        self._second_moments = _second_moments(scheme, transport.world_size)
         self._in_step = False  # between an optimizer's two hooks
         self._stepped: list[Optimizer] = []  # since the last step that was counted
         self._step_hooks: list[RemovableHandle] = []
         self.use_optimizers(optimizers)
         self._steps_of_another = Streak()  # since the last one that counts
-        self._most_of_another = max(self._steps_a_round, FEW_STEPS)
+        self._most_of_another = FEW_STEPS if self._pace else max(scheme.steps_a_round, FEW_STEPS)
         watch_steps(module, parameters.values(), self._before_any_step)
         if self._grad_scaler is not None:
             scaled = partial(_make_scaled_step, self, self._grad_scaler.step)
@@ -295,8 +294,11 @@ class LocalRounds(LocalState):
         if not self._in_step:  # of a class that calls its base class's step, for which torch runs the hooks as well
             return
         self._in_step = False
+        if self._second_moments and not self._is_starting:
+            self._second_moments.after_step(optimizer)
         if not self._is_starting:
-            self._take_local_step(optimizer)
+            for each in self._fragments:
+                each.add_rates(optimizer)
         self._stepped.append(optimizer)
         if len(self._stepped) < len(self._optimizers):
             return
@@ -316,24 +318,10 @@ class LocalRounds(LocalState):
         if is_due:
             self._round(fragment)
 
-    def _take_local_step(self, optimizer: Optimizer) -> None:
-        """Take account of a step that this rank has made by itself."""
-        if self._scheme.growth:
-            rate = max(float(group["lr"]) for each in self._optimizers for group in each.param_groups)
-            self._highest_rate = max(self._highest_rate, rate)
-            self._steps_a_round = self._scheme.steps_until(rate / self._highest_rate if self._highest_rate else 1.0)
-        if self._second_moments:
-            common = self._scheme.first_moments == "all"
-            self._second_moments.after_step(optimizer, self._steps_a_round if common else None)
-        for each in self._fragments:
-            each.add_rates(optimizer)
-
     def _next_round(self) -> tuple[Fragment, bool]:
         """The fragment that is exchanged next, and whether its round is due."""
         if self._pace:
             return self._fragments[0], self._pace.is_due()
-        if self._scheme.growth:
-            return self._fragments[0], self.step - self._last_round >= self._steps_a_round
         number, place = divmod(self.step - self._scheme.start_steps - 1, self._scheme.period)
         return self._fragments[number % self._scheme.fragments], place == self._scheme.period - 1
 
@@ -524,6 +512,13 @@ def _start(
         start.synchronizer.aggregator.schedule = Schedule(1.0, warmup_steps=FOREVER)
     start.phase = start.synchronizer.phase(0)
     return start
+
+
+def _second_moments(scheme: LocalSteps, ranks: int) -> SecondMoments | None:
+    """What corrects them, if anything does."""
+    if scheme.second_moments == "own":
+        return None
+    return SecondMoments(ranks, scheme.steps_a_round if scheme.first_moments == "all" else None)
 
 
 def _tensors_of(optimizers: Sequence[Optimizer]) -> Iterator[Tensor]:

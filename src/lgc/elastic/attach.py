@@ -202,11 +202,6 @@ def _gathered(scheme: Scheme) -> LocalSteps:
             f"LocalSteps(every=...) must be a number of steps on ranks that come and go, got {scheme.every}: a round "
             "that is due by time is not tried again."
         )
-    if scheme.growth:
-        raise ValueError(
-            f"LocalSteps(growth=...) must be 0 on ranks that come and go, got {scheme.growth}: a newcomer would not "
-            "know the highest learning rate until then."
-        )
     exchange = scheme.exchange
     if not isinstance(exchange, Quantized | TopK):
         kind = type(exchange).__name__

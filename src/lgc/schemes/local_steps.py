@@ -16,7 +16,6 @@ from lgc.schemes.topk import TopK
 
 EXCHANGES = (Dense, Quantized, TopK, ScaleCom)
 USUAL = 20  # steps from round to round
-RAREST = 100  # times `every`, of the steps from round to round
 
 Moments = Literal["own", "all"]
 
@@ -51,9 +50,6 @@ class LocalSteps(Scheme):
             anchor, at 1 where in the mean the ranks would be if nothing were left to send.
         overlap: exchange while the next steps compute; what comes back is applied when the next exchange begins.
         fragments: the tensors in so many groups, one of them exchanged every `every / fragments` steps.
-        growth: rounds become rarer where the learning rate falls: after `every` (highest / lr)^growth steps, where the
-            highest is that of the local steps until then, and at most after 100 times `every`. 0 is `every` steps
-            throughout. Source: Gu et al., Quadratic Synchronization Rule, arXiv 2310.14423, there 2.
     """
 
     name: ClassVar[str] = "local"
@@ -69,7 +65,6 @@ class LocalSteps(Scheme):
     ahead: float = 0.0
     overlap: bool = False
     fragments: int = 1
-    growth: float = 0.0
 
     def __post_init__(self) -> None:
         if not isinstance(self.every, Seconds):
@@ -91,7 +86,6 @@ class LocalSteps(Scheme):
         require(self, "ahead", "in [0, 1]", 0 <= require_number(self, "ahead") <= 1)
         require(self, "overlap", "True or False", isinstance(self.overlap, bool))
         require_integer(self, "fragments", 1)
-        require(self, "growth", "in [0, 4]", 0 <= require_number(self, "growth") <= 4)
         if self.overlap:
             require(self, "first_moments", "left at own with overlap=True", self.first_moments == "own")
             require(self, "ahead", "left at 0 with overlap=True", self.ahead == 0)
@@ -100,30 +94,17 @@ class LocalSteps(Scheme):
             require(self, "ahead", f"left at 0 with every={self.every}", self.ahead == 0)
             require(self, "overlap", f"left at False with every={self.every}", not self.overlap)
             require(self, "fragments", f"left at 1 with every={self.every}", self.fragments == 1)
-            require(self, "growth", f"left at 0 with every={self.every}", self.growth == 0)
         else:
             require(self, "fragments", f"a divisor of every={self.every}", self.every % self.fragments == 0)
-        if self.growth:
-            require(self, "fragments", f"left at 1 with growth={self.growth}", self.fragments == 1)
         if isinstance(self.exchange, SparseScheme):
             object.__setattr__(self, "exchange", _without_momentum(self.exchange))
 
     @property
     def steps_a_round(self) -> int:
-        """Steps from one round to the next, of the same fragment; with `growth` at the highest learning rate.
-
-        Raises:
-            ValueError: if rounds are opened by time.
-        """
+        """Steps from one round to the next, of the same fragment; ValueError where rounds are opened by time."""
         require_rounds_by_count(self, "what is asked for")
         assert not isinstance(self.every, Seconds)
         return self.every
-
-    def steps_until(self, decline: float) -> int:
-        """Steps from one round to the next where the learning rate is that share of the highest; raises likewise."""
-        return (
-            self.steps_a_round if not self.growth else int(self.steps_a_round / max(decline**self.growth, 1 / RAREST))
-        )
 
     @property
     def period(self) -> int:

@@ -348,8 +348,6 @@ def _advice(rows: Sequence[Prediction], labels: Mapping[str, str], profile: Prof
         )
     if isinstance(scheme, LocalSteps):
         paragraphs.append("Evaluate and save within handle.anchored(), and end with handle.finish().")
-    if isinstance(scheme, LocalSteps) and scheme.growth:
-        paragraphs.append("Rounds become rarer as the learning rate falls; this is for the highest.")
     if _is_for_adam(scheme):
         paragraphs.append("It is for torch.optim.Adam and AdamW.")
     if scheme.makes_adams_step:

@@ -92,13 +92,13 @@ def machine() -> dict[str, Any]:
 def shortened(scheme: Scheme) -> Scheme:
     """Shorten the phases to a few steps: each rate of the warm-up once, an autoencoder that is never refreshed.
 
-    Local steps begin with the phase that lasts, and make rounds as at the highest learning rate.
+    Local steps begin with the phase that lasts.
     """
     if isinstance(scheme, LocalSteps):
         exchange = scheme.exchange
         if isinstance(exchange, SparseScheme):
             exchange = replace(exchange, warmup_steps=0)
-        return replace(scheme, start_steps=0, exchange=exchange, growth=0.0)
+        return replace(scheme, start_steps=0, exchange=exchange)
     if isinstance(scheme, PowerSGD):
         return replace(scheme, start_steps=START_STEPS)
     if not isinstance(scheme, SparseScheme):
