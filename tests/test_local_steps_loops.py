@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from local_runs import Net, Run, batch, differ, exact
+from local_runs import Net, Run, batch, differ, exact, residuals
 from ranks import Ranks
 from torch import Tensor, nn
 from torch.optim.optimizer import _global_optimizer_pre_hooks
@@ -717,9 +717,8 @@ def test_one_rank_may_evaluate_alone_and_an_error_there_puts_its_weights_back(ra
     assert not differ(ranks(2).run(evaluate_on_one_rank))
 
 
-def sum_of_steps(rank: int, _: int, exchange: Any, ahead: float) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
+def sum_of_steps(rank: int, _: int, scheme: lgc.LocalSteps) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
     """By parameter: what this rank's optimizer has moved, what the anchor has, and what this rank owes."""
-    scheme = lgc.LocalSteps(every=3, exchange=exchange, start_steps=0, outer_lr=1.0, outer_momentum=0.0, ahead=ahead)
     run = Run(scheme)
     initial = run.weights()
     moved = {name: torch.zeros_like(parameter) for name, parameter in run.net.named_parameters()}
@@ -737,24 +736,30 @@ def sum_of_steps(rank: int, _: int, exchange: Any, ahead: float) -> dict[str, tu
         for name, parameter in alone.named_parameters():
             moved[name] += before[name] - parameter.detach()
         run.optimizer.step()
-    owed = run.handle.state_dict()["aggregator"]["per_rank"]["round 0"]
-    residuals = [owed["residual"], owed.get("server_residual", {})]
+    state = run.handle.state_dict()
     with run.handle.anchored():
         weights = run.weights()
     return {
-        name: (moved[name], initial[name] - weights[name], residuals[0][name] + residuals[1].get(name, 0))
-        for name in moved
+        name: (moved[name], initial[name] - weights[name], torch.stack(residuals(state, name)).sum(0)) for name in moved
     }
 
 
+GATHER, TWO_STAGE = lgc.Quantized(reduction="gather"), lgc.Quantized(reduction="two_stage")
+OWING = {"gather": GATHER, "two_stage": TWO_STAGE, "topk": lgc.TopK(rate=0.1), "scalecom": lgc.ScaleCom(rate=0.1)}
+CHANGES = [(TWO_STAGE, TWO_STAGE), (TWO_STAGE, GATHER), (GATHER, TWO_STAGE), (OWING["topk"], TWO_STAGE)]
+
+
 @pytest.mark.parametrize("ahead", [0.0, 0.5])
-@pytest.mark.parametrize("exchange", ["gather", "two_stage", "topk", "scalecom"])
+@pytest.mark.parametrize(
+    ("exchange", "later"), [*((each, None) for each in OWING.values()), *CHANGES, (TWO_STAGE, OWING["topk"])], ids=str
+)
 def test_what_the_ranks_have_moved_is_what_the_anchor_has_and_what_is_owed(
-    ranks: RankFactory, exchange: str, ahead: float
+    ranks: RankFactory, exchange: Any, later: Any, ahead: float
 ) -> None:
-    sparse: dict[str, Any] = {"topk": lgc.TopK(rate=0.1), "scalecom": lgc.ScaleCom(rate=0.1)}
-    reduction: Any = exchange
-    results = ranks(3).run(sum_of_steps, sparse.get(exchange) or lgc.Quantized(reduction=reduction), ahead)
+    """And rounds that are of another exchange from step 6 on go on with what is owed."""
+    change = None if later is None else lgc.Later(step=6, every=2, exchange=later)
+    scheme = lgc.LocalSteps(every=3, exchange=exchange, start_steps=0, outer_momentum=0.0, ahead=ahead, later=change)
+    results = ranks(3).run(sum_of_steps, scheme)
     for name in results[0]:
         moved, by_anchor, owed = (sum(of[name][part] for of in results) / 3 for part in range(3))
         torch.testing.assert_close(by_anchor + owed, moved, rtol=1e-4, atol=1e-5)

@@ -25,14 +25,14 @@ def step_with(ranks: int, gradients: Tensor, start: int, **arguments: Any) -> tu
     """Adam's steps with these gradients, the first `start` of them plain; the parameter, and what v stands for."""
     parameter = torch.nn.Parameter(torch.zeros(gradients.shape[1]))
     optimizer = torch.optim.AdamW([parameter], lr=0.1, betas=(0.9, BETA), **arguments)
-    moments = SecondMoments(ranks, None)
+    moments = SecondMoments(ranks)
     for step, gradient in enumerate(gradients):
         parameter.grad = gradient.clone()
         if step >= start:
             moments.before_step(optimizer)
         optimizer.step()
         if step >= start:
-            moments.after_step(optimizer)
+            moments.after_step(optimizer, None)
     return parameter.detach(), optimizer.state[parameter]["exp_avg_sq"] / (1 - BETA ** len(gradients))
 
 
@@ -79,14 +79,14 @@ def test_they_do_too_where_rounds_make_the_momentum_common(ranks: int, every: in
     gradients = signal + torch.randn(600, ranks, 256, generator=torch.Generator().manual_seed(0))
     parameters = [torch.nn.Parameter(torch.zeros(256)) for _ in range(ranks)]
     optimizers = [torch.optim.Adam([each], betas=(0.9, BETA)) for each in parameters]
-    moments = [SecondMoments(ranks, every) for _ in range(ranks)]
+    moments = [SecondMoments(ranks) for _ in range(ranks)]
     momentum, in_round = [one.state[each] for one, each in zip(optimizers, parameters, strict=True)], []
     for step in range(600):
         for each, optimizer, correction, gradient in zip(parameters, optimizers, moments, gradients[step], strict=True):
             each.grad = gradient.clone()
             correction.before_step(optimizer)
             optimizer.step()
-            correction.after_step(optimizer)
+            correction.after_step(optimizer, every)
         in_round.append(torch.stack([each["exp_avg"].clone() for each in momentum]))
         if len(in_round) == every:
             own = torch.stack(in_round).mean(0)

@@ -223,7 +223,11 @@ class Handle:
         self._model = weakref.ref(model)  # which keeps the caller
         self._broadcasts_buffers = broadcasts_buffers
         self.is_detached = False
-        self.synchronizer: Synchronizer | None = caller.synchronizer
+
+    @property
+    def synchronizer(self) -> Synchronizer | None:
+        """What makes the rounds; None where DDP's buckets are reduced one by one, and once this is detached."""
+        return self._caller.synchronizer
 
     def __deepcopy__(self, _: object) -> Detached:
         return Detached()
@@ -301,7 +305,7 @@ class Handle:
             attached.pop(model.module, None)
         if model is not None:
             attached.pop(model, None)
-        done, self._caller, self.synchronizer = self._caller, Caller(), None
+        done, self._caller = self._caller, Caller()
         self._caller.step, self._caller.phase = done.step, done.phase
         self.is_detached = True
 

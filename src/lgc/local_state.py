@@ -264,11 +264,14 @@ class LocalState(Caller):
         for number, fragment in enumerate(self._fragments):
             _copy({each: replicated["anchor"][name] for name, each in fragment.anchor.items()})
             _copy({each: replicated["outer_momentum"][name] for name, each in fragment.momentum.items()})
-            fragment.rounds, fragment.step = replicated["rounds"][str(number)], replicated["round_steps"][str(number)]
+            rounds, at = replicated["rounds"][str(number)], replicated["round_steps"][str(number)]
+            fragment.resume(rounds, at, later=self._scheme.is_later(at))
             fragment.rates = {name: replicated["rates"][name] for name in fragment.rates}
             if self._scheme.ahead:
                 ahead = [name for name in fragment.anchor if replicated["ahead"][name]]
-                fragment.go_ahead(ahead, per_rank[f"round {number}"]["residual"])
+                (name,) = [name for name, each in self._synchronizers().items() if each is fragment.synchronizer]
+                fragment.go_ahead(ahead, per_rank[name]["residual"])
+        self.synchronizer = self._fragments[0].synchronizer
         self._last_round = replicated["last_round"]
         if self._pace:
             self._pace.load_state_dict(replicated["pace"])
@@ -312,8 +315,9 @@ class LocalState(Caller):
             self._start.synchronizer.aggregator.feedback.forget()
 
     def _synchronizers(self) -> dict[str, Synchronizer]:
-        rounds = {f"round {number}": fragment.synchronizer for number, fragment in enumerate(self._fragments)}
-        return rounds | ({"start": self._start.synchronizer} if self._start else {})
+        rounds = {f"round {number}": fragment.first for number, fragment in enumerate(self._fragments)}
+        later = {f"later {number}": each.later for number, each in enumerate(self._fragments) if each.later is not None}
+        return rounds | later | ({"start": self._start.synchronizer} if self._start else {})
 
     def _of_rank(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """This rank's own values of the model's tensors, by name, also while it shows the anchor's."""

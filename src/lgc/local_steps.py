@@ -88,13 +88,15 @@ class LocalRounds(LocalState):
         self._trainable = {id(each) for each in (*active, *parameters.values())}
         self._round_transport = round_transport
         self._executor = ThreadPoolExecutor(1, "lgc") if scheme.overlap else None
-        self._second_moments = _second_moments(scheme, transport.world_size)
+        self._second_moments = SecondMoments(transport.world_size) if scheme.second_moments == "all" else None
         self._in_step = False  # between an optimizer's two hooks
         self._stepped: list[Optimizer] = []  # since the last step that was counted
         self._step_hooks: list[RemovableHandle] = []
         self.use_optimizers(optimizers)
         self._steps_of_another = Streak()  # since the last one that counts
-        self._most_of_another = FEW_STEPS if self._pace else max(scheme.steps_a_round, FEW_STEPS)
+        self._most_of_another = FEW_STEPS
+        if not self._pace:
+            self._most_of_another = max(FEW_STEPS, *map(scheme.steps_a_round_after, (0, FOREVER)))
         watch_steps(module, parameters.values(), self._before_any_step)
         if self._grad_scaler is not None:
             scaled = partial(_make_scaled_step, self, self._grad_scaler.step)
@@ -199,6 +201,9 @@ class LocalRounds(LocalState):
             if result.finite:
                 take_first_moments(fragment, moved, result.mean, self._optimizers)
             fragment.rates = dict.fromkeys(fragment.rates, 0.0)
+        if self._scheme.is_later(fragment.step):
+            fragment.change_exchange()
+            self.synchronizer = fragment.synchronizer
         fragment.apply(result.mean, weights if result.finite else None)
         self._buffers.apply(result.buffers, buffers)
         if not result.finite:
@@ -295,7 +300,10 @@ class LocalRounds(LocalState):
             return
         self._in_step = False
         if self._second_moments and not self._is_starting:
-            self._second_moments.after_step(optimizer)
+            is_common = self._scheme.first_moments == "all"
+            self._second_moments.after_step(
+                optimizer, self._scheme.steps_a_round_after(self.step) if is_common else None
+            )
         if not self._is_starting:
             for each in self._fragments:
                 each.add_rates(optimizer)
@@ -322,8 +330,11 @@ class LocalRounds(LocalState):
         """The fragment that is exchanged next, and whether its round is due."""
         if self._pace:
             return self._fragments[0], self._pace.is_due()
-        number, place = divmod(self.step - self._scheme.start_steps - 1, self._scheme.period)
-        return self._fragments[number % self._scheme.fragments], place == self._scheme.period - 1
+        begin, period, later = self._scheme.start_steps, self._scheme.period, self._scheme.later
+        if later is not None and self._scheme.is_later(self.step - 1):
+            begin, period = later.step, later.every
+        number, place = divmod(self.step - begin - 1, period)
+        return self._fragments[number % self._scheme.fragments], place == period - 1
 
     def count_skipped_step(self, optimizer: Optimizer, since: int) -> None:
         """Count a step that a GradScaler has not made: it found infinities, and only on this rank."""
@@ -512,13 +523,6 @@ def _start(
         start.synchronizer.aggregator.schedule = Schedule(1.0, warmup_steps=FOREVER)
     start.phase = start.synchronizer.phase(0)
     return start
-
-
-def _second_moments(scheme: LocalSteps, ranks: int) -> SecondMoments | None:
-    """What corrects them, if anything does."""
-    if scheme.second_moments == "own":
-        return None
-    return SecondMoments(ranks, scheme.steps_a_round if scheme.first_moments == "all" else None)
 
 
 def _tensors_of(optimizers: Sequence[Optimizer]) -> Iterator[Tensor]:

@@ -86,11 +86,10 @@ class SecondMoments:
 
     Args:
         ranks: K.
-        steps: from round to round, if each makes m common to all ranks; else None.
     """
 
-    def __init__(self, ranks: int, steps: int | None) -> None:
-        self._ranks, self._steps = ranks, steps
+    def __init__(self, ranks: int) -> None:
+        self._ranks = ranks
         self._before: dict[Tensor, tuple[float, Tensor]] = {}  # of each parameter, the step and the second moment
 
     @torch.no_grad()
@@ -103,22 +102,32 @@ class SecondMoments:
         }
 
     @torch.no_grad()
-    def after_step(self, optimizer: Optimizer) -> None:
-        """Make the step that was made one by the second moments of all ranks."""
+    def after_step(self, optimizer: Optimizer, steps: int | None) -> None:
+        """Make the step that was made one by the second moments of all ranks.
+
+        Args:
+            optimizer: that made it.
+            steps: from round to round, if each makes m common to all ranks; else None.
+        """
         before, self._before = self._before, {}
         for group in optimizer.param_groups:
             for parameter in group["params"]:
                 state, old = optimizer.state.get(parameter, {}), before.get(parameter)
                 if SECOND_MOMENT in state and state["step"] > (old[0] if old else 0):
-                    self._correct(parameter, state, group, old)
+                    self._correct(parameter, state, group, old, steps)
 
     def _correct(
-        self, parameter: Tensor, state: dict[str, Any], group: dict[str, Any], old: tuple[float, Tensor] | None
+        self,
+        parameter: Tensor,
+        state: dict[str, Any],
+        group: dict[str, Any],
+        old: tuple[float, Tensor] | None,
+        steps: int | None,
     ) -> None:
         (beta_1, beta_2), v, step = group["betas"], state[SECOND_MOMENT], float(state["step"])
         bias = 1 - beta_2**step  # Adam's v is smaller than what it stands for by this
         m = state[FIRST_MOMENT] / (1 - beta_1**step)
-        part = self._part_of_own(beta_1, step)
+        part = self._part_of_own(beta_1, step, steps)
         divided = _denominator(state, group).reciprocal_()
         share = max((1 - beta_2) / (self._ranks * bias), 1 / step)
         if old:
@@ -129,9 +138,9 @@ class SecondMoments:
         divided -= _denominator(state, group).reciprocal_()
         parameter.addcmul_(m.mul_(group["lr"]), divided)  # the step is taken back and made again, rounded once
 
-    def _part_of_own(self, beta: float, step: float) -> float:
+    def _part_of_own(self, beta: float, step: float, steps: int | None) -> float:
         """How much of g^2 there is in the estimate, from 0 to 1; the rest is m^2."""
-        q = _noise_of_own(beta) if self._steps is None else _noise_of_common(beta, self._steps, self._ranks)
+        q = _noise_of_own(beta) if steps is None else _noise_of_common(beta, steps, self._ranks)
         q *= (1 + beta**step) / (1 - beta**step)  # m is a mean of fewer steps in the first ones
         return min(max(0.0, (1 / self._ranks - q) / (1 - q)), 1.0) if q < 1 else 1.0
 

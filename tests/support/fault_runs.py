@@ -23,6 +23,7 @@ SCHEMES = LEARNED | {
     "quantized": "quantized:reduction=two_stage",
     "local": f"{LOCAL}+quantized",
     "local-overlap": f"{LOCAL}:overlap=True+quantized",
+    "local-later": f"{LOCAL}+quantized:values=largest0.1+later:step={2 * PHASE_STEPS}:every=2+quantized",
     "local-moments": f"{LOCAL}:first_moments=all:ahead=0.5+quantized:values=deadzone1.5",
 }
 

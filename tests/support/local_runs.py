@@ -84,8 +84,15 @@ def owed(states: list[dict[str, Any]], ahead: float = 0.0) -> dict[str, Tensor]:
     for state in states:
         per_rank, anchor = state["aggregator"]["per_rank"], state["aggregator"]["replicated"]["anchor"]
         for name, weights in per_rank["weights"].items():
-            buffers = per_rank["round 0"]
-            server = buffers["server_residual"][name] if "server_residual" in buffers else 0
-            each = (1 - ahead) * buffers["residual"][name] + server + anchor[name] - weights
+            residual, server = residuals(state, name)
+            each = (1 - ahead) * residual + server + anchor[name] - weights
             total[name] = total.get(name, 0) + each / len(states)
     return total
+
+
+def residuals(state: dict[str, Any], name: str) -> tuple[Tensor, Tensor]:
+    """What a rank owes of a parameter, and what it does as a server; of one fragment, whichever its rounds are now."""
+    parts = [part for key, part in state["aggregator"]["per_rank"].items() if key.startswith(("round", "later"))]
+    own = torch.stack([part["residual"][name] for part in parts]).sum(0)
+    served = [part["server_residual"][name] for part in parts if "server_residual" in part]
+    return own, torch.stack([torch.zeros_like(own), *served]).sum(0)

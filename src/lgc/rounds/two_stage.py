@@ -214,3 +214,30 @@ class ReducingAggregator(Aggregator):
         per_rank["residual"] = {name: residual + owed.get(name, 0) for name, residual in per_rank["residual"].items()}
         fresh = self.state_dict()["per_rank"]
         return {**state, "per_rank": {name: per_rank.get(name, part) for name, part in fresh.items()}}
+
+
+def hand_over(first: Aggregator, later: Aggregator) -> None:
+    """Have the later aggregator, of the same tensors, owe all that the first one does, which then owes nothing.
+
+    What servers owe stays with them if they serve the same, and else becomes the ranks' own.
+    """
+    state = later.state_dict()
+    per_rank = first.state_dict()["per_rank"]
+    if served := per_rank.get("server_residual"):
+        if _served_by(first) == _served_by(later):
+            state["per_rank"]["server_residual"] = served
+        else:
+            for name, residual in per_rank["residual"].items():
+                residual += served[name]
+    state["per_rank"]["residual"] = per_rank["residual"]
+    later.load_state_dict(state)
+    first.feedback.forget()
+    if isinstance(first, ReducingAggregator) and isinstance(first.reduced, TwoStage):
+        first.reduced.owed = torch.zeros_like(first.reduced.owed)
+
+
+def _served_by(aggregator: Aggregator) -> object:
+    """Which parts of which tensors its servers serve; None if there are no servers."""
+    if not isinstance(aggregator, ReducingAggregator) or not isinstance(aggregator.reduced, TwoStage):
+        return None
+    return aggregator.layout.slices, aggregator.reduced.shards

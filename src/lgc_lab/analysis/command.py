@@ -69,10 +69,10 @@ def analyze(workers: int, every: int, samples: int, timeout: float, out: Path, o
                 f"analyze: scheme must be {TopK.name}, dgc or {ScaleCom.name}, or local steps that exchange by "
                 f"{TopK.name} or {ScaleCom.name}, got {scheme}."
             )
-        if isinstance(scheme, LocalSteps) and (scheme.overlap or scheme.fragments > 1):
+        if isinstance(scheme, LocalSteps) and (scheme.overlap or scheme.fragments > 1 or scheme.later):
             raise ValueError(
-                "analyze: local steps must have overlap=False and fragments=1, so that a round is of the whole model, "
-                f"got {scheme}."
+                "analyze: local steps must have overlap=False, fragments=1 and no later rounds, so that all rounds are "
+                f"alike and of the whole model, got {scheme}."
             )
         if exchange.rate == 1:
             raise ValueError("analyze: the scheme's rate must be below 1, else there are no indices to look at.")
