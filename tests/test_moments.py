@@ -300,7 +300,31 @@ def test_the_momentum_of_all_ranks_needs_rounds_by_count_that_are_waited_for(arg
         lgc.LocalSteps(first_moments="all", **arguments)
 
 
+def take_a_share(rank: int, _: int) -> list[Tensor]:
+    """The momentum after a round: a rank's own, that of all, and a third of the way from one to the other."""
+    found = []
+    for share in (0, 1, 1 / 3):
+        run = Run(exact(2, first_moments=share)).train(rank, range(2))
+        found.append(run.optimizer.state[run.net.out.weight]["exp_avg"].clone())
+    return found
+
+
+def test_a_share_of_it_lies_between(ranks: RankFactory) -> None:
+    for own, of_all, between in ranks(2).run(take_a_share):
+        assert not torch.equal(own, of_all)
+        torch.testing.assert_close(between, own + (of_all - own) / 3)
+
+
+@pytest.mark.parametrize(
+    ("share", "message"), [(1.5, r"in \[0, 1\], got 1.5"), (True, "a number"), ("some", "own, all")]
+)
+def test_other_shares_are_refused(share: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        lgc.LocalSteps(first_moments=share)
+
+
 def test_the_text_form_has_them() -> None:
+    assert lgc.parse_scheme("local:first_moments=0.3+quantized") == lgc.LocalSteps(first_moments=0.3)
     assert lgc.parse_scheme("local:every=4:first_moments=all:second_moments=all:start_steps=2+quantized") == ALL
     assert lgc.parse_scheme(str(ALL)) == ALL
     with pytest.raises(ValueError, match="second_moments"):

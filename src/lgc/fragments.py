@@ -62,7 +62,7 @@ class Fragment:
         self._last_exchange = scheme.start_exchange
         self.ahead: frozenset[str] = frozenset()
         self.apart = False
-        self.rates: dict[str, float] = dict.fromkeys(self.parameters, 0.0) if scheme.first_moments == "all" else {}
+        self.rates: dict[str, float] = dict.fromkeys(self.parameters, 0.0) if scheme.common_momentum else {}
         self.rounds = 0
         self.step = scheme.start_steps
         self._others = others

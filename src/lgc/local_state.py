@@ -180,7 +180,7 @@ class LocalState(Caller):
         if self._scheme.ahead:
             ahead = frozenset[str]().union(*(fragment.ahead for fragment in self._fragments))
             replicated["ahead"] = {name: int(name in ahead) for name in self._parameters}
-        if self._scheme.first_moments == "all":
+        if self._scheme.common_momentum:
             replicated["rates"] = {name: rate for each in self._fragments for name, rate in each.rates.items()}
         if self._pace:
             replicated["pace"] = self._pace.state_dict()

@@ -199,7 +199,7 @@ class LocalRounds(LocalState):
         self._site.rest(self._module)
         if fragment.rates:
             if result.finite:
-                take_first_moments(fragment, moved, result.mean, self._optimizers)
+                take_first_moments(fragment, moved, result.mean, self._optimizers, self._scheme.common_momentum)
             fragment.rates = dict.fromkeys(fragment.rates, 0.0)
         if self._scheme.is_later(fragment.step):
             fragment.change_exchange()

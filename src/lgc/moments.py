@@ -30,7 +30,11 @@ def has_second_moments(optimizer: Optimizer) -> bool:
 
 @torch.no_grad()
 def take_first_moments(
-    fragment: Fragment, moved: Mapping[str, Tensor], mean: Mapping[str, Tensor], optimizers: Iterable[Optimizer]
+    fragment: Fragment,
+    moved: Mapping[str, Tensor],
+    mean: Mapping[str, Tensor],
+    optimizers: Iterable[Optimizer],
+    share: float = 1.0,
 ) -> None:
     """Have this rank go on by the momentum of all ranks, as far as a round tells; a collective inside the site.
 
@@ -46,8 +50,9 @@ def take_first_moments(
         moved: by this rank, by name.
         mean: of what all ranks have moved.
         optimizers: that moved them.
+        share: of what the momentum is to take, from 0 to 1.
     """
-    apart = {name: _limited(mean[name] - each, each) for name, each in moved.items()}
+    apart = {name: share * _limited(mean[name] - each, each) for name, each in moved.items()}
     apart = fragment.site.whole(fragment.parameters, apart)
     named = {parameter: name for name, parameter in fragment.parameters.items()}
     for optimizer in optimizers:

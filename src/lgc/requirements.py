@@ -315,11 +315,11 @@ def require_own_updates(optimizer: torch.optim.Optimizer, scheme: LocalSteps) ->
         ("first_moments", has_first_moments, "torch.optim.SGD with momentum, and Adam and AdamW without amsgrad"),
         ("second_moments", has_second_moments, "torch.optim.Adam and AdamW without amsgrad"),
     ):
-        if getattr(scheme, name) == "all" and not has(optimizer):
+        if getattr(scheme, name) not in ("own", 0) and not has(optimizer):
             settings = [each for each in ("momentum", "amsgrad") if each in optimizer.defaults]
             kind = f"{type(optimizer).__name__}({', '.join(f'{each}={optimizer.defaults[each]}' for each in settings)})"
             raise ValueError(
-                f'LocalSteps({name}="all") is for {which}, got {kind}; use {name}="own", which is for any optimizer.'
+                f'LocalSteps({name}=...) is for {which}, got {kind}; use {name}="own", which is for any optimizer.'
             )
     if isinstance(optimizer, torch.optim.LBFGS):
         raise ValueError(

@@ -67,7 +67,8 @@ class LocalSteps(Scheme):
         start_steps: at first, so many steps exchange their gradients; the first hundreds decide much.
         start: how their values become bytes; Float32 is uncompressed.
         first_moments: by which momentum a rank goes on after a round: its "own", or that of "all" ranks, as far as what
-            they have moved tells. For SGD and Adam.
+            they have moved tells; or a number between these, 0 and 1, which is better where most of that is left out.
+            For SGD and Adam.
         second_moments: what Adam divides by: "own" is what a rank's own gradients vary by, "all" what their mean over
             all ranks does, estimated from the rank's own, so that the learning rate of dense training is right.
         ahead: how much of what a rank still owes it keeps in its own weights, 0 to 1: it begins a round ahead of the
@@ -86,7 +87,7 @@ class LocalSteps(Scheme):
     outer_momentum: float | None = None
     start_steps: int = 300
     start: ValueCodec = LloydMax(4)
-    first_moments: Moments = "own"
+    first_moments: Moments | float = "own"
     second_moments: Moments = "own"
     ahead: float = 0.0
     overlap: bool = False
@@ -105,16 +106,19 @@ class LocalSteps(Scheme):
             require(self, "outer_momentum", "in [0, 1)", 0 <= require_number(self, "outer_momentum") < 1)
         require_integer(self, "start_steps", 0)
         require(self, "start", "a value codec, such as lgc.LloydMax(4)", isinstance(self.start, ValueCodec))
-        require_one_of(self, "first_moments", get_args(Moments))
+        if isinstance(self.first_moments, str):
+            require_one_of(self, "first_moments", get_args(Moments))
+        else:
+            require(self, "first_moments", "in [0, 1]", 0 <= require_number(self, "first_moments") <= 1)
         require_one_of(self, "second_moments", get_args(Moments))
         require(self, "ahead", "in [0, 1]", 0 <= require_number(self, "ahead") <= 1)
         require(self, "overlap", "True or False", isinstance(self.overlap, bool))
         require_integer(self, "fragments", 1)
         if self.overlap:
-            require(self, "first_moments", "left at own with overlap=True", self.first_moments == "own")
+            require(self, "first_moments", "left at own with overlap=True", not self.common_momentum)
             require(self, "ahead", "left at 0 with overlap=True", self.ahead == 0)
         if isinstance(self.every, Seconds):
-            require(self, "first_moments", f"left at own with every={self.every}", self.first_moments == "own")
+            require(self, "first_moments", f"left at own with every={self.every}", not self.common_momentum)
             require(self, "ahead", f"left at 0 with every={self.every}", self.ahead == 0)
             require(self, "overlap", f"left at False with every={self.every}", not self.overlap)
             require(self, "fragments", f"left at 1 with every={self.every}", self.fragments == 1)
@@ -176,6 +180,13 @@ class LocalSteps(Scheme):
             momentum = 0.8 if every < 100 else 0.7
         rate = 1.0 if self.outer_lr is None else self.outer_lr
         return rate, momentum if self.outer_momentum is None else self.outer_momentum
+
+    @property
+    def common_momentum(self) -> float:
+        """How far a rank goes on by the momentum of all ranks, from 0, its own, to 1."""
+        return (
+            {"own": 0.0, "all": 1.0}[self.first_moments] if isinstance(self.first_moments, str) else self.first_moments
+        )
 
     @property
     def start_exchange(self) -> RoundScheme:
