@@ -161,6 +161,27 @@ def test_later_rounds_have_another_length_and_another_exchange_also_for_a_handle
         assert found == [(6, {"values"}), (10, {"entries"}), (14, {"entries"})] * 2
 
 
+def fail_at_the_change(rank: int, _: int) -> tuple[Any, Any]:
+    later = lgc.Later(step=6, every=2, exchange=EXCHANGES["topk"])
+    run = Run(lgc.LocalSteps(every=2, exchange=EXCHANGES["two-stage"], start_steps=2, later=later)).train(
+        rank, range(5)
+    )
+    with torch.no_grad():
+        run.net.out.bias.fill_(torch.nan)
+    with pytest.raises(FloatingPointError):
+        run.train(rank, range(5, 6))
+    state = run.handle.state_dict()["aggregator"]
+    run.handle.load_state_dict(run.handle.state_dict())
+    return state["per_rank"]["round 0"], run.handle.state_dict()["aggregator"]["per_rank"]["round 0"]
+
+
+def test_where_the_round_of_the_change_fails_the_state_still_has_what_is_owed(ranks: RankFactory) -> None:
+    for before, after in ranks(2).run(fail_at_the_change):
+        for part, tensors in before.items():
+            assert all(torch.equal(each, after[part][name]) for name, each in tensors.items())
+        assert any(each.any() for each in before["residual"].values())
+
+
 LATER_REFUSED = {
     "at the end of a round, some times every=4 after start_steps=300, got 303; use 304": {"step": 303},
     "got 300; use 304": {"step": 300},
@@ -168,6 +189,8 @@ LATER_REFUSED = {
     r"overlap=\.\.\.\) must be left at False": {"overlap": True},
     r"fragments=\.\.\.\) must be left at 1": {"fragments": 2},
     r"Later\(exchange=TopK\(momentum=0.9\)\)": {"exchange": lgc.TopK(momentum=0.9)},
+    "must have warmup_steps=0": {"exchange": lgc.TopK(warmup_steps=4)},
+    "outer momentum of 0.8, which stays, does harm": {"outer_momentum": 0.8, "exchange": lgc.TopK()},
     r"Later\(every=\.\.\.\) must be at least 1": {"later_every": 0},
 }
 
@@ -614,8 +637,9 @@ def test_the_text_form_has_the_exchange_after_a_plus_sign(text: str) -> None:
     ("text", "message"),
     [
         ("local+quantized+later:every=6", "later: step must be set"),
-        ("local+quantized+dense", "its exchange may be followed by later:step="),
-        ("local+quantized+later:step=320:every=6+dense+dense", "its exchange may be followed by later:step="),
+        ("local+quantized+dense", "its exchange may be followed, once, by later:step="),
+        ("local+quantized+later:step=320:every=6+dense+dense", "its exchange may be followed, once, by later:step="),
+        ("local+later:step=320:every=6+later:step=380:every=6", "its exchange may be followed, once, by later:step="),
         ("local+quantized+later:step=320:every=6:every=6", "later: every is set twice"),
         ("local+quantized+later:step=320:every=6:outer_lr=1", "later has no argument 'outer_lr'"),
     ],

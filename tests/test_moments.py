@@ -324,7 +324,11 @@ def test_other_shares_are_refused(share: Any, message: str) -> None:
 
 
 def test_the_text_form_has_them() -> None:
-    assert lgc.parse_scheme("local:first_moments=0.3+quantized") == lgc.LocalSteps(first_moments=0.3)
+    for share in (0, 1, 0.3, 1e-5):
+        scheme = lgc.LocalSteps(first_moments=share)
+        assert str(lgc.parse_scheme(str(scheme))) == str(scheme)
+    with pytest.raises(ValueError, match="first_moments, if not own or all, must be a number, got 'some'"):
+        lgc.parse_scheme("local:first_moments=some")
     assert lgc.parse_scheme("local:every=4:first_moments=all:second_moments=all:start_steps=2+quantized") == ALL
     assert lgc.parse_scheme(str(ALL)) == ALL
     with pytest.raises(ValueError, match="second_moments"):

@@ -83,9 +83,14 @@ class Fragment:
 
     def change_exchange(self) -> None:
         """Go on by the later exchange, which owes all that the first one does; do nothing if it was done before."""
-        if self.later is not None and self.synchronizer is self.first:
+        if self.later is not None and not self.is_later:
             hand_over(self.first.aggregator, self.later.aggregator)
             self.synchronizer = self.later
+
+    @property
+    def is_later(self) -> bool:
+        """Whether its rounds are by the later exchange now."""
+        return self.synchronizer is self.later
 
     def resume(self, rounds: int, step: int, *, later: bool) -> None:
         """Go on after so many rounds, the last of them at this step, by the exchange of that time."""

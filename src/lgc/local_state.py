@@ -177,6 +177,8 @@ class LocalState(Caller):
             "round_steps": {number: fragment.step for number, fragment in numbered.items()},
             "last_round": self._last_round,
         }
+        if self._scheme.later:
+            replicated["later"] = {number: int(fragment.is_later) for number, fragment in numbered.items()}
         if self._scheme.ahead:
             ahead = frozenset[str]().union(*(fragment.ahead for fragment in self._fragments))
             replicated["ahead"] = {name: int(name in ahead) for name in self._parameters}
@@ -265,7 +267,7 @@ class LocalState(Caller):
             _copy({each: replicated["anchor"][name] for name, each in fragment.anchor.items()})
             _copy({each: replicated["outer_momentum"][name] for name, each in fragment.momentum.items()})
             rounds, at = replicated["rounds"][str(number)], replicated["round_steps"][str(number)]
-            fragment.resume(rounds, at, later=self._scheme.is_later(at))
+            fragment.resume(rounds, at, later=bool(self._scheme.later and replicated["later"][str(number)]))
             fragment.rates = {name: replicated["rates"][name] for name in fragment.rates}
             if self._scheme.ahead:
                 ahead = [name for name in fragment.anchor if replicated["ahead"][name]]

@@ -300,10 +300,9 @@ class LocalRounds(LocalState):
             return
         self._in_step = False
         if self._second_moments and not self._is_starting:
-            is_common = self._scheme.first_moments == "all"
-            self._second_moments.after_step(
-                optimizer, self._scheme.steps_a_round_after(self.step) if is_common else None
-            )
+            are_common = self._scheme.common_momentum == 1
+            steps = self._scheme.steps_a_round_after(self.step) if are_common else None
+            self._second_moments.after_step(optimizer, steps)
         if not self._is_starting:
             for each in self._fragments:
                 each.add_rates(optimizer)

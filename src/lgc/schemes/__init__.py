@@ -102,10 +102,10 @@ def _parse_later(parts: Sequence[str], text: str) -> Later:
     """What `later:argument=value...` and the scheme of its exchange describe, of the local steps of a text."""
     own, *exchange = parts
     name, *settings = own.split(":")
-    if name != Later.name or len(exchange) > 1:
+    if name != Later.name or len(exchange) > 1 or (exchange[:1] and exchange[0].partition(":")[0] == Later.name):
         raise ValueError(
-            f"local: its exchange may be followed by {Later.name}:step=...:every=..., and the exchange of that, got "
-            f"{text!r}."
+            f"local: its exchange may be followed, once, by {Later.name}:step=...:every=..., and the exchange of that, "
+            f"got {text!r}."
         )
     arguments = _parse_settings(Later, settings, text)
     if missing := {"step", "every"} - arguments.keys():

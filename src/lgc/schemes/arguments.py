@@ -94,8 +94,9 @@ def from_text(where: str, text: str, hint: Any) -> Any:
         return _codec(where, text, INDEX_CODERS if hint is IndexCoder else VALUE_CODECS)
     if optional:
         (hint,) = options
-    if float in options and any(get_origin(option) is Literal for option in options):
-        return float(text) if re.fullmatch(r"\d+(\.\d+)?", text) else text
+    words = [word for option in options if get_origin(option) is Literal for word in get_args(option)]
+    if words and float in options:
+        return text if text in words else _number(f"{where}, if not {' or '.join(words)},", text, float)
     if get_origin(hint) is Literal or hint is Role:
         return text  # the scheme checks it
     if hint is bool:

@@ -39,6 +39,11 @@ class Later:
         require_integer(self, "step", 1)
         require_integer(self, "every", 1)
         object.__setattr__(self, "exchange", _as_exchange(self))
+        if isinstance(self.exchange, SparseScheme) and self.exchange.warmup_steps:
+            kind, steps = type(self.exchange).__name__, self.exchange.warmup_steps
+            raise ValueError(
+                f"Later(exchange={kind}(warmup_steps={steps})): rounds that follow others must have warmup_steps=0."
+            )
 
     def __str__(self) -> str:
         return f"{self.name}:step={self.step}:every={self.every}+{self.exchange}"
@@ -109,7 +114,9 @@ class LocalSteps(Scheme):
         if isinstance(self.first_moments, str):
             require_one_of(self, "first_moments", get_args(Moments))
         else:
-            require(self, "first_moments", "in [0, 1]", 0 <= require_number(self, "first_moments") <= 1)
+            share = require_number(self, "first_moments")
+            require(self, "first_moments", "own, all, or in [0, 1]", 0 <= share <= 1)
+            object.__setattr__(self, "first_moments", share)  # a float, as its text is read
         require_one_of(self, "second_moments", get_args(Moments))
         require(self, "ahead", "in [0, 1]", 0 <= require_number(self, "ahead") <= 1)
         require(self, "overlap", "True or False", isinstance(self.overlap, bool))
@@ -132,6 +139,11 @@ class LocalSteps(Scheme):
         require(self, "every", "a number of steps with later", not isinstance(self.every, Seconds))
         require(self, "overlap", "left at False with later", not self.overlap)
         require(self, "fragments", "left at 1 with later", self.fragments == 1)
+        if isinstance(later.exchange, SparseScheme) and self.outer[1]:
+            raise ValueError(
+                f"LocalSteps(later=...): {type(later.exchange).__name__} leaves coordinates waiting, where the outer "
+                f"momentum of {self.outer[1]}, which stays, does harm; set outer_momentum=0."
+            )
         rounds, place = divmod(later.step - self.start_steps, self.steps_a_round)
         if rounds < 1 or place:
             after = self.start_steps + max(rounds, 1) * self.steps_a_round
