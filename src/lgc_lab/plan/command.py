@@ -47,7 +47,7 @@ SCHEMES = (
     "dense,bf16,powersgd:rank=1,powersgd:rank=2,powersgd:rank=4,dgc,topk,scalecom,lgc-ring,lgc-ps,quantized,"
     "local:every=2:first_moments=all:second_moments=all:ahead=0.5+quantized,"
     "local:every=6:first_moments=all:second_moments=all:ahead=0.5+quantized:values=deadzone1.5:mean_values=deadzone1.25,"
-    "local:every=2:first_moments=all:second_moments=all:ahead=0.5+quantized:reduction=gather:values=largest0.006,"
+    "local:every=2:first_moments=0.3:second_moments=all:ahead=0.5+quantized:reduction=gather:values=largest0.006,"
     "local:every=2+quantized,local:every=20+dense,local:every=20+quantized,local:every=50+quantized,"
     "local:every=100+quantized"
 )
