@@ -22,10 +22,6 @@ LOSSES: dict[str, float | None] = {  # by text form, which the recipe completes;
     ":mean_values=deadzone1.25": 0.032,
     "local:every=2:first_moments=0.3:second_moments=all:ahead=0.5+quantized:reduction=gather"
     ":values=largest0.006": 0.051,
-    "local:every=2:first_moments=all:second_moments=all:ahead=0.5+quantized:reduction=gather"
-    ":values=largest0.006": 0.082,
-    "local:every=2:first_moments=all:second_moments=all:ahead=0.5+quantized:values=largest0.025:mean_values=largest0.045"
-    "+later:step=1500:every=5+quantized:values=deadzone1.5:mean_values=deadzone1.25": 0.020,
     "local:every=2+quantized": 0.045,
     "local:every=20+dense": None,
     "local:every=20+quantized": 0.057,
