@@ -329,11 +329,11 @@ class LocalRounds(LocalState):
         """The fragment that is exchanged next, and whether its round is due."""
         if self._pace:
             return self._fragments[0], self._pace.is_due()
-        begin, period, later = self._scheme.start_steps, self._scheme.period, self._scheme.later
-        if later is not None and self._scheme.is_later(self.step - 1):
-            begin, period = later.step, later.every
-        number, place = divmod(self.step - begin - 1, period)
-        return self._fragments[number % self._scheme.fragments], place == period - 1
+        scheme, before = self._scheme, self.step - 1
+        begin = scheme.later.step if scheme.later is not None and scheme.is_later(before) else scheme.start_steps
+        period = scheme.steps_a_round_after(before) // scheme.fragments
+        number, place = divmod(before - begin, period)
+        return self._fragments[number % scheme.fragments], place == period - 1
 
     def count_skipped_step(self, optimizer: Optimizer, since: int) -> None:
         """Count a step that a GradScaler has not made: it found infinities, and only on this rank."""

@@ -34,7 +34,7 @@ def take_first_moments(
     moved: Mapping[str, Tensor],
     mean: Mapping[str, Tensor],
     optimizers: Iterable[Optimizer],
-    share: float = 1.0,
+    share: float,
 ) -> None:
     """Have this rank go on by the momentum of all ranks, as far as a round tells; a collective inside the site.
 

@@ -221,15 +221,11 @@ def hand_over(first: Aggregator, later: Aggregator) -> None:
 
     What servers owe stays with them if they serve the same, and else becomes the ranks' own.
     """
-    state = later.state_dict()
-    per_rank = first.state_dict()["per_rank"]
-    if served := per_rank.get("server_residual"):
-        if _served_by(first) == _served_by(later):
-            state["per_rank"]["server_residual"] = served
-        else:
-            for name, residual in per_rank["residual"].items():
-                residual += served[name]
-    state["per_rank"]["residual"] = per_rank["residual"]
+    owing, state = first.state_dict(), later.state_dict()
+    if _served_by(first) == _served_by(later):
+        state["per_rank"] |= owing["per_rank"]
+    else:
+        state["per_rank"]["residual"] = first.adapt_state(owing, 0)["per_rank"]["residual"]
     later.load_state_dict(state)
     first.feedback.forget()
     if isinstance(first, ReducingAggregator) and isinstance(first.reduced, TwoStage):

@@ -177,7 +177,7 @@ class LocalSteps(Scheme):
 
     def steps_a_round_after(self, step: int) -> int:
         """Steps from one round to the next after this step; raises as `steps_a_round`."""
-        return (self.lasting if self.is_later(step) else self).steps_a_round
+        return self.later.every if self.later is not None and self.is_later(step) else self.steps_a_round
 
     @property
     def period(self) -> int:
@@ -196,9 +196,8 @@ class LocalSteps(Scheme):
     @property
     def common_momentum(self) -> float:
         """How far a rank goes on by the momentum of all ranks, from 0, its own, to 1."""
-        return (
-            {"own": 0.0, "all": 1.0}[self.first_moments] if isinstance(self.first_moments, str) else self.first_moments
-        )
+        given = self.first_moments
+        return float(given == "all") if isinstance(given, str) else given
 
     @property
     def start_exchange(self) -> RoundScheme:
