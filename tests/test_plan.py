@@ -110,12 +110,7 @@ def test_schemes_for_adam_are_planned_where_it_trains(recipe: str, optimizer: st
     assert any("second_moments=all" in text for text in schemes) == (optimizer == "adamw")
 
 
-def test_the_ladder_knows_the_schemes_that_are_planned_however_they_are_written(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    assert {str(parse_scheme(text)) for text in ladder.LOSSES} == {
-        str(parse_scheme(text)) for text in command.SCHEMES.split(",")
-    }
+def test_the_ladder_knows_a_scheme_however_it_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(ladder.LOSSES, "local:every=20+quantized", 0.5)
     assert ladder.find_loss("local+quantized:bits=2") == 0.5
     assert ladder.find_loss("local+quantized:bits=3") is None

@@ -37,20 +37,12 @@ from lgc_lab import options
 from lgc_lab.bench.link.results import Results, link_of
 from lgc_lab.folder import read_objects, write_json
 from lgc_lab.launch.ranks import place_under_torchrun, preload, process_group, start_ranks, under_torchrun
-from lgc_lab.plan.ladder import CONDITIONS, find_loss
+from lgc_lab.plan.ladder import CONDITIONS, LOSSES, find_loss
 from lgc_lab.recipes import find_object, find_recipe
 from lgc_lab.terminal import aligned, notify
 from lgc_lab.training.loop import make_optimizer
 from lgc_lab.training.settings import Settings
 
-SCHEMES = (
-    "dense,bf16,powersgd:rank=1,powersgd:rank=2,powersgd:rank=4,dgc,topk,scalecom,lgc-ring,lgc-ps,quantized,"
-    "local:every=2:first_moments=all:second_moments=all:ahead=0.5+quantized,"
-    "local:every=6:first_moments=all:second_moments=all:ahead=0.5+quantized:values=deadzone1.5:mean_values=deadzone1.25,"
-    "local:every=2:first_moments=0.3:second_moments=all:ahead=0.5+quantized:reduction=gather:values=largest0.006,"
-    "local:every=2+quantized,local:every=20+dense,local:every=20+quantized,local:every=50+quantized,"
-    "local:every=100+quantized"
-)
 MEASURED = "measured"
 FAST_ENOUGH = 0.1  # so much longer than the fastest a step may take, if less is lost
 THOROUGH = 3.0  # seconds after which a scheme is not measured again
@@ -159,7 +151,7 @@ def plan(
 def _question(world_size: int, *, recipe: str | None, model: str | None, schemes: str | None, **run: Any) -> Question:
     if (recipe is None) == (model is None):
         raise ValueError("one of --recipe and --model must be given.")
-    texts = options.split(SCHEMES if schemes is None else schemes)
+    texts = list(LOSSES) if schemes is None else options.split(schemes)
     if schemes is None and recipe is not None and find_recipe(recipe).optimizer != "adamw":
         texts = [text for text in texts if not _is_for_adam(parse_scheme(text))]
     make_job: Callable[..., Job]

@@ -1,10 +1,11 @@
-"""The ladder: what schemes were measured to lose against dense training."""
+"""The ladder: the schemes that are planned, and what they were measured to lose against dense training."""
 
 from __future__ import annotations
 
 from lgc.schemes import parse_scheme
 
 CONDITIONS = "bits per byte over the best dense, in 3,000 steps of text-gpt with AdamW"
+OF_ALL = ":second_moments=all:ahead=0.5"
 LOSSES: dict[str, float | None] = {  # by text form, which the recipe completes; None where it was not measured
     "dense": 0.0,
     "bf16": None,
@@ -17,11 +18,10 @@ LOSSES: dict[str, float | None] = {  # by text form, which the recipe completes;
     "lgc-ring": None,
     "lgc-ps": None,
     "quantized": None,
-    "local:every=2:first_moments=all:second_moments=all:ahead=0.5+quantized": 0.004,
-    "local:every=6:first_moments=all:second_moments=all:ahead=0.5+quantized:values=deadzone1.5"
-    ":mean_values=deadzone1.25": 0.032,
-    "local:every=2:first_moments=0.3:second_moments=all:ahead=0.5+quantized:reduction=gather"
-    ":values=largest0.006": 0.051,
+    f"local:every=2:outer_lr=1.4:first_moments=0.5{OF_ALL}+quantized:reduction=gather:values=largest0.019": -0.013,
+    f"local:every=2:outer_lr=2.5:first_moments=0.3{OF_ALL}+quantized:reduction=gather:values=largest0.006": 0.010,
+    f"local:every=2:outer_lr=2.5:first_moments=0.3{OF_ALL}+quantized:reduction=gather:values=largest0.0026": 0.061,
+    f"local:every=6:first_moments=all{OF_ALL}+quantized:values=deadzone1.5:mean_values=deadzone1.25": 0.032,
     "local:every=2+quantized": 0.045,
     "local:every=20+dense": None,
     "local:every=20+quantized": 0.057,
