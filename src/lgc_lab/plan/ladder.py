@@ -20,7 +20,7 @@ LOSSES: dict[str, float | None] = {  # by text form, which the recipe completes;
     "quantized": None,
     f"local:every=2:outer_lr=1.4:first_moments=0.5{OF_ALL}+quantized:reduction=gather:values=largest0.019": -0.013,
     f"local:every=2:outer_lr=2.5:first_moments=0.3{OF_ALL}+quantized:reduction=gather:values=largest0.006": 0.010,
-    f"local:every=2:outer_lr=2.5:first_moments=0.3{OF_ALL}+quantized:reduction=gather:values=largest0.0026": 0.061,
+    f"local:every=2:outer_lr=3.5:first_moments=0.3{OF_ALL}+quantized:reduction=gather:values=largest0.0024": 0.069,
     f"local:every=6:first_moments=all{OF_ALL}+quantized:values=deadzone1.5:mean_values=deadzone1.25": 0.032,
     "local:every=2+quantized": 0.045,
     "local:every=20+dense": None,
