@@ -66,7 +66,8 @@ class LocalSteps(Scheme):
             many as it can, and counts for as many. See docs/elastic.md.
         exchange: of what was moved: Dense, Quantized, TopK or ScaleCom. Its schedule counts rounds.
         decay: of the residual from round to round, in (0, 1]; 1 keeps everything that is owed.
-        outer_lr: learning rate of the outer optimizer, positive; None is 1.
+        outer_lr: learning rate of the outer optimizer, positive; None is 1. More makes up for slow training where an
+            exchange leaves most out and `first_moments` is a number.
         outer_momentum: Nesterov's, in [0, 1); None is measured: 0.8 where an exchange sends every coordinate and
             `every` is at least 10 (0.7 from 100 on) or a time, 0 elsewhere, where it destroys.
         start_steps: at first, so many steps exchange their gradients; the first hundreds decide much.
