@@ -13,9 +13,10 @@ import torch
 from lgc.coding.bits import Integers, check_bits, octet_count, pack_bits, unpack_bits
 from lgc.coding.indices import Rice
 from lgc.coding.payload import Octets, PayloadError
-from lgc.coding.values import BFloat16, Floats, ValueCodec, counts_of, require_scales
+from lgc.coding.values import BFloat16, Floats, ValueCodec, counts_at, require_scales
 
 LENGTH_BYTES = 4
+SAMPLED = 17  # of so many values one, to find the largest among fewer
 WIDEST = 1.7  # of dead zones; below the square root of 3
 
 
@@ -49,29 +50,35 @@ class Zoned(ValueCodec):
         if not values.size:
             return np.zeros(0, np.uint8)
         filled = counts[counts > 0]
-        starts = np.cumsum(filled) - filled
         magnitudes = np.abs(values)
         steps = self._steps(magnitudes, filled)
+        least = np.where(steps > 0, steps, np.inf).astype(np.float32)
+        places = np.flatnonzero(magnitudes >= np.repeat(least, filled))  # what follows is of these few alone
+        segments = np.repeat(np.arange(filled.size), counts_at(places, filled))
         with np.errstate(over="ignore"):
-            multiples = magnitudes / np.repeat(np.where(steps > 0, steps, np.float32(1)), filled)
+            multiples = magnitudes[places] / steps[segments]
         levels = np.minimum(multiples, self._levels).astype(np.uint8)
-        sent = np.where(levels > 0, levels + self._offset, 0).astype(np.float64)
-        products, norms = np.add.reduceat(sent * magnitudes, starts), np.add.reduceat(sent * sent, starts)
+        sent = (levels + self._offset).astype(np.float64)
+        products = np.bincount(segments, sent * magnitudes[places], filled.size)
+        norms = np.bincount(segments, sent * sent, filled.size)
         factors = np.minimum(products / np.where(norms > 0, norms, 1), self._largest).astype(np.float32)
-        negative = np.packbits(values[levels > 0] < 0, bitorder="little")
-        return np.concatenate([self._factor._encode(factors, filled), self._encode_levels(levels, counts), negative])
+        negative = np.packbits(values[places] < 0, bitorder="little")
+        levels_code = self._encode_levels(places, levels, counts)
+        return np.concatenate([self._factor._encode(factors, filled), levels_code, negative])
 
-    def _encode_levels(self, levels: Octets, counts: Integers) -> Octets:
+    def _encode_levels(self, places: Integers, levels: Octets, counts: Integers) -> Octets:
+        """The code of which values reach level 1, at `places`, and which of them reach more."""
         parts = [np.zeros(0, np.uint8)]
-        level = 0
-        while levels.size and level < self._levels:
+        level, size = 0, int(counts.sum())
+        while size and level < self._levels:
             level += 1
-            reached = levels >= level
-            fewer = counts_of(reached, counts)
-            positions = Rice().encode(torch.from_numpy(np.flatnonzero(reached)), counts.tolist()).numpy()
+            positions = Rice().encode(torch.from_numpy(places), counts.tolist()).numpy()
+            fewer = counts_at(places, counts)
             length = np.array([positions.size], f"<u{LENGTH_BYTES}").view(np.uint8)
             parts += [pack_bits(fewer, _widths(counts)), length, positions]
-            levels, counts = levels[reached], fewer
+            size, counts = places.size, fewer
+            places = np.flatnonzero(levels > level)
+            levels = levels[places]
         return np.concatenate(parts)
 
     def _decode(self, data: Octets, counts: Integers) -> Floats:
@@ -81,21 +88,21 @@ class Zoned(ValueCodec):
         factors = require_scales(self._factor._decode(data[: 2 * filled.size], filled), "values.factors")
         if factors.max(initial=0) > self._largest:
             raise PayloadError("values.factors", f"at most {self._largest}", factors.max())
-        levels, negative = self._decode_levels(data[2 * filled.size :], counts)
-        sent = levels > 0
-        check_bits(negative, int(sent.sum()), "values.signs")
-        values = (levels[sent] + self._offset) * np.repeat(factors, filled)[sent]
+        places, levels, negative = self._decode_levels(data[2 * filled.size :], counts)
+        check_bits(negative, places.size, "values.signs")
+        values = (levels + self._offset) * np.repeat(factors, counts_at(places, filled))
         signs = np.unpackbits(negative, count=values.size, bitorder="little").view(np.bool_)
-        decoded = np.zeros(levels.size, np.float32)
-        decoded[sent] = np.where(signs, -values, values)
+        decoded = np.zeros(int(counts.sum()), np.float32)
+        decoded[places] = np.where(signs, -values, values)
         return decoded
 
-    def _decode_levels(self, data: Octets, counts: Integers) -> tuple[Octets, Octets]:
-        """The level of every value, and the bytes that follow."""
-        levels = np.zeros(int(counts.sum()), np.uint8)
-        places = np.arange(levels.size)  # of the values that have reached the level before
-        level = 0
-        while places.size and level < self._levels:
+    def _decode_levels(self, data: Octets, counts: Integers) -> tuple[Integers, Octets, Octets]:
+        """The places of the values that reach level 1, how far they reach, and the bytes that follow."""
+        places: Integers = np.zeros(0, np.int64)
+        levels = np.zeros(0, np.uint8)
+        reached: Integers = places  # of the values that reach level 1, those that reach this one
+        level, size = 0, int(counts.sum())
+        while size and level < self._levels:
             level += 1
             widths = _widths(counts)
             end = octet_count(int(widths.sum()))
@@ -110,10 +117,14 @@ class Zoned(ValueCodec):
             if end > data.size:
                 raise PayloadError("values.levels", f"at most {data.size - start} bytes", end - start)
             code = data[start:end].tobytes()
-            places = places[Rice().decode(code, counts.tolist(), fewer.tolist()).numpy()]
-            levels[places] = level
-            counts, data = fewer, data[end:]
-        return levels, data
+            positions = Rice().decode(code, counts.tolist(), fewer.tolist()).numpy()
+            if level == 1:
+                places, levels, reached = positions, np.ones(positions.size, np.uint8), np.arange(positions.size)
+            else:
+                reached = reached[positions]
+                levels[reached] = level
+            size, counts, data = reached.size, fewer, data[end:]
+        return places, levels, data
 
     def _size(self, counts: Integers) -> int:
         """The largest possible length: a position takes at most 9/8 bits of every value that might be at one."""
@@ -184,8 +195,13 @@ class Largest(Zoned):
 
     def _least(self, magnitudes: Floats) -> np.float32:
         """The least that is sent."""
-        place = magnitudes.size - math.ceil(self.share * magnitudes.size)
-        least: np.float32 = np.partition(magnitudes, place)[place]
+        number = math.ceil(self.share * magnitudes.size)
+        some = magnitudes[::SAMPLED]
+        place = some.size - 2 * math.ceil(self.share * some.size)
+        few = magnitudes[magnitudes >= np.partition(some, place)[place]] if place >= 0 else magnitudes
+        if few.size < number:  # the sample says too much
+            few = magnitudes
+        least: np.float32 = np.partition(few, few.size - number)[few.size - number]
         return least if least > 0 else magnitudes.min(where=magnitudes > 0, initial=magnitudes.max())
 
 

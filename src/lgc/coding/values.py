@@ -415,6 +415,11 @@ def counts_of(chosen: npt.NDArray[np.bool_], counts: Integers) -> Integers:
     return np.asarray(before[ends] - before[ends - counts], np.int64)
 
 
+def counts_at(places: Integers, counts: Integers) -> Integers:
+    """How many of these ascending places are in every segment."""
+    return np.diff(np.searchsorted(places, np.cumsum(counts)), prepend=0)
+
+
 def _groups(counts: Integers, block: int | None) -> Integers:
     """Number of values of every scale: of every segment's blocks, or of every segment."""
     filled = counts[counts > 0]
