@@ -15,7 +15,9 @@ from lgc.choice.cost import Collective, Link, Prediction, Profile, SchemeCost, S
 from lgc.schemes import parse_scheme
 from lgc_lab.bench.link.results import Cell
 from lgc_lab.cli import main
-from lgc_lab.plan import command, ladder
+from lgc_lab.plan import command
+from lgc_lab.plan.answer import Answer
+from lgc_lab.plan.ladder import LADDERS, Ladder
 from lgc_lab.recipes import find_recipe
 
 
@@ -45,7 +47,8 @@ def test_plan_of_a_recipe() -> None:
     assert dgc["speedup"] > 3
     assert local["sent_bytes"] == pytest.approx((quantized["sent_bytes"] + 32) / 20, abs=1)
     assert [(stage["phase"], stage["steps"]) for stage in local["early"]] == [("warmup", 15)]
-    assert (dense["loss_bits_per_byte"], local["loss_bits_per_byte"]) == (0.0, ladder.find_loss("local+quantized"))
+    assert (dense["loss"], dense["speedup_at_no_loss"]) == (0.0, 1.0)
+    assert (local["loss"], local["speedup_at_no_loss"]) == (None, None)
     assert slow["recommended"] != "dense"
     assert slow["attach"] == f'handle = lgc.attach(model, "{slow["recommended"]}", optimizer)'
     assert fast["schemes"][0]["communication_s"] < dense["communication_s"] / 3
@@ -66,24 +69,36 @@ def predicted(**steps: float) -> list[Prediction]:
     return [Prediction(name, 0, 1, 0, 0, step, 9 / step, [], 0) for name, step in steps.items()]
 
 
-def test_what_lost_least_of_the_fast_ones_is_recommended(monkeypatch: pytest.MonkeyPatch) -> None:
-    measured = {"dense": 0.0, "quantized": 0.1, "local:every=20+dense": -0.01, "local:every=50+quantized": 0.02}
-    monkeypatch.setattr(ladder, "LOSSES", measured | {"topk": None})
-    names = {"far": "local+dense", "unknown": "topk", "every_step": "quantized", "seldom": "local:every=50+quantized"}
-    labels = {"dense": "dense", **names}
-    rows = predicted(dense=9, far=1.2, unknown=1, every_step=1.05, seldom=1.09)
-    best = command._recommend(rows, labels)
-    assert best.scheme == "seldom"
-    assert command._reason(best, rows, labels) == (
-        "topk and quantized are within 10% of the fastest as well. It lost least of those measured, +0.020 bits per "
-        "byte over the best dense, in 3,000 steps of text-gpt with AdamW; what was not measured comes last. "
-        "lgc compare tells what your model loses."
+def answer(losses: dict[str, float | None], **steps: float) -> Answer:
+    """Of a ladder where half as many steps lose 0.1."""
+    labels = {name: name for name in steps}
+    measured = Ladder("in 3,000 steps", "bits per byte", 0.1, losses)
+    return Answer("10mbit", Link.parse("10mbit"), Profile(4, 1.0, []), predicted(**steps), labels, measured)
+
+
+def test_what_is_first_to_reach_the_loss_of_dense_training_is_recommended() -> None:
+    seldom, often = "local:every=20+quantized", "local:every=2+quantized"
+    losses: dict[str, float | None] = {"dense": 0.0, seldom: 0.1, often: 0.02, "topk": None}
+    far = answer(losses, dense=9, **{seldom: 1, often: 1.5, "topk": 0.9})
+    assert far.recommend().scheme == often  # for 1.15 times as many steps, and not twice as many
+    assert f"{often} is best here, 6.0 times as fast as dense:" in str(far)
+    assert (
+        "It lost 0.02 bits per byte in 3,000 steps. To make up for that should take 1.15 times as many steps, and "
+        "still be 5.2 times as fast as dense. Faster, but of a loss that was not measured: topk. lgc compare tells "
+        "what your model loses." in str(far)
     )
-    rows = predicted(dense=1.2, far=1.19, unknown=1.15)
-    assert command._recommend(rows, labels).scheme == "dense"  # a gain may be chance
-    rows = predicted(dense=9, unknown=1)
-    reason = command._reason(command._recommend(rows, labels), rows, labels)
-    assert reason.startswith("Nothing else is within 10% of the fastest. Its loss was not measured;")
+    assert answer(losses, dense=9, **{seldom: 0.7, often: 1.5}).recommend().scheme == seldom
+    gained = answer({"dense": 0.0, often: -0.01}, dense=1.2, **{often: 1.15})
+    assert gained.recommend().scheme == "dense"  # a gain may be chance
+    assert "Dense is best here. Nothing of a measured loss gets as far more than 10% sooner. Use plain DDP." in str(
+        gained
+    )
+
+
+def test_without_any_measured_loss_the_first_of_the_fastest_is_recommended() -> None:
+    unknown = answer({"dense": 0.0}, dense=9, dgc=1.05, topk=1)
+    assert unknown.recommend().scheme == "dgc"
+    assert "Its loss was not measured, nor that of others; it is within 10% of the fastest." in str(unknown)
 
 
 def test_codes_that_know_earlier_rounds_are_said_to_be_counted_as_in_the_first() -> None:
@@ -94,26 +109,26 @@ def test_codes_that_know_earlier_rounds_are_said_to_be_counted_as_in_the_first()
         "dgc:indices=recent:reduction=two_stage",
         "local+topk:values=recentsign",
     ]
-    rows = predicted(**dict.fromkeys(schemes, 1.0))
-    text = command._as_text(
-        "10mbit", Link.parse("10mbit"), Profile(4, 1.0, []), rows, dict(zip(schemes, schemes, strict=True))
-    )
-    said = re.findall("Counted as in a first round, after which its codes are shorter: (.*)[.]", text)
+    text = answer({"dense": 0.0}, **dict.fromkeys(schemes, 1.0))
+    said = re.findall("Counted as in a first round, after which its codes are shorter: (.*)[.]", str(text))
     assert said == ["dgc:indices=recent", "local+topk:values=recentsign"]
 
 
 @pytest.mark.parametrize(("recipe", "optimizer"), [("digits", "sgd"), ("text-gpt", "adamw")])
-def test_schemes_for_adam_are_planned_where_it_trains(recipe: str, optimizer: str) -> None:
+def test_schemes_are_planned_by_the_ladder_of_what_trains_them(recipe: str, optimizer: str) -> None:
     run: dict[str, Any] = {"batch_size": None, "data": None, "backbone": None, "bf16": False}
-    schemes = command._question(2, recipe=recipe, model=None, schemes=None, **run).schemes
+    question = command._question(2, recipe=recipe, model=None, schemes=None, **run)
     assert find_recipe(recipe).optimizer == optimizer
-    assert any("second_moments=all" in text for text in schemes) == (optimizer == "adamw")
+    assert question.ladder == LADDERS[optimizer]
+    assert list(question.schemes) == list(question.ladder.losses)
+    assert any("second_moments=all" in text for text in question.schemes) == (optimizer == "adamw")
 
 
-def test_the_ladder_knows_a_scheme_however_it_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(ladder.LOSSES, "local:every=20+quantized", 0.5)
-    assert ladder.find_loss("local+quantized:bits=2") == 0.5
-    assert ladder.find_loss("local+quantized:bits=3") is None
+def test_the_ladder_knows_a_scheme_however_it_is_written() -> None:
+    ladder = Ladder("", "", 0.1, {"local:every=20+quantized": 0.2})
+    assert ladder.loss("local+quantized:bits=2") == 0.2
+    assert ladder.more_steps("local+quantized") == 4
+    assert ladder.loss("local+quantized:bits=3") is None
 
 
 JOB = """
@@ -153,6 +168,7 @@ def test_plan_of_a_function(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         (["--check", "."], "results.json is not a measurement"),
         (["--recipe", "digits", "--workers", "4", "--ranks-per-machine", "3"], "must divide --workers 4"),
         (["--model", "json:dumps", "--bf16"], "are for recipes"),
+        (["--recipe", "digits", "--optimizer", "sgd"], "--optimizer is for --model; a recipe has its own"),
     ],
 )
 def test_plan_refuses(arguments: list[str], message: str) -> None:

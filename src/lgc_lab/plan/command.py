@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from datetime import timedelta
 from functools import partial
@@ -18,33 +17,28 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lgc.choice.cost import Collective, Link, Prediction, Profile, SchemeCost, StageCost, as_fast, predict
+from lgc.choice.cost import Collective, Link, Profile, SchemeCost, StageCost, as_fast, predict
 from lgc.choice.profile import Job, Profiler, stand_in, wrap
-from lgc.choice.rehearsal import knows_past, probe
+from lgc.choice.rehearsal import probe
 from lgc.comm.transport import Transport
 from lgc.schemes import (
     Dense,
-    LocalSteps,
-    PowerSGD,
     Scheme,
-    SparseScheme,
     parse_scheme,
     require_different,
     require_rounds_by_count,
 )
-from lgc.schemes.powersgd import bucket_mb
 from lgc_lab import options
 from lgc_lab.bench.link.results import Results, link_of
 from lgc_lab.folder import read_objects, write_json
 from lgc_lab.launch.ranks import place_under_torchrun, preload, process_group, start_ranks, under_torchrun
-from lgc_lab.plan.ladder import CONDITIONS, LOSSES, find_loss
+from lgc_lab.plan.answer import MEASURED, Answer
+from lgc_lab.plan.ladder import LADDERS, Ladder
 from lgc_lab.recipes import find_object, find_recipe
 from lgc_lab.terminal import aligned, notify
 from lgc_lab.training.loop import make_optimizer
 from lgc_lab.training.settings import Settings
 
-MEASURED = "measured"
-FAST_ENOUGH = 0.1  # so much longer than the fastest a step may take, if less is lost
 THOROUGH = 3.0  # seconds after which a scheme is not measured again
 TIMEOUT = timedelta(seconds=600)  # ranks wait for the one that trains an autoencoder
 
@@ -55,6 +49,7 @@ class Question(NamedTuple):
     make_job: Callable[[torch.device, dist.ProcessGroup, int | None], Job]  # in every rank, with so large buckets
     schemes: dict[str, Scheme]  # as asked for, with what comes from the recipe
     world_size: int
+    ladder: Ladder
 
 
 @click.command()
@@ -63,6 +58,11 @@ class Question(NamedTuple):
     "--model",
     metavar="MODULE:FUNCTION",
     help="The model, from Python: a function without arguments that returns it and its loss on one batch.",
+)
+@click.option(
+    "--optimizer",
+    type=click.Choice(list(LADDERS)),
+    help="With --model, what will train it, for the losses that count.  [adamw]",
 )
 @click.option("--workers", type=click.IntRange(2), help="Ranks that will train; not under torchrun.  [4]")
 @click.option(
@@ -115,8 +115,8 @@ def plan(
         model, x, y = Net(), torch.randn(32, 3, 32, 32), torch.randint(10, (32,))
         return model, lambda model: cross_entropy(model(x), y)
 
-    Of the schemes that are within 10 % of the fastest on your link it recommends the one that lost least where that was
-    measured, which was on another model than yours: lgc compare tells what yours loses.
+    It recommends the scheme that is the first on your link to reach the loss of dense training, where more steps make
+    up for what it was measured to lose. That was on another model than yours: lgc compare tells what yours loses.
     """
     if check is not None:
         options.refuse_torchrun("plan --check")
@@ -140,20 +140,30 @@ def plan(
         links = links if bandwidths else {MEASURED: measured}
     else:
         profile = _profile_here(question, ranks_per_machine)
-    answers = [(name, link, predict(profile, link)) for name, link in links.items()]
     labels = _labels(question)
-    if as_json:
-        click.echo(json.dumps([_as_json(name, link, profile, rows, labels) for name, link, rows in answers], indent=1))
-    else:
-        click.echo("\n\n".join(_as_text(name, link, profile, rows, labels) for name, link, rows in answers))
+    answers = [
+        Answer(name, link, profile, predict(profile, link), labels, question.ladder) for name, link in links.items()
+    ]
+    click.echo(
+        json.dumps([each.as_json() for each in answers], indent=1) if as_json else "\n\n".join(map(str, answers))
+    )
 
 
-def _question(world_size: int, *, recipe: str | None, model: str | None, schemes: str | None, **run: Any) -> Question:
+def _question(
+    world_size: int,
+    *,
+    recipe: str | None,
+    model: str | None,
+    schemes: str | None,
+    optimizer: str | None = None,
+    **run: Any,
+) -> Question:
     if (recipe is None) == (model is None):
         raise ValueError("one of --recipe and --model must be given.")
-    texts = list(LOSSES) if schemes is None else options.split(schemes)
-    if schemes is None and recipe is not None and find_recipe(recipe).optimizer != "adamw":
-        texts = [text for text in texts if not _is_for_adam(parse_scheme(text))]
+    if recipe is not None and optimizer is not None:
+        raise ValueError("--optimizer is for --model; a recipe has its own.")
+    ladder = LADDERS[optimizer or "adamw" if recipe is None else find_recipe(recipe).optimizer]
+    texts = list(ladder.losses) if schemes is None else options.split(schemes)
     make_job: Callable[..., Job]
     if recipe is not None:
         settings = {text: Settings(recipe=recipe, scheme=text, world_size=world_size, **run) for text in texts}
@@ -173,11 +183,7 @@ def _question(world_size: int, *, recipe: str | None, model: str | None, schemes
         find_object("model", model)  # raises here rather than in the ranks
         make_job = partial(_job_of_function, model)
     require_different(texts, (planned[text] for text in texts))
-    return Question(make_job, planned, world_size)
-
-
-def _is_for_adam(scheme: Scheme) -> bool:
-    return isinstance(scheme, LocalSteps) and scheme.second_moments == "all"
+    return Question(make_job, planned, world_size, ladder)
 
 
 def _job_of_recipe(
@@ -284,122 +290,3 @@ def _check(folder: Path) -> str:
 def _labels(question: Question) -> dict[str, str]:
     """Map the full text of each scheme to the one that was asked for, dense among them."""
     return {str(Dense()): Dense.name} | {str(scheme): text for text, scheme in question.schemes.items()}
-
-
-def _recommend(rows: Sequence[Prediction], labels: Mapping[str, str]) -> Prediction:
-    """Take, of those that are fast enough, the first that lost least; what was not measured comes last.
-
-    One that gained is no better than dense: so little is chance.
-    """
-
-    def loss(row: Prediction) -> float:
-        measured = find_loss(labels[row.scheme])
-        return math.inf if measured is None else max(0.0, measured)
-
-    return min(as_fast(rows, FAST_ENOUGH), key=loss)
-
-
-HEADER = ("scheme", "sent", "compute", "compression", "communication", "step", "vs dense", "ahead from", "loss")
-
-
-def _as_text(name: str, link: Link, profile: Profile, rows: Sequence[Prediction], labels: Mapping[str, str]) -> str:
-    table: list[tuple[str, ...]] = [HEADER]
-    for row in rows:
-        seconds = [f"{1e3 * value:,.1f} ms" for value in (row.compute, row.compression, row.communication, row.step)]
-        ahead = "-" if row.pays_from is None else f"step {row.pays_from:,}"
-        label, loss = labels[row.scheme], _loss(find_loss(labels[row.scheme]))
-        table.append((label, _bytes(row.sent_bytes), *seconds, f"{row.speedup:.2f} x", ahead, loss))
-    title = f"{profile.world_size} ranks, {name}: {link}"
-    if name != MEASURED:
-        title += "" if link.latency else " (--latency sets it)"
-    remembering = [labels[row.scheme] for row in rows if knows_past(parse_scheme(row.scheme))]
-    notes = [f"Counted as in a first round, after which its codes are shorter: {each}." for each in remembering]
-    return "\n\n".join([title, aligned(table), *notes, *_advice(rows, labels, profile)])
-
-
-def _advice(rows: Sequence[Prediction], labels: Mapping[str, str], profile: Profile) -> list[str]:
-    """Say which scheme to take and what else to know, by paragraphs."""
-    best = _recommend(rows, labels)
-    scheme = parse_scheme(best.scheme)
-    if best == rows[0]:
-        return [f"Dense is best here: nothing is more than {FAST_ENOUGH:.0%} faster. Use plain DDP."]
-    paragraphs = [
-        f"{labels[best.scheme]} is best here, {best.speedup:.1f} times as fast as dense:",
-        f"    {_attach(best)}",
-        _reason(best, rows, labels),
-    ]
-    if isinstance(scheme, SparseScheme):
-        paragraphs.append(f"Its rate is {100 * scheme.rate:g} %.")
-    if best.early:
-        steps = sum(stage.steps for stage in best.early)
-        mean = sum(stage.steps * stage.step for stage in best.early) / steps
-        phases = ", ".join(dict.fromkeys(stage.phase for stage in best.early))
-        paragraphs.append(
-            f"Its first {steps} steps ({phases}) take {1e3 * mean:,.1f} ms on average; the run as a whole is ahead of "
-            f"dense from step {best.pays_from} on."
-        )
-    if isinstance(scheme, LocalSteps):
-        paragraphs.append("Evaluate and save within handle.anchored(), and end with handle.finish().")
-    if _is_for_adam(scheme):
-        paragraphs.append("It is for torch.optim.Adam and AdamW.")
-    if scheme.makes_adams_step:
-        paragraphs.append("It makes Adam's step: train with SGD without momentum.")
-    elif scheme.corrected_momentum:
-        paragraphs.append("It has the momentum: give the optimizer none, or the scheme momentum=0.")
-    if isinstance(scheme, PowerSGD):
-        size = bucket_mb(sum(collective.size for collective in profile.arms[0].stages[-1].collectives))
-        paragraphs.append(
-            f"On gloo it needs all gradients in one bucket: DistributedDataParallel(model, bucket_cap_mb={size})."
-        )
-    return paragraphs
-
-
-def _reason(best: Prediction, rows: Sequence[Prediction], labels: Mapping[str, str]) -> str:
-    """Say in which respect it is the best."""
-    others = [labels[row.scheme] for row in as_fast(rows, FAST_ENOUGH) if row != best]
-    loss = find_loss(labels[best.scheme])
-    near = f"within {FAST_ENOUGH:.0%} of the fastest"
-    if not others:
-        lost = "was not measured" if loss is None else f"was {_loss(loss)} {CONDITIONS}"
-        return f"Nothing else is {near}. Its loss {lost}; lgc compare tells what your model loses."
-    names = f"{' and '.join(others)} {'is' if len(others) == 1 else 'are'} {near} as well"
-    if loss is None:
-        why = "None of these has a measured loss, so it is the first of --schemes"
-    else:
-        why = f"It lost least of those measured, {_loss(loss)} {CONDITIONS}; what was not measured comes last"
-    return f"{names}. {why}. lgc compare tells what your model loses."
-
-
-def _loss(loss: float | None) -> str:
-    return "-" if loss is None else f"{loss:+.3f}"
-
-
-def _attach(best: Prediction) -> str:
-    return f'handle = lgc.attach(model, "{best.scheme}", optimizer)'
-
-
-def _as_json(
-    name: str, link: Link, profile: Profile, rows: Sequence[Prediction], labels: Mapping[str, str]
-) -> dict[str, Any]:
-    def answer(row: Prediction) -> dict[str, Any]:
-        seconds = {f"{name}_s": getattr(row, name) for name in ("compute", "compression", "communication", "step")}
-        early = [{"phase": stage.phase, "steps": stage.steps, "step_s": stage.step} for stage in row.early]
-        own = {"scheme": row.scheme, "sent_bytes": round(row.sent_bytes), **seconds, "speedup": row.speedup}
-        loss = find_loss(labels[row.scheme])
-        return own | {"early": early, "ahead_from_step": row.pays_from, "loss_bits_per_byte": loss}
-
-    best = _recommend(rows, labels)
-    return {
-        "link": {"name": name, "bytes_per_s": link.bandwidth, "latency_s": link.latency, "measured": name == MEASURED},
-        "workers": profile.world_size,
-        "schemes": [answer(row) for row in rows],
-        "recommended": best.scheme,
-        "attach": _attach(best) if best != rows[0] else None,
-    }
-
-
-def _bytes(count: float) -> str:
-    for unit, size in (("MB", 1e6), ("kB", 1e3)):
-        if count >= size:
-            return f"{count / size:,.1f} {unit}"
-    return f"{count:.0f} B"

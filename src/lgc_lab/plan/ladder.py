@@ -1,36 +1,83 @@
-"""The ladder: the schemes that are planned, and what they were measured to lose against dense training."""
+"""The ladders: the schemes that are planned, and what they were measured to lose against dense training."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import NamedTuple
+
 from lgc.schemes import parse_scheme
 
-CONDITIONS = "bits per byte over the best dense, in 3,000 steps of text-gpt with AdamW"
-OF_ALL = ":second_moments=all:ahead=0.5"
-LOSSES: dict[str, float | None] = {  # by text form, which the recipe completes; None where it was not measured
-    "dense": 0.0,
-    "bf16": None,
-    "powersgd:rank=1": None,
-    "powersgd:rank=2": None,
-    "powersgd:rank=4": None,
-    "dgc": None,
-    "topk": None,
-    "scalecom": None,
-    "lgc-ring": None,
-    "lgc-ps": None,
-    "quantized": None,
-    f"local:every=2:outer_lr=1.4:first_moments=0.5{OF_ALL}+quantized:reduction=gather:values=largest0.019": -0.013,
-    f"local:every=2:outer_lr=2.5:first_moments=0.3{OF_ALL}+quantized:reduction=gather:values=largest0.006": 0.010,
-    f"local:every=2:outer_lr=3.5:first_moments=0.3{OF_ALL}+quantized:reduction=gather:values=largest0.0024": 0.069,
-    f"local:every=6:first_moments=all{OF_ALL}+quantized:values=deadzone1.5:mean_values=deadzone1.25": 0.032,
-    "local:every=2+quantized": 0.045,
-    "local:every=20+dense": None,
-    "local:every=20+quantized": 0.057,
-    "local:every=50+quantized": None,
-    "local:every=100+quantized": None,
+
+class Ladder(NamedTuple):
+    """The losses against dense training of one model, trained with one kind of optimizer.
+
+    Attributes:
+        conditions: what was trained, and for how long.
+        unit: of the losses.
+        of_half: what dense training loses in half as many steps.
+        losses: by text form, which the recipe completes; None where it was not measured.
+    """
+
+    conditions: str
+    unit: str
+    of_half: float
+    losses: Mapping[str, float | None]
+
+    def loss(self, text: str) -> float | None:
+        """Find the loss of a scheme, however its text is written; None if it was not measured."""
+        wanted = parse_scheme(text)
+        return next((loss for measured, loss in self.losses.items() if parse_scheme(measured) == wanted), None)
+
+    def more_steps(self, text: str) -> float | None:
+        """Estimate how many times as many steps as dense a scheme takes to lose nothing; None if not measured.
+
+        As dense training gains `of_half` from twice as many steps. What gained takes as many: so little may be chance.
+        """
+        loss = self.loss(text)
+        return None if loss is None else float(2 ** (max(0.0, loss) / self.of_half))
+
+
+OF_ALL = "second_moments=all:ahead=0.5"
+LARGEST = "quantized:reduction=gather:values=largest"
+PEERS = dict.fromkeys(("bf16", "powersgd:rank=1", "powersgd:rank=2", "powersgd:rank=4", "dgc", "topk", "scalecom"))
+LADDERS = {  # by the recipe's optimizer
+    "adamw": Ladder(
+        "in 3,000 steps of text-gpt with AdamW",
+        "bits per byte",
+        0.1,
+        {"dense": 0.0}
+        | PEERS
+        | {
+            "lgc-ring": None,
+            "lgc-ps": None,
+            "quantized": None,
+            f"local:every=2:outer_lr=1.4:first_moments=0.5:{OF_ALL}+{LARGEST}0.019": -0.013,
+            f"local:every=2:outer_lr=2.5:first_moments=0.3:{OF_ALL}+{LARGEST}0.006": 0.010,
+            f"local:every=2:outer_lr=3.5:first_moments=0.3:{OF_ALL}+{LARGEST}0.0024": 0.069,
+            f"local:every=6:first_moments=all:{OF_ALL}+quantized:values=deadzone1.5:mean_values=deadzone1.25": 0.032,
+            "local:every=2+quantized": 0.045,
+            "local:every=20+dense": None,
+            "local:every=20+quantized": 0.057,
+            "local:every=50+quantized": None,
+            "local:every=100+quantized": None,
+        },
+    ),
+    "sgd": Ladder(
+        "in five epochs of cifar10-resnet20 with SGD",
+        "points of accuracy",
+        5.0,
+        {"dense": 0.0}
+        | PEERS
+        | {
+            "powersgd:rank=1": 16.4,
+            "powersgd:rank=4": 3.3,
+            "dgc": 11.0,
+            "dgc:rate=0.01": 4.2,
+            "scalecom": 17.6,
+            "scalecom:rate=0.01": 10.6,
+            "lgc-ring": 12.8,
+            "lgc-ring:rate=0.01": 6.9,
+            "lgc-ps": 12.9,
+        },
+    ),
 }
-
-
-def find_loss(text: str) -> float | None:
-    """Find the loss of a scheme, however its text is written, under `CONDITIONS`; None if it was not measured."""
-    wanted = parse_scheme(text)
-    return next((loss for measured, loss in LOSSES.items() if parse_scheme(measured) == wanted), None)
