@@ -279,11 +279,7 @@ def test_command_writes_recording_rows_and_page(tmp_path: Path) -> None:
         (["--every=50", "--steps=60"], "--every 50 leaves fewer than 2 records in 60 rounds"),
         (["--every=20", "--steps=60", "--scheme=dgc:warmup_steps=30"], "in 60 rounds, of which 30 are the warm-up"),
         (["--every=5", "--steps=60", "--scheme=local:every=6:start_steps=0+topk"], "2 records in 10 rounds"),
-        (["--scheme=local:fragments=2+topk"], "overlap=False, fragments=1 and no later"),
-        (
-            ["--scheme=local:start_steps=0+topk+later:step=40:every=2"],
-            "overlap=False, fragments=1 and no later",
-        ),
+        (["--scheme=local:fragments=2+topk"], "overlap=False and fragments=1"),
         (["--data=/nowhere"], "digits"),
     ],
 )

@@ -381,18 +381,6 @@ def test_the_warm_up_of_an_exchange_counts_rounds(ranks: RankFactory) -> None:
     ]
 
 
-def test_later_rounds_cost_their_own_exchange(ranks: RankFactory) -> None:
-    later = lgc.Later(step=307, every=30, exchange=lgc.Quantized(bits=4))
-    scheme = lgc.LocalSteps(every=2, exchange=lgc.Quantized(), start_steps=7, later=later)
-    (found,) = ranks(1).run(local_steps, lgc.Quantized(bits=4), scheme, 4)
-    start, first, last = found.local
-    assert [(each.steps, each.every) for each in found.local] == [(7, 1), (300, 2), (None, 30)]
-    assert last.collectives[1:] == found.every_step[-1].collectives
-    assert (
-        first.sent_bytes(4) * 2 < last.sent_bytes(4) * 30 == start.sent_bytes(4) + 3 * 32
-    )  # which has one opening less
-
-
 def sent_by_local_steps(rank: int, world_size: int, scheme: Any) -> tuple[float, float]:
     """Bytes a step: as predicted, and as sent but for buffers, which are not predicted."""
     profiler = Profiler(partial(make_job, rank), world(), world_size, enough=0.01)

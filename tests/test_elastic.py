@@ -356,7 +356,6 @@ def test_a_state_of_all_ranks_together_is_refused(alone: lgc.elastic.ElasticHand
         ("local:start_steps=0:second_moments=all", r"LocalSteps\(second_moments=\.\.\.\) must be 'own' .* got 'all'"),
         ("local", r"LocalSteps\(start_steps=\.\.\.\) must be 0 .* got 300"),
         ("local:start_steps=0:every=30s", r"LocalSteps\(every=\.\.\.\) must be a number of steps"),
-        ("local:start_steps=0+later:step=40:every=6", r"LocalSteps\(later=\.\.\.\) must be None .* got later:step=40"),
     ],
 )
 def test_what_is_not_done_on_ranks_that_come_and_go_is_refused_by_name(scheme: str, message: str) -> None:

@@ -113,7 +113,6 @@ def interrupted(rank: int, _: int, scheme: lgc.LocalSteps, ddp: bool, stop: int)
 
 RECENT = lgc.TopK(rate=0.1, indices=lgc.Recent(), values=lgc.RecentSign())
 FEW = lgc.Quantized(reduction="two_stage", values=lgc.Largest(0.1), mean_values=lgc.Largest(0.2))
-LATER = lgc.Later(step=10, every=3, exchange=lgc.Quantized(reduction="two_stage"))
 OF_ALL: Any = {"first_moments": "all", "second_moments": "all", "ahead": 0.5}
 INTERRUPTED = {
     "dense": exact(),
@@ -124,7 +123,7 @@ INTERRUPTED = {
     "fragments": lgc.LocalSteps(every=4, start_steps=2, fragments=2, overlap=True),
     "ahead": lgc.LocalSteps(every=4, exchange=lgc.TopK(rate=0.1), start_steps=2, fragments=2, ahead=0.5),
     "recent": lgc.LocalSteps(every=4, exchange=RECENT, start_steps=2, fragments=2, overlap=True),
-    "later": lgc.LocalSteps(every=4, exchange=FEW, start_steps=2, later=LATER, **OF_ALL),
+    "moments": lgc.LocalSteps(every=4, exchange=FEW, start_steps=2, **OF_ALL),
 }
 
 
@@ -136,73 +135,6 @@ def test_a_run_goes_on_from_its_state_with_the_same_bits(ranks: RankFactory, sch
         assert whole[1:] == resumed[1:]
         for name, each in whole[0].items():
             assert torch.equal(each, resumed[0][name]), name
-
-
-def rounds_at(rank: int, _: int) -> list[tuple[int, set[str]]]:
-    """The steps after which there were rounds, and what these sent; of steps 5 to 16, twice."""
-    later = lgc.Later(step=6, every=4, exchange=lgc.TopK(rate=0.1))
-    run = Run(lgc.LocalSteps(every=2, exchange=lgc.Dense(), start_steps=2, later=later))
-    early, found = run.train(rank, range(4)).state(), []
-    for step in [*range(4, 16)] * 2:
-        if step == 4:
-            run.load(early)
-        before = dict(run.handle.wire.phases["compressed"].contents)
-        run.train(rank, range(step, step + 1))
-        sent = run.handle.wire.phases["compressed"].contents
-        if new := {name for name, size in sent.items() if size > before.get(name, 0)} - {"preamble", "buffers"}:
-            found.append((run.handle.step, new))
-    return found
-
-
-def test_later_rounds_have_another_length_and_another_exchange_also_for_a_handle_that_goes_back(
-    ranks: RankFactory,
-) -> None:
-    for found in ranks(2).run(rounds_at):
-        assert found == [(6, {"values"}), (10, {"entries"}), (14, {"entries"})] * 2
-
-
-def fail_at_the_change(rank: int, _: int) -> tuple[Any, Any]:
-    later = lgc.Later(step=6, every=2, exchange=EXCHANGES["topk"])
-    run = Run(lgc.LocalSteps(every=2, exchange=EXCHANGES["two-stage"], start_steps=2, later=later)).train(
-        rank, range(5)
-    )
-    with torch.no_grad():
-        run.net.out.bias.fill_(torch.nan)
-    with pytest.raises(FloatingPointError):
-        run.train(rank, range(5, 6))
-    state = run.handle.state_dict()["aggregator"]
-    run.handle.load_state_dict(run.handle.state_dict())
-    return state["per_rank"]["round 0"], run.handle.state_dict()["aggregator"]["per_rank"]["round 0"]
-
-
-def test_where_the_round_of_the_change_fails_the_state_still_has_what_is_owed(ranks: RankFactory) -> None:
-    for before, after in ranks(2).run(fail_at_the_change):
-        for part, tensors in before.items():
-            assert all(torch.equal(each, after[part][name]) for name, each in tensors.items())
-        assert any(each.any() for each in before["residual"].values())
-
-
-LATER_REFUSED = {
-    "at the end of a round, some times every=4 after start_steps=300, got 303; use 304": {"step": 303},
-    "got 300; use 304": {"step": 300},
-    r"every=\.\.\.\) must be a number of steps": {"every": lgc.Seconds(1)},
-    r"overlap=\.\.\.\) must be left at False": {"overlap": True},
-    r"fragments=\.\.\.\) must be left at 1": {"fragments": 2},
-    r"Later\(exchange=TopK\(momentum=0.9\)\)": {"exchange": lgc.TopK(momentum=0.9)},
-    "must have warmup_steps=0": {"exchange": lgc.TopK(warmup_steps=4)},
-    "outer momentum of 0.8, which stays, does harm": {"outer_momentum": 0.8, "exchange": lgc.TopK()},
-    r"Later\(every=\.\.\.\) must be at least 1": {"later_every": 0},
-}
-
-
-@pytest.mark.parametrize(("message", "given"), LATER_REFUSED.items(), ids=LATER_REFUSED)
-def test_later_rounds_follow_whole_ones(message: str, given: dict[str, Any]) -> None:
-    def make(step: int = 304, every: Any = 4, later_every: int = 2, exchange: Any = None, **others: Any) -> None:
-        later = lgc.Later(step=step, every=later_every, exchange=exchange or lgc.Dense())
-        lgc.LocalSteps(every=every, later=later, **others)
-
-    with pytest.raises(ValueError, match=message):
-        make(**given)
 
 
 def finished_anywhere(rank: int, _: int, scheme: lgc.LocalSteps) -> tuple[dict[str, Tensor], int, dict[str, Tensor]]:
@@ -528,20 +460,12 @@ def go_on_with(rank: int, world_size: int, scheme: lgc.LocalSteps, states: list[
 @pytest.mark.grid
 @pytest.mark.parametrize("world_size", [1, 3, 4])
 @pytest.mark.parametrize(
-    ("exchange", "ahead", "later"),
-    [
-        ("dense", 0, None),
-        ("two-stage", 0, None),
-        ("topk", 0, None),
-        ("two-stage", 0.5, None),
-        ("topk", 0.5, lgc.Later(step=8, every=3, exchange=EXCHANGES["two-stage"])),
-        ("two-stage", 0, lgc.Later(step=12, every=3)),
-    ],
+    ("exchange", "ahead"), [("dense", 0), ("two-stage", 0), ("topk", 0), ("two-stage", 0.5), ("topk", 0.5)]
 )
 def test_on_another_number_of_ranks_what_is_owed_stays(
-    ranks: RankFactory, exchange: str, ahead: float, later: lgc.Later | None, world_size: int
+    ranks: RankFactory, exchange: str, ahead: float, world_size: int
 ) -> None:
-    scheme = lgc.LocalSteps(every=4, exchange=EXCHANGES[exchange], start_steps=0, ahead=ahead, later=later)
+    scheme = lgc.LocalSteps(every=4, exchange=EXCHANGES[exchange], start_steps=0, ahead=ahead)
     states = ranks(2).run(take_state, scheme)
     results = ranks(world_size).run(go_on_with, scheme, states)
     before, after = owed(states, ahead), owed([state for state, _ in results], ahead)
@@ -623,8 +547,6 @@ def test_other_exchanges_are_refused_by_name(exchange: Any) -> None:
         "local:every=50:start_steps=100:start=float32+quantized:bits=1",
         "local:every=4:outer_momentum=0.0:overlap=True:fragments=2+dense",
         "local+topk:rate=0.03:momentum=0.0:low_pass=1.0",
-        "local:every=2+quantized:bits=1+later:step=900:every=6+topk:rate=0.1",
-        "local:every=2+later:step=900:every=6",
     ],
 )
 def test_the_text_form_has_the_exchange_after_a_plus_sign(text: str) -> None:
@@ -636,12 +558,9 @@ def test_the_text_form_has_the_exchange_after_a_plus_sign(text: str) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("local+quantized+later:every=6", "later: step must be set"),
-        ("local+quantized+dense", "its exchange may be followed, once, by later:step="),
-        ("local+quantized+later:step=320:every=6+dense+dense", "its exchange may be followed, once, by later:step="),
-        ("local+later:step=320:every=6+later:step=380:every=6", "its exchange may be followed, once, by later:step="),
-        ("local+quantized+later:step=320:every=6:every=6", "later: every is set twice"),
-        ("local+quantized+later:step=320:every=6:outer_lr=1", "later has no argument 'outer_lr'"),
+        ("local+quantized+dense", "quantized has no exchange"),
+        ("local+local+quantized", "must be one of Dense, Quantized, TopK, ScaleCom, got LocalSteps"),
+        ("local+", "unknown scheme ''"),
     ],
 )
 def test_what_else_follows_is_refused(text: str, message: str) -> None:

@@ -11,8 +11,7 @@ from torch.optim import Optimizer
 from lgc.comm.transport import Transport
 from lgc.gradients import all_zero
 from lgc.rounds.schedule import Schedule
-from lgc.rounds.two_stage import hand_over
-from lgc.schemes import Dense, LocalSteps, RoundScheme
+from lgc.schemes import Dense, LocalSteps
 from lgc.sites import Site
 from lgc.synchronizer import Policy, Synchronizer
 
@@ -38,8 +37,7 @@ class Fragment:
         rates: the sum of the optimizer's learning rates since the last round, by name, where it is asked for.
         rounds: number of rounds begun.
         step: of the optimizer, at the last of them.
-        synchronizer: of the next round: `first`, or after the step of `LocalSteps(later=...)` `later`, which is None
-            without that.
+        synchronizer: of its rounds.
     """
 
     def __init__(
@@ -67,37 +65,10 @@ class Fragment:
         self.step = scheme.start_steps
         self._others = others
         self._replicas = {f"anchor of {name}": tensor for name, tensor in self.anchor.items()} | site.part(others)
-        self.first = self.synchronizer = self._synchronizer(scheme.exchange, scheme.decay, transport, policy)
-        self.later: Synchronizer | None = None
-        if scheme.later is not None:
-            self.later = self._synchronizer(scheme.later.exchange, scheme.decay, transport, policy)
-            self.later.observers = self.first.observers
-            self.later.aggregator.feedback.forget()
-
-    def _synchronizer(self, exchange: RoundScheme, decay: float, transport: Transport, policy: Policy) -> Synchronizer:
-        synchronizer = Synchronizer(exchange, self.anchor, transport, policy, self._replicas, unit="round")
-        synchronizer.aggregator.feedback.decay = decay
-        if isinstance(exchange, Dense):
-            synchronizer.aggregator.schedule = Schedule(1.0)  # rounds are what compresses
-        return synchronizer
-
-    def change_exchange(self) -> None:
-        """Go on by the later exchange, which owes all that the first one does; do nothing if it was done before."""
-        if self.later is not None and not self.is_later:
-            hand_over(self.first.aggregator, self.later.aggregator)
-            self.synchronizer = self.later
-
-    @property
-    def is_later(self) -> bool:
-        """Whether its rounds are by the later exchange now."""
-        return self.synchronizer is self.later
-
-    def resume(self, rounds: int, step: int, *, later: bool) -> None:
-        """Go on after so many rounds, the last of them at this step, by the exchange of that time."""
-        self.rounds, self.step = rounds, step
-        if self.later is not None:
-            self.synchronizer, other = (self.later, self.first) if later else (self.first, self.later)
-            other.aggregator.feedback.forget()
+        self.synchronizer = Synchronizer(scheme.exchange, self.anchor, transport, policy, self._replicas, unit="round")
+        self.synchronizer.aggregator.feedback.decay = scheme.decay
+        if isinstance(scheme.exchange, Dense):
+            self.synchronizer.aggregator.schedule = Schedule(1.0)  # rounds are what compresses
 
     def part(self) -> dict[str, Tensor]:
         """This rank's own weights, by name."""

@@ -177,8 +177,6 @@ class LocalState(Caller):
             "round_steps": {number: fragment.step for number, fragment in numbered.items()},
             "last_round": self._last_round,
         }
-        if self._scheme.later:
-            replicated["later"] = {number: int(fragment.is_later) for number, fragment in numbered.items()}
         if self._scheme.ahead:
             ahead = frozenset[str]().union(*(fragment.ahead for fragment in self._fragments))
             replicated["ahead"] = {name: int(name in ahead) for name in self._parameters}
@@ -266,14 +264,12 @@ class LocalState(Caller):
         for number, fragment in enumerate(self._fragments):
             _copy({each: replicated["anchor"][name] for name, each in fragment.anchor.items()})
             _copy({each: replicated["outer_momentum"][name] for name, each in fragment.momentum.items()})
-            rounds, at = replicated["rounds"][str(number)], replicated["round_steps"][str(number)]
-            fragment.resume(rounds, at, later=bool(self._scheme.later and replicated["later"][str(number)]))
+            fragment.rounds = replicated["rounds"][str(number)]
+            fragment.step = replicated["round_steps"][str(number)]
             fragment.rates = {name: replicated["rates"][name] for name in fragment.rates}
             if self._scheme.ahead:
                 ahead = [name for name in fragment.anchor if replicated["ahead"][name]]
-                (name,) = [name for name, each in self._synchronizers().items() if each is fragment.synchronizer]
-                fragment.go_ahead(ahead, per_rank[name]["residual"])
-        self.synchronizer = self._fragments[0].synchronizer
+                fragment.go_ahead(ahead, per_rank[f"round {number}"]["residual"])
         self._last_round = replicated["last_round"]
         if self._pace:
             self._pace.load_state_dict(replicated["pace"])
@@ -317,9 +313,8 @@ class LocalState(Caller):
             self._start.synchronizer.aggregator.feedback.forget()
 
     def _synchronizers(self) -> dict[str, Synchronizer]:
-        rounds = {f"round {number}": fragment.first for number, fragment in enumerate(self._fragments)}
-        later = {f"later {number}": each.later for number, each in enumerate(self._fragments) if each.later is not None}
-        return rounds | later | ({"start": self._start.synchronizer} if self._start else {})
+        rounds = {f"round {number}": fragment.synchronizer for number, fragment in enumerate(self._fragments)}
+        return rounds | ({"start": self._start.synchronizer} if self._start else {})
 
     def _of_rank(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """This rank's own values of the model's tensors, by name, also while it shows the anchor's."""

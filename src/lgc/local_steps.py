@@ -96,7 +96,7 @@ class LocalRounds(LocalState):
         self._steps_of_another = Streak()  # since the last one that counts
         self._most_of_another = FEW_STEPS
         if not self._pace:
-            self._most_of_another = max(FEW_STEPS, *map(scheme.steps_a_round_after, (0, FOREVER)))
+            self._most_of_another = max(FEW_STEPS, scheme.steps_a_round)
         watch_steps(module, parameters.values(), self._before_any_step)
         if self._grad_scaler is not None:
             scaled = partial(_make_scaled_step, self, self._grad_scaler.step)
@@ -201,9 +201,6 @@ class LocalRounds(LocalState):
             if result.finite:
                 take_first_moments(fragment, moved, result.mean, self._optimizers, self._scheme.common_momentum)
             fragment.rates = dict.fromkeys(fragment.rates, 0.0)
-        if self._scheme.is_later(fragment.step):
-            fragment.change_exchange()
-            self.synchronizer = fragment.synchronizer
         fragment.apply(result.mean, weights if result.finite else None)
         self._buffers.apply(result.buffers, buffers)
         if not result.finite:
@@ -301,7 +298,7 @@ class LocalRounds(LocalState):
         self._in_step = False
         if self._second_moments and not self._is_starting:
             are_common = self._scheme.common_momentum == 1
-            steps = self._scheme.steps_a_round_after(self.step) if are_common else None
+            steps = self._scheme.steps_a_round if are_common else None
             self._second_moments.after_step(optimizer, steps)
         if not self._is_starting:
             for each in self._fragments:
@@ -329,11 +326,8 @@ class LocalRounds(LocalState):
         """The fragment that is exchanged next, and whether its round is due."""
         if self._pace:
             return self._fragments[0], self._pace.is_due()
-        scheme, before = self._scheme, self.step - 1
-        begin = scheme.later.step if scheme.later is not None and scheme.is_later(before) else scheme.start_steps
-        period = scheme.steps_a_round_after(before) // scheme.fragments
-        number, place = divmod(before - begin, period)
-        return self._fragments[number % scheme.fragments], place == period - 1
+        number, place = divmod(self.step - 1 - self._scheme.start_steps, self._scheme.period)
+        return self._fragments[number % self._scheme.fragments], place == self._scheme.period - 1
 
     def count_skipped_step(self, optimizer: Optimizer, since: int) -> None:
         """Count a step that a GradScaler has not made: it found infinities, and only on this rank."""

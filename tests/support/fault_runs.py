@@ -23,8 +23,7 @@ SCHEMES = LEARNED | {
     "quantized": "quantized:reduction=two_stage",
     "local": f"{LOCAL}+quantized",
     "local-overlap": f"{LOCAL}:overlap=True+quantized",
-    "local-later": f"{LOCAL}+quantized:values=largest0.1+later:step={2 * PHASE_STEPS}:every=2+quantized",
-    "local-moments": f"{LOCAL}:first_moments=all:ahead=0.5+quantized:values=deadzone1.5",
+    "local-moments": f"{LOCAL}:outer_lr=1.4:first_moments=0.5:ahead=0.5+quantized:reduction=gather:values=largest0.1",
 }
 
 CHECKPOINT_EVERY = 2

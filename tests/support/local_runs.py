@@ -92,7 +92,7 @@ def owed(states: list[dict[str, Any]], ahead: float = 0.0) -> dict[str, Tensor]:
 
 def residuals(state: dict[str, Any], name: str) -> tuple[Tensor, Tensor]:
     """What a rank owes of a parameter, and what it does as a server; of one fragment, whichever its rounds are now."""
-    parts = [part for key, part in state["aggregator"]["per_rank"].items() if key.startswith(("round", "later"))]
+    parts = [part for key, part in state["aggregator"]["per_rank"].items() if key.startswith("round")]
     own = torch.stack([part["residual"][name] for part in parts]).sum(0)
     served = [part["server_residual"][name] for part in parts if "server_residual" in part]
     return own, torch.stack([torch.zeros_like(own), *served]).sum(0)

@@ -161,9 +161,9 @@ def _require_possible(scheme: Scheme, model: nn.Module, profiler: Profiler) -> N
         if isinstance(scheme, LocalSteps):
             require_independent(model)
             fragmented(dict(trained(profiler.ddp)), scheme.fragments)
-        for exchange in (scheme.exchange, scheme.lasting.exchange) if isinstance(scheme, LocalSteps) else (scheme,):
-            if isinstance(exchange, RoundScheme):
-                exchange.layout(trained(profiler.ddp))
+        exchange = scheme.exchange if isinstance(scheme, LocalSteps) else scheme
+        if isinstance(exchange, RoundScheme):
+            exchange.layout(trained(profiler.ddp))
     except ValueError as error:
         raise ValueError(f"choose(candidates=...): {error}") from None
     dtypes = {bucket.dtype for bucket in profiler.buckets}

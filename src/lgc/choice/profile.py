@@ -182,16 +182,10 @@ class Profiler:
 
     def _rehearse_local_steps(self, scheme: LocalSteps, *, early: bool, limit: float) -> SchemeCost | None:
         """Derive it from the rounds of its exchange, and of its start."""
-        lasting, compute = scheme.lasting, self.profile.compute
-        arm = self._rehearse_rounds(lasting.exchange, early=early, limit=limit * lasting.steps_a_round)
+        arm = self._rehearse_rounds(scheme.exchange, early=early, limit=limit * scheme.steps_a_round)
         if arm is None:
             return None
-        stages = [_spread(stage, lasting, compute) for stage in arm.stages]
-        if early and scheme.later is not None:
-            first = self._rehearse_rounds(scheme.exchange, early=False)
-            assert first is not None  # without a limit
-            steps = scheme.later.step - scheme.start_steps
-            stages.insert(0, replace(_spread(first.stages[-1], scheme, compute), steps=steps))
+        stages = [_spread(stage, scheme, self.profile.compute) for stage in arm.stages]
         if early and scheme.start_steps:
             start = self._rehearse_rounds(scheme.start_exchange, early=False)
             assert start is not None  # without a limit

@@ -250,7 +250,7 @@ class Rounds:
 
 def knows_past(scheme: Scheme) -> bool:
     """Whether its codes know earlier rounds, of which a rehearsal has none: they are counted as in a first round."""
-    exchange = scheme.lasting.exchange if isinstance(scheme, LocalSteps) else scheme
+    exchange = scheme.exchange if isinstance(scheme, LocalSteps) else scheme
     if not isinstance(exchange, SparseScheme) or (isinstance(exchange, TopK) and exchange.reduction == "two_stage"):
         return False
     return isinstance(exchange.indices, Recent) or exchange.values.remembers

@@ -202,11 +202,6 @@ def _gathered(scheme: Scheme) -> LocalSteps:
             f"LocalSteps(every=...) must be a number of steps on ranks that come and go, got {scheme.every}: a round "
             "that is due by time is not tried again."
         )
-    if scheme.later is not None:
-        raise ValueError(
-            f"LocalSteps(later=...) must be None on ranks that come and go, got {scheme.later}: a newcomer would not "
-            "know at which exchange the others are. Let all ranks stop at that step, and start with the other rounds."
-        )
     exchange = scheme.exchange
     if not isinstance(exchange, Quantized | TopK):
         kind = type(exchange).__name__

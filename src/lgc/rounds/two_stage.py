@@ -214,26 +214,3 @@ class ReducingAggregator(Aggregator):
         per_rank["residual"] = {name: residual + owed.get(name, 0) for name, residual in per_rank["residual"].items()}
         fresh = self.state_dict()["per_rank"]
         return {**state, "per_rank": {name: per_rank.get(name, part) for name, part in fresh.items()}}
-
-
-def hand_over(first: Aggregator, later: Aggregator) -> None:
-    """Have the later aggregator, of the same tensors, owe all that the first one does, which then owes nothing.
-
-    What servers owe stays with them if they serve the same, and else becomes the ranks' own.
-    """
-    owing, state = first.state_dict(), later.state_dict()
-    if _served_by(first) == _served_by(later):
-        state["per_rank"] |= owing["per_rank"]
-    else:
-        state["per_rank"]["residual"] = first.adapt_state(owing, 0)["per_rank"]["residual"]
-    later.load_state_dict(state)
-    first.feedback.forget()
-    if isinstance(first, ReducingAggregator) and isinstance(first.reduced, TwoStage):
-        first.reduced.owed = torch.zeros_like(first.reduced.owed)
-
-
-def _served_by(aggregator: Aggregator) -> object:
-    """Which parts of which tensors its servers serve; None if there are no servers."""
-    if not isinstance(aggregator, ReducingAggregator) or not isinstance(aggregator.reduced, TwoStage):
-        return None
-    return aggregator.layout.slices, aggregator.reduced.shards

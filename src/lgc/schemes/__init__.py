@@ -11,7 +11,7 @@ from lgc.schemes.dense import Dense, DenseBF16, DenseFP16
 from lgc.schemes.learned import LGCScheme
 from lgc.schemes.lgc_ring import LGCRing
 from lgc.schemes.lgc_server import LGCServer
-from lgc.schemes.local_steps import Later, LocalSteps, require_rounds_by_count
+from lgc.schemes.local_steps import LocalSteps, require_rounds_by_count
 from lgc.schemes.powersgd import PowerSGD
 from lgc.schemes.quantized import Quantized
 from lgc.schemes.scalecom import ScaleCom
@@ -28,7 +28,6 @@ __all__ = [
     "LGCRing",
     "LGCScheme",
     "LGCServer",
-    "Later",
     "LocalSteps",
     "PowerSGD",
     "Quantized",
@@ -64,8 +63,7 @@ SCHEMES: dict[str, type[Scheme]] = {
 def parse_scheme(text: str, defaults: Mapping[str, Any] | None = None) -> Scheme:
     """The scheme that `name[:paper][:argument=value]...` describes, such as `lgc-ring:rate=0.002:feedback=paper`.
 
-    Local steps have the scheme of their exchange after a plus sign, and then what changes later, likewise:
-    `local:every=2+quantized:bits=1+later:step=900:every=6+quantized`.
+    Local steps have the scheme of their exchange after a plus sign: `local:every=50+quantized:bits=2`.
 
     Args:
         text: the scheme's name, `paper` for the raw settings of its paper, and the arguments to set.
@@ -74,7 +72,7 @@ def parse_scheme(text: str, defaults: Mapping[str, Any] | None = None) -> Scheme
     Raises:
         ValueError: naming the unknown scheme or argument, or the bound and the value.
     """
-    own, *others = text.split("+")
+    own, plus, exchange = text.partition("+")
     name, *settings = own.split(":")
     if name == "auto":
         raise ValueError(
@@ -89,33 +87,14 @@ def parse_scheme(text: str, defaults: Mapping[str, Any] | None = None) -> Scheme
     if settings[:1] == ["paper"] and issubclass(scheme, SparseScheme):
         settings = settings[1:]
         arguments |= scheme.paper_arguments()
-    if others and scheme is not LocalSteps:
+    if plus and scheme is not LocalSteps:
         raise ValueError(f"{name} has no exchange, which only local has after a plus sign, got {text!r}.")
-    if others and others[0].partition(":")[0] != Later.name:
-        arguments["exchange"] = parse_scheme(others.pop(0))
-    if others:
-        arguments["later"] = _parse_later(others, text)
+    if plus:
+        arguments["exchange"] = parse_scheme(exchange)
     return scheme(**arguments | _parse_settings(scheme, settings, text))
 
 
-def _parse_later(parts: Sequence[str], text: str) -> Later:
-    """What `later:argument=value...` and the scheme of its exchange describe, of the local steps of a text."""
-    own, *exchange = parts
-    name, *settings = own.split(":")
-    if name != Later.name or len(exchange) > 1 or (exchange[:1] and exchange[0].partition(":")[0] == Later.name):
-        raise ValueError(
-            f"local: its exchange may be followed, once, by {Later.name}:step=...:every=..., and the exchange of that, "
-            f"got {text!r}."
-        )
-    arguments = _parse_settings(Later, settings, text)
-    if missing := {"step", "every"} - arguments.keys():
-        raise ValueError(f"{Later.name}: {' and '.join(sorted(missing))} must be set in {text!r}.")
-    if exchange:
-        arguments["exchange"] = parse_scheme(exchange[0])
-    return Later(**arguments)
-
-
-def _parse_settings(kind: type[Scheme] | type[Later], settings: Iterable[str], text: str) -> dict[str, Any]:
+def _parse_settings(kind: type[Scheme], settings: Iterable[str], text: str) -> dict[str, Any]:
     """The values of `argument=value`, by argument."""
     name, hints, known = kind.name, get_type_hints(kind), {item.name for item in fields(kind)}
     arguments: dict[str, Any] = {}

@@ -21,35 +21,6 @@ Moments = Literal["own", "all"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Later:
-    """Other rounds of local steps, from some step on: see `LocalSteps(later=...)`.
-
-    Args:
-        step: of the optimizer, after which they are so; a round of the earlier ones must end there.
-        every: steps from one of these rounds to the next, at least 1.
-        exchange: as of `LocalSteps`.
-    """
-
-    name: ClassVar[str] = "later"
-    step: int
-    every: int
-    exchange: RoundScheme = field(default_factory=Quantized)
-
-    def __post_init__(self) -> None:
-        require_integer(self, "step", 1)
-        require_integer(self, "every", 1)
-        object.__setattr__(self, "exchange", _as_exchange(self))
-        if isinstance(self.exchange, SparseScheme) and self.exchange.warmup_steps:
-            kind, steps = type(self.exchange).__name__, self.exchange.warmup_steps
-            raise ValueError(
-                f"Later(exchange={kind}(warmup_steps={steps})): rounds that follow others must have warmup_steps=0."
-            )
-
-    def __str__(self) -> str:
-        return f"{self.name}:step={self.step}:every={self.every}+{self.exchange}"
-
-
-@dataclass(frozen=True, kw_only=True)
 class LocalSteps(Scheme):
     """Every rank takes `every` steps of its own; then the ranks exchange what they have moved.
 
@@ -81,8 +52,6 @@ class LocalSteps(Scheme):
             anchor, at 1 where in the mean the ranks would be if nothing were left to send.
         overlap: exchange while the next steps compute; what comes back is applied when the next exchange begins.
         fragments: the tensors in so many groups, one of them exchanged every `every / fragments` steps.
-        later: other rounds from some step on, with one fragment and without overlap; the outer optimizer stays as it
-            is. In text they follow: `local:every=2+quantized+later:step=900:every=6+dense`.
     """
 
     name: ClassVar[str] = "local"
@@ -98,7 +67,6 @@ class LocalSteps(Scheme):
     ahead: float = 0.0
     overlap: bool = False
     fragments: int = 1
-    later: Later | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.every, Seconds):
@@ -132,38 +100,10 @@ class LocalSteps(Scheme):
             require(self, "fragments", f"left at 1 with every={self.every}", self.fragments == 1)
         else:
             require(self, "fragments", f"a divisor of every={self.every}", self.every % self.fragments == 0)
-        if self.later is not None:
-            self._require_that_rounds_may_change(self.later)
-
-    def _require_that_rounds_may_change(self, later: Later) -> None:
-        require(self, "later", "lgc.Later(...)", isinstance(later, Later))
-        require(self, "every", "a number of steps with later", not isinstance(self.every, Seconds))
-        require(self, "overlap", "left at False with later", not self.overlap)
-        require(self, "fragments", "left at 1 with later", self.fragments == 1)
-        if isinstance(later.exchange, SparseScheme) and self.outer[1]:
-            raise ValueError(
-                f"LocalSteps(later=...): {type(later.exchange).__name__} leaves coordinates waiting, where the outer "
-                f"momentum of {self.outer[1]}, which stays, does harm; set outer_momentum=0."
-            )
-        rounds, place = divmod(later.step - self.start_steps, self.steps_a_round)
-        if rounds < 1 or place:
-            after = self.start_steps + max(rounds, 1) * self.steps_a_round
-            raise ValueError(
-                "LocalSteps(later=Later(step=...)) must be at the end of a round, some times "
-                f"every={self.every} after start_steps={self.start_steps}, got {later.step}; use {after}."
-            )
-
-    @property
-    def lasting(self) -> LocalSteps:
-        """The same with those rounds from the start that go on to the end."""
-        if self.later is None:
-            return self
-        every, exchange, (rate, momentum) = self.later.every, self.later.exchange, self.outer
-        return replace(self, every=every, exchange=exchange, outer_lr=rate, outer_momentum=momentum, later=None)
 
     @property
     def steps_a_round(self) -> int:
-        """Steps from one round to the next, of the same fragment; before `later`.
+        """Steps from one round to the next, of the same fragment.
 
         Raises:
             ValueError: if rounds are opened by time.
@@ -171,14 +111,6 @@ class LocalSteps(Scheme):
         require_rounds_by_count(self, "what is asked for")
         assert not isinstance(self.every, Seconds)
         return self.every
-
-    def is_later(self, step: int) -> bool:
-        """Whether the rounds after this step are the later ones."""
-        return self.later is not None and step >= self.later.step
-
-    def steps_a_round_after(self, step: int) -> int:
-        """Steps from one round to the next after this step; raises as `steps_a_round`."""
-        return self.later.every if self.later is not None and self.is_later(step) else self.steps_a_round
 
     @property
     def period(self) -> int:
@@ -210,9 +142,7 @@ class LocalSteps(Scheme):
         return super().arguments() | {"exchange": self.exchange.name} | exchange
 
     def __str__(self) -> str:
-        own = replace(self, exchange=Quantized(), later=None)
-        parts = [super(LocalSteps, own).__str__(), self.exchange, *([] if self.later is None else [self.later])]
-        return "+".join(map(str, parts))
+        return f"{super(LocalSteps, replace(self, exchange=Quantized())).__str__()}+{self.exchange}"
 
 
 def require_rounds_by_count(scheme: Scheme, what: str) -> None:
@@ -224,7 +154,7 @@ def require_rounds_by_count(scheme: Scheme, what: str) -> None:
         )
 
 
-def _as_exchange(scheme: LocalSteps | Later) -> RoundScheme:
+def _as_exchange(scheme: LocalSteps) -> RoundScheme:
     """Its exchange with error feedback alone, as the inner optimizer and the outer optimizer have the momenta."""
     exchange, kind = scheme.exchange, type(scheme).__name__
     if type(exchange) not in EXCHANGES:

@@ -69,9 +69,9 @@ def analyze(workers: int, every: int, samples: int, timeout: float, out: Path, o
                 f"analyze: scheme must be {TopK.name}, dgc or {ScaleCom.name}, or local steps that exchange by "
                 f"{TopK.name} or {ScaleCom.name}, got {scheme}."
             )
-        if isinstance(scheme, LocalSteps) and (scheme.overlap or scheme.fragments > 1 or scheme.later):
+        if isinstance(scheme, LocalSteps) and (scheme.overlap or scheme.fragments > 1):
             raise ValueError(
-                "analyze: local steps must have overlap=False, fragments=1 and no later rounds, so that all rounds are "
+                "analyze: local steps must have overlap=False and fragments=1, so that all rounds are "
                 f"alike and of the whole model, got {scheme}."
             )
         if exchange.rate == 1:

@@ -79,7 +79,7 @@ def sites(sites: int, rates: str, scheme: str, steps: int) -> None:
         Question(rate, inside, exchange)
         for rate in options.split(rates)
         for inside in (PLAIN, "ddp", "fsdp")
-        for exchange in (DENSE, str(replace(local.lasting, start_steps=0)))
+        for exchange in (DENSE, str(replace(local, start_steps=0)))
         if (inside, exchange) != (PLAIN, DENSE)
     ]
     with options.reported_errors():

@@ -194,11 +194,6 @@ def _tell_what_to_expect(run: Training, output: Output) -> None:
                 f"WARNING: with {run.total} steps the run ends before local steps begin, at step "
                 f"{run.scheme.start_steps}; set start_steps of the scheme."
             )
-        elif run.scheme.later is not None and run.total <= run.scheme.later.step:
-            notify(
-                f"WARNING: with {run.total} steps the run ends before the later rounds begin, at step "
-                f"{run.scheme.later.step}; set step of what follows +later in the scheme."
-            )
         return
     if run.handle.synchronizer is None:
         return

@@ -95,7 +95,6 @@ def shortened(scheme: Scheme) -> Scheme:
     Local steps begin with the phase that lasts.
     """
     if isinstance(scheme, LocalSteps):
-        scheme = scheme.lasting
         exchange = scheme.exchange
         if isinstance(exchange, SparseScheme):
             exchange = replace(exchange, warmup_steps=0)
