@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from functools import cache
 from typing import Any
@@ -52,7 +53,7 @@ def take_first_moments(
         optimizers: that moved them.
         share: of what the momentum is to take, from 0 to 1.
     """
-    apart = {name: share * _limited(mean[name] - each, each) for name, each in moved.items()}
+    apart = {name: _limited(mean[name] - each, each) for name, each in moved.items()}
     apart = fragment.site.whole(fragment.parameters, apart)
     named = {parameter: name for name, parameter in fragment.parameters.items()}
     for optimizer in optimizers:
@@ -62,13 +63,11 @@ def take_first_moments(
                 m = state.get(FIRST_MOMENT if SECOND_MOMENT in state else MOMENTUM)
                 if m is None or not rates > 0:
                     continue
-                velocity = apart[named[parameter]] / rates
-                if SECOND_MOMENT in state:
-                    if state["step"] > 0:
-                        beta, step = group["betas"][0], float(state["step"])
-                        m.add_(velocity.mul_(_denominator(state, group)).mul_(1 - beta**step))
-                else:
-                    m.add_(velocity, alpha=1 / (1 + group["nesterov"] * group["momentum"] * group["lr"] / rates))
+                away = apart[named[parameter]]
+                if SECOND_MOMENT not in state:
+                    m.add_(away, alpha=share / (rates + group["nesterov"] * group["momentum"] * group["lr"]))
+                elif state["step"] > 0:
+                    m.addcmul_(away, _denominator(state, group), value=share / (rates * _unbiased(state, group)))
 
 
 def _limited(apart: Tensor, moved: Tensor) -> Tensor:
@@ -129,19 +128,19 @@ class SecondMoments:
         old: tuple[float, Tensor] | None,
         steps: int | None,
     ) -> None:
-        (beta_1, beta_2), v, step = group["betas"], state[SECOND_MOMENT], float(state["step"])
-        bias = 1 - beta_2**step  # Adam's v is smaller than what it stands for by this
-        m = state[FIRST_MOMENT] / (1 - beta_1**step)
+        (beta_1, beta_2), m, v = group["betas"], state[FIRST_MOMENT], state[SECOND_MOMENT]
+        step, bias_1, bias = float(state["step"]), _bias(state, group, 0), _bias(state, group, 1)
         part = self._part_of_own(beta_1, step, steps)
-        divided = _denominator(state, group).reciprocal_()
         share = max((1 - beta_2) / (self._ranks * bias), 1 / step)
+        back = m / _denominator(state, group)
         if old:
             v.sub_(old[1], alpha=beta_2).clamp_(min=0)  # (1 - beta_2) g^2
-        v.mul_(part / (1 - beta_2)).addcmul_(m, m, value=1 - part).mul_(bias * share)
+        v.mul_(part / (1 - beta_2) * bias * share).addcmul_(m, m, value=(1 - part) / bias_1**2 * bias * share)
         if old:
             v.add_(old[1], alpha=bias * (1 - share) / (1 - beta_2 ** old[0]))
-        divided -= _denominator(state, group).reciprocal_()
-        parameter.addcmul_(m.mul_(group["lr"]), divided)  # the step is taken back and made again, rounded once
+        back.addcdiv_(m, _denominator(state, group), value=-1)
+        # the step is taken back and made again, rounded once
+        parameter.add_(back, alpha=float(group["lr"]) * _unbiased(state, group))
 
     def _part_of_own(self, beta: float, step: float, steps: int | None) -> float:
         """How much of g^2 there is in the estimate, from 0 to 1; the rest is m^2."""
@@ -151,10 +150,19 @@ class SecondMoments:
 
 
 def _denominator(state: Mapping[str, Any], group: Mapping[str, Any]) -> Tensor:
-    """What Adam has divided its last step by."""
-    bias = 1 - group["betas"][1] ** float(state["step"])
-    divisor: Tensor = (state[SECOND_MOMENT] / bias).sqrt_().add_(group["eps"])
+    """What Adam has divided m by in its last step, lr m `_unbiased` / this."""
+    divisor: Tensor = state[SECOND_MOMENT].sqrt().add_(group["eps"] * math.sqrt(_bias(state, group, 1)))
     return divisor
+
+
+def _unbiased(state: Mapping[str, Any], group: Mapping[str, Any]) -> float:
+    """What Adam corrects the bias of both moments with."""
+    return math.sqrt(_bias(state, group, 1)) / _bias(state, group, 0)
+
+
+def _bias(state: Mapping[str, Any], group: Mapping[str, Any], moment: int) -> float:
+    """What the first moment, or the second one, is smaller by than what it stands for."""
+    return float(1 - group["betas"][moment] ** float(state["step"]))
 
 
 def _noise_of_own(beta: float) -> float:
