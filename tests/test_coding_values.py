@@ -87,6 +87,9 @@ def test_any_finite_values_have_a_code_of_the_promised_length(codec: ValueCodec,
     assert decoded.shape == values.shape
     assert bool(decoded.isfinite().all())
     assert torch.equal(codec.decode(data.numpy().tobytes(), counts), decoded)
+    if isinstance(codec, Zoned):
+        places, sent = codec.decode_places(data, counts)
+        assert torch.equal(torch.zeros_like(decoded).index_put((places,), sent), decoded)
 
 
 @pytest.mark.parametrize("codec", [each for each in CODECS if not isinstance(each, Zoned)], ids=repr)
@@ -454,6 +457,16 @@ def test_the_largest_are_sent_in_every_segment_and_nothing_else(share: float) ->
         places = sent.nonzero().flatten()
         assert places.numel() == 1000 * share
         assert set(places.tolist()) == set(whole.abs().topk(places.numel()).indices.tolist())
+
+
+@pytest.mark.parametrize("share", [0.001, 0.02, 0.5])
+@pytest.mark.parametrize("every", [1, 17])
+def test_the_largest_are_found_wherever_they_are(share: float, every: int) -> None:
+    """Also where a sample of every 17th value has all of them, or would have."""
+    values = normal(5000)
+    values[::every] *= 100
+    decoded = Largest(share).decode(Largest(share).encode(values, [5000]), [5000])
+    assert set(decoded.nonzero().flatten().tolist()) == set(values.abs().topk(int(5000 * share)).indices.tolist())
 
 
 def test_of_few_values_all_may_be_among_the_largest() -> None:

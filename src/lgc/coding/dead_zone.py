@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, final
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from lgc.coding.bits import Integers, check_bits, octet_count, pack_bits, unpack_bits
 from lgc.coding.indices import Rice
-from lgc.coding.payload import Octets, PayloadError
+from lgc.coding.payload import Octets, PayloadError, octets
 from lgc.coding.values import BFloat16, Floats, ValueCodec, counts_at, require_scales
 
 LENGTH_BYTES = 4
@@ -45,6 +47,19 @@ class Zoned(ValueCodec):
     @abstractmethod
     def _steps(self, magnitudes: Floats, counts: Integers) -> Floats:
         """The step of every segment, none of which is empty: at most its largest magnitude; 0 if all are zeros."""
+
+    def decode_places(self, data: Tensor | bytes, counts: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """The places of the values that are sent, ascending, int64 of shape (n,), and these, float32; on the CPU.
+
+        All others are zeros. Where few are sent, this is much less than what `decode` gives.
+
+        Raises:
+            PayloadError: if no values have this code.
+        """
+        numbers, array = self._check_counts(counts), octets(data)
+        self._check_size(array, numbers)
+        places, values = self._decode_places(array, numbers)
+        return torch.from_numpy(places), torch.from_numpy(values)
 
     def _encode(self, values: Floats, counts: Integers) -> Octets:
         if not values.size:
@@ -82,6 +97,12 @@ class Zoned(ValueCodec):
         return np.concatenate(parts)
 
     def _decode(self, data: Octets, counts: Integers) -> Floats:
+        decoded = np.zeros(int(counts.sum()), np.float32)
+        places, values = self._decode_places(data, counts)
+        decoded[places] = values
+        return decoded
+
+    def _decode_places(self, data: Octets, counts: Integers) -> tuple[Integers, Floats]:
         filled = counts[counts > 0]
         if data.size < 2 * filled.size:
             raise PayloadError("values.factors", f"{2 * filled.size} bytes", data.size)
@@ -92,9 +113,7 @@ class Zoned(ValueCodec):
         check_bits(negative, places.size, "values.signs")
         values = (levels + self._offset) * np.repeat(factors, counts_at(places, filled))
         signs = np.unpackbits(negative, count=values.size, bitorder="little").view(np.bool_)
-        decoded = np.zeros(int(counts.sum()), np.float32)
-        decoded[places] = np.where(signs, -values, values)
-        return decoded
+        return places, np.where(signs, -values, values)
 
     def _decode_levels(self, data: Octets, counts: Integers) -> tuple[Integers, Octets, Octets]:
         """The places of the values that reach level 1, how far they reach, and the bytes that follow."""

@@ -83,11 +83,7 @@ class ValueCodec(ABC):
             if zero.any():
                 nonzero = ~zero
                 numbers = counts_of(nonzero, numbers)
-        size = self._size(numbers)
-        if array.size > size or (self._has_fixed_size and array.size < size):
-            raise PayloadError(
-                "values", f"{size} bytes" if self._has_fixed_size else f"at most {size} bytes", array.size
-            )
+        self._check_size(array, numbers)
         values = self._decode(array, numbers)
         if not np.isfinite(values).all():
             raise PayloadError("values", "finite", values[int(np.argmin(np.isfinite(values)))])
@@ -113,6 +109,13 @@ class ValueCodec(ABC):
         if any(count < 0 for count in counts):
             raise ValueError(f"{type(self).__name__}(counts=...) must not be negative, got {min(counts)}.")
         return np.array(counts, np.int64)
+
+    def _check_size(self, data: Octets, counts: Integers) -> None:
+        size = self._size(counts)
+        if data.size > size or (self._has_fixed_size and data.size < size):
+            raise PayloadError(
+                "values", f"{size} bytes" if self._has_fixed_size else f"at most {size} bytes", data.size
+            )
 
     @abstractmethod
     def _encode(self, values: Floats, counts: Integers) -> Octets: ...

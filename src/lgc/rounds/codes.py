@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lgc.coding import Kind, ValueCodec, decode_zeros, encode_zeros, pack, size_limit, unpack, zeros_bound
+from lgc.coding import Kind, ValueCodec, Zoned, decode_zeros, encode_zeros, pack, size_limit, unpack, zeros_bound
 from lgc.comm.messages import Posting, ToAll
 from lgc.comm.transport import Transport
 from lgc.rounds.exchange import Exchange, Exchanged
@@ -44,12 +44,29 @@ class QuantizedCode:
 
     def decode(self, payload: Tensor, step: int, device: torch.device) -> Tensor:
         """The values as all ranks decode them, shape (n,); parsed as hostile."""
+        where, values = self.decode_piece(payload, step, device)
+        if isinstance(where, slice):
+            return values
+        x = torch.zeros(sum(self.sizes), dtype=torch.float32, device=device)
+        x[where] = values
+        return x
+
+    def decode_piece(self, payload: Tensor, step: int, device: torch.device) -> Piece:
+        """The same as what is sent of them, where that is little."""
         zeros, code = unpack(payload, kind=Kind.QUANTIZED, step=step, bounds=self.bounds)
-        if not zeros.numel():
-            return self.values.decode(code, self.sizes).to(device)
-        nonzero = ~decode_zeros(zeros, sum(self.sizes))
-        x = torch.zeros(sum(self.sizes), dtype=torch.float32)
-        return x.masked_scatter_(nonzero, self.values.decode(code, self._counts(nonzero))).to(device)
+        size, counts = sum(self.sizes), self.sizes
+        nonzero = ~decode_zeros(zeros, size) if zeros.numel() else None
+        if nonzero is not None:
+            counts = self._counts(nonzero)
+        if isinstance(self.values, Zoned):
+            places, values = self.values.decode_places(code, counts)
+            if nonzero is not None:
+                places = nonzero.nonzero().view(-1)[places]
+            return Piece(places.to(device), values.to(device))
+        values = self.values.decode(code, counts)
+        if nonzero is not None:
+            values = torch.zeros(size, dtype=torch.float32).masked_scatter_(nonzero, values)
+        return Piece(slice(0, size), values.to(device))
 
     def _counts(self, nonzero: Tensor) -> list[int]:
         """How many values of every segment are coded."""
@@ -73,14 +90,14 @@ class GatheredCodes(Exchange):
         """Mean over the ranks of what each sent, added up in order of rank."""
         assert payload is not None
         payloads = yield ToAll(content="values", payload=payload, lengths=lengths, limit=self.code.limit)
-        total, sent = torch.zeros_like(v), v
-        for rank, each in enumerate(payloads):
-            decoded = self.code.decode(each, stage.step, v.device)
-            total += decoded
-            if rank == self.transport.rank:
-                sent = decoded
         everything = slice(0, v.numel())
-        return Exchanged([Piece(everything, total / self.transport.world_size)], Piece(everything, sent))
+        total, sent = torch.zeros_like(v), Piece(everything, v)
+        for rank, each in enumerate(payloads):
+            piece = self.code.decode_piece(each, stage.step, v.device)
+            total[piece.where] += piece.values
+            if rank == self.transport.rank:
+                sent = piece
+        return Exchanged([Piece(everything, total.div_(self.transport.world_size))], sent)
 
 
 class TwoStageCodes(TwoStage):
