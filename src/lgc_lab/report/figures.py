@@ -7,7 +7,7 @@ import math
 import re
 import statistics
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from operator import itemgetter
 from pathlib import Path
@@ -86,16 +86,25 @@ def draw_against_links(name: str, speeds: list[float | None], panels: dict[str, 
         all_axes = figure.subplots(len(panels), sharex=True, squeeze=False)[:, 0]
         for axes, (unit, curves) in zip(all_axes, panels.items(), strict=True):
             for label, values in curves.items():
-                axes.plot(xs, [math.nan if value is None else value for value in values], marker="o", label=label)
+                ys = [math.nan if value is None else value for value in values]
+                axes.plot(xs, ys, marker="o", label=wrapped(label, LEGEND_WIDTH))
             axes.set(ylabel=unit, xscale="log", yscale="log")
             _label_plainly(axes.yaxis)
         axes.set_xticks(xs, ["unlimited" if speed is None else SPEED(speed) for speed in speeds])
         axes.set_xlabel("link")
         axes.xaxis.set_minor_locator(NullLocator())
-        _add_legend(figure, axes, columns=2)
+        _add_legend(figure, axes, columns)
 
-    rows = math.ceil(len(next(iter(panels.values()))) / 2)
-    return draw(name, (WIDTH, HEIGHT * len(panels) + LEGEND_ROW * rows), plot)
+    columns, height = _legend_of(next(iter(panels.values())))
+    return draw(name, (WIDTH, HEIGHT * len(panels) + height), plot)
+
+
+def _legend_of(labels: Collection[str]) -> tuple[int, float]:
+    """Number of columns, and height in inches."""
+    longest = max(map(len, labels))
+    columns = 3 if longest <= 12 else 2 if longest <= 24 else 1
+    rows = sum(wrapped(label, LEGEND_WIDTH).count("\n") + 1 for label in labels)
+    return columns, LEGEND_ROW * math.ceil(rows / columns)
 
 
 def _add_legend(figure: Figure, axes: Axes, columns: int) -> None:
@@ -131,16 +140,14 @@ def draw_figures(lines: list[Line], links: Sequence[float]) -> list[dict[str, st
 
 
 def _with_legend(name: str, lines: list[Line], plot: Callable[[Axes, list[Line]], None]) -> str:
-    longest = max(len(line.label) for line in lines)
-    columns = 3 if longest <= 12 else 2 if longest <= 24 else 1
-    rows = sum(wrapped(line.label, LEGEND_WIDTH).count("\n") + 1 for line in lines)
+    columns, height = _legend_of([line.label for line in lines])
 
     def fill(figure: Figure) -> None:
         axes = figure.subplots()
         plot(axes, lines)
         _add_legend(figure, axes, columns)
 
-    return draw(name, (WIDTH, HEIGHT + LEGEND_ROW * math.ceil(rows / columns)), fill)
+    return draw(name, (WIDTH, HEIGHT + height), fill)
 
 
 def wrapped(label: str, width: int) -> str:
