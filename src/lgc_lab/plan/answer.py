@@ -57,7 +57,11 @@ class Answer:
             seconds = [f"{1e3 * getattr(row, name):,.1f} ms" for name in TIMES]
             ahead = "-" if row.pays_from is None else f"step {row.pays_from:,}"
             loss, label = self._loss(row), self.labels[row.scheme]
-            lost = ("-", "-") if loss is None else (f"{loss:+g}", f"{self._speedup_at_no_loss(row):.2f} x")
+            lost = (
+                ("-", "-")
+                if loss is None
+                else (f"{loss:+g}" if loss else "0", f"{self._speedup_at_no_loss(row):.2f} x")
+            )
             table.append((label, _bytes(row.sent_bytes), *seconds, f"{row.speedup:.2f} x", ahead, *lost))
         title = f"{self.profile.world_size} ranks, {self.name}: {self.link}"
         if self.name != MEASURED:
