@@ -44,7 +44,7 @@ LADDERS = {  # by the recipe's optimizer
     "adamw": Ladder(
         "in 3,000 steps of text-gpt with AdamW",
         "bits per byte",
-        0.1,
+        0.251,
         {"dense": 0.0}
         | PEERS
         | {
