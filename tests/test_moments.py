@@ -215,6 +215,50 @@ def test_learning_rates_may_fall_and_rise_again(ranks: RankFactory, adam: bool) 
         assert found < 2 * usual
 
 
+def falls(rank: int, _: int, adam: bool) -> tuple[float, float, bool]:
+    """How long steps are for their learning rate, on average before it falls to a tenth and at most after it; and
+    whether a run that goes on from its state after that has the same weights."""
+    few = lgc.Quantized(values=lgc.Largest(0.02), reduction="gather")
+    scheme = lgc.LocalSteps(every=2, exchange=few, start_steps=0, first_moments=0.5, ahead=0.5, outer_lr=1.4)
+
+    def start() -> Run:
+        run = Run(scheme)
+        if not adam:
+            run.optimizer = torch.optim.SGD(run.net.parameters(), lr=0.01, momentum=0.9)
+            run.handle.use_optimizer(run.optimizer)
+        return run
+
+    def go_on(run: Run, steps: range) -> list[float]:
+        lengths = []
+        for step in steps:
+            rate = (0.01 if adam else 0.03) * (0.1 if step >= 200 else 1)
+            run.optimizer.param_groups[0]["lr"] = rate
+            before = run.weights()
+            run.train(rank, range(step, step + 1))
+            moved = [before[name] - each.detach() for name, each in run.net.named_parameters()]
+            if step % 2 == 0:  # without a round
+                lengths.append(torch.cat([each.flatten() for each in moved]).norm().item() / rate)
+        return lengths
+
+    run = start()
+    before = go_on(run, range(200))[50:]
+    after = go_on(run, range(200, 211))
+    saved = run.state()
+    after += go_on(run, range(211, 280))
+    resumed = start().load(saved)
+    go_on(resumed, range(211, 280))
+    same = all(torch.equal(each, resumed.weights()[name]) for name, each in run.weights().items())
+    return sum(before) / len(before), max(after), same
+
+
+@pytest.mark.parametrize("adam", [False, True], ids=["sgd", "adam"])
+def test_steps_become_as_short_as_the_learning_rate_does(ranks: RankFactory, adam: bool) -> None:
+    """Though what is sent then was moved at a higher one, and would be a momentum many times as long."""
+    for before, after, same in ranks(2).run(falls, adam):
+        assert after < 2.5 * before
+        assert same
+
+
 def skip_at_first(rank: int, _: int) -> dict[str, Tensor]:
     """Weights after a run whose first two steps a GradScaler skips on rank 1, with state made for them already."""
     torch.manual_seed(0)

@@ -35,6 +35,7 @@ class Fragment:
         ahead: names of what this rank has begun the present round with ahead of the anchor.
         apart: whether some rank may have, the same on all.
         rates: the sum of the optimizer's learning rates since the last round, by name, where it is asked for.
+        owed_rates: the same, of the time when what is owed was moved.
         rounds: number of rounds begun.
         step: of the optimizer, at the last of them.
         synchronizer: of its rounds.
@@ -61,6 +62,8 @@ class Fragment:
         self.ahead: frozenset[str] = frozenset()
         self.apart = False
         self.rates: dict[str, float] = dict.fromkeys(self.parameters, 0.0) if scheme.common_momentum else {}
+        self.owed_rates = dict(self.rates)
+        self._waiting = scheme.rounds_of_waiting
         self.rounds = 0
         self.step = scheme.start_steps
         self._others = others
@@ -133,6 +136,14 @@ class Fragment:
             rate = float(group["lr"])
             for name in filter(None, map(self._names.get, group["params"])):
                 self.rates[name] += rate
+
+    def mix_rates(self) -> None:
+        """Take into the rates of what is owed those of this round, as far as what is owed is of this round.
+
+        Where rates rise, that is taken to be all: what was moved at lower ones is little.
+        """
+        for name, rates in self.rates.items():
+            self.owed_rates[name] = max(rates, self.owed_rates[name] + (rates - self.owed_rates[name]) / self._waiting)
 
     @torch.no_grad()
     def come_together(self, *, keep: bool) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 import weakref
+from collections import ChainMap
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future as Task
 from typing import Any, NamedTuple
@@ -181,7 +182,8 @@ class LocalState(Caller):
             ahead = frozenset[str]().union(*(fragment.ahead for fragment in self._fragments))
             replicated["ahead"] = {name: int(name in ahead) for name in self._parameters}
         if self._scheme.common_momentum:
-            replicated["rates"] = {name: rate for each in self._fragments for name, rate in each.rates.items()}
+            replicated["rates"] = dict(ChainMap(*(each.rates for each in self._fragments)))
+            replicated["owed_rates"] = dict(ChainMap(*(each.owed_rates for each in self._fragments)))
         if self._pace:
             replicated["pace"] = self._pace.state_dict()
         if self._scheme.overlap:
@@ -267,6 +269,7 @@ class LocalState(Caller):
             fragment.rounds = replicated["rounds"][str(number)]
             fragment.step = replicated["round_steps"][str(number)]
             fragment.rates = {name: replicated["rates"][name] for name in fragment.rates}
+            fragment.owed_rates = {name: replicated["owed_rates"][name] for name in fragment.owed_rates}
             if self._scheme.ahead:
                 ahead = [name for name in fragment.anchor if replicated["ahead"][name]]
                 fragment.go_ahead(ahead, per_rank[f"round {number}"]["residual"])

@@ -198,6 +198,7 @@ class LocalRounds(LocalState):
         result = task.result()
         self._site.rest(self._module)
         if fragment.rates:
+            fragment.mix_rates()
             if result.finite:
                 take_first_moments(fragment, moved, result.mean, self._optimizers, self._scheme.common_momentum)
             fragment.rates = dict.fromkeys(fragment.rates, 0.0)

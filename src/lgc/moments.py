@@ -53,7 +53,8 @@ def take_first_moments(
         optimizers: that moved them.
         share: of what the momentum is to take, from 0 to 1.
     """
-    apart = {name: _limited(mean[name] - each, each) for name, each in moved.items()}
+    now = {name: rates / max(rates, fragment.owed_rates[name], 1e-300) for name, rates in fragment.rates.items()}
+    apart = {name: _limited(mean[name] * now[name] - each, each) for name, each in moved.items()}
     apart = fragment.site.whole(fragment.parameters, apart)
     named = {parameter: name for name, parameter in fragment.parameters.items()}
     for optimizer in optimizers:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal, get_args
 
-from lgc.coding import Float32, LloydMax, ValueCodec
+from lgc.coding import Float32, Largest, LloydMax, ValueCodec
 from lgc.schemes.arguments import Default, Seconds, require, require_integer, require_number, require_one_of
 from lgc.schemes.dense import Dense
 from lgc.schemes.quantized import Quantized
@@ -131,6 +132,17 @@ class LocalSteps(Scheme):
         """How far a rank goes on by the momentum of all ranks, from 0, its own, to 1."""
         given = self.first_moments
         return float(given == "all") if isinstance(given, str) else given
+
+    @property
+    def rounds_of_waiting(self) -> float:
+        """Roughly how many rounds what is moved is owed before it is sent, as measured; 1 if that is at once."""
+        match self.exchange:
+            case Dense():
+                return 1.0
+            case SparseScheme(rate=share) | Quantized(codec=Largest(share=share)):
+                return 3 / math.sqrt(share)
+            case _:
+                return 4.0
 
     @property
     def start_exchange(self) -> RoundScheme:
