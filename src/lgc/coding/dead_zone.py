@@ -61,14 +61,18 @@ class Zoned(ValueCodec):
         places, values = self._decode_places(array, numbers)
         return torch.from_numpy(places), torch.from_numpy(values)
 
+    def _places(self, magnitudes: Floats, steps: Floats, counts: Integers) -> Integers:
+        """The places of what is sent; each step is that of a segment, of so many values."""
+        least = np.where(steps > 0, steps, np.inf).astype(np.float32)
+        return np.flatnonzero(magnitudes >= np.repeat(least, counts))
+
     def _encode(self, values: Floats, counts: Integers) -> Octets:
         if not values.size:
             return np.zeros(0, np.uint8)
         filled = counts[counts > 0]
         magnitudes = np.abs(values)
         steps = self._steps(magnitudes, filled)
-        least = np.where(steps > 0, steps, np.inf).astype(np.float32)
-        places = np.flatnonzero(magnitudes >= np.repeat(least, filled))  # what follows is of these few alone
+        places = self._places(magnitudes, steps, filled)  # what follows is of these few alone
         segments = np.repeat(np.arange(filled.size), counts_at(places, filled))
         with np.errstate(over="ignore"):
             multiples = magnitudes[places] / steps[segments]
@@ -193,8 +197,8 @@ class DeadZone(Zoned):
 class Largest(Zoned):
     """The largest values of every segment, as multiples of the least of them; all others are zeros.
 
-    Of n values in a segment `share` n, rounded up, are sent, and what is as large; zeros are not. See `Zoned` for the
-    code.
+    Of n values in a segment `share` n, rounded up, are sent, of equal ones the first; but no zeros, and nothing below a
+    sixteenth of the largest, as there are 15 levels. See `Zoned` for the code.
 
     Args:
         share: of a segment's values, above 0 and at most 1.
@@ -212,16 +216,32 @@ class Largest(Zoned):
     def _steps(self, magnitudes: Floats, counts: Integers) -> Floats:
         return np.array([self._least(part) for part in np.split(magnitudes, np.cumsum(counts)[:-1])], np.float32)
 
+    def _number(self, size: int) -> int:
+        """How many of so many values are sent, at most."""
+        return math.ceil(self.share * size)
+
     def _least(self, magnitudes: Floats) -> np.float32:
         """The least that is sent."""
-        number = math.ceil(self.share * magnitudes.size)
+        number = self._number(magnitudes.size)
         some = magnitudes[::SAMPLED]
-        place = some.size - 2 * math.ceil(self.share * some.size)
+        place = some.size - 2 * self._number(some.size)
         few = magnitudes[magnitudes >= np.partition(some, place)[place]] if place >= 0 else magnitudes
         if few.size < number:  # the sample says too much
             few = magnitudes
-        least: np.float32 = np.partition(few, few.size - number)[few.size - number]
-        return least if least > 0 else magnitudes.min(where=magnitudes > 0, initial=magnitudes.max())
+        parted = np.partition(few, few.size - number)[few.size - number :]
+        least: np.float32 = parted[0] if parted[0] > 0 else magnitudes.min(where=magnitudes > 0, initial=parted.max())
+        return max(least, parted.max() / np.float32(self._levels + 1))
+
+    def _places(self, magnitudes: Floats, steps: Floats, counts: Integers) -> Integers:
+        places = super()._places(magnitudes, steps, counts)
+        sent = counts_at(places, counts)
+        kept = np.ones(places.size, np.bool_)
+        for segment in np.flatnonzero(sent > np.ceil(self.share * counts)):
+            stop, number = int(sent[: segment + 1].sum()), self._number(int(counts[segment]))
+            of_segment = slice(stop - int(sent[segment]), stop)
+            equal = np.flatnonzero(magnitudes[places[of_segment]] == steps[segment])
+            kept[of_segment][equal[number - sent[segment] :]] = False
+        return places[kept]
 
 
 def _widths(counts: Integers) -> Integers:
