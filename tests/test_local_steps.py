@@ -379,6 +379,22 @@ def test_a_rank_whose_weights_are_not_finite_counts_for_nothing_and_goes_on(
         assert (results[0][1]["running_mean"] == 1).all()  # nor do its buffers
 
 
+def restart(rank: int, _: int) -> list[tuple[float, bool]]:
+    run = Run(exact(), on_nonfinite="propagate").train(rank, range(6))
+    if rank == 1:
+        with torch.no_grad():
+            run.net.hidden.weight[0, 0] = torch.nan
+    states = run.train(rank, range(6, 8)).optimizer.state.values()
+    return [(float(each["step"]), bool(each["exp_avg_sq"].any())) for each in states]
+
+
+def test_its_optimizer_begins_anew(ranks: RankFactory) -> None:
+    """Or Adam would take moments of zero for those of many steps, and make the next ones many times too long."""
+    others, poisoned = ranks(2).run(restart)
+    assert set(others) == {(8.0, True)}
+    assert set(poisoned) == {(0.0, False)}
+
+
 def test_or_all_ranks_raise(ranks: RankFactory) -> None:
     for message, _ in ranks(2).run(poison, "raise"):
         assert "not finite on rank 1" in message

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future as Task
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
@@ -208,8 +208,7 @@ class LocalRounds(LocalState):
             for other in self._fragments:
                 if other is not fragment:  # or it would make the others not finite again
                     other.come_back()
-            for tensor in _tensors_of(self._optimizers):
-                torch.nan_to_num_(tensor, 0.0, 0.0, 0.0)
+            _restart_nonfinite(self._optimizers)
         if self._pace:
             self._pace.start()
 
@@ -519,11 +518,13 @@ def _start(
     return start
 
 
-def _tensors_of(optimizers: Sequence[Optimizer]) -> Iterator[Tensor]:
+def _restart_nonfinite(optimizers: Sequence[Optimizer]) -> None:
+    """Have nothing but zeros where a parameter's state is not finite, its number of steps, which Adam has, included."""
     for of_parameter in (each for optimizer in optimizers for each in optimizer.state.values()):
-        for value in of_parameter.values():
-            if isinstance(value, Tensor) and value.is_floating_point():
-                yield value
+        tensors = [each for each in of_parameter.values() if isinstance(each, Tensor) and each.is_floating_point()]
+        if not all(bool(each.isfinite().all()) for each in tensors):
+            for each in tensors:
+                each.zero_()
 
 
 def _make_scaled_step(
