@@ -98,7 +98,7 @@ def test_what_is_first_to_reach_the_loss_of_dense_training_is_recommended() -> N
 def test_without_any_measured_loss_the_first_of_the_fastest_is_recommended() -> None:
     unknown = answer({"dense": 0.0}, dense=9, dgc=1.05, topk=1)
     assert unknown.recommend().scheme == "dgc"
-    assert "Its loss was not measured, nor that of others; it is within 10% of the fastest." in str(unknown)
+    assert "No loss was measured but dense's; this is the first within 10% of the fastest." in str(unknown)
 
 
 def test_codes_that_know_earlier_rounds_are_said_to_be_counted_as_in_the_first() -> None:
@@ -126,9 +126,17 @@ def test_schemes_are_planned_by_the_ladder_of_what_trains_them(recipe: str, opti
 
 def test_the_ladder_knows_a_scheme_however_it_is_written() -> None:
     ladder = Ladder("", "", 0.1, {"local:every=20+quantized": 0.2})
-    assert ladder.loss("local+quantized:bits=2") == 0.2
-    assert ladder.more_steps("local+quantized") == 4
-    assert ladder.loss("local+quantized:bits=3") is None
+    assert ladder.loss(parse_scheme("local:start_steps=15+quantized:bits=2")) == 0.2
+    assert ladder.more_steps(parse_scheme("local+quantized")) == 4
+    assert ladder.loss(parse_scheme("local+quantized:bits=3")) is None
+
+
+def test_a_recipe_that_completes_a_scheme_otherwise_has_no_loss_of_it() -> None:
+    ladder = Ladder("", "", 0.1, {"dgc:rate=0.001": 0.2})
+    losses = [
+        ladder.loss(parse_scheme("dgc", find_recipe(name).scheme_defaults)) for name in ("cifar10-resnet20", "digits")
+    ]
+    assert losses == [0.2, None]
 
 
 JOB = """
@@ -168,6 +176,10 @@ def test_plan_of_a_function(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         (["--check", "."], "results.json is not a measurement"),
         (["--recipe", "digits", "--workers", "4", "--ranks-per-machine", "3"], "must divide --workers 4"),
         (["--model", "json:dumps", "--bf16"], "are for recipes"),
+        (
+            ["--recipe", "digits", "--schemes", "local:second_moments=all"],
+            "second_moments=all, which is for Adam and AdamW",
+        ),
         (["--recipe", "digits", "--optimizer", "sgd"], "--optimizer is for --model; a recipe has its own"),
     ],
 )

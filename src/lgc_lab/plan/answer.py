@@ -102,11 +102,11 @@ class Answer:
         }
 
     def _loss(self, row: Prediction) -> float | None:
-        return self.ladder.loss(self.labels[row.scheme])
+        return self.ladder.loss(parse_scheme(row.scheme))
 
     def _speedup_at_no_loss(self, row: Prediction) -> float:
         """How many times as soon as dense something with a measured loss is where dense training ends."""
-        return row.speedup / (self.ladder.more_steps(self.labels[row.scheme]) or 1.0)
+        return row.speedup / (self.ladder.more_steps(parse_scheme(row.scheme)) or 1.0)
 
     def _advice(self) -> list[str]:
         """Say which scheme to take and what else to know, by paragraphs."""
@@ -131,12 +131,12 @@ class Answer:
             )
         if isinstance(scheme, LocalSteps):
             paragraphs.append("Evaluate and save within handle.anchored(), and end with handle.finish().")
-            if scheme.second_moments == "all":
-                paragraphs.append("It is for torch.optim.Adam and AdamW.")
         if scheme.makes_adams_step:
             paragraphs.append("It makes Adam's step: train with SGD without momentum.")
         elif scheme.corrected_momentum:
-            paragraphs.append("It has the momentum: give the optimizer none, or the scheme momentum=0.")
+            paragraphs.append(
+                "It has SGD's momentum: give SGD none, or the scheme momentum=0, as with every other optimizer."
+            )
         if isinstance(scheme, PowerSGD):
             size = bucket_mb(sum(collective.size for collective in self.profile.arms[0].stages[-1].collectives))
             paragraphs.append(
@@ -150,14 +150,14 @@ class Answer:
         faster = [self.labels[row.scheme] for row in self.rows if self._loss(row) is None and row.step < best.step]
         unknown = f" Faster, but of a loss that was not measured: {', '.join(faster)}." if faster else ""
         if loss is None:
-            return f"Its loss was not measured, nor that of others; it is within {FAST_ENOUGH:.0%} of the fastest."
+            return f"No loss was measured but dense's; this is the first within {FAST_ENOUGH:.0%} of the fastest."
         if best == self.rows[0]:
             return f"Nothing of a measured loss gets as far more than {FAST_ENOUGH:.0%} sooner.{unknown}"
         if loss <= 0:
             return f"It lost nothing {ladder.conditions}.{unknown}"
         return (
             f"It lost {loss:g} {ladder.unit} {ladder.conditions}. To make up for that should take "
-            f"{ladder.more_steps(self.labels[best.scheme]):.2f} times as many steps, and still be "
+            f"{ladder.more_steps(parse_scheme(best.scheme)):.2f} times as many steps, and still be "
             f"{self._speedup_at_no_loss(best):.1f} times as fast as dense.{unknown}"
         )
 

@@ -23,6 +23,7 @@ from lgc.choice.rehearsal import probe
 from lgc.comm.transport import Transport
 from lgc.schemes import (
     Dense,
+    LocalSteps,
     Scheme,
     parse_scheme,
     require_different,
@@ -182,6 +183,9 @@ def _question(
             require_rounds_by_count(scheme, "lgc plan")
         find_object("model", model)  # raises here rather than in the ranks
         make_job = partial(_job_of_function, model)
+    for text, scheme in planned.items():
+        if ladder is LADDERS["sgd"] and isinstance(scheme, LocalSteps) and scheme.second_moments == "all":
+            raise ValueError(f"schemes: {text} has second_moments=all, which is for Adam and AdamW, not for SGD.")
     require_different(texts, (planned[text] for text in texts))
     return Question(make_job, planned, world_size, ladder)
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from dataclasses import fields, replace
+from typing import Any, NamedTuple
 
-from lgc.schemes import parse_scheme
+from lgc.schemes import LocalSteps, Scheme, parse_scheme
+
+EARLY = {"start_steps", "dense_steps", "warmup_steps", "train_steps"}  # arguments of phases that end
 
 
 class Ladder(NamedTuple):
@@ -15,7 +18,7 @@ class Ladder(NamedTuple):
         conditions: what was trained, and for how long.
         unit: of the losses.
         of_half: what dense training loses in half as many steps.
-        losses: by text form, which the recipe completes; None where it was not measured.
+        losses: by text form; None where it was not measured.
     """
 
     conditions: str
@@ -23,24 +26,32 @@ class Ladder(NamedTuple):
     of_half: float
     losses: Mapping[str, float | None]
 
-    def loss(self, text: str) -> float | None:
-        """Find the loss of a scheme, however its text is written; None if it was not measured."""
-        wanted = parse_scheme(text)
-        return next((loss for measured, loss in self.losses.items() if parse_scheme(measured) == wanted), None)
+    def loss(self, scheme: Scheme) -> float | None:
+        """Find the loss of a scheme, however long its early phases are; None if it was not measured."""
+        wanted = _lasting(scheme)
+        return next((loss for text, loss in self.losses.items() if _lasting(parse_scheme(text)) == wanted), None)
 
-    def more_steps(self, text: str) -> float | None:
+    def more_steps(self, scheme: Scheme) -> float | None:
         """Estimate how many times as many steps as dense a scheme takes to lose nothing; None if not measured.
 
         As dense training gains `of_half` from twice as many steps. What gained takes as many: so little may be chance.
         """
-        loss = self.loss(text)
+        loss = self.loss(scheme)
         return None if loss is None else float(2 ** (max(0.0, loss) / self.of_half))
+
+
+def _lasting(scheme: Scheme) -> Scheme:
+    """The same with the usual early phases."""
+    early: dict[str, Any] = {item.name: item.default for item in fields(scheme) if item.name in EARLY}
+    if isinstance(scheme, LocalSteps):
+        early["exchange"] = _lasting(scheme.exchange)
+    return replace(scheme, **early)
 
 
 OF_ALL = "second_moments=all:ahead=0.5"
 LARGEST = "quantized:reduction=gather:values=largest"
-PEERS = dict.fromkeys(("bf16", "powersgd:rank=1", "powersgd:rank=2", "powersgd:rank=4", "dgc", "topk", "scalecom"))
-LADDERS = {  # by the recipe's optimizer
+PEERS = dict.fromkeys(("bf16", "powersgd:rank=1", "powersgd:rank=2", "powersgd:rank=4", "topk"))
+LADDERS = {  # by the kind of optimizer
     "adamw": Ladder(
         "in 3,000 steps of text-gpt with AdamW",
         "bits per byte",
@@ -48,6 +59,8 @@ LADDERS = {  # by the recipe's optimizer
         {"dense": 0.0}
         | PEERS
         | {
+            "dgc": None,
+            "scalecom": None,
             "lgc-ring": None,
             "lgc-ps": None,
             "quantized": None,
@@ -71,13 +84,13 @@ LADDERS = {  # by the recipe's optimizer
         | {
             "powersgd:rank=1": 16.4,
             "powersgd:rank=4": 3.3,
-            "dgc": 11.0,
+            "dgc:rate=0.001": 11.0,
             "dgc:rate=0.01": 4.2,
-            "scalecom": 17.6,
+            "scalecom:rate=0.001": 17.6,
             "scalecom:rate=0.01": 10.6,
-            "lgc-ring": 12.8,
+            "lgc-ring:rate=0.001": 12.8,
             "lgc-ring:rate=0.01": 6.9,
-            "lgc-ps": 12.9,
+            "lgc-ps:rate=0.001": 12.9,
         },
     ),
 }
