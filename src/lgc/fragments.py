@@ -145,6 +145,10 @@ class Fragment:
         for name, rates in self.rates.items():
             self.owed_rates[name] = max(rates, self.owed_rates[name] + (rates - self.owed_rates[name]) / self._waiting)
 
+    def fallen(self, name: str) -> float:
+        """What is left of the rates at which what is sent was moved, from 0 to 1."""
+        return self.rates[name] / self.owed_rates[name] if self.owed_rates[name] > 0 else 0.0
+
     @torch.no_grad()
     def come_together(self, *, keep: bool) -> None:
         """Move the anchor to the mean of where the ranks have begun the round ahead of it, and all there; a collective.

@@ -41,7 +41,8 @@ def take_first_moments(
 
     With learning rate lr a step moves the weights by lr m / d, where d is Adam's denominator, or 1 for SGD. So what all
     ranks' m were in the mean over a round, this rank's were too but for (mean - moved) d / (sum of lr), which m takes.
-    Nesterov's step by SGD moves lr (g + mu m), that is mu / H more in H steps.
+    Nesterov's step by SGD moves lr (g + mu m), that is mu / H more in H steps. Where learning rates fall, what is sent
+    was moved at higher ones, and the mean counts for as much less.
 
     Where a rank has moved little, and the mean is much of what was owed before, that is no measure of its momentum: it
     takes at most `MOST` times what it has moved, and nothing where it has not moved at all, as without gradients.
@@ -53,8 +54,7 @@ def take_first_moments(
         optimizers: that moved them.
         share: of what the momentum is to take, from 0 to 1.
     """
-    now = {name: rates / max(rates, fragment.owed_rates[name], 1e-300) for name, rates in fragment.rates.items()}
-    apart = {name: _limited(mean[name] * now[name] - each, each) for name, each in moved.items()}
+    apart = {name: _limited(fragment.fallen(name) * mean[name] - each, each) for name, each in moved.items()}
     apart = fragment.site.whole(fragment.parameters, apart)
     named = {parameter: name for name, parameter in fragment.parameters.items()}
     for optimizer in optimizers:
