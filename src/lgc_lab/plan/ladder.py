@@ -78,7 +78,7 @@ LADDERS = {  # by the kind of optimizer
     "sgd": Ladder(
         "in five epochs of cifar10-resnet20 with SGD",
         "points of accuracy",
-        5.0,
+        10.1,
         {"dense": 0.0}
         | PEERS
         | {
@@ -91,6 +91,11 @@ LADDERS = {  # by the kind of optimizer
             "lgc-ring:rate=0.001": 12.8,
             "lgc-ring:rate=0.01": 6.9,
             "lgc-ps:rate=0.001": 12.9,
+            "quantized": None,
+            "local:every=2:first_moments=all:ahead=0.5+quantized": 1.1,
+            f"local:every=2:outer_lr=1.4:first_moments=0.5:ahead=0.5+{LARGEST}0.019": 1.9,
+            "local:every=2+quantized": 2.8,
+            "local:every=20+quantized": None,
         },
     ),
 }
