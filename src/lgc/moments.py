@@ -67,8 +67,8 @@ def take_first_moments(
                 away = apart[named[parameter]]
                 if SECOND_MOMENT not in state:
                     m.add_(away, alpha=share / (rates + group["nesterov"] * group["momentum"] * group["lr"]))
-                elif state["step"] > 0:
-                    m.addcmul_(away, _denominator(state, group), value=share / (rates * _unbiased(state, group)))
+                elif (step := float(state["step"])) > 0:
+                    m.addcmul_(away, _denominator(state, group, step), value=share / (rates * _unbiased(group, step)))
 
 
 def _limited(apart: Tensor, moved: Tensor) -> Tensor:
@@ -130,18 +130,19 @@ class SecondMoments:
         steps: int | None,
     ) -> None:
         (beta_1, beta_2), m, v = group["betas"], state[FIRST_MOMENT], state[SECOND_MOMENT]
-        step, bias_1, bias = float(state["step"]), _bias(state, group, 0), _bias(state, group, 1)
+        step = float(state["step"])  # on a GPU it is waited for
+        bias_1, bias = 1 - beta_1**step, 1 - beta_2**step  # m and v are smaller by these than what they stand for
         part = self._part_of_own(beta_1, step, steps)
         share = max((1 - beta_2) / (self._ranks * bias), 1 / step)
-        back = m / _denominator(state, group)
+        back = m / _denominator(state, group, step)
         if old:
             v.sub_(old[1], alpha=beta_2).clamp_(min=0)  # (1 - beta_2) g^2
         v.mul_(part / (1 - beta_2) * bias * share).addcmul_(m, m, value=(1 - part) / bias_1**2 * bias * share)
         if old:
             v.add_(old[1], alpha=bias * (1 - share) / (1 - beta_2 ** old[0]))
-        back.addcdiv_(m, _denominator(state, group), value=-1)
+        back.addcdiv_(m, _denominator(state, group, step), value=-1)
         # the step is taken back and made again, rounded once
-        parameter.add_(back, alpha=float(group["lr"]) * _unbiased(state, group))
+        parameter.add_(back, alpha=float(group["lr"]) * _unbiased(group, step))
 
     def _part_of_own(self, beta: float, step: float, steps: int | None) -> float:
         """How much of g^2 there is in the estimate, from 0 to 1; the rest is m^2."""
@@ -150,20 +151,16 @@ class SecondMoments:
         return min(max(0.0, (1 / self._ranks - q) / (1 - q)), 1.0) if q < 1 else 1.0
 
 
-def _denominator(state: Mapping[str, Any], group: Mapping[str, Any]) -> Tensor:
+def _denominator(state: Mapping[str, Any], group: Mapping[str, Any], step: float) -> Tensor:
     """What Adam has divided m by in its last step, lr m `_unbiased` / this."""
-    divisor: Tensor = state[SECOND_MOMENT].sqrt().add_(group["eps"] * math.sqrt(_bias(state, group, 1)))
+    divisor: Tensor = state[SECOND_MOMENT].sqrt().add_(group["eps"] * math.sqrt(1 - group["betas"][1] ** step))
     return divisor
 
 
-def _unbiased(state: Mapping[str, Any], group: Mapping[str, Any]) -> float:
+def _unbiased(group: Mapping[str, Any], step: float) -> float:
     """What Adam corrects the bias of both moments with."""
-    return math.sqrt(_bias(state, group, 1)) / _bias(state, group, 0)
-
-
-def _bias(state: Mapping[str, Any], group: Mapping[str, Any], moment: int) -> float:
-    """What the first moment, or the second one, is smaller by than what it stands for."""
-    return float(1 - group["betas"][moment] ** float(state["step"]))
+    beta_1, beta_2 = group["betas"]
+    return math.sqrt(1 - beta_2**step) / float(1 - beta_1**step)
 
 
 def _noise_of_own(beta: float) -> float:
