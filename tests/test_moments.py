@@ -21,10 +21,13 @@ RankFactory = Callable[[int], Ranks]
 BETA = 0.95
 
 
-def step_with(ranks: int, gradients: Tensor, start: int, **arguments: Any) -> tuple[Tensor, Tensor]:
+def step_with(
+    ranks: int, gradients: Tensor, start: int, steps: int | None = None, **arguments: Any
+) -> tuple[Tensor, Tensor]:
     """Adam's steps with these gradients, the first `start` of them plain; the parameter, and what v stands for."""
     parameter = torch.nn.Parameter(torch.zeros(gradients.shape[1]))
-    optimizer = torch.optim.AdamW([parameter], lr=0.1, betas=(0.9, BETA), **arguments)
+    usual: dict[str, Any] = {"lr": 0.1, "betas": (0.9, BETA)}
+    optimizer = torch.optim.AdamW([parameter], **usual | arguments)
     moments = SecondMoments(ranks)
     for step, gradient in enumerate(gradients):
         parameter.grad = gradient.clone()
@@ -32,7 +35,7 @@ def step_with(ranks: int, gradients: Tensor, start: int, **arguments: Any) -> tu
             moments.before_step(optimizer)
         optimizer.step()
         if step >= start:
-            moments.after_step(optimizer, None)
+            moments.after_step(optimizer, steps)
     return parameter.detach(), optimizer.state[parameter]["exp_avg_sq"] / (1 - BETA ** len(gradients))
 
 
@@ -44,6 +47,15 @@ def test_a_step_divides_by_them(arguments: dict[str, Any]) -> None:
     m = sum(0.1 * 0.9 ** (100 - step) * gradient for step, gradient in enumerate(gradients)) / (1 - 0.9**101)
     sign = 1 if "maximize" in arguments else -1
     torch.testing.assert_close(after, before * (1 - 0.1 * 0.5) + sign * 0.1 * m / (v.sqrt() + 1e-8))
+
+
+@pytest.mark.parametrize("steps", [None, 2])
+def test_the_optimizers_numbers_may_be_tensors(steps: int | None) -> None:
+    gradients = torch.randn(30, 8, generator=torch.Generator().manual_seed(0))
+    tensors = {"lr": torch.tensor(0.1), "betas": (torch.tensor(0.9), torch.tensor(BETA)), "foreach": False}
+    of_tensors = step_with(4, gradients, 0, steps, **tensors)
+    for ours, plain in zip(of_tensors, step_with(4, gradients, 0, steps), strict=True):
+        torch.testing.assert_close(ours, plain)
 
 
 @pytest.mark.parametrize("foreach", [False, True])

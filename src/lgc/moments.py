@@ -129,7 +129,7 @@ class SecondMoments:
         old: tuple[float, Tensor] | None,
         steps: int | None,
     ) -> None:
-        (beta_1, beta_2), m, v = group["betas"], state[FIRST_MOMENT], state[SECOND_MOMENT]
+        (beta_1, beta_2), m, v = _betas(group), state[FIRST_MOMENT], state[SECOND_MOMENT]
         step = float(state["step"])  # on a GPU it is waited for
         bias_1, bias = 1 - beta_1**step, 1 - beta_2**step  # m and v are smaller by these than what they stand for
         part = self._part_of_own(beta_1, step, steps)
@@ -153,14 +153,20 @@ class SecondMoments:
 
 def _denominator(state: Mapping[str, Any], group: Mapping[str, Any], step: float) -> Tensor:
     """What Adam has divided m by in its last step, lr m `_unbiased` / this."""
-    divisor: Tensor = state[SECOND_MOMENT].sqrt().add_(group["eps"] * math.sqrt(1 - group["betas"][1] ** step))
+    divisor: Tensor = state[SECOND_MOMENT].sqrt().add_(group["eps"] * math.sqrt(1 - _betas(group)[1] ** step))
     return divisor
 
 
 def _unbiased(group: Mapping[str, Any], step: float) -> float:
     """What Adam corrects the bias of both moments with."""
-    beta_1, beta_2 = group["betas"]
+    beta_1, beta_2 = _betas(group)
     return math.sqrt(1 - beta_2**step) / float(1 - beta_1**step)
+
+
+def _betas(group: Mapping[str, Any]) -> tuple[float, float]:
+    """Adam's, which may be tensors."""
+    beta_1, beta_2 = group["betas"]
+    return float(beta_1), float(beta_2)
 
 
 def _noise_of_own(beta: float) -> float:
