@@ -91,8 +91,7 @@ def owed(states: list[dict[str, Any]], ahead: float = 0.0) -> dict[str, Tensor]:
 
 
 def residuals(state: dict[str, Any], name: str) -> tuple[Tensor, Tensor]:
-    """What a rank owes of a parameter, and what it does as a server; of one fragment, whichever its rounds are now."""
-    parts = [part for key, part in state["aggregator"]["per_rank"].items() if key.startswith("round")]
-    own = torch.stack([part["residual"][name] for part in parts]).sum(0)
-    served = [part["server_residual"][name] for part in parts if "server_residual" in part]
-    return own, torch.stack([torch.zeros_like(own), *served]).sum(0)
+    """What a rank owes of a parameter, and what it does as a server; of one fragment."""
+    part = state["aggregator"]["per_rank"]["round 0"]
+    own: Tensor = part["residual"][name]
+    return own, part["server_residual"][name] if "server_residual" in part else torch.zeros_like(own)

@@ -234,13 +234,12 @@ class Largest(Zoned):
 
     def _places(self, magnitudes: Floats, steps: Floats, counts: Integers) -> Integers:
         places = super()._places(magnitudes, steps, counts)
-        sent = counts_at(places, counts)
-        kept = np.ones(places.size, np.bool_)
-        for segment in np.flatnonzero(sent > np.ceil(self.share * counts)):
-            stop, number = int(sent[: segment + 1].sum()), self._number(int(counts[segment]))
-            of_segment = slice(stop - int(sent[segment]), stop)
+        sent, numbers = counts_at(places, counts), [self._number(count) for count in counts.tolist()]
+        ends, kept = np.cumsum(sent), np.ones(places.size, np.bool_)
+        for segment in np.flatnonzero(sent > numbers):  # some are equal to the step
+            of_segment = slice(ends[segment] - sent[segment], ends[segment])
             equal = np.flatnonzero(magnitudes[places[of_segment]] == steps[segment])
-            kept[of_segment][equal[number - sent[segment] :]] = False
+            kept[of_segment][equal[numbers[segment] - sent[segment] :]] = False
         return places[kept]
 
 

@@ -44,12 +44,13 @@ class Answer:
 
         Where only dense has a measured loss, it is the first in their order of those that are nearly the fastest.
         """
-        measured = [row for row in self.rows if self._loss(row) is not None]
+        measured = [(row, loss) for row in self.rows if (loss := self._loss(row)) is not None]
         if len(measured) <= 1:
             return as_fast(self.rows, FAST_ENOUGH)[0]
-        most = max(map(self._speedup_at_no_loss, measured)) / (1 + FAST_ENOUGH)
-        soon = [row for row in measured if self._speedup_at_no_loss(row) >= most]
-        return min(soon, key=lambda row: max(0.0, self._loss(row) or 0.0))  # a gain may be chance
+        soonest = max(self._speedup_at_no_loss(row, loss) for row, loss in measured)
+        least = soonest / (1 + FAST_ENOUGH)
+        soon = [(row, loss) for row, loss in measured if self._speedup_at_no_loss(row, loss) >= least]
+        return min(soon, key=lambda each: max(0.0, each[1]))[0]  # a gain may be chance
 
     def __str__(self) -> str:
         table: list[tuple[str, ...]] = [HEADER]
@@ -57,11 +58,9 @@ class Answer:
             seconds = [f"{1e3 * getattr(row, name):,.1f} ms" for name in TIMES]
             ahead = "-" if row.pays_from is None else f"step {row.pays_from:,}"
             loss, label = self._loss(row), self.labels[row.scheme]
-            lost = (
-                ("-", "-")
-                if loss is None
-                else (f"{loss:+g}" if loss else "0", f"{self._speedup_at_no_loss(row):.2f} x")
-            )
+            lost = ("-", "-")
+            if loss is not None:
+                lost = (f"{loss:+g}" if loss else "0", f"{self._speedup_at_no_loss(row, loss):.2f} x")
             table.append((label, _bytes(row.sent_bytes), *seconds, f"{row.speedup:.2f} x", ahead, *lost))
         title = f"{self.profile.world_size} ranks, {self.name}: {self.link}"
         if self.name != MEASURED:
@@ -98,15 +97,15 @@ class Answer:
             "early": [{"phase": stage.phase, "steps": stage.steps, "step_s": stage.step} for stage in row.early],
             "ahead_from_step": row.pays_from,
             "loss": loss,
-            "speedup_at_no_loss": None if loss is None else self._speedup_at_no_loss(row),
+            "speedup_at_no_loss": None if loss is None else self._speedup_at_no_loss(row, loss),
         }
 
     def _loss(self, row: Prediction) -> float | None:
         return self.ladder.loss(parse_scheme(row.scheme))
 
-    def _speedup_at_no_loss(self, row: Prediction) -> float:
-        """How many times as soon as dense something with a measured loss is where dense training ends."""
-        return row.speedup / (self.ladder.more_steps(parse_scheme(row.scheme)) or 1.0)
+    def _speedup_at_no_loss(self, row: Prediction, loss: float) -> float:
+        """How many times as soon as dense something that lost as much is where dense training ends."""
+        return row.speedup / self.ladder.more_steps(loss)
 
     def _advice(self) -> list[str]:
         """Say which scheme to take and what else to know, by paragraphs."""
@@ -157,8 +156,8 @@ class Answer:
             return f"It lost nothing {ladder.conditions}.{unknown}"
         return (
             f"It lost {loss:g} {ladder.unit} {ladder.conditions}. To make up for that should take "
-            f"{ladder.more_steps(parse_scheme(best.scheme)):.2f} times as many steps, and still be "
-            f"{self._speedup_at_no_loss(best):.1f} times as fast as dense.{unknown}"
+            f"{ladder.more_steps(loss):.2f} times as many steps, and still be "
+            f"{self._speedup_at_no_loss(best, loss):.1f} times as fast as dense.{unknown}"
         )
 
 

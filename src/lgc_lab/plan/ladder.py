@@ -31,13 +31,12 @@ class Ladder(NamedTuple):
         wanted = _lasting(scheme)
         return next((loss for text, loss in self.losses.items() if _lasting(parse_scheme(text)) == wanted), None)
 
-    def more_steps(self, scheme: Scheme) -> float | None:
-        """Estimate how many times as many steps as dense a scheme takes to lose nothing; None if not measured.
+    def more_steps(self, loss: float) -> float:
+        """Estimate how many times as many steps as dense it takes to make up for a loss.
 
         As dense training gains `of_half` from twice as many steps. What gained takes as many: so little may be chance.
         """
-        loss = self.loss(scheme)
-        return None if loss is None else float(2 ** (max(0.0, loss) / self.of_half))
+        return float(2 ** (max(0.0, loss) / self.of_half))
 
 
 def _lasting(scheme: Scheme) -> Scheme:
