@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
@@ -27,6 +28,7 @@ EXCHANGES = {
     "dense": lgc.Dense(),
     "gather": lgc.Quantized(reduction="gather"),
     "two-stage": lgc.Quantized(reduction="two_stage"),
+    "largest": lgc.Quantized(values=lgc.Largest(0.1)),
     "topk": lgc.TopK(rate=0.1),
     "scalecom": lgc.ScaleCom(rate=0.1, warmup_steps=2),
 }
@@ -143,6 +145,25 @@ def finished_anywhere(rank: int, _: int, scheme: lgc.LocalSteps) -> tuple[dict[s
     first, rounds = run.weights(), run.handle.wire.phases["compressed"].steps
     run.handle.finish()  # nothing has moved since
     return first, rounds, run.train(rank, range(11, 16)).weights()
+
+
+def finish_in_the_start(rank: int, _: int) -> list[str]:
+    said: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("lgc").addHandler(handler)
+    run = Run(exact(start_steps=5))
+    run.handle.finish()  # nothing has been done, so there is nothing to say
+    run.train(rank, range(3)).handle.finish()
+    logging.getLogger("lgc").removeHandler(handler)
+    return said
+
+
+def test_a_run_that_ends_before_local_steps_begin_is_told(ranks: RankFactory) -> None:
+    (first,), others = ranks(2).run(finish_in_the_start)
+    assert "all 3 steps were of the start" in first
+    assert "LocalSteps(start_steps=5)" in first
+    assert not others
 
 
 AHEAD = lgc.LocalSteps(every=4, exchange=lgc.TopK(rate=0.1), start_steps=0, ahead=0.5)
@@ -401,6 +422,44 @@ def test_or_all_ranks_raise(ranks: RankFactory) -> None:
         assert 'on_nonfinite="propagate"' in message
 
 
+def poison_the_start(rank: int, _: int) -> tuple[bool, dict[str, Tensor]]:
+    run = Run(exact(start_steps=6), on_nonfinite="propagate").train(rank, range(3))
+    before = run.weights()
+    x, y = batch(rank, 3)
+    run.optimizer.zero_grad()
+    loss = nn.functional.cross_entropy(run.model(x), y)
+    (loss * torch.nan if rank else loss).backward()
+    run.optimizer.step()
+    own = dict(run.net.named_parameters())
+    rests = all(torch.equal(before[name], each) for name, each in own.items())
+    run.train(rank, range(4, 10))
+    return rests, run.weights()
+
+
+def test_a_gradient_that_is_not_finite_is_a_step_that_a_plain_module_leaves_out_in_the_start(
+    ranks: RankFactory,
+) -> None:
+    results = ranks(2).run(poison_the_start)
+    assert all(rests for rests, _ in results)
+    assert not differ([weights for _, weights in results])
+    assert all(each.isfinite().all() for each in results[0][1].values())
+
+
+def finish_within_an_evaluation(rank: int, _: int, scheme: lgc.LocalSteps) -> list[dict[str, Tensor]]:
+    run, apart = Run(scheme).train(rank, range(5)), Run(scheme).train(rank, range(5))
+    with torch.inference_mode():
+        run.handle.finish()
+    apart.handle.finish()
+    return [each.train(rank, range(5, 12)).weights() for each in (run, apart)]
+
+
+@pytest.mark.parametrize("exchange", ["two-stage", "largest"])
+def test_a_run_may_be_finished_where_tensors_are_for_inference(ranks: RankFactory, exchange: str) -> None:
+    scheme = lgc.LocalSteps(every=2, exchange=EXCHANGES[exchange], start_steps=2)
+    for results in ranks(2).run(finish_within_an_evaluation, scheme):
+        assert not differ(results)
+
+
 def skip_steps(rank: int, _: int) -> tuple[int, dict[str, Tensor]]:
     torch.manual_seed(0)
     net = Net()
@@ -473,21 +532,67 @@ def go_on_with(rank: int, world_size: int, scheme: lgc.LocalSteps, states: list[
     return state, run.train(rank, range(10, 12)).weights()
 
 
+RESHARDED: dict[str, tuple[str, dict[str, Any]]] = {
+    "dense": ("dense", {}),
+    "two-stage": ("two-stage", {}),
+    "topk": ("topk", {}),
+    "two-stage-ahead": ("two-stage", {"ahead": 0.5}),
+    "topk-ahead": ("topk", {"ahead": 0.5}),
+    "fragments": ("gather", {"fragments": 2}),
+    "largest": ("largest", {**OF_ALL, "outer_lr": 1.4, "first_moments": 0.5}),
+}
+
+
 @pytest.mark.grid
 @pytest.mark.parametrize("world_size", [1, 3, 4])
-@pytest.mark.parametrize(
-    ("exchange", "ahead"), [("dense", 0), ("two-stage", 0), ("topk", 0), ("two-stage", 0.5), ("topk", 0.5)]
-)
-def test_on_another_number_of_ranks_what_is_owed_stays(
-    ranks: RankFactory, exchange: str, ahead: float, world_size: int
-) -> None:
-    scheme = lgc.LocalSteps(every=4, exchange=EXCHANGES[exchange], start_steps=0, ahead=ahead)
+@pytest.mark.parametrize("case", RESHARDED)
+def test_on_another_number_of_ranks_what_is_owed_stays(ranks: RankFactory, case: str, world_size: int) -> None:
+    exchange, arguments = RESHARDED[case]
+    scheme = lgc.LocalSteps(every=4, exchange=EXCHANGES[exchange], start_steps=0, **arguments)
     states = ranks(2).run(take_state, scheme)
     results = ranks(world_size).run(go_on_with, scheme, states)
-    before, after = owed(states, ahead), owed([state for state, _ in results], ahead)
+    before, after = owed(states, scheme.ahead), owed([state for state, _ in results], scheme.ahead)
     for name, each in before.items():
         torch.testing.assert_close(after[name], each)
-    assert ahead or not differ([weights for _, weights in results])
+    assert scheme.ahead or scheme.fragments > 1 or not differ([weights for _, weights in results])
+
+
+def with_table(scheme: lgc.LocalSteps) -> Run:
+    """With a table of integers, a counter, a mask and a phase, none of which has a mean."""
+    run = Run(scheme)
+    run.net.register_buffer("table", torch.arange(64), persistent=False)
+    run.net.register_buffer("seen", torch.zeros(1, dtype=torch.int32))
+    run.net.register_buffer("mask", torch.arange(64) % 3 == 0)
+    run.net.register_buffer("phase", torch.full((4,), 1 + 2j))
+    run.handle.detach()
+    run.handle = lgc.attach(run.net, scheme, run.optimizer)
+    return run
+
+
+def count_batches(rank: int, _: int, scheme: lgc.LocalSteps) -> dict[str, Any]:
+    run = with_table(scheme).train(rank, range(5))
+    run.net.get_buffer("seen").add_(rank)
+    return run.handle.state_dict()
+
+
+def buffers_from(rank: int, world_size: int, scheme: lgc.LocalSteps, states: list[Any]) -> dict[str, Tensor]:
+    run = with_table(scheme)
+    run.handle.load_state_dict(reshard(states, rank=rank, world_size=world_size))
+    return run.weights()
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_on_another_number_of_ranks_only_floats_have_a_mean(ranks: RankFactory, world_size: int) -> None:
+    """Thirds of equal integers may add up to less."""
+    scheme = exact()
+    states = ranks(3).run(count_batches, scheme)
+    most = {1: [2], 2: [1, 2]}[world_size]  # of the ranks whose place each takes
+    for seen, found in zip(most, ranks(world_size).run(buffers_from, scheme, states), strict=True):
+        assert torch.equal(found["table"], torch.arange(64))
+        assert found["seen"].item() == seen
+        assert torch.equal(found["mask"], torch.arange(64) % 3 == 0)
+        assert torch.equal(found["phase"], torch.full((4,), 1 + 2j))
+        assert found["norm.num_batches_tracked"].item() == 5
 
 
 def attach_what_cannot_be(_: int, __: int, what: str) -> str:

@@ -28,7 +28,7 @@ def step_with(
     parameter = torch.nn.Parameter(torch.zeros(gradients.shape[1]))
     usual: dict[str, Any] = {"lr": 0.1, "betas": (0.9, BETA)}
     optimizer = torch.optim.AdamW([parameter], **usual | arguments)
-    moments = SecondMoments(ranks)
+    moments = SecondMoments(ranks, [parameter])
     for step, gradient in enumerate(gradients):
         parameter.grad = gradient.clone()
         if step >= start:
@@ -84,6 +84,21 @@ def test_they_end_where_those_of_the_mean_do(ranks: int, signal: float) -> None:
     assert of_rank.std() < of_mean.std()  # as from more steps
 
 
+def test_parameters_of_another_model_in_the_optimizer_are_left_alone() -> None:
+    own, other, alone = (torch.nn.Parameter(torch.zeros(8)) for _ in range(3))
+    optimizer, plain = torch.optim.AdamW([own, other]), torch.optim.AdamW([alone])
+    moments = SecondMoments(4, [own])
+    for gradient in torch.randn(5, 8, generator=torch.Generator().manual_seed(0)):
+        own.grad, other.grad, alone.grad = gradient.clone(), gradient.clone(), gradient.clone()
+        moments.before_step(optimizer)
+        optimizer.step()
+        moments.after_step(optimizer, 2)
+        plain.step()
+    assert torch.equal(other, alone)
+    assert torch.equal(optimizer.state[other]["exp_avg_sq"], plain.state[alone]["exp_avg_sq"])
+    assert not torch.equal(own, alone)
+
+
 @pytest.mark.parametrize("signal", [0.0, 0.5])
 @pytest.mark.parametrize("every", [1, 2, 20])
 @pytest.mark.parametrize("ranks", [4, 16])
@@ -91,7 +106,7 @@ def test_they_do_too_where_rounds_make_the_momentum_common(ranks: int, every: in
     gradients = signal + torch.randn(600, ranks, 256, generator=torch.Generator().manual_seed(0))
     parameters = [torch.nn.Parameter(torch.zeros(256)) for _ in range(ranks)]
     optimizers = [torch.optim.Adam([each], betas=(0.9, BETA)) for each in parameters]
-    moments = [SecondMoments(ranks) for _ in range(ranks)]
+    moments = [SecondMoments(ranks, [each]) for each in parameters]
     momentum, in_round = [one.state[each] for one, each in zip(optimizers, parameters, strict=True)], []
     for step in range(600):
         for each, optimizer, correction, gradient in zip(parameters, optimizers, moments, gradients[step], strict=True):

@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from ddp_models import batch, build, parameters
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from local_runs import Run as LocalRun
+from local_runs import differ
 from ranks import RankPool, Ranks
 from torch import Tensor, nn
 
@@ -218,7 +220,15 @@ def test_by_default_up_to_three_ranks_gather(runs: Runs) -> None:
 
 def ones(rank: int, world_size: int, scheme: Any, size: int) -> tuple[dict[str, int], int, int]:
     """Bytes of one round of two tensors without zeros: sent by content, sent, received."""
-    tensors = {"a": torch.ones(size), "b": torch.ones(300)}
+    return one_round(scheme, {"a": torch.ones(size), "b": torch.ones(300)})
+
+
+def noise(rank: int, world_size: int, scheme: Any, size: int) -> tuple[dict[str, int], int, int]:
+    """The same of noise, which is another on every rank."""
+    return one_round(scheme, {"a": torch.randn(size, generator=torch.Generator().manual_seed(rank))})
+
+
+def one_round(scheme: Any, tensors: dict[str, Tensor]) -> tuple[dict[str, int], int, int]:
     synchronizer = lgc.Synchronizer(scheme, tensors, world(), Policy(check_every=0))
     synchronizer.synchronize(tensors, 0)
     traffic = synchronizer.transport.wire.phases["compressed"]
@@ -251,13 +261,80 @@ def test_bytes_in_two_stages_are_those_of_the_formula(ranks: Callable[[int], Ran
         )
 
 
-def test_bytes_of_a_rank_grow_with_their_number_as_those_of_a_ring_do(ranks: Callable[[int], Ranks]) -> None:
-    scheme, size = lgc.Quantized(reduction="two_stage"), 100_000
+@pytest.mark.parametrize(
+    "scheme", ["quantized:reduction=two_stage", "dgc:rate=0.02:warmup_steps=0:reduction=two_stage"]
+)
+def test_bytes_of_a_rank_grow_with_their_number_as_those_of_a_ring_do(
+    ranks: Callable[[int], Ranks], scheme: str
+) -> None:
     of_two, of_sixteen = (
-        max(sent + received for _, sent, received in ranks(world_size).run(ones, scheme, size))
+        max(sent + received for _, sent, received in ranks(world_size).run(noise, lgc.parse_scheme(scheme), 300_000))
         for world_size in (2, MOST_RANKS)
     )
     assert of_sixteen <= 1.1 * (15 / 16) / (1 / 2) * of_two
+
+
+def train_locally(rank: int, _: int, scheme: lgc.LocalSteps) -> dict[str, Tensor]:
+    run = LocalRun(scheme).train(rank, range(8))
+    run.handle.finish()
+    return run.weights()
+
+
+LARGEST = lgc.Quantized(values=lgc.Largest(0.05))
+OF_ALL: Any = {"outer_lr": 1.4, "first_moments": 0.5, "second_moments": "all", "ahead": 0.5}
+LOCAL = {
+    "two-stage": lgc.LocalSteps(every=3, start_steps=2),
+    "largest": lgc.LocalSteps(every=2, exchange=LARGEST, start_steps=2, **OF_ALL),
+}
+
+
+@pytest.mark.parametrize("scheme", LOCAL.values(), ids=LOCAL)
+def test_many_ranks_end_their_local_steps_with_the_same_weights(
+    ranks: Callable[[int], Ranks], scheme: lgc.LocalSteps
+) -> None:
+    assert not differ(ranks(MOST_RANKS).run(train_locally, scheme))
+
+
+class Received(NamedTuple):
+    values: int
+    means: int
+
+
+def receive(rank: int, world_size: int, scheme: lgc.Quantized) -> Received:
+    contents, _, _ = ones(rank, world_size, scheme, 10_000)
+    return Received(contents["values"], contents.get("means", 0))
+
+
+def test_the_largest_values_are_gathered_on_any_number_of_ranks(ranks: Callable[[int], Ranks]) -> None:
+    """Where nothing else is said: a mean of every coordinate would take many times as much."""
+    for received in ranks(4).run(receive, LARGEST):
+        assert received.values
+        assert not received.means
+
+
+@pytest.mark.parametrize(
+    ("values", "finer"),
+    [
+        (lgc.Sign(), lgc.LloydMax(4)),
+        (lgc.RecentSign(), lgc.LloydMax(4)),
+        (lgc.LloydMax(2), lgc.LloydMax(4)),
+        (lgc.LloydMax(6, block=64), lgc.LloydMax(6, block=64)),
+        (lgc.Uniform(3), lgc.Uniform(4)),
+        (lgc.DeadZone(1.5), lgc.DeadZone(1.25)),
+        (lgc.Largest(0.02), lgc.Largest(0.036)),
+        (lgc.Largest(0.8), lgc.Largest(1.0)),
+        (lgc.Float16(), lgc.Float16()),
+    ],
+    ids=str,
+)
+def test_in_two_stages_the_mean_has_a_finer_code_of_its_kind(
+    ranks: Callable[[int], Ranks], values: Any, finer: Any
+) -> None:
+    assert values.finer() == finer
+    arguments: dict[str, Any] = {"values": values, "reduction": "two_stage"}
+    assert ranks(2).run(receive, lgc.Quantized(**arguments)) == ranks(2).run(
+        receive, lgc.Quantized(**arguments, mean_values=finer)
+    )
 
 
 def rehearsed(rank: int, world_size: int, scheme: Any, of: int) -> list[tuple[str, int]]:
@@ -544,6 +621,9 @@ def test_text_forms() -> None:
         assert str(lgc.parse_scheme(text)) == text
     assert lgc.parse_scheme("quantized:values=uniform4x256") == lgc.Quantized(values=lgc.Uniform(4, 256))
     assert lgc.parse_scheme("quantized:values=none:reduction=none") == lgc.Quantized()
+    assert lgc.parse_scheme("quantized:values=largest0.01") == lgc.parse_scheme(
+        "quantized:reduction=gather:values=largest0.01"
+    )
     assert str(lgc.parse_scheme("dgc:reduction=two_stage")) == "dgc:reduction=two_stage"
 
 
@@ -558,7 +638,7 @@ def test_text_forms() -> None:
             r"Quantized\(bits=\.\.\.\) must be left at 2 where values are given, got 4\.",
         ),
         ({"values": "sign"}, r"Quantized\(values=\.\.\.\) must be a value codec, such as lgc\.Sign\(\), got 'sign'\."),
-        ({"mean_values": None}, r"Quantized\(mean_values=\.\.\.\) must be a value codec"),
+        ({"mean_values": "sign"}, r"Quantized\(mean_values=\.\.\.\) must be a value codec"),
         ({"reduction": "ring"}, r"Quantized\(reduction=\.\.\.\) must be one of gather, two_stage, got 'ring'\."),
     ],
 )

@@ -34,6 +34,7 @@ CASES: dict[str, Config] = {
     "topk": Config(scheme="topk", rate=0.02),
     "topk-momentum-warmup": Config(scheme="topk", rate=0.02, momentum=0.9, warmup_steps=9, pooled_rate=0.3),
     "topk-two-stage": Config(scheme="topk", rate=0.02, warmup_steps=4, **TWO_STAGE),
+    "topk-two-stage-coded": Config(scheme="topk", rate=0.1, mean_values="lloyd2", **TWO_STAGE),
     "dgc": Config(scheme="dgc", rate=0.005, momentum=0.9, warmup_steps=11),
     "dgc-clipped": Config(scheme="dgc", rate=0.02, momentum=0.9, warmup_steps=6, clip_norm=2.0),
     "dgc-two-stage": Config(
@@ -73,7 +74,7 @@ CASES: dict[str, Config] = {
 ALONE = ("topk-two-stage", "dgc", "scalecom-momentum", "lgc-ring", "lgc-ps", "lgc-ps-paper")
 LINEAR = [name for name, config in CASES.items() if not config.learned and config.reduction == "gather"]
 NEVER_ZERO = [name for name, config in CASES.items() if not config.values.startswith("uniform")]
-IN_TWO_STAGES = [name for name, config in CASES.items() if config.reduction == "two_stage"]
+IN_TWO_STAGES = [name for name, config in CASES.items() if config.reduction == "two_stage" and not config.mean_values]
 LGC = [name for name, config in CASES.items() if config.learned]
 LOSSLESS = [name for name, config in CASES.items() if config.feedback != "paper"]
 PAPER = [name for name, config in CASES.items() if config.feedback == "paper"]

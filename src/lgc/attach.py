@@ -248,6 +248,7 @@ class Handle:
         """
         return self._caller.anchored()
 
+    @torch.inference_mode(mode=False)
     def finish(self) -> None:
         """End local steps with a round, at any step; a collective. Under other schemes it is for buffers only.
 
@@ -278,6 +279,7 @@ class Handle:
                 require_own_updates(each, self.scheme)
         self._caller.use_optimizers(optimizers)
 
+    @torch.inference_mode(mode=False)
     def detach(self) -> None:
         """Leave a DDP model to DDP, which exchanges everything from now on, and any other to itself; a collective.
 
@@ -437,6 +439,7 @@ class Handle:
             "aggregator": self._caller.whole(aggregator) if whole else aggregator,
         }
 
+    @torch.inference_mode(mode=False)
     def load_state_dict(self, state: Mapping[str, Any], *, step: int | None = None) -> None:
         """Continue from the `state_dict` of the same rank, or from one that `lgc.checkpoint` has resharded.
 

@@ -61,7 +61,7 @@ class Buffers:
             if any(row)
         }
         floats = {name: buffers[name] for name in ranks if buffers[name].is_floating_point()}
-        integers = {name: buffers[name] for name in ranks if _is_integer(buffers[name])}
+        integers = {name: buffers[name] for name in ranks if is_integer(buffers[name])}
         combined: dict[str, Tensor] = {}
         if floats:
             counted = [x if transport.rank in ranks[name] else torch.zeros_like(x) for name, x in floats.items()]
@@ -92,7 +92,8 @@ def _form(tensor: Tensor) -> tuple[torch.Size, torch.dtype]:
     return tensor.shape, tensor.dtype
 
 
-def _is_integer(tensor: Tensor) -> bool:
+def is_integer(tensor: Tensor) -> bool:
+    """Whether it has integers, which booleans are not."""
     return not (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool)
 
 

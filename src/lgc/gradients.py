@@ -46,7 +46,8 @@ class OptimizedGradients(Caller):
         """Replace every gradient by its mean over the sites; a collective.
 
         A gradient that is zero throughout is none, and neither is that of a frozen parameter: it rests on this rank.
-        Where the mean is zero throughout, no rank's optimizer touches the parameter.
+        Where the mean is zero throughout, no rank's optimizer touches the parameter. If a gradient of some rank is not
+        finite, and the policy is to go on, it touches none on any.
 
         Raises:
             ValueError: a gradient is sparse.
@@ -70,7 +71,7 @@ class OptimizedGradients(Caller):
         self._replicas |= self._parts_of_parameters()
         with self._site.together(self.step):
             means = self.synchronizer.synchronize(gradients, self.step, resting=all_zero(gradients))
-        unmoved = self._site.common(all_zero(means), means)
+        unmoved = self._site.common(all_zero(means), means) if self.synchronizer.was_finite else set(means)
         filled = {  # where this rank has none, it is what another used, or what feedback still owed
             name: torch.empty_like(parameter) if parameter.grad is None else parameter.grad
             for name, parameter in self._parameters.items()

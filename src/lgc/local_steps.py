@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future as Task
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
@@ -88,7 +88,9 @@ class LocalRounds(LocalState):
         self._trainable = {id(each) for each in (*active, *parameters.values())}
         self._round_transport = round_transport
         self._executor = ThreadPoolExecutor(1, "lgc") if scheme.overlap else None
-        self._second_moments = SecondMoments(transport.world_size) if scheme.second_moments == "all" else None
+        self._second_moments = None
+        if scheme.second_moments == "all":
+            self._second_moments = SecondMoments(transport.world_size, parameters.values())
         self._in_step = False  # between an optimizer's two hooks
         self._stepped: list[Optimizer] = []  # since the last step that was counted
         self._step_hooks: list[RemovableHandle] = []
@@ -208,7 +210,7 @@ class LocalRounds(LocalState):
             for other in self._fragments:
                 if other is not fragment:  # or it would make the others not finite again
                     other.come_back()
-            _restart_nonfinite(self._optimizers)
+            _restart_nonfinite(self._parameters.values(), self._optimizers)
         if self._pace:
             self._pace.start()
 
@@ -453,6 +455,13 @@ class LocalRounds(LocalState):
                 with self._site.together(self.step):
                     ReplicaCheck(self._transport, 1, self._policy.on_difference).run(self.step, weights)
                 self._combine_buffers()
+                if self.step and self._transport.rank == self._site.place == 0:
+                    logger.warning(
+                        "all %d steps were of the start, which exchanges gradients; no step was a local one: make "
+                        "LocalSteps(start_steps=%d) about a tenth of the steps.",
+                        self.step,
+                        self._scheme.start_steps,
+                    )
                 return
             for fragment in self._fragments:
                 if fragment.step < self.step or any(votes):
@@ -518,9 +527,9 @@ def _start(
     return start
 
 
-def _restart_nonfinite(optimizers: Sequence[Optimizer]) -> None:
+def _restart_nonfinite(parameters: Iterable[Tensor], optimizers: Sequence[Optimizer]) -> None:
     """Have nothing but zeros where a parameter's state is not finite, its number of steps, which Adam has, included."""
-    for of_parameter in (each for optimizer in optimizers for each in optimizer.state.values()):
+    for of_parameter in (optimizer.state.get(each, {}) for optimizer in optimizers for each in parameters):
         tensors = [each for each in of_parameter.values() if isinstance(each, Tensor) and each.is_floating_point()]
         if not all(bool(each.isfinite().all()) for each in tensors):
             for each in tensors:

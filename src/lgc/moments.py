@@ -91,10 +91,12 @@ class SecondMoments:
 
     Args:
         ranks: K.
+        parameters: whose gradients are of one rank; an optimizer may have others.
     """
 
-    def __init__(self, ranks: int) -> None:
+    def __init__(self, ranks: int, parameters: Iterable[Tensor]) -> None:
         self._ranks = ranks
+        self._parameters = frozenset(parameters)
         self._before: dict[Tensor, tuple[float, Tensor]] = {}  # of each parameter, the step and the second moment
 
     @torch.no_grad()
@@ -103,7 +105,7 @@ class SecondMoments:
         self._before = {
             parameter: (float(state["step"]), state[SECOND_MOMENT].clone())
             for parameter, state in optimizer.state.items()
-            if SECOND_MOMENT in state and state["step"] > 0
+            if parameter in self._parameters and SECOND_MOMENT in state and state["step"] > 0
         }
 
     @torch.no_grad()
@@ -116,7 +118,7 @@ class SecondMoments:
         """
         before, self._before = self._before, {}
         for group in optimizer.param_groups:
-            for parameter in group["params"]:
+            for parameter in self._parameters.intersection(group["params"]):
                 state, old = optimizer.state.get(parameter, {}), before.get(parameter)
                 if SECOND_MOMENT in state and state["step"] > (old[0] if old else 0):
                     self._correct(parameter, state, group, old, steps)

@@ -185,7 +185,7 @@ class Synchronizer:
                 'skip such steps, attach with on_nonfinite="propagate": all ranks then get NaN gradients.'
             )
         if ranks and self.was_finite and warn and self.transport.rank == 0:
-            logger.warning("%s, so it is NaN on all, and every parameter is after the optimizer's step.", message)
+            logger.warning("%s, so it is NaN on all, and so is every parameter after a step with it.", message)
         self.was_finite = not ranks
 
     def state_dict(self) -> dict[str, Any]:

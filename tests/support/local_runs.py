@@ -91,7 +91,8 @@ def owed(states: list[dict[str, Any]], ahead: float = 0.0) -> dict[str, Tensor]:
 
 
 def residuals(state: dict[str, Any], name: str) -> tuple[Tensor, Tensor]:
-    """What a rank owes of a parameter, and what it does as a server; of one fragment."""
-    part = state["aggregator"]["per_rank"]["round 0"]
+    """What a rank owes of a parameter, and what it does as a server."""
+    rounds = (part for key, part in state["aggregator"]["per_rank"].items() if key.startswith("round "))
+    (part,) = (each for each in rounds if name in each["residual"])
     own: Tensor = part["residual"][name]
     return own, part["server_residual"][name] if "server_residual" in part else torch.zeros_like(own)

@@ -32,6 +32,7 @@ class Config:
     low_pass: float = 1.0
     second_moment: float = 0.0
     reduction: Literal["gather", "two_stage"] = "gather"
+    mean_values: str | None = None  # those of `values` if None
     dense_steps: int = 0
     warmup_steps: int = 0
     train_steps: int = 0
@@ -395,7 +396,7 @@ class Reference:
             for piece in pieces:
                 count = count_at(self.config, piece.segment, self.t)
                 positions = largest(self.server_residual, piece.segment, count, piece.positions)
-                values = coded(self.config.values, take(self.server_residual, positions))
+                values = coded(self.config.mean_values or self.config.values, take(self.server_residual, positions))
                 for name, places, offsets in by_parameter(positions):
                     mean[name][offsets] = values[places]
                     self.server_residual[name][offsets] -= values[places]

@@ -93,10 +93,13 @@ def scheme_of(config: Config) -> Any:
     for argument in ("first", "last", "small"):
         if getattr(config, argument) is not None:
             common[argument] = getattr(config, argument)
+    if config.scheme in ("topk", "dgc"):
+        common["reduction"] = config.reduction
+        common["mean_values"] = CODECS[config.mean_values] if config.mean_values else None
     if config.scheme == "topk":
-        return lgc.TopK(**common, reduction=config.reduction)
+        return lgc.TopK(**common)
     if config.scheme == "dgc":
-        return lgc.DGC(**common, reduction=config.reduction, clip_norm=config.clip_norm)
+        return lgc.DGC(**common, clip_norm=config.clip_norm)
     if config.scheme == "scalecom":
         return lgc.ScaleCom(**common)
     common |= {

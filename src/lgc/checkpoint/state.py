@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
+from lgc.buffers import is_integer
 from lgc.comm.transport import SERVER
 from lgc.sites import is_sharded
 
@@ -208,8 +209,9 @@ def reshard(states: Iterable[State], *, rank: int, world_size: int) -> dict[str,
 
     New rank j of K' takes over the old ranks' share [j / K', (j + 1) / K') of [0, 1), on which old rank i is
     [i / K, (i + 1) / K): its residual and momentum are the old ranks' averages, weighted by their part in it. That
-    keeps their mean over the ranks, and with it the update that is still owed. Replicated state is old rank 0's, and
-    so is the server's. The byte counts are dealt out in the same shares, so that their sums over all ranks stay.
+    keeps their mean over the ranks, and with it the update that is still owed. Of integers it has the largest.
+    Replicated state is old rank 0's, and so is the server's. The byte counts are dealt out in the same shares, so that
+    their sums over all ranks stay.
 
     Raises:
         ValueError: if the states are not those of all old ranks, in order, or `world_size` is no multiple of R.
@@ -313,10 +315,17 @@ def overlap(old_rank: int, old_world_size: int, rank: int, world_size: int) -> F
 
 
 def accumulate(totals: dict[str, Any], values: State, weight: float) -> None:
-    """Add `weight * values` to nested totals, tensors in float64."""
+    """Add `weight * values` to nested totals, floats in float64.
+
+    Buffers may be anything else: of integers the largest stays, as in rounds, of all others the first.
+    """
     for key, value in values.items():
         if isinstance(value, Mapping):
             accumulate(totals.setdefault(key, {}), value, weight)
+        elif isinstance(value, Tensor) and not value.is_floating_point():
+            kept = totals.setdefault(key, value)
+            if is_integer(value):
+                totals[key] = torch.maximum(kept.long(), value.long())
         else:
             totals[key] = totals.get(key, 0.0) + weight * (value.double() if isinstance(value, Tensor) else value)
 

@@ -184,6 +184,9 @@ class DeadZone(Zoned):
                 "use Largest."
             )
 
+    def finer(self) -> DeadZone:
+        return DeadZone(5 * self.step / 6)
+
     def _steps(self, magnitudes: Floats, counts: Integers) -> Floats:
         starts = np.cumsum(counts) - counts
         squares = np.add.reduceat(np.square(magnitudes, dtype=np.float64), starts)
@@ -212,6 +215,9 @@ class Largest(Zoned):
     def __post_init__(self) -> None:
         if isinstance(self.share, bool) or not isinstance(self.share, int | float) or not 0 < self.share <= 1:
             raise ValueError(f"Largest(share=...) must be a number above 0 and at most 1, got {self.share!r}.")
+
+    def finer(self) -> Largest:
+        return Largest(min(9 * self.share / 5, 1.0))
 
     def _steps(self, magnitudes: Floats, counts: Integers) -> Floats:
         return np.array([self._least(part) for part in np.split(magnitudes, np.cumsum(counts)[:-1])], np.float32)

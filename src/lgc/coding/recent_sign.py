@@ -39,6 +39,9 @@ class RecentSign(ValueCodec):
         object.__setattr__(codec, "_expected", expected)
         return codec
 
+    def finer(self) -> ValueCodec:
+        return Sign().finer()
+
     def _encode(self, values: Floats, counts: Integers) -> Octets:
         plain = Sign()._encode(values, counts)
         model, code = PLAIN, plain

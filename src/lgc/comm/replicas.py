@@ -141,11 +141,12 @@ class ReplicaCheck:
         if self._on_difference == "raise":
             raise ReplicaError(
                 f"{message}. Something changes them on each rank alone, such as an optimizer that steps within the "
-                "backward pass, before the exchange, or with a learning rate that goes by this rank's loss; a second "
-                "backward pass through one graph (retain_graph=True), which DDP does not exchange; or a moving average "
-                "that is kept in a frozen parameter: make it a buffer, which attach(buffers_every=...) and local steps "
-                'bring together, or move it within handle.anchored(). attach(on_difference="synchronise") takes those '
-                "of most ranks, with a warning."
+                "backward pass, before the exchange, with a learning rate that goes by this rank's loss, or with "
+                "moments of this rank alone, as after local steps without detach() of a DDP model (make a new one); a "
+                "second backward pass through one graph (retain_graph=True), which DDP does not exchange; or a moving "
+                "average that is kept in a frozen parameter: make it a buffer, which attach(buffers_every=...) and "
+                "local steps bring together, or move it within handle.anchored(). "
+                'attach(on_difference="synchronise") takes those of most ranks, with a warning.'
             )
         disturbed = any(not torch.equal(each, digest(replicas[name])) for name, each in looked.items())
         if bool(self._transport.all_gather(torch.tensor(disturbed, device="cpu"), "replica check").any()):

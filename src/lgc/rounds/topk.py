@@ -119,10 +119,13 @@ class TwoStageTopK(TwoStage):
 
     content = "entries"
 
-    def __init__(self, transport: Transport, region: Region, codecs: Codecs, device: torch.device) -> None:
+    def __init__(
+        self, transport: Transport, region: Region, codecs: Codecs, mean_values: ValueCodec, device: torch.device
+    ) -> None:
         super().__init__(transport, region.segments, device)
         self.region = region
         self.codecs = codecs
+        self.mean_codecs = codecs._replace(values=mean_values)
         self.served = [Region(shard.segments) for shard in self.shards]
 
     def select(self, v: Tensor, stage: Stage) -> Tensor:
@@ -141,7 +144,7 @@ class TwoStageTopK(TwoStage):
 
     def mean_code(self, server: int, stage: Stage) -> Code:
         served = self.served[server]
-        return SparseCode(served, served.counts(stage.least_rate), self.codecs)
+        return SparseCode(served, served.counts(stage.least_rate), self.mean_codecs)
 
 
 class SparseCode:

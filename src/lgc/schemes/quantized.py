@@ -9,7 +9,7 @@ from typing import ClassVar, get_args
 import torch
 from torch import Tensor
 
-from lgc.coding import LloydMax, ValueCodec
+from lgc.coding import Largest, LloydMax, ValueCodec
 from lgc.comm.transport import Transport
 from lgc.rounds.aggregator import Aggregator
 from lgc.rounds.codes import GatheredCodes, TwoStageCodes
@@ -36,15 +36,16 @@ class Quantized(RoundScheme):
         values: how values become bytes, where that is not by `bits`.
         reduction: "gather" sends every rank's code to all ranks; in "two_stage" every rank adds up a part of them and
             sends its mean, coded again, so that traffic per rank does not grow with the number of ranks. None gathers
-            on up to three ranks.
-        mean_values: how the mean becomes bytes in two stages; it should lose less than `values` do.
+            on up to three ranks; with `Largest` it is "gather".
+        mean_values: how the mean becomes bytes in two stages; it should lose less than `values` do. None is a finer
+            code of their kind.
     """
 
     name: ClassVar[str] = "quantized"
     bits: int = BITS
     values: ValueCodec | None = None
     reduction: Reduction | None = None
-    mean_values: ValueCodec = LloydMax(4)
+    mean_values: ValueCodec | None = None
 
     def __post_init__(self) -> None:
         require_integer(self, "bits", 1)
@@ -52,9 +53,13 @@ class Quantized(RoundScheme):
         if self.values is not None:
             require(self, "values", "a value codec, such as lgc.Sign()", isinstance(self.values, ValueCodec))
             require(self, "bits", f"left at {BITS} where values are given", self.bits == BITS)
+        if self.reduction is None and isinstance(self.values, Largest):  # gathered, it has lost less
+            object.__setattr__(self, "reduction", "gather")
         if self.reduction is not None:
             require_one_of(self, "reduction", get_args(Reduction))
-        require(self, "mean_values", "a value codec, such as lgc.LloydMax(4)", isinstance(self.mean_values, ValueCodec))
+        if self.mean_values is not None:
+            codec = "a value codec, such as lgc.LloydMax(4)"
+            require(self, "mean_values", codec, isinstance(self.mean_values, ValueCodec))
 
     @property
     def codec(self) -> ValueCodec:
@@ -71,7 +76,7 @@ class Quantized(RoundScheme):
         codes: Exchange = (
             GatheredCodes(transport, layout.own, self.codec)
             if gathers
-            else TwoStageCodes(transport, layout.own, self.codec, self.mean_values, device)
+            else TwoStageCodes(transport, layout.own, self.codec, self.mean_values or self.codec.finer(), device)
         )
         return QuantizedAggregator(layout, transport, Schedule(1.0), feedback, codes)
 

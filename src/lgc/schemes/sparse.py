@@ -87,9 +87,7 @@ class SparseScheme(RoundScheme, ABC):
             self, "unit", 'an integer of at least 1, or "kernel"', unit == "kernel" or (integral and int(unit) >= 1)
         )
         require(self, "indices", "an index coder, such as lgc.Rice()", isinstance(self.indices, IndexCoder))
-        chooses = isinstance(self.values, Zoned)  # by itself what is sent
-        codec = "a value codec other than DeadZone and Largest, such as lgc.Sign()"
-        require(self, "values", codec, isinstance(self.values, ValueCodec) and not chooses)
+        require_sparse_codec(self, "values")
 
     @property
     def corrected_momentum(self) -> float:
@@ -135,3 +133,11 @@ class SparseScheme(RoundScheme, ABC):
             world_size=transport.world_size,
             device=device,
         )
+
+
+def require_sparse_codec(scheme: object, name: str) -> None:
+    """Raise ValueError unless an argument is a codec of values that have been selected."""
+    codec = getattr(scheme, name)
+    chooses = isinstance(codec, Zoned)  # by itself what is sent
+    bound = "a value codec other than DeadZone and Largest, such as lgc.Sign()"
+    require(scheme, name, bound, isinstance(codec, ValueCodec) and not chooses)

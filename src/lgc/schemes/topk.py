@@ -9,6 +9,7 @@ from typing import ClassVar, get_args
 import torch
 from torch import Tensor
 
+from lgc.coding import ValueCodec
 from lgc.comm.transport import Transport
 from lgc.rounds.aggregator import Aggregator
 from lgc.rounds.exchange import DenseExchange, Exchange
@@ -18,8 +19,8 @@ from lgc.rounds.schedule import Schedule, Stage
 from lgc.rounds.selection import Region
 from lgc.rounds.topk import OwnTopK, TwoStageTopK
 from lgc.rounds.two_stage import ReducingAggregator, Reduction
-from lgc.schemes.arguments import require_one_of
-from lgc.schemes.sparse import SparseScheme
+from lgc.schemes.arguments import require, require_one_of
+from lgc.schemes.sparse import SparseScheme, require_sparse_codec
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,16 +31,21 @@ class TopK(SparseScheme):
         reduction: "gather" sends every rank's selection to all ranks; in "two_stage" every rank adds up what falls into
             a part of the model, selects again from that and keeps a residual of its own, so that traffic per rank
             does not grow with the number of ranks.
+        mean_values: how values of the mean become bytes in two stages. None is a finer code of the kind of `values`.
     """
 
     name: ClassVar[str] = "topk"
     momentum: float = 0.0
     warmup_steps: int = 0
     reduction: Reduction = "gather"
+    mean_values: ValueCodec | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require_one_of(self, "reduction", get_args(Reduction))
+        if self.mean_values is not None:
+            require_sparse_codec(self, "mean_values")
+            require(self, "mean_values", 'None where reduction is "gather"', self.reduction == "two_stage")
         if Role.SHARED in {self.small, *self.roles.values()}:
             raise ValueError(f"{type(self).__name__} has no leader: roles must be dense or own, got shared.")
 
@@ -51,7 +57,7 @@ class TopK(SparseScheme):
         own: Exchange = (
             OwnTopK(transport, region, self.codecs)
             if self.reduction == "gather"
-            else TwoStageTopK(transport, region, self.codecs, device)
+            else TwoStageTopK(transport, region, self.codecs, self.mean_values or self.values.finer(), device)
         )
         schedule = Schedule(self.rate, warmup_steps=self.warmup_steps)
         return OwnAggregator(layout, transport, schedule, self.new_feedback(layout, transport, device), own)
