@@ -9,8 +9,7 @@ DEMO_OUT ?= runs/demo
 .PHONY: demo test test-all check audit faults soak clean
 
 demo: $(INSTALLED)
-	$(BIN)/lgc compare --recipe digits --workers 4 --epochs 12 --checkpoint-every 100 \
-		--schemes dense,topk,dgc,scalecom,lgc-ring,lgc-ps,local:every=8+quantized --out $(DEMO_OUT)
+	$(BIN)/lgc compare --recipe digits --workers 4 --epochs 12 --checkpoint-every 100 --out $(DEMO_OUT)
 
 # In the order of tests/conftest.py, the longest files first; three at a time, as some only wait.
 PYTEST := $(BIN)/pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder

@@ -104,6 +104,23 @@ def attach_again(_: int, __: int) -> str:
     return "attached"
 
 
+def attach_what_shares_a_layer(_: int, __: int, frozen: bool) -> str:
+    run = Run(exact())
+    other = nn.Sequential(run.net.hidden.requires_grad_(not frozen), nn.Linear(16, 2))
+    try:
+        lgc.attach(other, exact(), torch.optim.SGD(other[1].parameters(), lr=0.1))
+    except RuntimeError as error:
+        return str(error)
+    return "attached"
+
+
+def test_a_layer_is_trained_by_local_steps_of_one_model(ranks: RankFactory) -> None:
+    for message in ranks(2).run(attach_what_shares_a_layer, False):
+        assert "trains 'hidden.weight' of a Net that already has the scheme local" in message
+        assert "Attach to one module that has all parameters" in message
+    assert ranks(2).run(attach_what_shares_a_layer, True) == ["attached"] * 2
+
+
 def test_a_module_under_local_steps_takes_no_other_scheme_in_ddp(ranks: RankFactory) -> None:
     assert all("already has the scheme local" in message for message in ranks(2).run(attach_again))
 

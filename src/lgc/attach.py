@@ -183,6 +183,7 @@ def require_attachable(
                 f"attach: this model already has the scheme {there}; call handle.detach() on every rank to attach "
                 "another."
             )
+    _require_apart(model)
     require_exchangeable(model, between=between)
     require_real(model, scheme)
     require_optimizers_of(dict(trained(model)), optimizers)
@@ -190,6 +191,20 @@ def require_attachable(
         require_single_momentum(scheme, own)
     if isinstance(scheme, LocalSteps):
         require_local_steps(model, optimizers, grad_scaler, scheme, buffers_every, site=site)
+
+
+def _require_apart(model: nn.Module) -> None:
+    """Raise if local steps already exchange, for another model, what is trained in this one."""
+    own = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
+    for other, (caller, scheme) in list(attached.items()):
+        if isinstance(scheme, LocalSteps) and caller() is not None:
+            shared = [name for name, each in other.named_parameters() if id(each) in own and each.requires_grad]
+            if shared:
+                raise RuntimeError(
+                    f"attach: this model trains {shared[0]!r} of a {type(other).__name__} that already has the scheme "
+                    f"{scheme}, and which of the two brings it together? Attach to one module that has all parameters, "
+                    "or call handle.detach() on every rank before."
+                )
 
 
 class Handle:

@@ -38,6 +38,7 @@ SCHEME_HELP = (
 ).format(names=", ".join(SCHEMES))
 LIST_HELP = "One or more, separated by commas."
 SCHEMES_HELP = f"{LIST_HELP} {SCHEME_HELP}"
+COMPARED = "dense,topk,dgc,scalecom,lgc-ring,lgc-ps,local:every=8+quantized"
 
 HELP = {"help_option_names": ["-h", "--help"], "max_content_width": 100, "show_default": True}
 LINKS = ("10mbit", "100mbit", "1gbit")
@@ -120,7 +121,7 @@ def train(recipe: str, scheme: str, workers: int | None, seed: int, out: Path, *
 @main.command()
 @click.option("--recipe", "recipes", metavar="NAMES", default="digits", help=f"{LIST_HELP} {options.RECIPE_HELP}")
 @options.workers
-@click.option("--schemes", default="dense,topk,dgc,scalecom,lgc-ring,lgc-ps", help=SCHEMES_HELP)
+@click.option("--schemes", default=COMPARED, help=SCHEMES_HELP)
 @options.seeds
 @run_options
 def compare(recipes: str, workers: int, schemes: str, seeds: int, out: Path, **run: Any) -> None:
