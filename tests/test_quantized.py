@@ -200,7 +200,8 @@ def test_a_row_that_no_rank_has_seen_does_not_move_while_its_neighbours_do(
 @pytest.mark.parametrize("codec", CODECS)
 def test_every_codec_keeps_what_it_loses(ranks: Callable[[int], Ranks], codec: str, reduction: Any) -> None:
     values = CODECS[codec]
-    real = ranks(3).run(observe, lgc.Quantized(values=values, mean_values=values, reduction=reduction), 3)
+    mean_values = values if reduction == "two_stage" else None
+    real = ranks(3).run(observe, lgc.Quantized(values=values, mean_values=mean_values, reduction=reduction), 3)
     delivered = torch.stack([flat(mean) for mean in real[0].means]).double().sum(0)
     residual = torch.stack([run.residual for run in real]).double().mean(0)
     inputs = torch.stack([flat(gradient(rank, step)) for rank in range(3) for step in range(3)]).double().sum(0) / 3
@@ -310,6 +311,7 @@ def test_the_largest_values_are_gathered_on_any_number_of_ranks(ranks: Callable[
     for received in ranks(4).run(receive, LARGEST):
         assert received.values
         assert not received.means
+    assert lgc.Quantized(values=lgc.Largest(0.05), mean_values=lgc.Largest(0.1)).reduction is None
 
 
 @pytest.mark.parametrize(
@@ -639,6 +641,7 @@ def test_text_forms() -> None:
         ),
         ({"values": "sign"}, r"Quantized\(values=\.\.\.\) must be a value codec, such as lgc\.Sign\(\), got 'sign'\."),
         ({"mean_values": "sign"}, r"Quantized\(mean_values=\.\.\.\) must be a value codec"),
+        ({"mean_values": lgc.Sign(), "reduction": "gather"}, 'must be None where reduction is "gather", got Sign'),
         ({"reduction": "ring"}, r"Quantized\(reduction=\.\.\.\) must be one of gather, two_stage, got 'ring'\."),
     ],
 )

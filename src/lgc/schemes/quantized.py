@@ -36,7 +36,7 @@ class Quantized(RoundScheme):
         values: how values become bytes, where that is not by `bits`.
         reduction: "gather" sends every rank's code to all ranks; in "two_stage" every rank adds up a part of them and
             sends its mean, coded again, so that traffic per rank does not grow with the number of ranks. None gathers
-            on up to three ranks; with `Largest` it is "gather".
+            on up to three ranks; with `Largest`, and no `mean_values`, it is "gather".
         mean_values: how the mean becomes bytes in two stages; it should lose less than `values` do. None is a finer
             code of their kind.
     """
@@ -53,13 +53,14 @@ class Quantized(RoundScheme):
         if self.values is not None:
             require(self, "values", "a value codec, such as lgc.Sign()", isinstance(self.values, ValueCodec))
             require(self, "bits", f"left at {BITS} where values are given", self.bits == BITS)
-        if self.reduction is None and isinstance(self.values, Largest):  # gathered, it has lost less
-            object.__setattr__(self, "reduction", "gather")
+        if self.reduction is None and self.mean_values is None and isinstance(self.values, Largest):
+            object.__setattr__(self, "reduction", "gather")  # as it has been measured
         if self.reduction is not None:
             require_one_of(self, "reduction", get_args(Reduction))
         if self.mean_values is not None:
             codec = "a value codec, such as lgc.LloydMax(4)"
             require(self, "mean_values", codec, isinstance(self.mean_values, ValueCodec))
+            require(self, "mean_values", 'None where reduction is "gather"', self.reduction != "gather")
 
     @property
     def codec(self) -> ValueCodec:
