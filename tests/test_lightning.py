@@ -27,6 +27,7 @@ Weights = dict[str, Tensor]
 JOB = Path(__file__).parent / "support" / "lightning_job.py"
 DGC = "dgc:rate=0.1:momentum=0"
 LOCAL = "local:every=4:start_steps=0+quantized"
+OF_ALL = "local:every=4:start_steps=0:first_moments=0.5:second_moments=all:ahead=0.5+quantized"
 OF_LIGHTNING = (  # what it says of a small run, and what it uses of torch
     ".*does not have many workers",
     ".*smaller than the logging interval",
@@ -195,20 +196,20 @@ class Fits(NamedTuple):
 
 def fit_again(rank: int, world_size: int, folder: Path, scheme: str) -> Fits:
     with watched(rank, world_size) as said:
-        training = job().Training(folder, scheme, buffers_every=None if scheme == LOCAL else 2)
+        training = job().Training(folder, scheme, buffers_every=None if scheme == OF_ALL else 2)
         summaries = [training.fit(6, logs=True).callback.wire_summary]
         logged = job().logged_in(folder) if rank == 0 else {}
         metrics = {name: float(value) for name, value in training.trainer.callback_metrics.items()}
         training.trainer.save_checkpoint(folder / "after.ckpt")
         weights = {name: each.clone() for name, each in training.module.state_dict().items()}
         summaries.append(training.fit(9).callback.wire_summary)  # the same callback and module, anew
-        other = job().Training(folder, scheme, module=training.module, buffers_every=None if scheme == LOCAL else 2)
+        other = job().Training(folder, scheme, module=training.module, buffers_every=None if scheme == OF_ALL else 2)
         summaries.append(other.fit(9, ckpt_path=folder / "after.ckpt").callback.wire_summary)
         assert training.callback.handle is other.callback.handle is None
     return Fits(summaries, logged, metrics, weights, other.module.steps_at_start, said)
 
 
-@pytest.mark.parametrize("scheme", [DGC, LOCAL], ids=["dgc", "local"])
+@pytest.mark.parametrize("scheme", [DGC, OF_ALL], ids=["dgc", "local"])
 def test_fit_can_be_called_again_with_the_same_callback_and_with_another(
     ranks: RankFactory, tmp_path: Path, scheme: str
 ) -> None:
@@ -218,7 +219,7 @@ def test_fit_can_be_called_again_with_the_same_callback_and_with_another(
     assert [sum(phase["steps"] for phase in each["phases"]) for each in first.summaries] == [6, 9, 9]
     assert first.steps_at_start == 6  # of the last, which goes on from a checkpoint that was saved after training
     assert first.said == second.said == []
-    assert first.logged["lgc/phase"] == (3.0 if scheme == LOCAL else 1.0)  # compressed, and still warming up
+    assert first.logged["lgc/phase"] == (3.0 if scheme == OF_ALL else 1.0)  # compressed, and still warming up
     assert first.logged["lgc/ratio"] > 1
     assert first.logged["lgc/run_ratio"] == pytest.approx(first.summaries[0]["ratio"])
     assert first.metrics["lgc/run_ratio"] == pytest.approx(first.summaries[0]["ratio"])

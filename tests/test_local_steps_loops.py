@@ -13,6 +13,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
+from unittest import TestCase
 
 import pytest
 import torch
@@ -779,3 +780,209 @@ def test_what_the_ranks_have_moved_is_what_the_anchor_has_and_what_is_owed(
     for name in results[0]:
         moved, by_anchor, owed = (sum(of[name][part] for of in results) / 3 for part in range(3))
         torch.testing.assert_close(by_anchor / outer_lr + owed, moved, rtol=1e-4, atol=1e-5)
+
+
+# --- several optimizers, one after the other or side by side, and what they have ---
+
+ALL = lgc.LocalSteps(
+    every=2,
+    exchange=lgc.Quantized(values=lgc.Largest(0.1)),
+    outer_lr=1.4,
+    start_steps=0,
+    first_moments=0.5,
+    second_moments="all",
+    ahead=0.5,
+)
+
+
+def forget_use_optimizer(rank: int, _: int) -> str:
+    run = Run(exact(2))
+    try:
+        for epoch in range(8):  # the optimizer of the epoch before is collected
+            run.optimizer = torch.optim.SGD(run.net.parameters(), lr=0.01)
+            run.train(rank, range(5 * epoch, 5 * epoch + 5))
+    except RuntimeError as error:
+        return str(error)
+    return "went on"
+
+
+def test_an_optimizer_made_anew_every_epoch_is_noticed(ranks: RankFactory) -> None:
+    for message in ranks(2).run(forget_use_optimizer):
+        assert "call handle.use_optimizer(optimizer) on every rank" in message
+
+
+def scale_two(rank: int, _: int) -> tuple[list[int], bool, list[bool]]:
+    """Steps of two models under one GradScaler, which skips one of each on rank 1, and what is left of them."""
+    scaler = torch.amp.GradScaler("cpu")
+    nets = [Net(), Net()]
+    optimizers = [torch.optim.SGD(each.parameters(), lr=0.1) for each in nets]
+    handles = [
+        lgc.attach(net, exact(2), optimizer, grad_scaler=scaler)
+        for net, optimizer in zip(nets, optimizers, strict=True)
+    ]
+
+    def train(steps: range, of: slice) -> None:
+        for step in steps:
+            x, y = batch(rank, step)
+            for net, optimizer in zip(nets[of], optimizers[of], strict=True):
+                optimizer.zero_grad()
+                loss = nn.functional.cross_entropy(net(x), y) * (torch.inf if rank == 1 and step in (1, 5) else 1)
+                torch.autograd.backward(scaler.scale(loss))
+                scaler.step(optimizer)
+            scaler.update()
+
+    train(range(4), slice(0, 2))
+    handles[0].detach()
+    train(range(4, 8), slice(1, 2))
+    handles[1].detach()
+    left = [weakref.ref(each) for each in nets]
+    nets.clear()
+    optimizers.clear()
+    steps = [each.step for each in handles]
+    handles.clear()
+    gc.collect()
+    return steps, "step" in vars(scaler), [each() is not None for each in left]
+
+
+def test_two_models_under_one_grad_scaler_count_its_skipped_steps_until_they_are_detached(ranks: RankFactory) -> None:
+    assert ranks(2).run(scale_two) == [([4, 8], False, [False, False])] * 2
+
+
+def freeze_for_the_other(_: int, __: int) -> list[Tensor]:
+    """The discriminator after three rounds, trained in its own steps, and then with it frozen in the generator's."""
+    ends = []
+    for freezes in (False, True):
+        torch.manual_seed(0)
+        discriminator = nn.Linear(4, 1)
+        nets = nn.ModuleDict({"d": discriminator, "g": nn.Linear(4, 4)})
+        optimizers = [torch.optim.SGD(each.parameters(), lr=0.1) for each in nets.values()]
+        lgc.attach(nets, exact(1, outer_lr=2.0, outer_momentum=0.9), optimizers)
+        x = torch.ones(1, 4)
+        for _step in range(3):
+            for name, optimizer in zip(nets, optimizers, strict=True):
+                nets["d"].requires_grad_(name == "d" or not freezes)
+                loss = nets["d"](x if name == "d" else nets["g"](x)).sum()
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+        ends.append(discriminator.weight.detach().clone())
+    return ends
+
+
+def test_what_is_frozen_while_another_optimizer_steps_does_not_rest(ranks: RankFactory) -> None:
+    for never, meanwhile in ranks(2).run(freeze_for_the_other):
+        torch.testing.assert_close(meanwhile, never)
+
+
+def freeze_on_one_rank(rank: int, _: int) -> str:
+    run = Run(exact(outer_momentum=0.9)).train(rank, range(6))
+    run.net.hidden.requires_grad_(rank == 0)
+    try:
+        run.train(rank, range(6, 12))
+    except RankError as error:
+        return str(error)
+    return "went on"
+
+
+def test_freezing_on_one_rank_alone_is_an_error_on_all(ranks: RankFactory) -> None:
+    for message in ranks(2).run(freeze_on_one_rank):
+        assert "have frozen different parameters" in message
+
+
+def thaw_for_a_while(rank: int, _: int) -> str:
+    net = Net()
+    net.hidden.requires_grad_(False)
+    run = Run.__new__(Run)
+    run.net = run.model = net
+    run.optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    run.handle = lgc.attach(net, exact(4), run.optimizer)
+    run.train(rank, range(4))
+    net.hidden.requires_grad_(True)
+    run.train(rank, range(4, 6))
+    net.hidden.requires_grad_(False)
+    try:
+        run.train(rank, range(6, 9))
+    except RuntimeError as error:
+        return str(error)
+    return "went on"
+
+
+def test_what_was_frozen_at_attach_and_trained_for_a_while_is_noticed_at_the_round(
+    ranks: RankFactory,
+) -> None:
+    for message in ranks(2).run(thaw_for_a_while):
+        assert "is trained now and was frozen" in message
+
+
+def roll_back_between(rank: int, _: int) -> int:
+    nets = nn.ModuleList([Net(), Net()])
+    optimizers = [torch.optim.SGD(each.parameters(), lr=0.1) for each in nets]
+    handle = lgc.attach(nets, exact(2), optimizers)
+
+    def train(number: int, step: int) -> None:
+        x, y = batch(rank, step)
+        optimizers[number].zero_grad()
+        nn.functional.cross_entropy(nets[number](x), y).backward()
+        optimizers[number].step()
+
+    for step in range(3):
+        for number in range(2):
+            train(number, step)
+    with handle.anchored():
+        saved = copies(nets)
+    state = copy.deepcopy(handle.state_dict())
+    train(0, 3)
+    nets.load_state_dict(saved)
+    handle.load_state_dict(state)
+    train(0, 3)
+    train(1, 3)
+    return handle.step
+
+
+def test_one_can_go_back_to_a_state_between_the_steps_of_two_optimizers(ranks: RankFactory) -> None:
+    assert ranks(2).run(roll_back_between) == [4, 4]
+
+
+SCHEMES = [lgc.LocalSteps(every=2, start_steps=2), ALL, exact(2), lgc.LocalSteps(every=2, exchange=lgc.TopK(rate=0.1))]
+
+
+def train_with_a_default_device(rank: int, _: int, scheme: lgc.LocalSteps) -> dict[str, Tensor]:
+    run = Run(scheme)
+    for step in range(6):
+        x, y = batch(rank, step)
+        run.optimizer.zero_grad()
+        nn.functional.cross_entropy(run.net(x), y).backward()
+        with torch.device("meta"):  # whatever device that is, it is not that of the codes
+            run.optimizer.step()
+    with torch.device("meta"):
+        run.handle.finish()
+        assert run.handle.state_dict()["step"] == 6
+    return run.weights()
+
+
+@pytest.mark.parametrize("scheme", SCHEMES, ids=["quantized", "all", "dense", "topk"])
+def test_a_default_device_of_the_script_is_left_to_the_script(ranks: RankFactory, scheme: lgc.LocalSteps) -> None:
+    assert not differ(ranks(2).run(train_with_a_default_device, scheme))
+
+
+def attach_without_the_loss(rank: int, _: int, of_another: bool) -> None:
+    net, criterion = Net(), nn.Linear(2, 2)
+    if of_another:
+        other = lgc.attach(criterion, exact(2), torch.optim.SGD(criterion.parameters(), lr=0.1))
+    optimizer = torch.optim.SGD([*net.parameters(), *criterion.parameters()], lr=0.1)
+    if rank == 0 and not of_another:
+        with TestCase().assertLogs("lgc.advice") as said:
+            lgc.attach(net, exact(2), optimizer)
+        assert "2 tensors that are not in this model" in said.output[0]
+    else:
+        with TestCase().assertNoLogs("lgc.advice"):
+            lgc.attach(net, exact(2), optimizer)
+    if of_another:
+        other.detach()
+
+
+@pytest.mark.parametrize("of_another", [False, True], ids=["nobody", "another model"])
+def test_what_only_the_optimizer_has_is_pointed_out_unless_it_is_of_another_attached_model(
+    ranks: RankFactory, of_another: bool
+) -> None:
+    ranks(2).run(attach_without_the_loss, of_another)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from statistics import fmean
 from typing import NamedTuple
 
 from matplotlib.figure import Figure
@@ -15,10 +16,11 @@ DOCS = Path(__file__).parents[1] / "docs"
 TABLE = "## A GPT with AdamW: local steps"
 MOST = 0.12  # bits per byte that are shown
 KINDS = {  # the first that its scheme contains
-    "dense": "dense",
+    "dense training": "dense ",
     "every second step, the largest values": "largest",
     "dead zones": "deadzone",
     "two bits": "quantized",
+    "exact": "+dense",
 }
 
 
@@ -32,14 +34,15 @@ class Rung(NamedTuple):
 
 
 def read_rungs() -> list[Rung]:
-    """The rows of local steps, without those that the table points away from."""
+    """The rows of local steps, the means of their seeds, without those that the table points away from."""
     table = (DOCS / "results.md").read_text().split(TABLE)[1].split("\n## ")[0]
     (megabytes,) = re.findall(r"^\| `dense` .*\| ([\d.,]+) \| 1.0", table, re.MULTILINE)[:1]
-    rungs = [Rung("dense", 0.0, float(megabytes.replace(",", "")), 1.0)]
+    rungs = [Rung("dense ", 0.0, float(megabytes.replace(",", "")), 1.0)]
     for row in re.findall(r"^\| (`local:.*) \|$", table, re.MULTILINE):
-        scheme, _, _, loss, megabytes, _, ratio = re.sub(r"[*,]", "", row).split(" | ")
-        if "see below" not in scheme and "later" not in scheme:
-            rungs.append(Rung(scheme, float(loss), float(megabytes), float(ratio)))
+        scheme, _, _, loss, *numbers = row.replace("*", "").split(" | ")
+        if "see below" not in scheme:
+            megabytes, _, ratio = (float(each.replace(",", "")) for each in numbers)
+            rungs.append(Rung(scheme, fmean(map(float, loss.split(", "))), megabytes, ratio))
     return rungs
 
 

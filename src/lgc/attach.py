@@ -138,7 +138,7 @@ def attach(
     if group is None:
         take_buffers(model, scheme, buffers_every)
     if transport.rank == site.place == 0:
-        advise(model, scheme, optimizers, transport.world_size * site.places)
+        advise(model, scheme, optimizers, transport.world_size * site.places, others=list(attached))
     caller = _caller(model, scheme, site, transport, policy, optimizers, grad_scaler)
     if isinstance(model, DistributedDataParallel) and site.inside is None:
         hook_of(model).caller = caller

@@ -61,6 +61,7 @@ class Fragment:
         self._last_exchange = scheme.start_exchange
         self.ahead: frozenset[str] = frozenset()
         self.apart = False
+        self._seen: dict[str, bool] = {}  # whether a parameter was trained, at its optimizer's last step in this round
         self.rates: dict[str, float] = dict.fromkeys(self.parameters, 0.0) if scheme.common_momentum else {}
         self.owed_rates = dict(self.rates)
         self._waiting = scheme.rounds_of_waiting
@@ -115,18 +116,32 @@ class Fragment:
             mean: of what was moved, by name.
             before: the weights when the round began: what they have moved since then is kept. None keeps nothing.
         """
+        resting, self._seen = frozenset(self.resting()), {}
         unmoved = self.site.common(all_zero(mean), mean)
         for name, anchor in self.anchor.items():
             if name not in unmoved:  # the outer momentum alone does not move what no rank has
-                anchor.sub_(self._outer_step(name, mean[name], rests=not self.parameters[name].requires_grad))
-        trained = frozenset(name for name, each in self.parameters.items() if each.requires_grad)
-        self.ahead = trained if self._by > 0 else frozenset()
+                anchor.sub_(self._outer_step(name, mean[name], rests=name in resting))
+        self.ahead = frozenset(self.parameters.keys() - resting) if self._by > 0 else frozenset()
         self.apart = self._by > 0
         weights = self._origin()
         if before is not None:
             own = self.part()
             weights = {name: each + (own[name].to(each.dtype) - before[name]) for name, each in weights.items()}
         self.site.fill(self.parameters, weights)
+
+    def look_at_flags(self, optimizer: Optimizer) -> None:
+        """See which parameters an optimizer's step leaves at rest: frozen now, whatever they are at the round.
+
+        As a GAN's loop freezes one network while the other's optimizer steps.
+        """
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                if (name := self._names.get(parameter)) is not None:
+                    self._seen[name] = parameter.requires_grad
+
+    def resting(self) -> list[str]:
+        """The parameters that were frozen at their optimizer's last step, or are now if that has made none."""
+        return [name for name, each in self.parameters.items() if not self._seen.get(name, each.requires_grad)]
 
     def add_rates(self, optimizer: Optimizer) -> None:
         """Add the learning rates of an optimizer's step, if they are asked for."""

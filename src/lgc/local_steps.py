@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import weakref
+import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future as Task
 from concurrent.futures import ThreadPoolExecutor
@@ -20,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from lgc.caller import Detached, RoundTime
+from lgc.caller import RoundTime
 from lgc.comm.replicas import ReplicaCheck, ReplicaError
 from lgc.comm.transport import FINISH, ROUND, Opening, RankError, Transport, clock
 from lgc.ddp import CollectedBuckets
@@ -30,13 +31,16 @@ from lgc.local_state import Launched, LocalState, Result, Start
 from lgc.moments import SecondMoments, take_first_moments
 from lgc.optimizers import FEW_STEPS, Streak, end_watch, share_scale, share_state, watch_steps
 from lgc.pace import Progress, Work, counted, scale_of, weights_of
-from lgc.requirements import frozen, require_optimizers_of, trained
+from lgc.requirements import frozen as frozen_in
+from lgc.requirements import require_one_in_start, require_optimizers_of, require_own_updates, trained
 from lgc.rounds.schedule import FOREVER, Schedule
 from lgc.schemes import Dense, LocalSteps
 from lgc.sites import Site
 from lgc.synchronizer import Policy
 
 logger = logging.getLogger("lgc")
+
+_scaled: weakref.WeakKeyDictionary[torch.amp.GradScaler, weakref.WeakSet[LocalRounds]] = weakref.WeakKeyDictionary()
 
 OF_ALL_RANKS = (RankError, ReplicaError, FloatingPointError)  # errors that every rank raises by itself
 
@@ -73,7 +77,7 @@ class LocalRounds(LocalState):
         if scheme.overlap:  # the model's own group stays free for what the loop does meanwhile
             round_transport, site = transport.of_new_group(), site.of_new_group()
         start = _start(ddp, parameters, scheme, site, transport, policy, optimizers, grad_scaler)
-        rest = frozen(model)
+        rest = frozen_in(model)
         fragments = [
             Fragment(group, scheme, site, round_transport, policy, {} if number else rest)
             for number, group in enumerate(fragmented(parameters, scheme.fragments))
@@ -91,6 +95,7 @@ class LocalRounds(LocalState):
         self._second_moments = None
         if scheme.second_moments == "all":
             self._second_moments = SecondMoments(transport.world_size, parameters.values())
+        self._thawed: Exception | None = None  # a parameter that no round exchanges was trained, and may rest again
         self._in_step = False  # between an optimizer's two hooks
         self._stepped: list[Optimizer] = []  # since the last step that was counted
         self._step_hooks: list[RemovableHandle] = []
@@ -101,8 +106,7 @@ class LocalRounds(LocalState):
             self._most_of_another = max(FEW_STEPS, scheme.steps_a_round)
         watch_steps(module, parameters.values(), self._before_any_step)
         if self._grad_scaler is not None:
-            scaled = partial(_make_scaled_step, self, self._grad_scaler.step)
-            self._grad_scaler.step = scaled  # type: ignore[method-assign]
+            _watch_scaler(self._grad_scaler, self)
 
     def _round(self, fragment: Fragment) -> None:
         """Make a round; with overlap, apply the one that is under way, and begin this one."""
@@ -134,10 +138,11 @@ class LocalRounds(LocalState):
             buffers,
             number=fragment.rounds,
             resting=all_zero(distance),
+            frozen=fragment.resting(),
             step=self._number,
             steps=self.step - self._last_round,
             finite=finite,
-            error=self._unfrozen(),
+            error=self._thawed or self._unfrozen(),
         )
         fragment.rounds += 1
         fragment.step = self._last_round = self.step
@@ -157,6 +162,7 @@ class LocalRounds(LocalState):
         *,
         number: int,
         resting: list[str],
+        frozen: list[str],
         step: int,
         steps: int,
         finite: bool,
@@ -170,8 +176,15 @@ class LocalRounds(LocalState):
             states = self._buffers.states(buffers) if fragment is self._fragments[0] else []
             finite, vote = self._site.agree(transport, step, finite=finite, vote=any(states), error=error)
             work = Work(steps, self._pace.samples) if self._pace else ()
-            opening = transport.open_round(step, finite=finite, vote=vote, numbers=work)
+            digest = zlib.crc32(" ".join(frozen).encode())
+            opening = transport.open_round(step, finite=finite, vote=vote, numbers=work, past=digest)
             self._report_nonfinite(opening.finite, step)
+            if len(set(opening.pasts)) > 1:
+                raise RankError(
+                    f"lgc: step {step}: the {transport.member}s have frozen different parameters, here "
+                    f"{', '.join(frozen) or 'none'}: what is frozen moves by another rule, so that their weights would "
+                    "differ. Freeze the same on all, by what all know, such as handle.step or an all-reduced loss."
+                )
             done = [Work(*each) for each in opening.numbers]
             weights = counted(weights_of(done, transport.member), opening.finite)
             scale = scale_of(transport.rank, weights)
@@ -255,12 +268,13 @@ class LocalRounds(LocalState):
         if optimizer in self._optimizers:
             self._steps_of_another.end()
         elif (steps := self._steps_of_another.add(optimizer)) > self._most_of_another:
-            raise RuntimeError(
-                f"lgc: {type(optimizer).__name__} has made {steps - 1} steps with this model's "
-                f"parameters, and the {type(self._optimizers[0]).__name__} given to attach none meanwhile, whose steps "
-                "are those that local steps count: no round would bring the ranks together. When you replace an "
-                "optimizer, call handle.use_optimizer(optimizer) on every rank."
-            )
+            with self._announcing():
+                raise RuntimeError(
+                    f"lgc: {type(optimizer).__name__} has made {steps - 1} steps with this model's "
+                    f"parameters, and the {type(self._optimizers[0]).__name__} given to attach none meanwhile, whose "
+                    "steps are those that local steps count: no round would bring the ranks together. When you replace "
+                    "an optimizer, call handle.use_optimizer(optimizer) on every rank."
+                )
 
     def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         with self._announcing():
@@ -291,7 +305,11 @@ class LocalRounds(LocalState):
             if self.step == self._scheme.start_steps and not (self._in_step or self._stepped):
                 self._begin()
             if self._second_moments and not self._is_starting:
+                require_own_updates(optimizer, self._scheme)  # what was loaded, or added, may be of another kind
                 self._second_moments.before_step(optimizer)
+            self._thawed = self._thawed or self._unfrozen()
+            for each in self._fragments:
+                each.look_at_flags(optimizer)
         self._in_step = True
 
     def _after_step(self, optimizer: Optimizer) -> None:
@@ -413,6 +431,8 @@ class LocalRounds(LocalState):
 
     def use_optimizers(self, optimizers: Sequence[Optimizer]) -> None:
         require_optimizers_of(self._parameters, optimizers)
+        if isinstance(self._start, OptimizedGradients) and self._is_starting:
+            require_one_in_start(optimizers)
         for hook in self._step_hooks:
             hook.remove()
         self._optimizers = optimizers
@@ -480,6 +500,7 @@ class LocalRounds(LocalState):
     def load_state_dict(self, state: Any, step: int, *, resharded: bool) -> None:
         super().load_state_dict(state, step, resharded=resharded)
         self._in_step = False
+        self._stepped.clear()
 
     def detach(self) -> None:
         self.finish()
@@ -497,7 +518,7 @@ class LocalRounds(LocalState):
             hook.remove()
         end_watch(self._module)
         if self._grad_scaler is not None:
-            del self._grad_scaler.step
+            _end_watch_of_scaler(self._grad_scaler, self)
         if self._executor is not None:
             self._executor.shutdown()
 
@@ -536,12 +557,29 @@ def _restart_nonfinite(parameters: Iterable[Tensor], optimizers: Sequence[Optimi
                 each.zero_()
 
 
+def _watch_scaler(grad_scaler: torch.amp.GradScaler, caller: LocalRounds) -> None:
+    if grad_scaler not in _scaled:
+        _scaled[grad_scaler] = weakref.WeakSet()
+        scaled = partial(_make_scaled_step, _scaled[grad_scaler], grad_scaler.step)
+        grad_scaler.step = scaled  # type: ignore[method-assign]
+    _scaled[grad_scaler].add(caller)
+
+
+def _end_watch_of_scaler(grad_scaler: torch.amp.GradScaler, caller: LocalRounds) -> None:
+    _scaled[grad_scaler].discard(caller)
+    if not _scaled[grad_scaler]:
+        del _scaled[grad_scaler], grad_scaler.step
+
+
 def _make_scaled_step(
-    caller: LocalRounds | Detached, make: Callable[..., float | None], optimizer: Optimizer, *args: Any, **kwargs: Any
+    callers: Iterable[LocalRounds],
+    make: Callable[..., float | None],
+    optimizer: Optimizer,
+    *args: Any,
+    **kwargs: Any,
 ) -> float | None:
-    if isinstance(caller, Detached):  # of a copy of the scaler
-        return make(optimizer, *args, **kwargs)
-    before = caller.step
+    before = [(caller, caller.step) for caller in callers]  # of a copy of the scaler there is none
     result = make(optimizer, *args, **kwargs)
-    caller.count_skipped_step(optimizer, before)
+    for caller, step in before:
+        caller.count_skipped_step(optimizer, step)
     return result

@@ -143,7 +143,7 @@ class SecondMoments:
         if old:
             v.add_(old[1], alpha=bias * (1 - share) / (1 - beta_2 ** old[0]))
         back.addcdiv_(m, _denominator(state, group, step), value=-1)
-        # the step is taken back and made again, rounded once
+        # the step is taken back and made again
         parameter.add_(back, alpha=float(group["lr"]) * _unbiased(group, step))
 
     def _part_of_own(self, beta: float, step: float, steps: int | None) -> float:

@@ -27,14 +27,17 @@ _within_steps: weakref.WeakSet[Optimizer] = weakref.WeakSet()
 
 
 class Streak:
-    """Counts the steps of one optimizer, the first that makes one, until something ends them."""
+    """Counts the steps of one optimizer, the first that makes one, until something ends them.
+
+    Once that is gone, those of the next count with them, as where every epoch makes a new one.
+    """
 
     _of: weakref.ref[Optimizer] | None = None
     _steps = 0
 
     def add(self, optimizer: Optimizer) -> int:
         """Count a step, if it is of that optimizer; the number of its steps."""
-        if self._of is None:
+        if self._of is None or self._of() is None:
             self._of = weakref.ref(optimizer)
         self._steps += self._of() is optimizer
         return self._steps

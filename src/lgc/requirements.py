@@ -292,18 +292,24 @@ def require_local_steps(
             "attach the module without DDP, model.module, which under LocalSteps needs none."
         )
     if not isinstance(model, DistributedDataParallel) or site.inside is not None:
-        if start_steps and len(optimizers) > 1:
-            raise ValueError(
-                f"attach(optimizer=...) has {len(optimizers)} optimizers, and the start of local steps exchanges a "
-                "module's gradients before the first of them steps, when those for the next may not be there; use "
-                "LocalSteps(start_steps=0), or wrap the model in DistributedDataParallel."
-            )
+        if start_steps:
+            require_one_in_start(optimizers)
         if start_steps and isinstance(grad_scaler, torch.amp.GradScaler) and grad_scaler.is_enabled():
             raise ValueError(
                 "attach(grad_scaler=...) decides on each rank alone whether a step is made, while the start of local "
                 "steps exchanges gradients; use LocalSteps(start_steps=0), or wrap the model in "
                 "DistributedDataParallel."
             )
+
+
+def require_one_in_start(optimizers: Sequence[torch.optim.Optimizer]) -> None:
+    """Raise ValueError if several optimizers are to make the start of local steps of a module without DDP."""
+    if len(optimizers) > 1:
+        raise ValueError(
+            f"attach(optimizer=...) has {len(optimizers)} optimizers, and the start of local steps exchanges a "
+            "module's gradients before the first of them steps, when those for the next may not be there; use "
+            "LocalSteps(start_steps=0), or wrap the model in DistributedDataParallel."
+        )
 
 
 def require_own_updates(optimizer: torch.optim.Optimizer, scheme: LocalSteps) -> None:
@@ -394,12 +400,20 @@ def require_single_momentum(scheme: Scheme, optimizer: torch.optim.Optimizer) ->
             )
 
 
-def advise(model: nn.Module, scheme: Scheme, optimizers: Sequence[torch.optim.Optimizer], ranks: int) -> None:
+def advise(
+    model: nn.Module,
+    scheme: Scheme,
+    optimizers: Sequence[torch.optim.Optimizer],
+    ranks: int,
+    *,
+    others: Iterable[nn.Module],
+) -> None:
     """Warn of what is allowed and seldom meant: buffers broadcast at every step, a weight decay as beside momentum.
 
     Args:
         model, scheme, optimizers: as given to `attach`.
         ranks: number of those that train this model together.
+        others: models that have a scheme.
     """
     if (
         isinstance(model, DistributedDataParallel)
@@ -417,14 +431,23 @@ def advise(model: nn.Module, scheme: Scheme, optimizers: Sequence[torch.optim.Op
             ranks,
             dist.get_world_size(),
         )
+    if local:
+        known = {id(parameter) for each in (model, *others) for parameter in each.parameters()}
+        if foreign := len(parameters_of(*optimizers) - known):
+            logging.getLogger("lgc.advice").warning(
+                "the optimizer given to attach also has %d tensors that are not in this model, such as those of a loss "
+                "that learns, which no round exchanges: every rank trains its own. Attach to a module that has them "
+                "too, torch.nn.ModuleList([model, loss]).",
+                foreign,
+            )
     if (is_collected(scheme) or local) and optimizers:
         optimized = parameters_of(*optimizers)
-        others = [name for name, each in trained(model) if each.requires_grad and id(each) not in optimized]
-        if others:
+        lacking = [name for name, each in trained(model) if each.requires_grad and id(each) not in optimized]
+        if lacking:
             logging.getLogger("lgc.advice").warning(
                 "the optimizer given to attach does not have %s (trained parameters that it lacks: %d); %s",
-                others[0],
-                len(others),
+                lacking[0],
+                len(lacking),
                 "rounds exchange them too, but count the steps of this optimizer alone, so what optimizes them must "
                 "step after it, and as often."
                 if local

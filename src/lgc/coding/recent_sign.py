@@ -31,7 +31,7 @@ class RecentSign(ValueCodec):
     _has_zero = False
     _has_fixed_size = False
     _expected: Tensor = field(
-        default_factory=lambda: torch.zeros(0, dtype=torch.int8), init=False, repr=False, compare=False
+        default_factory=lambda: torch.zeros(0, dtype=torch.int8, device="cpu"), init=False, repr=False, compare=False
     )
 
     def given(self, expected: Tensor) -> RecentSign:

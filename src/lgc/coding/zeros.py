@@ -28,7 +28,7 @@ def encode_zeros(values: Tensor) -> Tensor:
         raise TypeError(f"encode_zeros(values=...) must be float32 of one dimension, got {form}.")
     zero = values.detach().cpu().numpy() == 0
     if not zero.any():
-        return torch.zeros(0, dtype=torch.uint8)
+        return torch.zeros(0, dtype=torch.uint8, device="cpu")
     sizes = _sizes(zero.size)
     blocks = np.zeros((sizes.size, BLOCK), np.bool_)
     blocks.reshape(-1)[: zero.size] = zero
@@ -47,7 +47,7 @@ def decode_zeros(data: Tensor | bytes, count: int) -> Tensor:
     """
     array = octets(data)
     if not array.size:
-        return torch.zeros(count, dtype=torch.bool)
+        return torch.zeros(count, dtype=torch.bool, device="cpu")
     sizes = _sizes(count)
     length = octet_count(2 * sizes.size)
     flags = unpack_fixed(array[:length], sizes.size, 2, "zeros.flags")

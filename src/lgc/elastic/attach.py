@@ -155,6 +155,7 @@ class ElasticHandle(Handle):
         """Names of the ranks of the last round, in order."""
         return [each.name for each in self.transport.ranks]
 
+    @torch.inference_mode(mode=False)
     def finish(self) -> None:
         """Make a last round, and see that every rank that is there has its result; for the end of a run.
 
@@ -170,6 +171,7 @@ class ElasticHandle(Handle):
         """Take no part any longer: the others go on without what this rank has moved since the last round."""
         self.transport.leave()
 
+    @torch.inference_mode(mode=False)
     def detach(self) -> None:
         """Make a last round, as `finish`, take no part any longer, and leave the model to itself."""
         self._require_attached("detach()")

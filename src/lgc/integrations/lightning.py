@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import logging
+from collections import defaultdict
 from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
@@ -123,7 +124,9 @@ class LGCCallback(Callback):
         if isinstance(self.scheme, LocalSteps):
             trainer.strategy.__dict__.pop("lightning_module_state_dict")
             # `fit` makes optimizers anew: the moments of this one need not be exchanged.
-            self.handle.use_optimizer(torch.optim.SGD(pl_module.parameters()))
+            without_moments = copy.copy(trainer.optimizers[0])
+            without_moments.state = defaultdict(dict)
+            self.handle.use_optimizer(without_moments)
         self.handle.detach()
         self.wire_summary = self.handle.wire_summary()
         self.handle = self._attached = None

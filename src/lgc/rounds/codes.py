@@ -65,7 +65,7 @@ class QuantizedCode:
             return Piece(places.to(device), values.to(device))
         values = self.values.decode(code, counts)
         if nonzero is not None:
-            values = torch.zeros(size, dtype=torch.float32).masked_scatter_(nonzero, values)
+            values = torch.zeros(size, dtype=torch.float32, device="cpu").masked_scatter_(nonzero, values)
         return Piece(slice(0, size), values.to(device))
 
     def _counts(self, nonzero: Tensor) -> list[int]:

@@ -190,7 +190,7 @@ class SparseCode:
             if count > most:
                 raise PayloadError("counts", f"at most {most}", count)
         positions = self.codecs.indices.decode(index_code, self.region.sizes, counts)
-        x = torch.zeros(sum(segment.size for segment in self.region.segments), dtype=torch.float32)
+        x = torch.zeros(sum(segment.size for segment in self.region.segments), dtype=torch.float32, device="cpu")
         x[self.region.elements(positions)] = self.codecs.values.decode(value_code, self.region.in_elements(counts))
         return x.to(device)
 

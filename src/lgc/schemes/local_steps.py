@@ -25,10 +25,11 @@ Moments = Literal["own", "all"]
 class LocalSteps(Scheme):
     """Every rank takes `every` steps of its own; then the ranks exchange what they have moved.
 
-        d_k = anchor - weights_k       what rank k has moved, the pseudo-gradient
+        d_k = origin_k - weights_k     what rank k has moved from where it began, the pseudo-gradient
         e_k = decay e_k + d_k          its residual; what is sent leaves it
         d   = mean of what was sent    by `exchange`
-        m   = outer_momentum m + d;  anchor = anchor - outer_lr (d + outer_momentum m);  weights = anchor
+        m   = outer_momentum m + d;  anchor = anchor - outer_lr (d + outer_momentum m)
+        weights_k = origin_k = anchor - ahead e_k
 
     Source: Douillard et al., DiLoCo, arXiv 2311.08105, there uncompressed; Streaming DiLoCo, arXiv 2501.18512, for
     `overlap` and `fragments`. In text the exchange follows a plus sign: `local:every=50+quantized:bits=2`.

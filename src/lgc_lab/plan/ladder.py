@@ -58,17 +58,18 @@ LADDERS = {  # by the kind of optimizer
         {"dense": 0.0}
         | PEERS
         | {
+            "powersgd:rank=4": 0.209,
             "dgc": None,
             "scalecom": None,
             "lgc-ring": None,
             "lgc-ps": None,
             "quantized": None,
-            f"local:every=2:outer_lr=1.4:first_moments=0.5:{OF_ALL}+{LARGEST}0.019": -0.013,
+            f"local:every=2:outer_lr=1.4:first_moments=0.5:{OF_ALL}+{LARGEST}0.0187": -0.008,
             f"local:every=2:outer_lr=2.5:first_moments=0.3:{OF_ALL}+{LARGEST}0.006": 0.010,
             f"local:every=2:outer_lr=3.5:first_moments=0.3:{OF_ALL}+{LARGEST}0.0024": 0.069,
             f"local:every=6:first_moments=all:{OF_ALL}+quantized:values=deadzone1.5:mean_values=deadzone1.25": 0.032,
             "local:every=2+quantized": 0.045,
-            "local:every=20+dense": None,
+            "local:every=20+dense": 0.062,
             "local:every=20+quantized": 0.057,
             "local:every=50+quantized": None,
             "local:every=100+quantized": None,
