@@ -40,8 +40,6 @@ from lgc.synchronizer import Policy
 
 logger = logging.getLogger("lgc")
 
-_scaled: weakref.WeakKeyDictionary[torch.amp.GradScaler, weakref.WeakSet[LocalRounds]] = weakref.WeakKeyDictionary()
-
 OF_ALL_RANKS = (RankError, ReplicaError, FloatingPointError)  # errors that every rank raises by itself
 
 
@@ -557,9 +555,19 @@ def _restart_nonfinite(parameters: Iterable[Tensor], optimizers: Sequence[Optimi
                 each.zero_()
 
 
+class _Callers(weakref.WeakSet[LocalRounds]):
+    """Those whose steps a GradScaler may skip, of which a copy of it has none."""
+
+    def __reduce__(self) -> tuple[type[set[LocalRounds]], tuple[()]]:
+        return set, ()
+
+
+_scaled: weakref.WeakKeyDictionary[torch.amp.GradScaler, _Callers] = weakref.WeakKeyDictionary()
+
+
 def _watch_scaler(grad_scaler: torch.amp.GradScaler, caller: LocalRounds) -> None:
     if grad_scaler not in _scaled:
-        _scaled[grad_scaler] = weakref.WeakSet()
+        _scaled[grad_scaler] = _Callers()
         scaled = partial(_make_scaled_step, _scaled[grad_scaler], grad_scaler.step)
         grad_scaler.step = scaled  # type: ignore[method-assign]
     _scaled[grad_scaler].add(caller)
@@ -578,7 +586,7 @@ def _make_scaled_step(
     *args: Any,
     **kwargs: Any,
 ) -> float | None:
-    before = [(caller, caller.step) for caller in callers]  # of a copy of the scaler there is none
+    before = [(caller, caller.step) for caller in callers]
     result = make(optimizer, *args, **kwargs)
     for caller, step in before:
         caller.count_skipped_step(optimizer, step)
