@@ -811,6 +811,21 @@ def test_an_optimizer_made_anew_every_epoch_is_noticed(ranks: RankFactory) -> No
         assert "call handle.use_optimizer(optimizer) on every rank" in message
 
 
+def take_two_in_the_start(rank: int, _: int) -> str:
+    run = Run(exact(start_steps=4)).train(rank, range(2))
+    halves = [[*run.net.rows.parameters()], [*run.net.out.parameters()]]
+    try:
+        run.handle.use_optimizer([torch.optim.SGD(each, lr=0.1) for each in halves])
+    except ValueError as error:
+        return str(error)
+    return "taken"
+
+
+def test_several_optimizers_are_refused_in_the_start_of_a_module_also_when_they_come_later(ranks: RankFactory) -> None:
+    for message in ranks(2).run(take_two_in_the_start):
+        assert "has 2 optimizers, and the start of local steps" in message
+
+
 def scale_two(rank: int, _: int) -> tuple[list[int], bool, list[bool]]:
     """Steps of two models under one GradScaler, which skips one of each on rank 1, and what is left of them."""
     scaler = torch.amp.GradScaler("cpu")

@@ -366,6 +366,23 @@ def test_other_optimizers_are_refused_by_name(ranks: RankFactory, which: str) ->
         assert f'{which}="own"' in message
 
 
+def load_amsgrad(rank: int, _: int, which: str) -> str:
+    moments: dict[str, Any] = {which: "all"}
+    run = Run(lgc.LocalSteps(every=2, start_steps=0, **moments)).train(rank, range(3))
+    run.optimizer.param_groups[0]["amsgrad"] = True  # as load_state_dict of such an optimizer's state leaves it
+    try:
+        run.train(rank, range(3, 4))
+    except ValueError as error:
+        return str(error)
+    return "went on"
+
+
+@pytest.mark.parametrize("which", ["first_moments", "second_moments"])
+def test_an_optimizer_that_becomes_one_of_the_others_is_refused_too(ranks: RankFactory, which: str) -> None:
+    for message in ranks(2).run(load_amsgrad, which):
+        assert "got AdamW(amsgrad=True)" in message
+
+
 @pytest.mark.parametrize("arguments", [{"every": lgc.Seconds(30)}, {"overlap": True}], ids=str)
 def test_the_momentum_of_all_ranks_needs_rounds_by_count_that_are_waited_for(arguments: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="first_moments"):

@@ -116,12 +116,12 @@ class Fragment:
             mean: of what was moved, by name.
             before: the weights when the round began: what they have moved since then is kept. None keeps nothing.
         """
-        resting, self._seen = frozenset(self.resting()), {}
+        at_rest, self._seen = frozenset(self.at_rest()), {}
         unmoved = self.site.common(all_zero(mean), mean)
         for name, anchor in self.anchor.items():
             if name not in unmoved:  # the outer momentum alone does not move what no rank has
-                anchor.sub_(self._outer_step(name, mean[name], rests=name in resting))
-        self.ahead = frozenset(self.parameters.keys() - resting) if self._by > 0 else frozenset()
+                anchor.sub_(self._outer_step(name, mean[name], rests=name in at_rest))
+        self.ahead = frozenset(self.parameters.keys() - at_rest) if self._by > 0 else frozenset()
         self.apart = self._by > 0
         weights = self._origin()
         if before is not None:
@@ -139,7 +139,7 @@ class Fragment:
                 if (name := self._names.get(parameter)) is not None:
                     self._seen[name] = parameter.requires_grad
 
-    def resting(self) -> list[str]:
+    def at_rest(self) -> list[str]:
         """The parameters that were frozen at their optimizer's last step, or are now if that has made none."""
         return [name for name, each in self.parameters.items() if not self._seen.get(name, each.requires_grad)]
 

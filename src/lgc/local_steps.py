@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import weakref
 import zlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future as Task
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
@@ -29,10 +29,18 @@ from lgc.fragments import Fragment, fragmented
 from lgc.gradients import OptimizedGradients, all_zero
 from lgc.local_state import Launched, LocalState, Result, Start
 from lgc.moments import SecondMoments, take_first_moments
-from lgc.optimizers import FEW_STEPS, Streak, end_watch, share_scale, share_state, watch_steps
+from lgc.optimizers import (
+    FEW_STEPS,
+    Streak,
+    end_watch,
+    end_watch_over_skips,
+    share_scale,
+    share_state,
+    watch_skips,
+    watch_steps,
+)
 from lgc.pace import Progress, Work, counted, scale_of, weights_of
-from lgc.requirements import frozen as frozen_in
-from lgc.requirements import require_one_in_start, require_optimizers_of, require_own_updates, trained
+from lgc.requirements import frozen, require_one_in_start, require_optimizers_of, require_own_updates, trained
 from lgc.rounds.schedule import FOREVER, Schedule
 from lgc.schemes import Dense, LocalSteps
 from lgc.sites import Site
@@ -75,7 +83,7 @@ class LocalRounds(LocalState):
         if scheme.overlap:  # the model's own group stays free for what the loop does meanwhile
             round_transport, site = transport.of_new_group(), site.of_new_group()
         start = _start(ddp, parameters, scheme, site, transport, policy, optimizers, grad_scaler)
-        rest = frozen_in(model)
+        rest = frozen(model)
         fragments = [
             Fragment(group, scheme, site, round_transport, policy, {} if number else rest)
             for number, group in enumerate(fragmented(parameters, scheme.fragments))
@@ -104,7 +112,7 @@ class LocalRounds(LocalState):
             self._most_of_another = max(FEW_STEPS, scheme.steps_a_round)
         watch_steps(module, parameters.values(), self._before_any_step)
         if self._grad_scaler is not None:
-            _watch_scaler(self._grad_scaler, self)
+            watch_skips(self._grad_scaler, self)
 
     def _round(self, fragment: Fragment) -> None:
         """Make a round; with overlap, apply the one that is under way, and begin this one."""
@@ -136,11 +144,11 @@ class LocalRounds(LocalState):
             buffers,
             number=fragment.rounds,
             resting=all_zero(distance),
-            frozen=fragment.resting(),
+            at_rest=fragment.at_rest(),
             step=self._number,
             steps=self.step - self._last_round,
             finite=finite,
-            error=self._thawed or self._unfrozen(),
+            error=self._thawed,
         )
         fragment.rounds += 1
         fragment.step = self._last_round = self.step
@@ -160,7 +168,7 @@ class LocalRounds(LocalState):
         *,
         number: int,
         resting: list[str],
-        frozen: list[str],
+        at_rest: list[str],
         step: int,
         steps: int,
         finite: bool,
@@ -174,13 +182,13 @@ class LocalRounds(LocalState):
             states = self._buffers.states(buffers) if fragment is self._fragments[0] else []
             finite, vote = self._site.agree(transport, step, finite=finite, vote=any(states), error=error)
             work = Work(steps, self._pace.samples) if self._pace else ()
-            digest = zlib.crc32(" ".join(frozen).encode())
+            digest = zlib.crc32(" ".join(at_rest).encode())
             opening = transport.open_round(step, finite=finite, vote=vote, numbers=work, past=digest)
             self._report_nonfinite(opening.finite, step)
             if len(set(opening.pasts)) > 1:
                 raise RankError(
                     f"lgc: step {step}: the {transport.member}s have frozen different parameters, here "
-                    f"{', '.join(frozen) or 'none'}: what is frozen moves by another rule, so that their weights would "
+                    f"{', '.join(at_rest) or 'none'}: what is frozen moves by another rule, so that the weights would "
                     "differ. Freeze the same on all, by what all know, such as handle.step or an all-reduced loss."
                 )
             done = [Work(*each) for each in opening.numbers]
@@ -302,9 +310,10 @@ class LocalRounds(LocalState):
                 self._start.exchange_gradients()
             if self.step == self._scheme.start_steps and not (self._in_step or self._stepped):
                 self._begin()
-            if self._second_moments and not self._is_starting:
+            if not self._is_starting:
                 require_own_updates(optimizer, self._scheme)  # what was loaded, or added, may be of another kind
-                self._second_moments.before_step(optimizer)
+                if self._second_moments:
+                    self._second_moments.before_step(optimizer)
             self._thawed = self._thawed or self._unfrozen()
             for each in self._fragments:
                 each.look_at_flags(optimizer)
@@ -516,7 +525,7 @@ class LocalRounds(LocalState):
             hook.remove()
         end_watch(self._module)
         if self._grad_scaler is not None:
-            _end_watch_of_scaler(self._grad_scaler, self)
+            end_watch_over_skips(self._grad_scaler, self)
         if self._executor is not None:
             self._executor.shutdown()
 
@@ -553,41 +562,3 @@ def _restart_nonfinite(parameters: Iterable[Tensor], optimizers: Sequence[Optimi
         if not all(bool(each.isfinite().all()) for each in tensors):
             for each in tensors:
                 each.zero_()
-
-
-class _Callers(weakref.WeakSet[LocalRounds]):
-    """Those whose steps a GradScaler may skip, of which a copy of it has none."""
-
-    def __reduce__(self) -> tuple[type[set[LocalRounds]], tuple[()]]:
-        return set, ()
-
-
-_scaled: weakref.WeakKeyDictionary[torch.amp.GradScaler, _Callers] = weakref.WeakKeyDictionary()
-
-
-def _watch_scaler(grad_scaler: torch.amp.GradScaler, caller: LocalRounds) -> None:
-    if grad_scaler not in _scaled:
-        _scaled[grad_scaler] = _Callers()
-        scaled = partial(_make_scaled_step, _scaled[grad_scaler], grad_scaler.step)
-        grad_scaler.step = scaled  # type: ignore[method-assign]
-    _scaled[grad_scaler].add(caller)
-
-
-def _end_watch_of_scaler(grad_scaler: torch.amp.GradScaler, caller: LocalRounds) -> None:
-    _scaled[grad_scaler].discard(caller)
-    if not _scaled[grad_scaler]:
-        del _scaled[grad_scaler], grad_scaler.step
-
-
-def _make_scaled_step(
-    callers: Iterable[LocalRounds],
-    make: Callable[..., float | None],
-    optimizer: Optimizer,
-    *args: Any,
-    **kwargs: Any,
-) -> float | None:
-    before = [(caller, caller.step) for caller in callers]
-    result = make(optimizer, *args, **kwargs)
-    for caller, step in before:
-        caller.count_skipped_step(optimizer, step)
-    return result

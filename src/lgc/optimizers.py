@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import weakref
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -91,6 +91,55 @@ def _look(optimizer: Optimizer, _: Any, __: Any) -> None:
         call = method()
         if call is not None and not watched.isdisjoint(own):
             call(optimizer)
+
+
+class CountsSteps(Protocol):
+    """What counts the steps of an optimizer, also those that a GradScaler leaves out."""
+
+    step: int
+
+    def count_skipped_step(self, optimizer: Optimizer, since: int) -> None:
+        """Count a step that was not made since there were so many."""
+
+
+class _Counters(weakref.WeakSet[CountsSteps]):
+    """Those that count what a GradScaler leaves out; a copy of the scaler has none."""
+
+    def __reduce__(self) -> tuple[type[set[CountsSteps]], tuple[()]]:
+        return set, ()
+
+
+_scaled: weakref.WeakKeyDictionary[torch.amp.GradScaler, _Counters] = weakref.WeakKeyDictionary()
+
+
+def watch_skips(grad_scaler: torch.amp.GradScaler, counter: CountsSteps) -> None:
+    """Have the steps counted that a GradScaler leaves out; neither it nor the counter is kept alive."""
+    if grad_scaler not in _scaled:
+        _scaled[grad_scaler] = _Counters()
+        scaled = functools.partial(_make_scaled_step, _scaled[grad_scaler], grad_scaler.step)
+        grad_scaler.step = scaled  # type: ignore[method-assign]
+    _scaled[grad_scaler].add(counter)
+
+
+def end_watch_over_skips(grad_scaler: torch.amp.GradScaler, counter: CountsSteps) -> None:
+    """Leave a GradScaler to itself, unless others count its steps too."""
+    _scaled[grad_scaler].discard(counter)
+    if not _scaled[grad_scaler]:
+        del _scaled[grad_scaler], grad_scaler.step
+
+
+def _make_scaled_step(
+    counters: Iterable[CountsSteps],
+    make: Callable[..., float | None],
+    optimizer: Optimizer,
+    *args: Any,
+    **kwargs: Any,
+) -> float | None:
+    before = [(counter, counter.step) for counter in counters]
+    result = make(optimizer, *args, **kwargs)
+    for counter, steps in before:
+        counter.count_skipped_step(optimizer, steps)
+    return result
 
 
 @torch.no_grad()

@@ -323,7 +323,8 @@ def require_own_updates(optimizer: torch.optim.Optimizer, scheme: LocalSteps) ->
     ):
         if getattr(scheme, name) not in ("own", 0) and not has(optimizer):
             settings = [each for each in ("momentum", "amsgrad") if each in optimizer.defaults]
-            kind = f"{type(optimizer).__name__}({', '.join(f'{each}={optimizer.defaults[each]}' for each in settings)})"
+            given = [f"{each}={max(group[each] for group in optimizer.param_groups)}" for each in settings]
+            kind = f"{type(optimizer).__name__}({', '.join(given)})"
             raise ValueError(
                 f'LocalSteps({name}=...) is for {which}, got {kind}; use {name}="own", which is for any optimizer.'
             )

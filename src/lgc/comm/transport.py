@@ -70,7 +70,7 @@ class Opening(NamedTuple):
     """Knowledge of all ranks once a round is open; one element a rank.
 
     `numbers` are what a rank has told of itself, as any 64 bits; 0 where it has told none. `pasts` differ where ranks
-    know different things of earlier rounds.
+    know different things of earlier rounds, or have frozen different parameters.
     """
 
     finite: list[bool]
@@ -178,7 +178,7 @@ class Transport:
                 has done.
             error: why it could prepare none.
             operation: of `OPERATIONS`, where it is none of training.
-            past: digest, in 32 bits, of what this rank knows of earlier rounds and codes by.
+            past: digest, in 32 bits, of what this rank knows of earlier rounds and codes by, or of what it has frozen.
 
         Raises:
             RankError: on every rank, if one passes an error, or the ranks are at different steps or operations.
